@@ -1,0 +1,113 @@
+"""A tiny checkpoint and a tiny image folder, made once; nothing here downloads."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from vitopt import environment
+
+CLASSES = ("circle", "cross", "square", "stripe")
+IMAGE_SIZE = 32
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= environment.AMPERE
+    for item in items:
+        if "gpu" in item.keywords and not able:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device of compute capability 8.0 or higher"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    environment.quiet_libraries()
+    torch.set_num_threads(2)
+
+
+def make_checkpoint(folder: Path, blocks: int = 3, seed: int = 0, **changes: object) -> Path:
+    """A random ViT of 64 wide, 32 x 32 pixels, 4 classes, with weights large enough that formats differ."""
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        hidden_size=64,
+        num_hidden_layers=blocks,
+        num_attention_heads=2,
+        intermediate_size=128,
+        id2label=dict(enumerate(CLASSES)),
+        label2id={name: index for index, name in enumerate(CLASSES)},
+        **changes,
+    )
+    model = ViTForImageClassification(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    processor = ViTImageProcessor(
+        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+def draw(kind: str, rng: np.random.Generator) -> Image.Image:
+    """One 32 x 32 picture of a class, shifted and tinted at random; a model can learn them."""
+    rows, columns = np.mgrid[0:IMAGE_SIZE, 0:IMAGE_SIZE] - IMAGE_SIZE / 2 + rng.integers(-3, 4, (2, 1, 1))
+    shape = {
+        "circle": rows**2 + columns**2 < 80,
+        "cross": (abs(rows) < 3) | (abs(columns) < 3),
+        "square": (abs(rows) < 9) & (abs(columns) < 9) & ~((abs(rows) < 6) & (abs(columns) < 6)),
+        "stripe": (rows + columns).astype(int) % 8 < 4,
+    }[kind]
+    colour = rng.integers(120, 256, 3)
+    noise = rng.integers(0, 60, (IMAGE_SIZE, IMAGE_SIZE, 3))
+    return Image.fromarray(np.where(shape[..., None], colour, noise).astype(np.uint8))
+
+
+def make_images(folder: Path, per_class: dict[str, int], seed: int = 0) -> Path:
+    """SPLIT/CLASS/NN.png for every split in `per_class`."""
+    rng = np.random.default_rng(seed)
+    for split, count in per_class.items():
+        for kind in CLASSES:
+            (folder / split / kind).mkdir(parents=True)
+            for index in range(count):
+                draw(kind, rng).save(folder / split / kind / f"{index:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder that tests must not change; `copy_of` gives one that they may."""
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny-vit")
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder with train (8 per class) and test (6 per class) splits that tests must not change."""
+    return make_images(tmp_path_factory.mktemp("shapes") / "shapes", {"train": 8, "test": 6})
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a folder to where the test may change it."""
+    return lambda source: Path(shutil.copytree(source, tmp_path / source.name))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real weights and images for development; tests that need them skip where they are absent."""
+    path = Path(os.environ.get("VITOPT_SHARED", "../shared"))
+    if not (path / "models").is_dir():
+        pytest.skip(f"no real weights and images at {path} (set VITOPT_SHARED)")
+    return path

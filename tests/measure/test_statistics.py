@@ -1,0 +1,524 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.special
+import scipy.stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.proportion import proportion_confint
+
+from vitopt.measure import statistics
+from vitopt.measure.statistics import (
+    Interval,
+    PairedCounts,
+    agreement,
+    expected_calibration_error,
+    images_needed,
+    latency_summary,
+    mcnemar_exact_p,
+    mean_kl_divergence,
+    normalised_error,
+    paired_counts,
+    paired_delta_interval,
+    pareto_front,
+    smallest_visible_loss,
+    spearman,
+    speedup_interval,
+    topk_correct,
+    wilson_interval,
+)
+
+CASES = 2_000
+
+
+def covers(interval: Interval, truth: float) -> bool:
+    return interval.low <= truth <= interval.high
+
+
+def limits(interval: Interval | None) -> tuple[float, float]:
+    assert interval is not None
+    return interval.low, interval.high
+
+
+class TestWilsonInterval:
+    @pytest.mark.parametrize("confidence", [0.8, 0.95, 0.99])
+    @pytest.mark.parametrize(("successes", "trials"), [(0, 1), (1, 1), (0, 50), (50, 50), (356, 400), (7, 9)])
+    def test_equals_statsmodels(self, successes, trials, confidence):
+        expected = proportion_confint(successes, trials, alpha=1 - confidence, method="wilson")
+        assert limits(wilson_interval(successes, trials, confidence)) == pytest.approx(expected, abs=1e-12)
+
+    def test_limits_at_the_ends_are_exact(self):
+        assert wilson_interval(0, 30).low == 0.0
+        assert wilson_interval(30, 30).high == 1.0
+
+    def test_covers_the_true_accuracy(self):
+        accuracy, images = 0.89, 400
+        right = np.random.default_rng(0).binomial(images, accuracy, CASES)
+        covered = np.mean([covers(wilson_interval(int(count), images), accuracy) for count in right])
+        assert 0.93 <= covered <= 0.97
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((0, 0), "at least one trial, got 0"),
+            ((5, 4), "between 0 and the 4 trials, got 5"),
+            ((-1, 4), "between 0 and the 4 trials, got -1"),
+            ((1, 4, 1.0), "the confidence must lie between 0 and 1, got 1.0"),
+        ],
+    )
+    def test_rejects(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            wilson_interval(*arguments)
+
+
+def score_by_maximum_likelihood(only_baseline, only_variant, images, delta):
+    """The score statistic of Tango 1998, its nuisance rate found by maximising the likelihood."""
+    same = images - only_baseline - only_variant
+
+    def minus_log_likelihood(rate):
+        terms = [(only_baseline, rate), (only_variant, rate + delta), (same, 1 - 2 * rate - delta)]
+        return -sum(scipy.special.xlogy(count, chance) for count, chance in terms)
+
+    bounds = (max(0.0, -delta), (1 - delta) / 2)
+    rate = scipy.optimize.minimize_scalar(
+        minus_log_likelihood, bounds=bounds, method="bounded", options={"xatol": 1e-12}
+    ).x
+    variance = images * (2 * rate + delta - delta**2)
+    return (only_variant - only_baseline - images * delta) / math.sqrt(variance)
+
+
+class TestPairedDeltaInterval:
+    @pytest.mark.parametrize(
+        ("counts", "published"),
+        [
+            # Fagerland, Lydersen and Laake 2017, "Statistical Analysis of Contingency Tables",
+            # chapter 8, Tango's interval; their difference is first minus second.
+            ((59, 16, 6, 80), (-0.1240, -0.0054)),  # Cavo et al. 2012
+            ((1, 7, 1, 12), (-0.517, -0.026)),  # Bentur et al. 2009, with the two swapped
+        ],
+    )
+    def test_equals_the_published_examples(self, counts, published):
+        low, high = limits(paired_delta_interval(*counts))
+        digits = 4 if published[0] == -0.1240 else 3
+        assert (round(low, digits), round(high, digits)) == published
+
+    @pytest.mark.parametrize(
+        ("lost", "gained", "images"), [(3, 1, 400), (10, 6, 400), (16, 4, 400), (40, 20, 160), (5, 0, 30)]
+    )
+    def test_limits_are_roots_of_the_score_statistic(self, lost, gained, images):
+        z = scipy.stats.norm.ppf(0.975)
+        estimate = (gained - lost) / images
+
+        def root(target, end):
+            return scipy.optimize.brentq(
+                lambda delta: score_by_maximum_likelihood(lost, gained, images, delta) - target, estimate, end
+            )
+
+        expected = root(z, estimate - 0.3), root(-z, estimate + 0.3)
+        both_right = (images - lost - gained) // 2
+        interval = paired_delta_interval(both_right, lost, gained, images - lost - gained - both_right)
+        assert limits(interval) == pytest.approx(expected, abs=1e-6)
+
+    @pytest.mark.parametrize(("lost", "gained"), itertools.product(range(0, 24, 3), range(0, 24, 4)))
+    def test_excludes_zero_exactly_when_the_score_test_rejects(self, lost, gained):
+        interval = paired_delta_interval(300, lost, gained, 50)
+        rejects = (gained - lost) ** 2 > scipy.stats.chi2.ppf(0.95, 1) * (gained + lost)
+        assert covers(interval, 0.0) == (not rejects)
+
+    def test_identical_models(self):
+        z_squared = scipy.stats.chi2.ppf(0.95, 1)
+        reach = z_squared / (400 + z_squared)
+        assert limits(paired_delta_interval(356, 0, 0, 44)) == pytest.approx((-reach, reach))
+
+    def test_every_image_lost_or_gained(self):
+        assert paired_delta_interval(0, 50, 0, 0).low == -1.0
+        assert paired_delta_interval(0, 0, 50, 0).high == 1.0
+
+    def test_swapping_the_models_swaps_the_signs(self):
+        low, high = limits(paired_delta_interval(340, 12, 4, 44))
+        assert limits(paired_delta_interval(340, 4, 12, 44)) == pytest.approx((-high, -low))
+
+    @pytest.mark.parametrize(
+        ("lost_rate", "gained_rate", "most"),
+        [
+            (0.025, 0.015, 0.97),
+            (0.0125, 0.0075, 0.97),
+            # Four discordant images on average: few tables are possible, so coverage is uneven.
+            (0.0075, 0.0025, 0.98),
+        ],
+    )
+    def test_covers_the_true_difference(self, lost_rate, gained_rate, most):
+        images, both_right = 400, 0.89 - lost_rate
+        rates = [both_right, lost_rate, gained_rate, 1 - both_right - lost_rate - gained_rate]
+        tables = np.random.default_rng(1).multinomial(images, rates, CASES)
+        distinct, cases = np.unique(tables[:, 1:3], axis=0, return_counts=True)
+        covered = sum(
+            int(count)
+            for (lost, gained), count in zip(distinct.tolist(), cases, strict=True)
+            if covers(paired_delta_interval(images - lost - gained, lost, gained, 0), gained_rate - lost_rate)
+        )
+        assert 0.93 <= covered / CASES <= most
+
+    @pytest.mark.parametrize(
+        ("counts", "message"),
+        [((0, 0, 0, 0), "at least one image, got none"), ((9, -1, 0, 1), "cannot be negative")],
+    )
+    def test_rejects(self, counts, message):
+        with pytest.raises(ValueError, match=message):
+            paired_delta_interval(*counts)
+
+
+class TestMcnemarExactP:
+    @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (5, 5), (6, 16), (30, 12), (700, 780)])
+    def test_equals_statsmodels(self, lost, gained):
+        expected = mcnemar([[100, lost], [gained, 50]], exact=True).pvalue if lost + gained else 1.0
+        assert mcnemar_exact_p(lost, gained) == pytest.approx(expected, rel=1e-9)
+
+    def test_rejects_a_negative_count(self):
+        with pytest.raises(ValueError, match="cannot be negative, got -1 and 3"):
+            mcnemar_exact_p(-1, 3)
+
+
+def seen(images, loss, discordant_rate, cases=4_000):
+    """Share of simulated comparisons whose interval shows the loss."""
+    lost, gained = (discordant_rate + loss) / 2, (discordant_rate - loss) / 2
+    tables = np.random.default_rng(2).multinomial(images, [lost, gained, 1 - lost - gained], cases)
+    distinct, counts = np.unique(tables, axis=0, return_counts=True)
+    shown = [paired_delta_interval(same, lost, gained, 0).high < 0 for lost, gained, same in distinct.tolist()]
+    return float(counts @ np.array(shown)) / cases
+
+
+class TestVisibleLoss:
+    @pytest.mark.parametrize("images", [4, 10, 399, 400, 5_000, 50_000])
+    @pytest.mark.parametrize("discordant_rate", [0.0, 0.01, 0.04, 0.3, 1.0])
+    @pytest.mark.parametrize(("confidence", "power"), [(0.95, 0.8), (0.9, 0.5), (0.99, 0.95)])
+    def test_are_inverse(self, images, discordant_rate, confidence, power):
+        loss = smallest_visible_loss(images, discordant_rate, confidence, power)
+        if math.isfinite(loss):
+            assert images_needed(loss, discordant_rate, confidence, power) == images
+
+    def test_follows_the_formula_of_connor(self):
+        z, z_power = scipy.stats.norm.ppf([0.975, 0.8])
+        rate, loss = 0.05, 0.02
+        expected = (z * rate**0.5 + z_power * (rate - loss**2) ** 0.5) ** 2 / loss**2
+        assert images_needed(100 * loss, rate) == math.ceil(expected)
+
+    def test_the_loss_is_seen_eight_times_in_ten(self):
+        loss = smallest_visible_loss(2_000, 0.05) / 100
+        assert 0.77 <= seen(2_000, loss, 0.05) <= 0.83
+
+    def test_is_cautious_where_every_discordant_image_is_lost(self):
+        loss = smallest_visible_loss(400, 0.0) / 100
+        assert 0.9 <= seen(400, loss, loss) <= 0.98
+
+    def test_a_rate_below_the_loss_does_not_matter(self):
+        assert smallest_visible_loss(400, 0.0) == smallest_visible_loss(400, 1 / 400)
+        assert images_needed(2.0, 0.0) == images_needed(2.0, 0.02)
+
+    def test_no_loss_is_visible_on_three_images(self):
+        assert smallest_visible_loss(3, 0.5) == math.inf
+        assert smallest_visible_loss(4, 0.0) <= 100
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda: smallest_visible_loss(0, 0.1), "at least one image, got 0"),
+            (lambda: smallest_visible_loss(9, 1.1), "discordant rate must lie between 0 and 1, got 1.1"),
+            (lambda: images_needed(0.0, 0.1), "above 0 and at most 100 points, got 0.0"),
+            (lambda: images_needed(1.0, 0.1, power=1.0), "power must be at least 0.5 and below 1, got 1.0"),
+        ],
+    )
+    def test_rejects(self, call, message):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+class TestPairedCounts:
+    def test_counts_each_kind(self):
+        baseline = np.array([True, True, True, False, False, True])
+        variant = np.array([True, False, False, True, False, True])
+        assert paired_counts(baseline, variant) == PairedCounts(2, 2, 1, 1)
+
+    @pytest.mark.parametrize(
+        ("baseline", "variant", "message"),
+        [
+            ([True], [True, False], "differ in length: 1 and 2"),
+            ([], [], "at least one value, got empty arrays"),
+            ([3, 4], [3, 4], "expected arrays of bool, got int64 and int64"),
+            ([[True]], [[True]], r"flat arrays, got shapes \(1, 1\) and \(1, 1\)"),
+        ],
+    )
+    def test_rejects(self, baseline, variant, message):
+        with pytest.raises(ValueError, match=message):
+            paired_counts(baseline, variant)
+
+
+class TestAgreement:
+    def test_is_the_share_of_equal_classes(self):
+        assert agreement([3, 1, 2, 0], [3, 1, 0, 2]) == 0.5
+
+    def test_rejects_different_lengths(self):
+        with pytest.raises(ValueError, match="differ in length: 2 and 3"):
+            agreement([1, 2], [1, 2, 3])
+
+
+class TestMeanKlDivergence:
+    def test_equals_scipy(self):
+        baseline, variant = np.random.default_rng(3).normal(0, 4, (2, 50, 10))
+        p, q = scipy.special.softmax(baseline, axis=1), scipy.special.softmax(variant, axis=1)
+        expected = scipy.stats.entropy(p, q, axis=1).mean()
+        assert mean_kl_divergence(baseline, variant) == pytest.approx(expected)
+
+    def test_is_zero_for_equal_logits_and_for_shifted_ones(self):
+        logits = np.random.default_rng(4).normal(0, 4, (50, 10)).astype(np.float16)
+        assert mean_kl_divergence(logits, logits) == 0.0
+        assert mean_kl_divergence(logits, logits.astype(np.float64) + 100) == pytest.approx(0.0, abs=1e-12)
+
+    def test_is_stable_for_large_logits(self):
+        assert mean_kl_divergence([[5000.0, 0.0]], [[0.0, 5000.0]]) == pytest.approx(5000.0)
+
+    @pytest.mark.parametrize(
+        ("baseline", "variant", "message"),
+        [
+            (np.zeros((2, 3)), np.zeros((2, 4)), r"differ in shape: \(2, 3\) and \(2, 4\)"),
+            (np.zeros((0, 3)), np.zeros((0, 3)), r"not empty, got shape \(0, 3\)"),
+            (np.zeros((1, 2)), [[math.nan, 0.0]], "logits must be finite"),
+        ],
+    )
+    def test_rejects(self, baseline, variant, message):
+        with pytest.raises(ValueError, match=message):
+            mean_kl_divergence(baseline, variant)
+
+
+class TestNormalisedError:
+    def test_is_relative_to_the_reference(self):
+        assert normalised_error([[3.0], [4.0]], [[3.0], [5.0]]) == pytest.approx(0.2)
+
+    def test_does_not_overflow_in_half_precision(self):
+        reference = np.full(10, 60_000, np.float16)
+        assert normalised_error(reference, -reference) == pytest.approx(2.0)
+
+    @pytest.mark.parametrize(
+        ("reference", "other", "message"),
+        [
+            ([1.0], [1.0, 2.0], r"differ in shape: \(1,\) and \(2,\)"),
+            ([0.0], [1.0], "empty or all zeros"),
+            ([], [], "empty or all zeros"),
+        ],
+    )
+    def test_rejects(self, reference, other, message):
+        with pytest.raises(ValueError, match=message):
+            normalised_error(reference, other)
+
+
+def calibration_error_by_loops(logits, labels, bins):
+    probabilities = scipy.special.softmax(logits, axis=1)
+    error = 0.0
+    for index in range(bins):
+        members = [image for image, row in enumerate(probabilities) if index / bins < row.max() <= (index + 1) / bins]
+        if members:
+            accuracy = np.mean([probabilities[image].argmax() == labels[image] for image in members])
+            confidence = np.mean([probabilities[image].max() for image in members])
+            error += len(members) / len(labels) * abs(accuracy - confidence)
+    return error
+
+
+class TestExpectedCalibrationError:
+    @pytest.mark.parametrize("bins", [1, 10, 15])
+    def test_equals_the_definition(self, bins):
+        generator = np.random.default_rng(5)
+        logits, labels = generator.normal(0, 2, (300, 5)), generator.integers(0, 5, 300)
+        expected = calibration_error_by_loops(logits, labels, bins)
+        assert expected_calibration_error(logits, labels, bins) == pytest.approx(expected)
+
+    def test_is_zero_for_calibrated_and_one_for_surely_wrong(self):
+        even = np.zeros((4, 2))
+        assert expected_calibration_error(even, np.array([0, 1, 0, 1])) == 0.0
+        assert expected_calibration_error([[0.0, 1e4]], np.array([0])) == 1.0
+
+    def test_rejects_zero_bins(self):
+        with pytest.raises(ValueError, match="at least one bin, got 0"):
+            expected_calibration_error([[0.0, 1.0]], [0], bins=0)
+
+
+class TestTopkCorrect:
+    @pytest.mark.parametrize("k", [1, 3, 5])
+    def test_equals_a_stable_sort(self, k):
+        generator = np.random.default_rng(6)
+        # Small integers tie often.
+        logits, labels = generator.integers(0, 4, (200, 8)), generator.integers(0, 8, 200)
+        order = np.argsort(-logits, axis=1, kind="stable")
+        expected = (order[:, :k] == labels[:, np.newaxis]).any(axis=1)
+        assert (topk_correct(logits, labels, k) == expected).all()
+
+    def test_of_equal_logits_the_lower_class_comes_first(self):
+        assert topk_correct(np.zeros((4, 4)), np.arange(4), 2).tolist() == [True, True, False, False]
+
+    def test_k_above_the_classes_is_always_right(self):
+        assert topk_correct(np.zeros((3, 3)), np.arange(3), 5).all()
+
+    @pytest.mark.parametrize(
+        ("logits", "labels", "k", "message"),
+        [
+            ([[0.0, 1.0]], [0], 0, "k must be at least 1, got 0"),
+            ([[0.0, 1.0]], [0, 1], 1, r"1 images need labels of shape \(1,\), got \(2,\)"),
+            ([[0.0, 1.0]], [2], 1, "labels must lie between 0 and 1, got 2 to 2"),
+            ([[0.0, 1.0]], [-1], 1, "labels must lie between 0 and 1, got -1 to -1"),
+            ([[0.0, 1.0]], [0.0], 1, "labels must be class indices, got float64"),
+            ([0.0, 1.0], [0], 1, r"logits must be \(images, classes\) and not empty, got shape \(2,\)"),
+            ([[math.nan, math.nan]], [0], 1, "logits must be finite"),
+        ],
+    )
+    def test_rejects(self, logits, labels, k, message):
+        with pytest.raises(ValueError, match=message):
+            topk_correct(logits, labels, k)
+
+
+class TestLatencySummary:
+    def test_equals_numpy(self):
+        samples = np.random.default_rng(7).lognormal(2, 0.3, 150)
+        summary = latency_summary(samples)
+        assert summary.count == 150
+        assert summary.mean_ms == pytest.approx(samples.mean())
+        assert summary.std_ms == pytest.approx(samples.std())
+        assert summary.min_ms == samples.min()
+        percentiles = (summary.p50_ms, summary.p95_ms, summary.p99_ms)
+        assert percentiles == pytest.approx(tuple(np.percentile(samples, [50, 95, 99])))
+
+    @pytest.mark.parametrize(
+        ("count", "has_p95", "has_p99"), [(1, 0, 0), (19, 0, 0), (20, 1, 0), (99, 1, 0), (100, 1, 1)]
+    )
+    def test_a_percentile_needs_samples(self, count, has_p95, has_p99):
+        summary = latency_summary(np.ones(count))
+        assert (summary.p95_ms is not None, summary.p99_ms is not None) == (has_p95, has_p99)
+
+    @pytest.mark.parametrize(
+        ("samples", "message"),
+        [
+            ([], r"flat array and not empty, got shape \(0,\)"),
+            ([1.0, 0.0], "positive and finite"),
+            ([1.0, math.nan], "positive and finite"),
+        ],
+    )
+    def test_rejects(self, samples, message):
+        with pytest.raises(ValueError, match=message):
+            latency_summary(samples)
+
+
+class TestStudentTQuantile:
+    @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 30, 201])
+    @pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
+    def test_equals_scipy(self, confidence, freedom):
+        expected = scipy.stats.t.ppf((1 + confidence) / 2, freedom)
+        assert statistics._student_t_quantile(confidence, freedom) == pytest.approx(expected, rel=1e-9)
+
+
+class TestSpeedupInterval:
+    def test_equals_a_t_interval_of_the_logarithms(self):
+        generator = np.random.default_rng(8)
+        baseline, variant = generator.lognormal(2, 0.1, (6, 9)), generator.lognormal(1.5, 0.1, (6, 9))
+        logs = np.log(np.median(baseline, axis=1) / np.median(variant, axis=1))
+        expected = scipy.stats.t.interval(0.9, 5, logs.mean(), scipy.stats.sem(logs))
+        speedup = speedup_interval(list(baseline), list(variant), confidence=0.9)
+        assert speedup.ratio == pytest.approx(math.exp(logs.mean()))
+        assert limits(speedup.interval) == pytest.approx(np.exp(expected))
+
+    @pytest.mark.parametrize("rounds", [1, 2])
+    def test_few_rounds_give_no_interval(self, rounds):
+        speedup = speedup_interval([[8.0, 9.0, 7.0]] * rounds, [[4.0, 4.5]] * rounds)
+        assert speedup.ratio == pytest.approx(8 / 4.25)
+        assert speedup.interval is None
+
+    def test_covers_the_true_ratio_on_a_drifting_machine(self):
+        generator = np.random.default_rng(9)
+        rounds, samples, truth = 8, 11, 1.68
+        # Per case and round: the machine's speed, a random walk that both models see ...
+        machine = np.cumsum(generator.normal(0, 0.2, (CASES, rounds, 1)), axis=1)
+        # ... and what differs between one block of samples and the next, and within it.
+        block = generator.normal(0, 0.02, (2, CASES, rounds, 1))
+        noise = generator.exponential(0.05, (2, CASES, rounds, samples))
+        baseline, variant = np.exp(machine + block + noise) * np.array([truth, 1]).reshape(2, 1, 1, 1)
+        speedups = [speedup_interval(list(a), list(b)) for a, b in zip(baseline, variant, strict=True)]
+        covered = np.mean([covers(speedup.interval, truth) for speedup in speedups])
+        assert 0.93 <= covered <= 0.97
+
+    @pytest.mark.parametrize("rounds", [7, 10])
+    @pytest.mark.parametrize("samples", [10, 30])
+    def test_is_right_while_the_machine_slows_down_twofold(self, rounds, samples):
+        generator = np.random.default_rng(10)
+        truth = 1.68
+        slowdown = np.geomspace(1, 2, 2 * rounds * samples).reshape(rounds, 2, samples)
+        # The model that goes first alternates.
+        slowdown[1::2] = slowdown[1::2, ::-1]
+        measured = slowdown * generator.lognormal(0, 0.02, slowdown.shape)
+        speedup = speedup_interval(list(10 * truth * measured[:, 0]), list(10 * measured[:, 1]))
+        assert speedup.ratio == pytest.approx(truth, rel=0.02)
+        assert covers(speedup.interval, truth)
+
+    @pytest.mark.parametrize(
+        ("baseline", "variant", "message"),
+        [
+            ([], [], "at least one round, got none"),
+            ([[1.0]], [[1.0], [2.0]], "need the same rounds, got 1 and 2"),
+            ([[1.0]], [[]], "flat array and not empty"),
+            ([[1.0]], [[-1.0]], "positive and finite"),
+        ],
+    )
+    def test_rejects(self, baseline, variant, message):
+        with pytest.raises(ValueError, match=message):
+            speedup_interval(baseline, variant)
+
+
+class TestSpearman:
+    def test_equals_scipy_with_ties(self):
+        a, b = np.random.default_rng(11).integers(0, 6, (2, 40))
+        assert spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
+
+    def test_reaches_its_ends(self):
+        assert spearman([1.0, 2.0, 30.0], [4.0, 50.0, 51.0]) == 1.0
+        assert spearman([1.0, 2.0, 30.0], [9.0, 5.0, 1.0]) == -1.0
+
+    @pytest.mark.parametrize(
+        ("a", "b", "message"),
+        [
+            ([1.0, 2.0], [1.0], "differ in length: 2 and 1"),
+            ([1.0], [1.0], "at least two values"),
+            ([1.0, 1.0], [1.0, 2.0], "undefined where all values are equal"),
+            ([1.0, math.nan], [1.0, 2.0], "got NaN"),
+        ],
+    )
+    def test_rejects(self, a, b, message):
+        with pytest.raises(ValueError, match=message):
+            spearman(a, b)
+
+
+class TestParetoFront:
+    def test_equals_the_definition(self):
+        costs, scores = np.random.default_rng(12).integers(0, 12, (2, 60))
+
+        def beaten(i):
+            return any(
+                costs[j] <= costs[i] and scores[j] >= scores[i] and (costs[j] < costs[i] or scores[j] > scores[i])
+                for j in range(60)
+            )
+
+        front = pareto_front(costs, scores)
+        assert set(front) == {i for i in range(60) if not beaten(i)}
+        assert front == sorted(front, key=lambda i: costs[i])
+
+    def test_equal_points_stay_together(self):
+        assert pareto_front([2.0, 1.0, 2.0, 3.0], [5.0, 1.0, 5.0, 5.0]) == [1, 0, 2]
+
+    @pytest.mark.parametrize(
+        ("costs", "scores", "message"),
+        [
+            ([], [], "got empty arrays"),
+            ([1.0], [1.0, 2.0], "differ in length: 1 and 2"),
+            ([math.nan], [1.0], "got NaN"),
+        ],
+    )
+    def test_rejects(self, costs, scores, message):
+        with pytest.raises(ValueError, match=message):
+            pareto_front(costs, scores)

@@ -1,0 +1,3 @@
+"""Make Vision Transformers small and fast, and prove what that cost."""
+
+__version__ = "0.1.0"

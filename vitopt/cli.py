@@ -1,0 +1,526 @@
+"""The command line: arguments become specs, errors become one clear line.
+
+Nothing heavy is imported before a command needs it, so that help and refused recipes answer at once.
+"""
+
+import functools
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vitopt import __version__, progress
+from vitopt.errors import RecipeError, VitoptError
+from vitopt.recipe import (
+    LINEARS,
+    Attention,
+    DataSpec,
+    EvaluateSpec,
+    FinetuneSpec,
+    Format,
+    HalfFormat,
+    Recipe,
+    VariantSpec,
+    dump_yaml,
+    load_recipe,
+    validate,
+)
+from vitopt.records import Record
+
+if TYPE_CHECKING:
+    from vitopt.measure.evaluator import Measured
+    from vitopt.optimize.plan import LayerPlan
+
+app = typer.Typer(
+    name="vitopt",
+    help="Make Vision Transformers small and fast, and prove what that cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+CommandFunction = TypeVar("CommandFunction", bound=Callable[..., None])
+
+CheckpointArgument = Annotated[
+    str, typer.Argument(help="Folder, hub id, [b]vit-quickstart[/b], or random:vit-large-patch16-224.")
+]
+DataOption = Annotated[str, typer.Option(help="Image folder, hub data set id, or digits; NAME:SPLIT names a split.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Only JSON on standard output, no bars.")]
+AttentionOption = Annotated[Attention, typer.Option(help="Attention implementation.")]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Run through torch.compile.")]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse instead of falling back to SDPA.")]
+SkipBadOption = Annotated[bool, typer.Option("--skip-bad-images", help="Leave out and count undecodable images.")]
+LimitOption = Annotated[int | None, typer.Option(help="Use only so many images, spread over the classes.")]
+IterationsOption = Annotated[int, typer.Option(help="Timed calls per checkpoint and batch size.")]
+RoundsOption = Annotated[int, typer.Option(help="Interleaved rounds that share the iterations.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # A terminated run cleans up after itself exactly like an interrupted one.
+    signal.signal(signal.SIGTERM, _interrupt)
+    app()
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _clear_errors(command: CommandFunction) -> CommandFunction:
+    """Print a VitoptError as one line and exit with 1; Ctrl-C exits with 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except VitoptError as error:
+            err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            err.print("interrupted: finished stages are kept; the same command goes on from there", highlight=False)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # The reader of our output has gone; there is nobody to tell.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _start(as_json: bool) -> None:
+    """Set up what every working command needs: quiet libraries, notices, bars for a person at a terminal."""
+    from vitopt import environment
+
+    logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr, force=True)
+    environment.quiet_libraries()
+    progress.enable(not as_json and sys.stderr.isatty() and environment.is_main_process())
+
+
+def _say(line: str) -> None:
+    from vitopt import environment
+
+    if environment.is_main_process():
+        err.print(escape(line), highlight=False)
+
+
+def _print_json(value: Any) -> None:
+    from vitopt import environment
+
+    if environment.is_main_process():
+        sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Make Vision Transformers small and fast, and prove what that cost."""
+
+
+@app.command()
+@_clear_errors
+def run(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME without it.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, as in finetune.epochs=1.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and layer plans only.")] = False,
+    strict: StrictOption = False,
+    skip_bad_images: SkipBadOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Carry out a recipe: fine-tune, quantize, measure, report, export."""
+    overrides = [*(set_ or []), *(["strict=true"] if strict else [])]
+    overrides += ["data.skip_bad_images=true"] if skip_bad_images else []
+    resolved = load_recipe(recipe, overrides)
+    _start(as_json)
+    from vitopt import pipeline
+
+    if dry_run:
+        _print_dry_run(resolved, pipeline.plans(resolved), as_json)
+        return
+    result = pipeline.run(resolved, output or Path("runs") / resolved.name, _say)
+    if as_json:
+        _print_json([record.to_json() for record in result.records])
+        return
+    from vitopt import environment
+
+    if environment.is_main_process():
+        _print_table(result.records)
+        out.print(f"\nreport: {result.report}", highlight=False)
+        if result.export is not None:
+            from vitopt.report.card import loading_code
+
+            chosen = next(record for record in result.records if record.variant.name == resolved.export)
+            out.print(f"export: {result.export}\n\nIt opens with plain transformers:\n", highlight=False)
+            out.print(escape(loading_code(chosen, str(result.export))), highlight=False)
+
+
+@app.command()
+@_clear_errors
+def finetune(
+    checkpoint: CheckpointArgument,
+    data: DataOption,
+    output: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
+    method: Annotated[str, typer.Option(help="lora or full.")] = "lora",
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA updates.")] = 8,
+    alpha: Annotated[float, typer.Option(help="LoRA scale; updates count alpha / rank.")] = 32,
+    dropout: Annotated[float, typer.Option(help="Dropout before the LoRA updates.")] = 0.1,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Layers to adapt, repeatable: {', '.join(LINEARS)}, block.11.fc1 ..."),
+    ] = None,
+    epochs: Annotated[float, typer.Option()] = 3,
+    batch_size: Annotated[int, typer.Option(help="Images per device and step.")] = 16,
+    learning_rate: Annotated[float, typer.Option()] = 1e-3,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    augment: Annotated[bool, typer.Option(help="Random crops and mirror images.")] = True,
+    flip: Annotated[bool, typer.Option(help="Mirror images; wrong for digits and text.")] = True,
+    workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune a checkpoint on labelled images and merge the result."""
+    spec = validate(
+        FinetuneSpec,
+        {
+            "method": method,
+            "rank": rank,
+            "alpha": alpha,
+            "dropout": dropout,
+            "targets": target or LINEARS,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "precision": precision,
+            "augment": augment,
+            "flip": flip,
+            "workers": workers,
+        },
+        where="finetune",
+    )
+    _start(as_json)
+    from vitopt.data.images import open_images
+    from vitopt.errors import DataError
+    from vitopt.finetune.training import finetune as train
+    from vitopt.models.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(checkpoint)
+    source = DataSpec(source=data)
+    training = open_images(source, "train")
+    try:
+        test = None if ":" in data else open_images(source, "test" if training.split == "train" else None)
+    except DataError:
+        test = None  # only a training split is fine: there is nothing to report on
+    report = train(opened, training, spec, output, test=test, device=device, seed=seed)
+    if as_json:
+        _print_json(vars(report) | {"checkpoint": str(output)})
+        return
+    share = 100 * report.trainable_parameters / report.parameters
+    _say(
+        f"{report.images} images, {report.classes} classes, {report.epochs:g} epochs, {report.steps} steps in "
+        f"{report.seconds:.0f} s; {report.trainable_parameters:,} parameters trained ({share:.1f} %)"
+    )
+    if report.test_top1_percent is not None and test is not None:
+        _say(f"top-1 on {len(test)} images of the {test.split} split: {report.test_top1_percent:.1f} %")
+    _say(f"checkpoint: {output}")
+
+
+@app.command()
+@_clear_errors
+def quantize(
+    checkpoint: CheckpointArgument,
+    format: Annotated[Format, typer.Option(help="Format of the linear layers.")],
+    output: Annotated[Path, typer.Option(help="Folder for the quantized checkpoint.")],
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(help="Layers that stay in 16 bit, repeatable: block.21, block.*.fc2 ..."),
+    ] = None,
+    half: Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are not quantized.")] = "bf16",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint in another format; it opens with plain transformers."""
+    variant = validate(
+        VariantSpec, {"name": "variant", "format": format, "skip": skip or [], "half": half}, where="quantize"
+    )
+    _start(as_json)
+    from vitopt.models.checkpoint import disk_bytes, open_checkpoint
+    from vitopt.optimize.quantize import quantize as write
+    from vitopt.report.table import human_bytes
+
+    opened = open_checkpoint(checkpoint)
+    with progress.task(f"quantizing to {format}", None):
+        plan = write(opened, variant, output, device)
+    size = disk_bytes(output)
+    if as_json:
+        _print_json({"checkpoint": str(output), "layer_plan": plan.counts(), "disk_bytes": size})
+        return
+    before = f", was {human_bytes(disk_bytes(opened.folder))}" if opened.folder else ""
+    _say(f"{', '.join(f'{count} layers {name}' for name, count in plan.counts().items())}")
+    _say(f"{human_bytes(size)} on disk{before}")
+    _say(f"checkpoint: {output}")
+
+
+@app.command()
+@_clear_errors
+def evaluate(
+    checkpoint: CheckpointArgument,
+    data: DataOption,
+    baseline: Annotated[str | None, typer.Option(help="Checkpoint to compare with, image by image.")] = None,
+    attention: AttentionOption = "sdpa",
+    compile: CompileOption = False,
+    batch_size: Annotated[int, typer.Option(help="Images per call while accuracy is measured.")] = 32,
+    latency_batch_size: Annotated[str, typer.Option(help="Batch sizes to time, as in 1,8,32.")] = "1",
+    iterations: IterationsOption = 100,
+    rounds: RoundsOption = 10,
+    workers: Annotated[int, typer.Option(help="Processes that decode images; 0 uses a thread.")] = 0,
+    limit: LimitOption = None,
+    skip_bad_images: SkipBadOption = False,
+    strict: StrictOption = False,
+    device: DeviceOption = "auto",
+    output: Annotated[Path | None, typer.Option(help="Folder for record.json and predictions.parquet.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure accuracy, latency, size and memory of a checkpoint."""
+    spec = _evaluate_spec(batch_size, workers, latency_batch_size, iterations, rounds)
+    source = validate(DataSpec, {"source": data, "limit": limit, "skip_bad_images": skip_bad_images}, where="data")
+    _start(as_json)
+    from vitopt import pipeline
+    from vitopt.data.images import open_images
+
+    sources = [checkpoint] if baseline is None else [baseline, checkpoint]
+    candidates = _candidates(sources, attention, compile)
+    measured = pipeline.measure(
+        candidates,
+        spec,
+        images=open_images(source, None),
+        skip_bad=skip_bad_images,
+        baseline=candidates[0].name if baseline is not None else None,
+        device=device,
+        strict=strict,
+    )
+    if not measured:
+        return  # not the main process
+    if output is not None:
+        _keep(measured[-1], output)
+    record = measured[-1].record
+    _print_json(record.to_json()) if as_json else _print_table([one.record for one in measured])
+    if record.failure:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_clear_errors
+def benchmark(
+    checkpoints: Annotated[list[str], typer.Argument(help="Folders, hub ids or random:ARCHITECTURE.")],
+    batch_size: Annotated[str, typer.Option(help="Batch sizes, as in 1,8,32.")] = "1",
+    attention: AttentionOption = "sdpa",
+    compile: CompileOption = False,
+    iterations: IterationsOption = 100,
+    rounds: RoundsOption = 10,
+    strict: StrictOption = False,
+    device: DeviceOption = "auto",
+    output: Annotated[Path | None, typer.Option(help="Folder that gets one record per checkpoint.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time checkpoints against each other, interleaved; the first is the baseline."""
+    spec = _evaluate_spec(32, 0, batch_size, iterations, rounds)
+    _start(as_json)
+    from vitopt import pipeline
+
+    candidates = _candidates(checkpoints, attention, compile)
+    measured = pipeline.measure(candidates, spec, baseline=candidates[0].name, device=device, strict=strict)
+    if output is not None:
+        for one in measured:
+            _keep(one, output / "variants" / one.record.variant.name)
+    records = [one.record for one in measured]
+    _print_json([record.to_json() for record in records]) if as_json else _print_table(records)
+
+
+@app.command()
+@_clear_errors
+def predict(
+    checkpoint: CheckpointArgument,
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes to print per image.")] = 5,
+    attention: AttentionOption = "sdpa",
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Classify images."""
+    _start(as_json)
+    from vitopt import pipeline
+
+    predictions = pipeline.predict(checkpoint, images, top=top, attention=attention, device=device)
+    if as_json:
+        _print_json(predictions)
+        return
+    for prediction in predictions:
+        out.print(escape(prediction["image"]), style="bold", highlight=False)
+        for guess in prediction["classes"]:
+            out.print(f"  {guess['percent']:5.1f} %  {escape(guess['label'])}", highlight=False)
+
+
+@app.command()
+@_clear_errors
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN-DIR", help="Folder of a run.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write report.md and report.html of a run again from its records."""
+    _start(as_json)
+    from vitopt.report.page import load_run, write_report
+
+    records = load_run(run_folder)
+    path = write_report(run_folder)
+    if as_json:
+        _print_json({"report": str(path), "variants": [record.variant.name for record in records]})
+        return
+    _print_table(records)
+    out.print(f"\nreport: {path}", highlight=False)
+
+
+@app.command()
+@_clear_errors
+def doctor(as_json: JsonOption = False, device: DeviceOption = "auto") -> None:
+    """Tell what this machine can run and why it cannot run the rest."""
+    _start(as_json)
+    from vitopt import environment
+
+    facts = environment.diagnose(environment.resolve_device(device))
+    if as_json:
+        _print_json(facts)
+        return
+    for title, section in facts.items():
+        table = Table(title=title.replace("_", " "), title_justify="left", show_header=False, box=None)
+        for name, value in section.items():
+            mark = (
+                {None: "[green]yes[/]", True: "[green]yes[/]", False: "no"}.get(value) if title == "can_run" else None
+            )
+            table.add_row(name, mark or escape("not installed" if value is None else str(value)))
+        out.print(table)
+        out.print()
+
+
+@app.command()
+@_clear_errors
+def init(
+    model: Annotated[str, typer.Argument(help="Checkpoint to start from.")],
+    data: Annotated[str, typer.Argument(help="Images to fine-tune and measure on.")],
+    name: Annotated[str, typer.Option(help="Name of the run.")] = "my-run",
+) -> None:
+    """Print a recipe for a model and a data set, fitted to this machine."""
+    _start(as_json=False)
+    from vitopt import pipeline
+
+    sys.stdout.write(pipeline.starting_recipe(model, data, name))
+
+
+def _evaluate_spec(batch_size: int, workers: int, latency: str, iterations: int, rounds: int) -> EvaluateSpec:
+    sizes = [int(part) if part.strip().isdigit() else part for part in latency.split(",")]
+    return validate(
+        EvaluateSpec,
+        {
+            "batch_size": batch_size,
+            "workers": workers,
+            "latency": {"batch_sizes": sizes, "iterations": iterations, "rounds": min(rounds, iterations)},
+        },
+        where="arguments",
+    )
+
+
+def _candidates(sources: Sequence[str], attention: Attention, compile: bool) -> list[Any]:
+    from vitopt.pipeline import Candidate
+
+    short = [source.rstrip("/").rsplit("/", 1)[-1] for source in sources]
+    names = [source if short.count(name) > 1 else name for source, name in zip(sources, short, strict=True)]
+    if len(set(names)) < len(names):
+        raise RecipeError("the same checkpoint is given twice; compare two different ones")
+    return [Candidate(name, source, attention, compile) for name, source in zip(names, sources, strict=True)]
+
+
+def _keep(measured: "Measured", folder: Path) -> None:
+    from vitopt.measure.predictions import save_predictions
+    from vitopt.records import save_record
+
+    save_record(measured.record, folder)
+    if measured.predictions is not None:
+        save_predictions(measured.predictions, folder)
+
+
+@contextmanager
+def _full_width() -> Iterator[None]:
+    # Piped output has no width; a table cut at 80 columns would lose its figures.
+    if out.is_terminal:
+        yield
+        return
+    width, out.width = out.width, 200
+    yield
+    out.width = width
+
+
+def _print_table(records: Sequence[Record]) -> None:
+    from vitopt.report.table import HEADINGS, UNKNOWN, batch_sizes, notes, row
+
+    with _full_width():
+        for size in batch_sizes(records) or (None,):
+            rows = [row(record, size) for record in records]
+            shown = [i for i in range(len(HEADINGS)) if any(cells[i] != UNKNOWN for cells in rows)]
+            table = Table(title=f"batch size {size}" if size else None, title_justify="left")
+            for index in shown:
+                table.add_column(HEADINGS[index], justify="left" if index < 3 else "right")
+            for cells in rows:
+                table.add_row(*(escape(cells[index]) for index in shown))
+            out.print(table)
+    for note in notes(records):
+        out.print(f"• {escape(note)}", highlight=False)
+
+
+def _print_dry_run(recipe: Recipe, plans: "dict[str, LayerPlan]", as_json: bool) -> None:
+    if as_json:
+        layers = {
+            name: {
+                p.layer.logical: {"format": p.format, "module": p.layer.module, "reason": p.reason} for p in plan.layers
+            }
+            for name, plan in plans.items()
+        }
+        _print_json({"recipe": recipe.model_dump(mode="json"), "layer_plans": layers})
+        return
+    out.print(escape(dump_yaml(recipe)), highlight=False)
+    with _full_width():
+        _print_plans(plans)
+
+
+def _print_plans(plans: "dict[str, LayerPlan]") -> None:
+    for name, plan in plans.items():
+        table = Table(title=f"layer plan of {name}", title_justify="left")
+        for heading in ("layers", "format", "reason", "module of the first"):
+            table.add_column(heading)
+        for first, last, count in plan.groups():
+            span = first.layer.logical if count == 1 else f"{first.layer.logical} … {last.layer.logical} ({count})"
+            table.add_row(span, first.format, escape(first.reason), first.layer.module)
+        out.print(table)

@@ -1,0 +1,393 @@
+"""Labelled images from a folder, from a Hugging Face data set, or scikit-learn's digits.
+
+A folder has one subfolder per class, or a `metadata.csv` with the columns `file_name,label`; with
+subfolders named `train`, `test`, `validation`… each of them is such a folder. A folder without splits is
+divided once and for all into 80 % `train` and 20 % `test` per class, so that nothing is tested on what it
+was trained on.
+"""
+
+import csv
+import functools
+import hashlib
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vitopt.errors import BadImageError, DataError
+from vitopt.recipe import DataSpec
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "calibration")
+EVALUATION_SPLITS = ("test", "testing", "validation", "val", "valid")
+ALL = "all"
+MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
+_TEST_SHARE = 0.2
+
+
+class Reader(Protocol):
+    """Gives the encoded or decoded content of image `index`."""
+
+    def content(self, index: int) -> bytes: ...
+
+    def image(self, index: int) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with labels, in a fixed order.
+
+    `labels` index `class_names`; without names they are the indices of the model's own head.
+    """
+
+    name: str
+    split: str | None
+    ids: tuple[str, ...]
+    labels: tuple[int, ...]
+    class_names: tuple[str, ...] | None
+    reader: Reader
+    rows: tuple[int, ...]  # where each image stands in the reader
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def image(self, index: int) -> Image.Image:
+        """Decode one image as RGB, turned upright.
+
+        Raises:
+            BadImageError: truncated, not an image, or more than MAX_PIXELS pixels; the message names it.
+        """
+        name = self.ids[index]
+        try:
+            image = self.reader.image(self.rows[index])
+            if image.width * image.height > MAX_PIXELS:
+                megapixels = image.width * image.height / 1e6
+                raise BadImageError(
+                    f"image {name} has {megapixels:.0f} megapixels, more than the {MAX_PIXELS / 1e6:.0f} that are "
+                    "safe to decode: shrink it, or leave it out with --skip-bad-images"
+                )
+            return ImageOps.exif_transpose(image).convert("RGB")
+        except Image.DecompressionBombError as error:
+            raise BadImageError(
+                f"image {name} has too many pixels to decode safely: shrink it, or leave it out with --skip-bad-images"
+            ) from error
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            raise BadImageError(
+                f"image {name} cannot be decoded ({error}): replace it, or leave it out with --skip-bad-images"
+            ) from error
+
+    @functools.cached_property
+    def image_hashes(self) -> tuple[str, ...]:
+        """Hex digest of each image's content."""
+        return tuple(hashlib.sha256(self.reader.content(row)).hexdigest() for row in self.rows)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hex digest of all contents and labels, in order."""
+        digest = hashlib.sha256()
+        for content, label in zip(self.image_hashes, self.labels, strict=True):
+            digest.update(f"{content} {label}\n".encode())
+        return digest.hexdigest()
+
+    def subset(self, indices: Iterable[int]) -> "ImageSet":
+        """The images at `indices`, in that order."""
+        chosen = list(indices)
+        return replace(
+            self,
+            ids=tuple(self.ids[i] for i in chosen),
+            labels=tuple(self.labels[i] for i in chosen),
+            rows=tuple(self.rows[i] for i in chosen),
+        )
+
+    def limited(self, count: int | None) -> "ImageSet":
+        """At most `count` images, taken in turn from each class so that all classes stay represented."""
+        if count is None or count >= len(self):
+            return self
+        turn: dict[int, int] = {}
+        order = []
+        for index, label in enumerate(self.labels):
+            order.append((turn.get(label, 0), index))
+            turn[label] = turn.get(label, 0) + 1
+        return self.subset(sorted(index for _, index in sorted(order)[:count]))
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Images in files."""
+
+    paths: tuple[Path, ...]
+
+    def content(self, index: int) -> bytes:
+        return self.paths[index].read_bytes()
+
+    def image(self, index: int) -> Image.Image:
+        image = Image.open(self.paths[index])
+        if image.width * image.height <= MAX_PIXELS:
+            image.load()
+        return image
+
+
+@dataclass(frozen=True)
+class ArrayReader:
+    """Images in memory: (count, height, width) bytes."""
+
+    pixels: np.ndarray
+
+    def content(self, index: int) -> bytes:
+        return self.pixels[index].tobytes()
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+
+@dataclass(frozen=True)
+class HubReader:
+    """Rows of a Hugging Face data set whose image column is not decoded yet."""
+
+    rows: Any
+    column: str
+
+    def content(self, index: int) -> bytes:
+        value = self.rows[index][self.column]
+        return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+
+    def image(self, index: int) -> Image.Image:
+        return Image.open(io.BytesIO(self.content(index)))
+
+
+def open_images(spec: DataSpec, split: str | None) -> ImageSet:
+    """Open one split of a data set. `split` None takes the one meant for testing.
+
+    Raises:
+        DataError: no such folder or split, no images, fewer than two classes, a hub that cannot be reached.
+    """
+    source, _, named = spec.source.partition(":") if not Path(spec.source).exists() else (spec.source, "", "")
+    split = named or split
+    if source == "digits":
+        images = _digits(split)
+    elif Path(source).expanduser().is_dir():
+        images = _folder(Path(source).expanduser(), spec.source, split)
+    elif Path(source).expanduser().exists():
+        raise DataError(f"{source} is a file; data is a folder of images, a hub data set id, or digits")
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise DataError(f"no data at {source}: the folder does not exist")
+    else:
+        images = _hub(source, spec, split)
+    if len(images) == 0:
+        raise DataError(f"{spec.source} has no images; known endings: {' '.join(IMAGE_ENDINGS)}")
+    if len(set(images.labels)) < 2:
+        raise DataError(
+            f"all {len(images)} images of {spec.source} are of one class; accuracy needs at least two: "
+            "give the folder that holds the class folders"
+        )
+    return images.limited(spec.limit)
+
+
+def image_files(paths: Sequence[Path]) -> ImageSet:
+    """Image files without labels, for predictions.
+
+    Raises:
+        BadImageError: a file does not exist.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise BadImageError(f"no image at {path}" + (": it is a folder" if path.is_dir() else ""))
+    return ImageSet(
+        name="files",
+        split=None,
+        ids=tuple(map(str, paths)),
+        labels=(0,) * len(paths),
+        class_names=None,
+        reader=FileReader(tuple(paths)),
+        rows=tuple(range(len(paths))),
+    )
+
+
+def _digits(split: str | None) -> ImageSet:
+    """Scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels, 10 classes (UCI, CC BY 4.0)."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    # 16 grey levels, light on dark, become 8-bit pixels.
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    whole = ImageSet(
+        name="digits",
+        split=None,
+        ids=tuple(f"digit-{index:04d}" for index in range(len(pixels))),
+        labels=tuple(int(label) for label in digits.target),
+        class_names=tuple(str(digit) for digit in range(10)),
+        reader=ArrayReader(pixels),
+        rows=tuple(range(len(pixels))),
+    )
+    return _divided(whole, split, test_share=0.45)
+
+
+def _folder(path: Path, source: str, split: str | None) -> ImageSet:
+    splits = {child.name: child for child in sorted(path.iterdir()) if child.is_dir() and child.name in SPLIT_NAMES}
+    if not splits:
+        return _divided(_one_folder(path, source, None), split)
+    wanted = _pick_split(split, list(splits), source)
+    return _one_folder(splits[wanted], source, wanted)
+
+
+def _pick_split(split: str | None, existing: Sequence[str], source: str) -> str:
+    if split is None:
+        for name in EVALUATION_SPLITS:
+            if name in existing:
+                return name
+        raise DataError(f"{source} has no test split, only {', '.join(existing)}; name one as {source}:{existing[0]}")
+    if split not in existing:
+        raise DataError(f"{source} has no split {split!r}; it has {', '.join(existing)}")
+    return split
+
+
+def _divided(whole: ImageSet, split: str | None, test_share: float = _TEST_SHARE) -> ImageSet:
+    """A fixed division of a set that has no splits: every class gives its share to `test`."""
+    if split in (None, ALL):
+        return replace(whole, split=ALL)
+    if split not in ("train", "test"):
+        raise DataError(f"{whole.name} has no split {split!r}; it divides into train and test, or take all")
+    seen: dict[int, int] = {}
+    testing = []
+    for label in whole.labels:
+        # Evenly spread over the class: image k is tested where k * share passes the next whole number.
+        k = seen.get(label, 0)
+        testing.append(int((k + 1) * test_share) > int(k * test_share))
+        seen[label] = k + 1
+    part = whole.subset(index for index, tested in enumerate(testing) if tested == (split == "test"))
+    return replace(part, split=split)
+
+
+def _one_folder(path: Path, source: str, split: str | None) -> ImageSet:
+    if (path / "metadata.csv").is_file():
+        files, labels, names = _read_metadata(path)
+    else:
+        files, labels, names = _read_class_folders(path, source)
+    return ImageSet(
+        name=source,
+        split=split,
+        ids=tuple(file.relative_to(path).as_posix() for file in files),
+        labels=tuple(labels),
+        class_names=names,
+        reader=FileReader(tuple(files)),
+        rows=tuple(range(len(files))),
+    )
+
+
+def _read_class_folders(path: Path, source: str) -> tuple[list[Path], list[int], tuple[str, ...]]:
+    folders = [child for child in sorted(path.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    found = [(folder, sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_ENDINGS)) for folder in folders]
+    found = [(folder, files) for folder, files in found if files]
+    if not found and any(child.suffix.lower() in IMAGE_ENDINGS for child in path.iterdir()):
+        raise DataError(
+            f"{source} has images but no labels: put them into one folder per class, "
+            "or add a metadata.csv with the columns file_name,label"
+        )
+    names = tuple(folder.name for folder, _ in found)
+    files = [file for _, group in found for file in group]
+    labels = [label for label, (_, group) in enumerate(found) for _ in group]
+    return files, labels, names
+
+
+def _read_metadata(path: Path) -> tuple[list[Path], list[int], tuple[str, ...] | None]:
+    table = path / "metadata.csv"
+    with table.open(newline="", encoding="utf-8-sig") as stream:
+        rows = csv.DictReader(stream)
+        missing = {"file_name", "label"} - set(rows.fieldnames or ())
+        if missing:
+            raise DataError(f"{table} has no column {' and '.join(sorted(missing))}; it needs file_name,label")
+        entries = [(row["file_name"], (row["label"] or "").strip()) for row in rows]
+    for line, (name, label) in enumerate(entries, start=2):
+        if not name or not label:
+            raise DataError(f"{table} line {line}: the file name or the label is empty")
+        if not (path / name).is_file():
+            raise DataError(f"{table} line {line}: {name} does not exist")
+    files = [path / name for name, _ in entries]
+    if all(label.isdigit() for _, label in entries):
+        return files, [int(label) for _, label in entries], None
+    names = tuple(sorted({label for _, label in entries}))
+    index = {name: position for position, name in enumerate(names)}
+    return files, [index[label] for _, label in entries], names
+
+
+def _hub(source: str, spec: DataSpec, split: str | None) -> ImageSet:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        with_splits = datasets.load_dataset(source)
+    except Exception as error:  # the library raises what its many back ends raise
+        text = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"no folder named {source!r}, and the Hugging Face hub gave no data set of that name ({text}); "
+            "check the spelling and the network, or download it and give its folder"
+        ) from error
+    chosen = _pick_split(split, list(with_splits), source)
+    rows = with_splits[chosen]
+    image_column = spec.image_column or _column(rows.features, datasets.Image, "image_column", source)
+    label_column = spec.label_column or _column(rows.features, datasets.ClassLabel, "label_column", source)
+    for column in (image_column, label_column):
+        if column not in rows.features:
+            raise DataError(f"{source} has no column {column!r}; it has {', '.join(rows.features)}")
+    names = getattr(rows.features[label_column], "names", None)
+    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    return ImageSet(
+        name=source,
+        split=chosen,
+        ids=tuple(f"{chosen}-{index:06d}" for index in range(len(rows))),
+        labels=tuple(int(label) for label in rows[label_column]),
+        class_names=tuple(names) if names else None,
+        reader=HubReader(rows, image_column),
+        rows=tuple(range(len(rows))),
+    )
+
+
+def _column(features: Any, kind: type, key: str, source: str) -> str:
+    found = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if len(found) != 1:
+        raise DataError(
+            f"{source}: cannot tell which column is meant ({', '.join(features)}); set data.{key} in the recipe"
+        )
+    return found[0]
+
+
+def fit_labels(images: ImageSet, label_names: Sequence[str]) -> ImageSet:
+    """Express the labels as indices of a head with outputs `label_names`.
+
+    Named classes are matched by name (case, spaces, `_` and `-` aside); a head with placeholder names
+    (`LABEL_0`) of the same count takes them by position; numeric labels are taken as they are.
+
+    Raises:
+        DataError: the labels do not fit; the message names the first that does not.
+    """
+    if images.class_names is None:
+        highest = max(images.labels)
+        if highest >= len(label_names):
+            raise DataError(
+                f"{images.name} has label {highest}, but the model's head has {len(label_names)} classes "
+                f"(0 to {len(label_names) - 1}): use a model trained for these labels, or fine-tune one"
+            )
+        return replace(images, class_names=tuple(label_names))
+    positions = _positions(images, label_names)
+    return replace(images, labels=tuple(positions[label] for label in images.labels), class_names=tuple(label_names))
+
+
+def _positions(images: ImageSet, label_names: Sequence[str]) -> list[int]:
+    assert images.class_names is not None
+    normalise: Callable[[str], str] = lambda name: name.casefold().replace("_", " ").replace("-", " ").strip()  # noqa: E731
+    of_head = {normalise(name): index for index, name in enumerate(label_names)}
+    if all(name.startswith("LABEL_") for name in label_names) and len(label_names) == len(images.class_names):
+        return list(range(len(label_names)))
+    unknown = [name for name in images.class_names if normalise(name) not in of_head]
+    if unknown:
+        examples = ", ".join(label_names[:3])
+        raise DataError(
+            f"{images.name} has the class {unknown[0]!r}, which the model's head does not know "
+            f"({len(label_names)} classes: {examples}, ...): name the class folders as the model does, "
+            "or fine-tune the model on these classes first"
+        )
+    return [of_head[normalise(name)] for name in images.class_names]

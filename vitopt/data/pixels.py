@@ -1,0 +1,191 @@
+"""Images to pixel tensors: the checkpoint's own processor, augmentation, and batches read ahead."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from vitopt.data.images import ImageSet
+from vitopt.errors import BadImageError
+
+
+class Preprocessor:
+    """Turns one RGB image into the tensor its model was trained on."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+
+    @property
+    def name(self) -> str:
+        """Class that does the work; the Pillow and torchvision backends differ slightly in pixels."""
+        return type(self.processor).__name__
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its output in pixels."""
+        size = getattr(self.processor, "crop_size", None) if getattr(self.processor, "do_center_crop", False) else None
+        size = size or self.processor.size
+        if getattr(size, "height", None) or "height" in dict(size):
+            return int(size["height"]), int(size["width"])
+        return int(size["shortest_edge"]), int(size["shortest_edge"])
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Return (3, height, width), float32, normalised."""
+        return self.processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+class Augmentation:
+    """Random crop of 70 % to 100 % of the area, sides in ratio 3:4 to 4:3, and a mirror image half the time.
+
+    The crop is the usual one of ImageNet training (Szegedy et al., arXiv 1409.4842), milder because
+    fine-tuning sees few images. Random numbers come from torch, so that the trainer's seed fixes them.
+    """
+
+    def __init__(self, flip: bool = True, smallest_area: float = 0.7):
+        self.flip = flip
+        self.smallest_area = smallest_area
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        area, ratio, x, y, mirror = torch.rand(5).tolist()
+        share = self.smallest_area + (1 - self.smallest_area) * area
+        aspect = (3 / 4) ** (1 - 2 * ratio)
+        width = min(image.width, max(1, round((image.width * image.height * share * aspect) ** 0.5)))
+        height = min(image.height, max(1, round((image.width * image.height * share / aspect) ** 0.5)))
+        left, top = int(x * (image.width - width + 1)), int(y * (image.height - height + 1))
+        cropped = image.crop((left, top, left + width, top + height)).resize(image.size, Image.Resampling.BICUBIC)
+        if self.flip and mirror < 0.5:
+            return cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return cropped
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`pixel_values`: (images, 3, height, width), float32; `indices`: where they stand in the image set."""
+
+    indices: tuple[int, ...]
+    pixel_values: torch.Tensor
+    bad: tuple[int, ...] = ()
+
+
+class PixelDataset(Dataset):
+    """Preprocessed images for the trainer and for the batches of evaluation."""
+
+    def __init__(self, images: ImageSet, preprocess: Preprocessor, augment: Augmentation | None = None):
+        self.images = images
+        self.preprocess = preprocess
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = self.images.image(index)
+        if self.augment is not None:
+            image = self.augment(image)
+        return {"pixel_values": self.preprocess(image), "labels": self.images.labels[index]}
+
+
+class _Indexed(Dataset):
+    """Gives (index, pixels), or (index, None) for an image that cannot be decoded and may be skipped."""
+
+    def __init__(self, pixels: PixelDataset, indices: range, skip_bad: bool):
+        self.pixels, self.indices, self.skip_bad = pixels, indices, skip_bad
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, torch.Tensor | None]:
+        index = self.indices[position]
+        try:
+            return index, self.pixels[index]["pixel_values"]
+        except BadImageError:
+            if not self.skip_bad:
+                raise
+            return index, None
+
+
+def _collate(items: list[tuple[int, torch.Tensor | None]]) -> Batch:
+    good = [(index, pixels) for index, pixels in items if pixels is not None]
+    stacked = torch.stack([pixels for _, pixels in good]) if good else torch.empty(0)
+    bad = tuple(index for index, pixels in items if pixels is None)
+    return Batch(tuple(index for index, _ in good), stacked, bad)
+
+
+def batches(
+    images: ImageSet,
+    preprocess: Preprocessor,
+    batch_size: int,
+    *,
+    workers: int = 0,
+    skip_bad: bool = False,
+    share: tuple[int, int] = (0, 1),
+) -> Iterator[Batch]:
+    """Yield all images in order, decoded ahead of use so that loading overlaps with compute.
+
+    `share` (rank, processes) takes every `processes`-th image from `rank` on. With `workers` 0 one background
+    thread decodes: Pillow and numpy release the interpreter lock for most of it.
+
+    Raises:
+        BadImageError: an image cannot be decoded and `skip_bad` is false.
+    """
+    rank, processes = share
+    dataset = _Indexed(PixelDataset(images, preprocess), range(rank, len(images), processes), skip_bad)
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=_collate)
+    return _read_ahead(iter(loader)) if workers == 0 else _reraise_from_worker(iter(loader))
+
+
+_DEPTH = 4
+
+
+def _read_ahead(source: Iterator[Batch]) -> Iterator[Batch]:
+    """Run `source` in a thread, at most `_DEPTH` batches ahead."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=_DEPTH)
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            for batch in source:
+                ready.put(batch)
+                if stop.is_set():
+                    return
+            ready.put(None)
+        except BaseException as error:  # handed to the consumer, which raises it
+            ready.put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        while thread.is_alive():
+            # Room in the queue lets a blocked producer see the stop sign.
+            try:
+                ready.get(timeout=0.05)
+            except queue.Empty:
+                continue
+
+
+def _reraise_from_worker(source: Iterator[Batch]) -> Iterator[Batch]:
+    try:
+        yield from source
+    except RuntimeError as error:
+        # Worker processes wrap what they raise; the last line of their text is the message.
+        if "BadImageError" in str(error):
+            raise BadImageError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
+        raise
+
+
+def random_pixels(batch_size: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    """(batch, 3, height, width) of standard normal noise: timing must not run on zeros, which compute faster."""
+    generator = np.random.default_rng(seed)
+    return torch.from_numpy(generator.standard_normal((batch_size, 3, *size), dtype=np.float32))

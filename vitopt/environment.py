@@ -1,0 +1,286 @@
+"""What this machine can run: devices, formats, attention kernels, library versions, quiet libraries."""
+
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import torch
+
+from vitopt.errors import UnsupportedError
+from vitopt.recipe import Attention, Format
+
+T = TypeVar("T")
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "torchao",
+    "flash-attn",
+    "accelerate",
+    "evaluate",
+    "datasets",
+    "safetensors",
+    "torchvision",
+    "numpy",
+    "pillow",
+)
+AMPERE = (8, 0)
+ADA = (8, 9)
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def resolve_device(requested: str = "auto") -> torch.device:
+    """Return the device to run on; `auto` is the first CUDA device, else the CPU.
+
+    Raises:
+        UnsupportedError: CUDA was asked for and is not there.
+    """
+    if requested == "auto":
+        requested = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(requested)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UnsupportedError(f"device {requested}: {_why_no_cuda()}; use --device cpu")
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UnsupportedError(f"device cuda:{index} is not there: {torch.cuda.device_count()} CUDA device(s)")
+        device = torch.device("cuda", index)
+    return device
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.device_count()
+    reason = next((str(w.message).splitlines()[0] for w in caught if "driver" in str(w.message)), None)
+    return reason or "torch sees no CUDA device (check `nvidia-smi`)"
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """(major, minor) of a CUDA device, None on the CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def _needs(package: str) -> str | None:
+    return None if installed(package) else f"{package} is not installed (pip install {package.replace('_', '-')})"
+
+
+def _capability_below(device: torch.device, least: tuple[int, int]) -> str | None:
+    capability = compute_capability(device)
+    if capability is None or capability >= least:
+        return None
+    has, wants = (".".join(map(str, version)) for version in (capability, least))
+    return f"compute capability {has} is below {wants}"
+
+
+def _why_not_fp8(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "fp8 arithmetic needs a CUDA device of compute capability 8.9"
+    return _needs("torchao") or _capability_below(device, ADA)
+
+
+# format -> why it cannot run on a device (None when it can), and the nearest format that runs everywhere
+_FORMAT_CHECKS: dict[Format, tuple[Callable[[torch.device], str | None], Format]] = {
+    "fp32": (lambda device: None, "fp32"),
+    "fp16": (lambda device: None, "fp32"),
+    "bf16": (lambda device: _capability_below(device, AMPERE), "fp16"),
+    "nf4": (lambda device: _needs("bitsandbytes"), "bf16"),
+    "int8": (lambda device: _needs("bitsandbytes"), "w8a8"),
+    "w8a8": (lambda device: _needs("torchao") or _capability_below(device, AMPERE), "int8"),
+    "fp8": (_why_not_fp8, "w8a8"),
+}
+
+
+def why_not_format(format: Format, device: torch.device) -> str | None:
+    """Why `format` cannot run on `device`, or None when it can."""
+    return _FORMAT_CHECKS[format][0](device)
+
+
+def require_format(format: Format, device: torch.device) -> None:
+    """Raise UnsupportedError with the reason and the nearest format that can run, if `format` cannot."""
+    check, nearest = _FORMAT_CHECKS[format]
+    if reason := check(device):
+        raise UnsupportedError(f"format {format} cannot run on {device}: {reason}; the nearest that can is {nearest}")
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the device has bf16 arithmetic, so that bf16 is faster than fp32 and not merely smaller."""
+    if device.type == "cuda":
+        return _capability_below(device, AMPERE) is None
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and bool({"avx512_bf16", "amx_bf16"} & set(flags.read_text(errors="replace").split()))
+
+
+def why_not_attention(attention: Attention, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an attention implementation cannot run, or None when it can."""
+    if attention != "flash_attention_2":
+        return None
+    if device.type != "cuda":
+        return "FlashAttention-2 needs a CUDA device"
+    if reason := _capability_below(device, AMPERE) or _needs("flash_attn"):
+        return reason
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "FlashAttention-2 computes in 16 bit only, the model is fp32"
+    return None
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version of every library whose version changes results; None when absent."""
+    found: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The environment that every record carries: versions, device, processor, threads."""
+    from vitopt import __version__
+
+    facts: dict[str, Any] = {
+        "vitopt": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "device": str(device),
+        "libraries": versions(),
+        "gpu": None,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = {
+            "name": properties.name,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "driver": _driver_version(),
+        }
+    return facts
+
+
+def diagnose(device: torch.device) -> dict[str, dict[str, Any]]:
+    """What `vitopt doctor` prints: the machine, the libraries, and what can run (None) or why it cannot."""
+    facts = describe(device)
+    libraries = facts.pop("libraries")
+    gpu = facts.pop("gpu") or {}
+    half = torch.bfloat16
+    reasons: dict[str, Any] = {f"format {format}": why_not_format(format, device) for format in get_args(Format)}
+    reasons |= {f"attention {name}": why_not_attention(name, device, half) for name in get_args(Attention)}
+    machine = facts | {f"gpu {key}": value for key, value in gpu.items()}
+    if device.type == "cpu":
+        machine["cuda"] = _why_no_cuda() if not torch.cuda.is_available() else "available, not asked for"
+        machine["bf16 arithmetic"] = "yes" if computes_in_bf16(device) else "no: bf16 works but is slow"
+    return {"machine": machine, "libraries": libraries, "can_run": reasons}
+
+
+def processor_name() -> str:
+    """Marketing name of the CPU where the system tells it, else its architecture."""
+    with_name = Path("/proc/cpuinfo")
+    if with_name.exists():
+        for line in with_name.read_text(errors="replace").splitlines():
+            if line.startswith("model name") and (name := line.partition(":")[2].strip()) != "unknown":
+                return name
+    return platform.processor() or platform.machine()
+
+
+def _driver_version() -> str | None:
+    version_file = Path("/proc/driver/nvidia/version")
+    if not version_file.exists():
+        return None
+    words = version_file.read_text(errors="replace").split()
+    return next((word for word in words if word[0].isdigit() and word.count(".") >= 1), None)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' notices and bars off the terminal; vitopt shows its own."""
+    for name in (
+        "torchao",
+        "bitsandbytes",
+        "torch.utils._pytree",
+        "transformers",
+        "accelerate",
+        "peft",
+        "datasets",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch|torchao|peft)\b")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def import_bitsandbytes() -> Any:
+    """Import bitsandbytes without its attempt to download CPU kernels, which needs a network."""
+    absent = "kernels" not in sys.modules
+    if absent:
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail at once
+    try:
+        import bitsandbytes
+    finally:
+        if absent:
+            del sys.modules["kernels"]
+    return bitsandbytes
+
+
+def process_share() -> tuple[int, int]:
+    """(rank, processes) under `accelerate launch`, (0, 1) otherwise."""
+    state = _distributed_state()
+    return (state.process_index, state.num_processes) if state else (0, 1)
+
+
+def is_main_process() -> bool:
+    """Whether this process writes the results."""
+    return process_share()[0] == 0
+
+
+def gather_objects(value: T) -> list[T]:
+    """What every process passed, in order of rank; all processes must call it."""
+    state = _distributed_state()
+    if state is None:
+        return [value]
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
+
+
+def wait_for_all() -> None:
+    """Return when all processes of this launch have come here."""
+    if state := _distributed_state():
+        state.wait_for_everyone()
+
+
+@functools.cache
+def _distributed_state() -> Any:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    from accelerate import PartialState
+
+    # Only the main process measures latency, and the others must not give up on it meanwhile.
+    return PartialState(timeout=datetime.timedelta(hours=6))

@@ -1,0 +1,1 @@
+"""Fine-tuning: checkpoint and images in, checkpoint out."""

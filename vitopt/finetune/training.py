@@ -1,0 +1,252 @@
+"""LoRA and full fine-tuning with transformers' Trainer and peft; an interrupted training resumes."""
+
+import contextlib
+import json
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from vitopt import environment, progress, storage
+from vitopt.data.images import ImageSet, fit_labels
+from vitopt.data.pixels import Augmentation, PixelDataset, Preprocessor
+from vitopt.errors import CheckpointError, StorageError
+from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, save_checkpoint
+from vitopt.models.names import HEAD, linear_layers, select
+from vitopt.recipe import FinetuneSpec
+
+REPORT_FILE = "training.json"
+_SAVE_EVERY_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training did; stored beside its checkpoint as `training.json`."""
+
+    images: int
+    classes: int
+    epochs: float
+    steps: int
+    resumed_from_step: int
+    seconds: float
+    final_loss: float | None
+    trainable_parameters: int
+    parameters: int
+    test_top1_percent: float | None
+
+
+def finetune(
+    checkpoint: Checkpoint,
+    train: ImageSet,
+    spec: FinetuneSpec,
+    output: Path,
+    *,
+    test: ImageSet | None = None,
+    device: str = "auto",
+    seed: int = 0,
+) -> TrainingReport:
+    """Fine-tune `checkpoint` on `train` and write a merged fp32 checkpoint to `output`.
+
+    LoRA's low-rank updates are merged into the weights, so the result has the modules of the original. The
+    trainer's state lies beside `output` until the training is complete; the same call goes on from there.
+
+    Raises:
+        PatternError: a LoRA target matches no layer.
+        CheckpointError: the checkpoint is quantized: merging into packed weights would lose accuracy.
+        BadImageError: a training image cannot be decoded.
+    """
+    if checkpoint.is_quantized:
+        raise CheckpointError(
+            f"{checkpoint.source} is quantized; fine-tune the 16- or 32-bit checkpoint, then quantize"
+        )
+    set_seed(seed)
+    target = environment.resolve_device(device)
+    preprocess = Preprocessor(load_processor(checkpoint))
+    labels = _label_names(checkpoint, train)
+    train = fit_labels(train, labels)
+    fresh_head = labels != checkpoint.label_names
+    model = load_model(checkpoint, dtype=torch.float32, label_names=labels if fresh_head else None)
+    if spec.method == "lora":
+        model = _with_lora(model, checkpoint.config.model_type, spec)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    state = _state_folder(output, [checkpoint.fingerprint(), train.sha256, spec.model_dump(), labels, seed])
+    resumed_from = _last_saved_step(state)
+    with _explained_io(output), progress.task("fine-tuning", _steps(spec, train)) as bar:
+        trainer = _trainer(model, train, preprocess, spec, state, target, seed, bar)
+        started = time.perf_counter()
+        result = trainer.train(resume_from_checkpoint=bool(resumed_from))
+    seconds = time.perf_counter() - started
+    top1 = None if test is None else _top1_percent(trainer, PixelDataset(fit_labels(test, labels), preprocess))
+    report = TrainingReport(
+        images=len(train),
+        classes=len(labels),
+        epochs=spec.epochs,
+        steps=trainer.state.global_step,
+        resumed_from_step=resumed_from,
+        seconds=round(seconds, 1),
+        final_loss=result.training_loss if math.isfinite(result.training_loss) else None,
+        trainable_parameters=trainable,
+        parameters=total,
+        test_top1_percent=top1,
+    )
+    if environment.is_main_process():
+        merged = trainer.accelerator.unwrap_model(trainer.model)
+        merged = merged.merge_and_unload() if spec.method == "lora" else merged
+        with storage.staged_folder(output) as folder:
+            save_checkpoint(merged, preprocess.processor, folder)
+            storage.write_json(folder / REPORT_FILE, asdict(report))
+        shutil.rmtree(state, ignore_errors=True)
+    environment.wait_for_all()
+    return report
+
+
+def _label_names(checkpoint: Checkpoint, train: ImageSet) -> list[str]:
+    if train.class_names is not None:
+        return list(train.class_names)
+    highest = max(train.labels)
+    if highest < checkpoint.config.num_labels:
+        return checkpoint.label_names
+    return [str(index) for index in range(highest + 1)]
+
+
+def _with_lora(model: PreTrainedModel, model_type: str, spec: FinetuneSpec) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    layers = linear_layers(model, model_type)
+    chosen = select(spec.targets, layers)
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=[layer.module for layer in layers if layer.logical in chosen and layer.logical != HEAD],
+        # The head is trained whole; peft has no task type for image classification to do this by itself.
+        modules_to_save=[HEAD],
+    )
+    return get_peft_model(model, config)
+
+
+def _trainer(
+    model: Any,
+    train: ImageSet,
+    preprocess: Preprocessor,
+    spec: FinetuneSpec,
+    state: Path,
+    device: torch.device,
+    seed: int,
+    bar: progress.Task,
+) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(state),
+        num_train_epochs=spec.epochs,
+        per_device_train_batch_size=spec.batch_size,
+        per_device_eval_batch_size=spec.batch_size,
+        learning_rate=spec.learning_rate,
+        weight_decay=spec.weight_decay,
+        warmup_steps=round(_steps(spec, train) * spec.warmup_fraction),
+        lr_scheduler_type="cosine",
+        label_smoothing_factor=spec.label_smoothing,
+        bf16=_use_bf16(spec, device),
+        use_cpu=device.type == "cpu",
+        dataloader_num_workers=spec.workers,
+        save_strategy="epoch",
+        save_total_limit=1,
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        seed=seed,
+        ddp_find_unused_parameters=False,
+    )
+    augment = Augmentation(flip=spec.flip) if spec.augment else None
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=PixelDataset(train, preprocess, augment),
+        compute_metrics=_metrics,
+        callbacks=[_Advance(bar), _SaveNowAndThen()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _steps(spec: FinetuneSpec, train: ImageSet) -> int:
+    processes = environment.process_share()[1]
+    return math.ceil(math.ceil(len(train) / (spec.batch_size * processes)) * spec.epochs)
+
+
+def _use_bf16(spec: FinetuneSpec, device: torch.device) -> bool:
+    if spec.precision == "auto":
+        return environment.computes_in_bf16(device)
+    return spec.precision == "bf16"
+
+
+def _metrics(output: Any) -> dict[str, float]:
+    from vitopt.measure.metrics import TopKAccuracy
+
+    return TopKAccuracy().compute(predictions=output.predictions, references=output.label_ids)
+
+
+def _top1_percent(trainer: Trainer, test: PixelDataset) -> float:
+    return float(trainer.evaluate(test)["eval_top1_percent"])
+
+
+def _state_folder(output: Path, inputs: list[Any]) -> Path:
+    """Folder of the trainer's state, named after what is trained: other inputs never resume from it."""
+    return output.with_name(f".{output.name}.training-{storage.sha256_of_json(inputs)[:12]}")
+
+
+def _last_saved_step(state: Path) -> int:
+    """Step of the newest complete save; incomplete ones are removed. 0 when there is none."""
+    steps = [0]
+    for folder in state.glob("checkpoint-*"):
+        # The trainer writes this file last.
+        if (folder / "trainer_state.json").is_file():
+            steps.append(json.loads((folder / "trainer_state.json").read_text())["global_step"])
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    return max(steps)
+
+
+@contextlib.contextmanager
+def _explained_io(output: Path) -> Any:
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        raise StorageError(f"cannot write the training state beside {output}: {error.strerror or error}") from error
+
+
+class _Advance(TrainerCallback):
+    """Moves vitopt's progress bar, which stands instead of the trainer's."""
+
+    def __init__(self, bar: progress.Task):
+        self._bar = bar
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.advance(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.advance()
+
+
+class _SaveNowAndThen(TrainerCallback):
+    """Save every few minutes as well, because an epoch can take hours."""
+
+    def __init__(self) -> None:
+        self._saved = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if time.monotonic() - self._saved > _SAVE_EVERY_SECONDS:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._saved = time.monotonic()

@@ -1,0 +1,1 @@
+"""Accuracy, latency, memory, and the statistics that compare them."""

@@ -1,0 +1,212 @@
+"""The shared evaluator: prepared variants and images in, one record and its predictions each out."""
+
+import datetime
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vitopt import environment
+from vitopt.data.images import ImageSet
+from vitopt.data.pixels import Preprocessor, random_pixels
+from vitopt.measure import accuracy, statistics
+from vitopt.measure.latency import Timing, clock_for, time_interleaved
+from vitopt.measure.memory import peak_memory
+from vitopt.measure.predictions import Predictions
+from vitopt.measure.subject import Subject
+from vitopt.models.checkpoint import disk_bytes, parameter_count, weight_bytes
+from vitopt.recipe import EvaluateSpec, LatencySpec, VariantSpec
+from vitopt.records import Dataset, FailedLatency, Latency, Model, Record, Size, Variant
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A variant's record and, where accuracy was measured, its predictions."""
+
+    record: Record
+    predictions: Predictions | None
+
+
+def evaluate(
+    subjects: Sequence[Subject],
+    specs: Sequence[VariantSpec | None],
+    spec: EvaluateSpec,
+    *,
+    images: ImageSet | None = None,
+    preprocess: Preprocessor | None = None,
+    skip_bad: bool = False,
+    baseline: str | None = None,
+) -> list[Measured]:
+    """Measure accuracy (where `images` are given), latency, size and memory of all subjects together.
+
+    `specs` tell what was asked for, None for a checkpoint that came from elsewhere. A subject that cannot be
+    measured gets a record with a `failure`; the others finish. In processes other than the main one only the
+    share of accuracy is done, and the list is empty.
+    Without the baseline's own figures the others are measured and compared with nothing.
+    """
+    outcome = None
+    if images is not None and preprocess is not None:
+        outcome = accuracy.predict(
+            subjects, images, preprocess, batch_size=spec.batch_size, workers=spec.workers, skip_bad=skip_bad
+        )
+    if not environment.is_main_process():
+        environment.wait_for_all()
+        return []
+    failures = dict(outcome.failures) if outcome else {}
+    running = [subject for subject in subjects if subject.name not in failures]
+    timings = {size: _time_all(running, size, spec.latency) for size in spec.latency.batch_sizes}
+    dataset = _describe_dataset(images, preprocess, outcome) if outcome and images and preprocess else None
+    measured = []
+    for subject, asked in zip(subjects, specs, strict=True):
+        common = _common_fields(subject, asked)
+        if subject.name in failures:
+            measured.append(Measured(Record(**common, failure=failures[subject.name], dataset=dataset), None))
+            continue
+        predictions = outcome.predictions[subject.name] if outcome else None
+        latency, latency_failures = _latency_rows(subject.name, baseline, timings)
+        fields: dict[str, Any] = {
+            "latency": latency,
+            "latency_failures": latency_failures,
+            "size": _size(subject),
+            "memory": peak_memory(subject, spec.latency.batch_sizes[0]),
+            "dataset": dataset,
+        }
+        if predictions is not None and outcome is not None and images is not None:
+            fields["accuracy"] = accuracy.summarise(predictions, images.class_names or ())
+            reference = outcome.predictions.get(baseline or "") if baseline != subject.name else None
+            if baseline is not None and reference is not None:
+                fields["versus_baseline"] = accuracy.compare(baseline, reference, predictions)
+        measured.append(Measured(Record(**common, **fields), predictions))
+    environment.wait_for_all()
+    return measured
+
+
+def failed(name: str, asked: VariantSpec, reason: str) -> Measured:
+    """The record of a variant that could not even be made or loaded."""
+    variant = Variant(
+        name=name,
+        format=asked.format,
+        half=asked.half,
+        skip=asked.skip,
+        attention_requested=asked.attention,
+        attention_used=asked.attention,
+        compile_requested=asked.compile,
+    )
+    return Measured(Record(variant=variant, failure=reason, **_provenance(environment.resolve_device())), None)
+
+
+def _common_fields(subject: Subject, asked: VariantSpec | None) -> dict[str, Any]:
+    counts: dict[str, int] = {}
+    for format in subject.layers.values():
+        counts[format] = counts.get(format, 0) + 1
+    checkpoint = subject.checkpoint
+    return {
+        "variant": Variant(
+            name=subject.name,
+            format=max(counts, key=lambda format: counts[format]),
+            half=asked.half if asked else None,
+            skip=asked.skip if asked else (),
+            attention_requested=subject.attention_requested,
+            attention_used=subject.attention_used,
+            attention_reason=subject.attention_reason,
+            compile_requested=subject.compile_requested,
+            compile_used=subject.compiled,
+            compile_reason=subject.compile_reason,
+        ),
+        "model": Model(
+            source=checkpoint.source,
+            sha256=checkpoint.fingerprint() if checkpoint.folder else None,
+            architecture=str((checkpoint.config.architectures or ["unknown"])[0]),
+            parameters=parameter_count(subject.model),
+            image_size=checkpoint.image_size,
+            classes=checkpoint.config.num_labels,
+        ),
+        "layer_plan": counts,
+        "layers": subject.layers,
+        **_provenance(subject.device),
+    }
+
+
+def _provenance(device: Any) -> dict[str, Any]:
+    return {
+        "environment": environment.describe(device),
+        "command": shlex.join(["vitopt", *sys.argv[1:]]),
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _time_all(subjects: Sequence[Subject], batch_size: int, spec: LatencySpec) -> dict[str, Timing]:
+    if not subjects:
+        return {}
+    calls = {}
+    for subject in subjects:
+        pixels = random_pixels(batch_size, subject.checkpoint.image_size).to(subject.device)
+        calls[subject.name] = lambda subject=subject, pixels=pixels: subject(pixels)
+    return time_interleaved(calls, spec, clock_for(subjects[0].device), f"latency at batch {batch_size}")
+
+
+def _latency_rows(
+    name: str, baseline: str | None, timings: dict[int, dict[str, Timing]]
+) -> tuple[tuple[Latency, ...], tuple[FailedLatency, ...]]:
+    rows, failures = [], []
+    for batch_size, by_name in timings.items():
+        timing = by_name[name]
+        if timing.failure is not None:
+            failures.append(FailedLatency(batch_size=batch_size, reason=timing.failure))
+            continue
+        reference = by_name.get(baseline or "") if baseline != name else None
+        rows.append(_latency_row(batch_size, timing, reference))
+    return tuple(rows), tuple(failures)
+
+
+def _latency_row(batch_size: int, timing: Timing, baseline: Timing | None) -> Latency:
+    samples = timing.samples_ms
+    summary = statistics.latency_summary(samples)
+    speedup = interval = None
+    if baseline is not None and baseline.failure is None:
+        compared = statistics.speedup_interval(baseline.rounds_ms, timing.rounds_ms)
+        speedup = compared.ratio
+        interval = (compared.interval.low, compared.interval.high) if compared.interval else None
+    device = statistics.latency_summary(timing.device_ms) if timing.device_ms else None
+    return Latency(
+        batch_size=batch_size,
+        iterations=summary.count,
+        rounds=len(timing.rounds_ms),
+        mean_ms=summary.mean_ms,
+        std_ms=summary.std_ms,
+        min_ms=summary.min_ms,
+        p50_ms=summary.p50_ms,
+        p95_ms=summary.p95_ms,
+        p99_ms=summary.p99_ms,
+        device_p50_ms=device.p50_ms if device else None,
+        images_per_second=1000 * batch_size / summary.p50_ms,
+        speedup_vs_baseline=speedup,
+        speedup_ci95=interval,
+        warmup_ms=timing.warmup_ms,
+        warmup_iterations=timing.warmup_iterations,
+        samples_ms=tuple(round(sample, 4) for sample in samples),
+        device_samples_ms=tuple(round(sample, 4) for sample in timing.device_ms) or None,
+    )
+
+
+def _size(subject: Subject) -> Size:
+    folder = subject.checkpoint.folder
+    disk = disk_bytes(folder) if folder else None
+    return Size(weight_bytes=weight_bytes(subject.model), disk_bytes=disk)
+
+
+def _describe_dataset(images: ImageSet, preprocess: Preprocessor, outcome: accuracy.Outcome) -> Dataset:
+    used = (
+        images
+        if not outcome.skipped
+        else images.subset(index for index, name in enumerate(images.ids) if name not in set(outcome.skipped))
+    )
+    return Dataset(
+        name=images.name,
+        split=images.split,
+        images=len(used),
+        sha256=used.sha256,
+        skipped=outcome.skipped,
+        preprocessor=preprocess.name,
+    )

@@ -1,0 +1,135 @@
+"""Latency: what a caller waits for one call, variants interleaved so that a drifting machine cancels out.
+
+Every round times all variants one after another, and every other round in reverse order: a machine that
+slows down during the run slows the first and the last alike. Warm-up is apart and in no sample.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from vitopt import progress
+from vitopt.recipe import LatencySpec
+
+Call = Callable[[], object]
+
+_WINDOW = 5  # calls whose median must agree with the median of as many before
+_STABLE = 0.03
+_FEWEST_WARMUP_CALLS = 2 * _WINDOW
+
+
+class Clock:
+    """Wall clock of a device that works synchronously: the CPU."""
+
+    def now(self) -> float:
+        """Seconds, monotonic."""
+        return time.perf_counter()
+
+    def time(self, call: Call) -> tuple[float, float | None]:
+        """Milliseconds that `call` took: for the caller, and on the device (None where they are the same)."""
+        started = self.now()
+        call()
+        return 1000 * (self.now() - started), None
+
+
+class CudaClock(Clock):
+    """Wall clock around synchronised calls, with device events beside it."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def time(self, call: Call) -> tuple[float, float | None]:
+        """As `Clock.time`, with the time between two CUDA events as the second figure."""
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(self.device)
+        started = self.now()
+        before.record()
+        call()
+        after.record()
+        torch.cuda.synchronize(self.device)
+        return 1000 * (self.now() - started), before.elapsed_time(after)
+
+
+def clock_for(device: torch.device) -> Clock:
+    """The clock that measures what a caller of a model on `device` waits."""
+    return CudaClock(device) if device.type == "cuda" else Clock()
+
+
+@dataclass
+class Timing:
+    """Samples of one variant, one list per round, in milliseconds."""
+
+    warmup_ms: float = 0.0
+    warmup_iterations: int = 0
+    rounds_ms: list[list[float]] = field(default_factory=list)
+    device_ms: list[float] = field(default_factory=list)
+    failure: str | None = None
+
+    @property
+    def samples_ms(self) -> list[float]:
+        """All samples in order of time."""
+        return [sample for samples in self.rounds_ms for sample in samples]
+
+
+def time_interleaved(
+    calls: Mapping[str, Call], spec: LatencySpec, clock: Clock, description: str = "latency"
+) -> dict[str, Timing]:
+    """Time several calls against each other; name -> its samples.
+
+    A call that raises gets a `failure` and leaves the rounds; the others go on.
+    """
+    timings = {name: Timing() for name in calls}
+    for name, call in calls.items():
+        _guarded(timings[name], functools.partial(_warm_up, call, timings[name], spec, clock))
+    per_round = -(-spec.iterations // spec.rounds)
+    for number in progress.track(range(spec.rounds), description, spec.rounds):
+        order = [name for name in calls if timings[name].failure is None]
+        for name in order if number % 2 == 0 else reversed(order):
+            _guarded(timings[name], functools.partial(_one_round, calls[name], timings[name], per_round, clock))
+    return timings
+
+
+def _guarded(timing: Timing, work: Call) -> None:
+    try:
+        work()
+    except Exception as error:  # whatever a kernel raises is this variant's failure, not the run's
+        timing.failure = explain_failure(error)
+
+
+def explain_failure(error: Exception) -> str:
+    """One line for an error raised while a variant ran."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of GPU memory at this batch size: use a smaller one"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _warm_up(call: Call, timing: Timing, spec: LatencySpec, clock: Clock) -> None:
+    """Call until the running median is stable, at most `warmup_seconds`; the first call is always made."""
+    started = clock.now()
+    samples: list[float] = []
+    while True:
+        samples.append(clock.time(call)[0])
+        spent = clock.now() - started
+        if _is_stable(samples) or (spent >= spec.warmup_seconds):
+            break
+    timing.warmup_ms, timing.warmup_iterations = 1000 * spent, len(samples)
+
+
+def _is_stable(samples: list[float]) -> bool:
+    if len(samples) < _FEWEST_WARMUP_CALLS:
+        return False
+    recent, before = (
+        statistics.median(samples[-_WINDOW:]),
+        statistics.median(samples[-2 * _WINDOW : -_WINDOW]),
+    )
+    return abs(recent - before) <= _STABLE * before
+
+
+def _one_round(call: Call, timing: Timing, iterations: int, clock: Clock) -> None:
+    samples = [clock.time(call) for _ in range(iterations)]
+    timing.rounds_ms.append([wall for wall, _ in samples])
+    timing.device_ms += [device for _, device in samples if device is not None]

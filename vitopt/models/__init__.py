@@ -1,0 +1,1 @@
+"""Load and save checkpoints; logical layer names per architecture family."""

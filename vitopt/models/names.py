@@ -1,0 +1,140 @@
+"""Logical layer names: `block.21`, `block.*.fc2`, `block.4-7.query`, `classifier`.
+
+Users write these; the modules of the installed transformers version are found here and nowhere else.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from vitopt.errors import CheckpointError, PatternError
+from vitopt.recipe import LINEARS
+
+HEAD = "classifier"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer of a model."""
+
+    logical: str
+    module: str
+    parameters: int
+    block: int | None
+
+
+# The last part of a module's name -> its logical name, over all families and transformers versions known.
+_LINEAR_OF_LEAF = {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "o_proj": "output",
+    "out_proj": "output",
+    "fc1": "fc1",
+    "fc2": "fc2",
+}
+assert set(_LINEAR_OF_LEAF.values()) == set(LINEARS)
+
+_PLAIN = r"layers\.\d+"
+_ENCODER = r"encoder\.layers?\.\d+"
+
+# model type -> how the name of a block starts, below the base model's prefix
+_BLOCK_OF_FAMILY = {
+    "vit": rf"vit\.{_PLAIN}",
+    "deit": rf"deit\.{_PLAIN}",
+    "vit_msn": rf"vit\.{_PLAIN}",
+    "ijepa": rf"ijepa\.{_PLAIN}",
+    "beit": rf"beit\.{_PLAIN}",
+    "dinov2": rf"dinov2\.{_ENCODER}",
+    "dinov2_with_registers": rf"dinov2_with_registers\.{_ENCODER}",
+    "siglip": rf"vision_model\.{_ENCODER}",
+    "clip": rf"vision_model\.{_ENCODER}",
+    # Stages are flattened: block.0 is the first block of the first stage.
+    "swin": r"swin\.encoder\.layers\.\d+\.blocks\.\d+",
+}
+
+
+def families() -> list[str]:
+    """Model types (`config.model_type`) whose layers have logical names."""
+    return sorted(_BLOCK_OF_FAMILY)
+
+
+def linear_layers(model: nn.Module, model_type: str) -> list[Layer]:
+    """All linear layers that have a logical name, in order of execution, the head last.
+
+    Works on live, quantized and meta-device models alike. Linear layers outside the blocks other than the
+    head (a pooling head, say) are not listed: they stay in 16 bit.
+
+    Raises:
+        CheckpointError: the family is not supported, or its modules are not where they are expected.
+    """
+    if model_type not in _BLOCK_OF_FAMILY:
+        raise CheckpointError(f"model type {model_type!r} is not supported; supported: {', '.join(families())}")
+    pattern = re.compile(rf"({_BLOCK_OF_FAMILY[model_type]})\.(?:.*\.)?(\w+)")
+    blocks: dict[str, int] = {}
+    layers: list[Layer] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if name == HEAD:
+            layers.append(Layer(HEAD, name, _element_count(module), None))
+        elif match := pattern.fullmatch(name):
+            prefix, leaf = match.groups()
+            block = blocks.setdefault(prefix, len(blocks))
+            if leaf in _LINEAR_OF_LEAF:
+                logical = f"block.{block}.{_LINEAR_OF_LEAF[leaf]}"
+                layers.append(Layer(logical, name, _element_count(module), block))
+    if not blocks:
+        raise CheckpointError(
+            f"no block of this {model_type} model was found under the names that vitopt knows; "
+            "use a transformers version from 5.9 on"
+        )
+    return layers
+
+
+def _element_count(linear: nn.Linear) -> int:
+    # A packed 4-bit weight has fewer elements than the matrix it stands for; the features do not lie.
+    return linear.in_features * linear.out_features
+
+
+def select(patterns: Iterable[str], layers: list[Layer]) -> dict[str, str]:
+    """Map logical name -> the first pattern that names it, for all layers that a pattern names.
+
+    A pattern is a logical name in which a part may be `*`, and a block number may be a range `20-23`. It
+    names a layer, or a whole block, as `block.21` does; `query` alone is short for `block.*.query`.
+
+    Raises:
+        PatternError: a pattern names nothing; the message lists what exists.
+    """
+    chosen: dict[str, str] = {}
+    for pattern in patterns:
+        named = [layer.logical for layer in layers if _matches(pattern, layer.logical)]
+        if not named:
+            raise PatternError(f"pattern {pattern!r} matches no layer; this model has {_what_exists(layers)}")
+        for logical in named:
+            chosen.setdefault(logical, pattern)
+    return chosen
+
+
+def _matches(pattern: str, logical: str) -> bool:
+    if pattern in LINEARS:
+        pattern = f"block.*.{pattern}"
+    wanted, actual = pattern.split("."), logical.split(".")
+    # A pattern with fewer parts names all that lies below it.
+    return len(wanted) <= len(actual) and all(map(_part_matches, wanted, actual))
+
+
+def _part_matches(wanted: str, actual: str) -> bool:
+    if wanted in ("*", actual):
+        return True
+    bounds = re.fullmatch(r"(\d+)-(\d+)", wanted)
+    return bounds is not None and actual.isdigit() and int(bounds[1]) <= int(actual) <= int(bounds[2])
+
+
+def _what_exists(layers: list[Layer]) -> str:
+    blocks = [layer.block for layer in layers if layer.block is not None]
+    linears = list(dict.fromkeys(layer.logical.split(".")[2] for layer in layers if layer.block is not None))
+    head = f", and {HEAD}" if any(layer.logical == HEAD for layer in layers) else ""
+    return f"block.0 to block.{max(blocks)}, in each of them {', '.join(linears)}{head}"

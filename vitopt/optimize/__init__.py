@@ -1,0 +1,1 @@
+"""Layer plan, quantization, and the preparation of a runnable model."""

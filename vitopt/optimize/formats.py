@@ -1,0 +1,119 @@
+"""Formats: how transformers is told to hold a layer, and how the format of a live layer is read back.
+
+NF4: QLoRA, arXiv 2305.14314, with double quantization. int8: LLM.int8(), arXiv 2208.07339. w8a8 and fp8:
+torchao, weights per output channel and activations per token, scaled as they come.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitopt import environment
+from vitopt.errors import RecipeError
+from vitopt.models.names import linear_layers
+from vitopt.optimize.plan import LayerPlan
+from vitopt.recipe import Format
+
+_OF_DTYPE: dict[torch.dtype, Format] = {dtype: name for name, dtype in environment.DTYPES.items()}  # type: ignore[misc]
+
+
+def quantization_config(plan: LayerPlan, half: torch.dtype) -> Any:
+    """The transformers quantization config for a plan, None when nothing is quantized.
+
+    Raises:
+        RecipeError: the plan mixes formats that no single library can hold in one checkpoint.
+    """
+    formats = plan.quantized_formats
+    if not formats:
+        return None
+    builders = {_BUILDERS[format] for format in formats}
+    if len(builders) > 1 or (len(formats) > 1 and _BUILDERS[formats[0]] is not _torchao):
+        raise RecipeError(
+            f"formats {' and '.join(formats)} cannot be mixed in one checkpoint; w8a8 and fp8 can, "
+            "and each can be mixed with 16 bit"
+        )
+    return builders.pop()(plan, half)
+
+
+def _nf4(plan: LayerPlan, half: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=half,
+        llm_int8_skip_modules=_kept(plan),
+    )
+
+
+def _int8(plan: LayerPlan, half: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_kept(plan))
+
+
+def _kept(plan: LayerPlan) -> list[str]:
+    # transformers matches these as prefixes and suffixes by rules that changed between versions; full module
+    # names mean the same under all of them, and `quantize` checks the outcome.
+    return plan.modules("fp16", "bf16", "fp32")
+
+
+def _torchao(plan: LayerPlan, half: torch.dtype) -> Any:
+    from torchao.quantization import FqnToConfig
+    from transformers import TorchAoConfig
+
+    # Keyed by parameter: by module name torchao would quantize the bias too, and the forward pass fails.
+    return TorchAoConfig(
+        FqnToConfig(
+            {
+                f"{planned.layer.module}.weight": _TORCHAO_LAYERS[planned.format]()
+                for planned in plan.layers
+                if planned.format in _TORCHAO_LAYERS
+            }
+        )
+    )
+
+
+def _torchao_w8a8() -> Any:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    return Int8DynamicActivationInt8WeightConfig()
+
+
+def _torchao_fp8() -> Any:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+
+    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+
+
+_TORCHAO_LAYERS: dict[str, Callable[[], Any]] = {"w8a8": _torchao_w8a8, "fp8": _torchao_fp8}
+_BUILDERS: dict[Format, Callable[[LayerPlan, torch.dtype], Any]] = {
+    "nf4": _nf4,
+    "int8": _int8,
+    "w8a8": _torchao,
+    "fp8": _torchao,
+}
+
+
+def live_formats(model: nn.Module, model_type: str) -> dict[str, str]:
+    """Logical name -> format, read from the modules that will compute, never from a request."""
+    return {layer.logical: format_of(model.get_submodule(layer.module)) for layer in linear_layers(model, model_type)}
+
+
+def format_of(linear: nn.Module) -> str:
+    """Format in which a linear layer holds its weight."""
+    module_type = type(linear).__name__
+    if module_type == "Linear4bit":
+        return str(linear.weight.quant_type)
+    if module_type == "Linear8bitLt":
+        return "int8"
+    weight = linear.weight
+    tensor_type = type(weight.data).__name__
+    if tensor_type == "Int8Tensor":
+        return "w8a8"
+    if tensor_type == "Float8Tensor":
+        return "fp8"
+    return _OF_DTYPE.get(weight.dtype, str(weight.dtype).removeprefix("torch."))

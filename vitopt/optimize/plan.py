@@ -1,0 +1,73 @@
+"""The layer plan: which format every linear layer gets, and why."""
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from vitopt.models.names import HEAD, Layer, linear_layers, select
+from vitopt.recipe import QUANTIZED_FORMATS, Format, VariantSpec
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One linear layer's format and the reason for it."""
+
+    layer: Layer
+    format: Format
+    reason: str
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Formats of all linear layers, in order of execution."""
+
+    layers: tuple[PlannedLayer, ...]
+
+    def modules(self, *formats: Format) -> list[str]:
+        """Full module names of the layers that get one of `formats`."""
+        return [planned.layer.module for planned in self.layers if planned.format in formats]
+
+    @property
+    def quantized_formats(self) -> list[Format]:
+        """The quantized formats in use, most frequent first."""
+        counted = Counter(planned.format for planned in self.layers if planned.format in QUANTIZED_FORMATS)
+        return [format for format, _ in counted.most_common()]
+
+    def counts(self) -> dict[str, int]:
+        """Format -> number of linear layers."""
+        return dict(Counter(planned.format for planned in self.layers))
+
+    def groups(self) -> list[tuple[PlannedLayer, PlannedLayer, int]]:
+        """(first, last, count) of neighbouring layers that share a format and a reason."""
+        runs = itertools.groupby(self.layers, key=lambda planned: (planned.format, planned.reason))
+        members = [list(group) for _, group in runs]
+        return [(group[0], group[-1], len(group)) for group in members]
+
+
+def plan_layers(model: nn.Module, model_type: str, variant: VariantSpec) -> LayerPlan:
+    """Resolve a variant's format, skip list and exceptions against a model (the meta device suffices).
+
+    The head stays in 16 bit: it is small, it decides, and bitsandbytes cannot hold every width of it.
+
+    Raises:
+        PatternError: a pattern of `skip` or `layers` matches nothing.
+    """
+    layers = linear_layers(model, model_type)
+    skipped = select(variant.skip, layers)
+    excepted = select(variant.layers, layers)
+    return LayerPlan(tuple(_plan_one(layer, variant, skipped, excepted) for layer in layers))
+
+
+def _plan_one(layer: Layer, variant: VariantSpec, skipped: dict[str, str], excepted: dict[str, str]) -> PlannedLayer:
+    if variant.format not in QUANTIZED_FORMATS and not excepted:
+        return PlannedLayer(layer, variant.format, f"format {variant.format}")
+    if layer.logical in skipped:
+        return PlannedLayer(layer, variant.half, f"skip {skipped[layer.logical]}")
+    if layer.logical == HEAD:
+        return PlannedLayer(layer, variant.half, "the head stays in 16 bit")
+    if layer.logical in excepted:
+        pattern = excepted[layer.logical]
+        return PlannedLayer(layer, variant.layers[pattern], f"layers {pattern}")
+    return PlannedLayer(layer, variant.format, f"format {variant.format}")

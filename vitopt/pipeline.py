@@ -1,0 +1,425 @@
+"""The order of the stages, and which of them still stand: the only file that knows.
+
+A run is a folder. Each stage leaves a checkpoint or a record there and its fingerprint in `stages.json`; a
+stage whose fingerprint stands is skipped, a changed input reruns it and all that depend on it.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from vitopt import environment, progress, storage
+from vitopt.data.images import ALL, ImageSet, fit_labels, image_files, open_images
+from vitopt.data.pixels import Preprocessor
+from vitopt.errors import CheckpointError, DataError, PatternError, RecipeError, UnsupportedError
+from vitopt.finetune.training import finetune
+from vitopt.measure.evaluator import Measured, evaluate, failed
+from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
+from vitopt.models.checkpoint import Checkpoint, empty_model, load_processor, open_checkpoint
+from vitopt.models.names import linear_layers, select
+from vitopt.optimize.plan import LayerPlan
+from vitopt.optimize.quantize import plan_for, quantize
+from vitopt.optimize.runtime import Runnable, prepare
+from vitopt.recipe import Attention, DataSpec, EvaluateSpec, Recipe, VariantSpec, dump_yaml, validate
+from vitopt.records import RECORD_FILE, Record, load_record, save_record
+from vitopt.report.card import write_card
+from vitopt.report.page import write_report
+
+logger = logging.getLogger(__name__)
+
+STAGES_FILE = "stages.json"
+_VERSIONS_THAT_MATTER = ("torch", "transformers", "peft", "bitsandbytes", "torchao")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind."""
+
+    folder: Path
+    records: list[Record]
+    report: Path
+    export: Path | None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint to measure and how to run it; `failure` says why it could not even be made."""
+
+    name: str
+    source: str
+    attention: Attention = "sdpa"
+    compile: bool = False
+    asked: VariantSpec | None = None
+    failure: str | None = None
+
+
+@dataclass
+class _Run:
+    """The folder of a run, its recipe, and which stages stand."""
+
+    folder: Path
+    recipe: Recipe
+    say: Callable[[str], None]
+    stages: dict[str, str] = field(default_factory=dict)
+
+    def stands(self, stage: str, fingerprint: str, *products: Path) -> bool:
+        """Whether a stage was completed with the same inputs and its products are still there."""
+        if self.stages.get(stage) != fingerprint or not all(path.exists() for path in products):
+            return False
+        self.say(f"{stage}: up to date, skipped")
+        return True
+
+    def complete(self, stage: str, fingerprint: str) -> None:
+        self.stages[stage] = fingerprint
+        if environment.is_main_process():
+            storage.write_json(self.folder / STAGES_FILE, self.stages)
+
+    def variant_folder(self, name: str) -> Path:
+        return self.folder / "variants" / name
+
+
+def plans(recipe: Recipe) -> dict[str, LayerPlan]:
+    """Layer plan of every variant, from shapes alone.
+
+    Raises:
+        RecipeError: patterns match nothing or targets do not exist; all mistakes at once.
+        CheckpointError: the model cannot be found.
+    """
+    checkpoint = open_checkpoint(recipe.model, config_only=True)
+    resolved, mistakes = {}, []
+    for variant in recipe.variants:
+        try:
+            resolved[variant.name] = plan_for(checkpoint, variant)
+        except PatternError as error:
+            mistakes.append(f"variant {variant.name}: {error}")
+    if recipe.finetune is not None and recipe.finetune.method == "lora":
+        mistakes += _target_mistakes(recipe, checkpoint)
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))
+    return resolved
+
+
+def _target_mistakes(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
+    assert recipe.finetune is not None
+    try:
+        select(recipe.finetune.targets, linear_layers(empty_model(checkpoint), checkpoint.config.model_type))
+    except PatternError as error:
+        return [f"finetune.targets: {error}"]
+    return []
+
+
+def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: None) -> RunResult:
+    """Carry out a recipe in `folder`: fine-tune, make the variants, measure them together, report, export.
+
+    Everything that can be refused is refused before the first long stage: patterns, data, labels, formats.
+
+    Raises:
+        VitoptError: any of its kinds; stages that were complete before stay.
+    """
+    plans(recipe)
+    device = environment.resolve_device(recipe.device)
+    source = open_checkpoint(recipe.model)
+    images = open_images(recipe.data, recipe.data.test)
+    if recipe.finetune is None:
+        fit_labels(images, source.label_names)
+    current = _Run(folder, recipe, say, _read_stages(folder))
+    environment.wait_for_all()  # before the main process changes what the others have yet to read
+    if environment.is_main_process():
+        storage.write_text(folder / "recipe.yaml", dump_yaml(recipe))
+        storage.write_json(folder / "environment.json", environment.describe(device))
+    base = _finetune_stage(current, source, images)
+    made = {variant.name: _variant_stage(current, base, variant) for variant in recipe.variants}
+    records = _evaluate_stage(current, images, made)
+    return _report_stage(current, records)
+
+
+def _read_stages(folder: Path) -> dict[str, str]:
+    path = folder / STAGES_FILE
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _fingerprint(*inputs: Any) -> str:
+    versions = environment.versions()
+    return storage.sha256_of_json([*inputs, {name: versions[name] for name in _VERSIONS_THAT_MATTER}])
+
+
+def _finetune_stage(current: _Run, source: Checkpoint, test: ImageSet) -> Checkpoint:
+    recipe = current.recipe
+    if recipe.finetune is None:
+        return source
+    output = current.folder / "finetune"
+    train = open_images(recipe.data.model_copy(update={"limit": None}), recipe.data.train)
+    overlap = set(train.image_hashes) & set(test.image_hashes)
+    if overlap:
+        logger.warning("%d test images are also training images; accuracy will look better than it is", len(overlap))
+    fingerprint = _fingerprint(source.fingerprint(), train.sha256, recipe.finetune.model_dump(mode="json"), recipe.seed)
+    if not current.stands("finetune", fingerprint, output / "config.json"):
+        current.say(f"finetune: {recipe.finetune.method} on {len(train)} images of {train.name}")
+        report = finetune(source, train, recipe.finetune, output, device=recipe.device, seed=recipe.seed)
+        resumed = f", resumed from step {report.resumed_from_step}" if report.resumed_from_step else ""
+        current.say(f"finetune: {report.steps} steps in {report.seconds:.0f} s{resumed}")
+        current.complete("finetune", fingerprint)
+    tuned = open_checkpoint(str(output))
+    fit_labels(test, tuned.label_names)
+    return tuned
+
+
+def _variant_stage(current: _Run, base: Checkpoint, variant: VariantSpec) -> str | None:
+    """Make a variant's checkpoint; the reason if that fails, None if it stands."""
+    stage, output = f"variant {variant.name}", current.variant_folder(variant.name)
+    held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
+    fingerprint = _fingerprint(base.fingerprint(), held)
+    if current.stands(stage, fingerprint, output / "config.json"):
+        return None
+    reason = _make_variant(current, base, variant, fingerprint) if environment.is_main_process() else None
+    reason = environment.gather_objects(reason)[0]
+    if reason is None:
+        current.complete(stage, fingerprint)
+    else:
+        current.stages.pop(stage, None)
+        current.say(f"{stage}: {reason}")
+    return reason
+
+
+def _make_variant(current: _Run, base: Checkpoint, variant: VariantSpec, fingerprint: str) -> str | None:
+    output = current.variant_folder(variant.name)
+    twin = next((o for o in current.recipe.variants if _holds_same(current, o, variant, fingerprint)), None)
+    if twin is not None:
+        storage.copy_folder(current.variant_folder(twin.name), output)
+        for measured in (RECORD_FILE, PREDICTIONS_FILE):
+            (output / measured).unlink(missing_ok=True)
+        current.say(f"variant {variant.name}: the same weights as {twin.name}")
+        return None
+    try:
+        plan = quantize(base, variant, output, device=current.recipe.device)
+    except (UnsupportedError, CheckpointError) as error:
+        # This row fails with its reason; the others still tell something.
+        shutil.rmtree(output, ignore_errors=True)
+        return str(error)
+    counts = ", ".join(f"{count} {format}" for format, count in plan.counts().items())
+    current.say(f"variant {variant.name}: {counts}")
+    return None
+
+
+def _holds_same(current: _Run, other: VariantSpec, variant: VariantSpec, fingerprint: str) -> bool:
+    """Whether another variant's folder already holds the same weights, run in another way."""
+    return other.name != variant.name and current.stages.get(f"variant {other.name}") == fingerprint
+
+
+def _evaluate_stage(current: _Run, images: ImageSet, made: dict[str, str | None]) -> list[Record]:
+    recipe = current.recipe
+    folders = {name: current.variant_folder(name) for name in made}
+    fingerprint = _fingerprint(
+        [variant.model_dump(mode="json") for variant in recipe.variants],
+        {name: current.stages.get(f"variant {name}") for name in made},
+        recipe.baseline_name,
+        recipe.evaluate.model_dump(mode="json"),
+        recipe.data.model_dump(mode="json"),
+        images.sha256,
+        recipe.device,
+    )
+    if current.stands("evaluate", fingerprint, *(folder / RECORD_FILE for folder in folders.values())):
+        return [load_record(folder) for folder in folders.values()]
+    current.say(f"evaluate: {len(made)} variants on {len(images)} images of {images.name}")
+    measured = _measure(current, images, made)
+    for one in measured:
+        folder = folders[one.record.variant.name]
+        save_record(one.record, folder)
+        if one.predictions is not None:
+            save_predictions(one.predictions, folder)
+        if one.record.failure:
+            current.say(f"evaluate: {one.record.variant.name} failed: {one.record.failure}")
+    current.complete("evaluate", fingerprint)
+    return [one.record for one in measured]
+
+
+def _measure(current: _Run, images: ImageSet, made: dict[str, str | None]) -> list[Measured]:
+    recipe = current.recipe
+    candidates = [
+        Candidate(
+            name=variant.name,
+            source=str(current.variant_folder(variant.name)),
+            attention=variant.attention,
+            compile=variant.compile,
+            asked=variant,
+            failure=made[variant.name],
+        )
+        for variant in recipe.variants
+    ]
+    return measure(
+        candidates,
+        recipe.evaluate,
+        images=images,
+        skip_bad=recipe.data.skip_bad_images,
+        baseline=recipe.baseline_name,
+        device=recipe.device,
+        strict=recipe.strict,
+    )
+
+
+def measure(
+    candidates: Sequence[Candidate],
+    spec: EvaluateSpec,
+    *,
+    images: ImageSet | None = None,
+    skip_bad: bool = False,
+    baseline: str | None = None,
+    device: str = "auto",
+    strict: bool = False,
+) -> list[Measured]:
+    """Prepare checkpoints and measure them together; results in the order of `candidates`.
+
+    Raises:
+        UnsupportedError: none of them can run here, or, with `strict`, one of them cannot.
+        DataError: the labels do not fit a model's head.
+    """
+    target = environment.resolve_device(device)
+    subjects: list[Runnable] = []
+    specs: list[VariantSpec | None] = []
+    failures = {one.name: one.failure for one in candidates if one.failure is not None}
+    for one in candidates:
+        if one.name in failures:
+            continue
+        try:
+            subject = prepare(
+                open_checkpoint(one.source),
+                name=one.name,
+                device=target,
+                attention=one.attention,
+                compile=one.compile,
+                strict=strict,
+            )
+        except UnsupportedError as error:
+            if strict or one.asked is None:
+                raise
+            failures[one.name] = str(error)
+        else:
+            subjects.append(subject)
+            specs.append(one.asked)
+    if not subjects:
+        raise UnsupportedError("no variant can run here: " + "; ".join(f"{k}: {v}" for k, v in failures.items()))
+    first = subjects[0].checkpoint
+    measured = evaluate(
+        subjects,
+        specs,
+        spec,
+        images=None if images is None else _fit_all(images, subjects),
+        preprocess=None if images is None else Preprocessor(load_processor(first)),
+        skip_bad=skip_bad,
+        baseline=baseline,
+    )
+    results = {one.record.variant.name: one for one in measured}
+    for candidate in candidates:
+        if candidate.name in failures and candidate.asked is not None:
+            results[candidate.name] = failed(candidate.name, candidate.asked, failures[candidate.name])
+    return [results[one.name] for one in candidates if one.name in results]
+
+
+def _fit_all(images: ImageSet, subjects: Sequence[Runnable]) -> ImageSet:
+    """Labels as the first subject's head orders them; all heads and input sizes must agree with it."""
+    first = subjects[0].checkpoint
+    for other in (subject.checkpoint for subject in subjects[1:]):
+        if other.label_names != first.label_names:
+            raise DataError(f"{other.source} and {first.source} have different classes, so they cannot be compared")
+        if load_processor(other).to_dict() != load_processor(first).to_dict():
+            raise DataError(f"{other.source} and {first.source} prepare images differently: compare them in two runs")
+    return fit_labels(images, first.label_names)
+
+
+def _report_stage(current: _Run, records: list[Record]) -> RunResult:
+    recipe = current.recipe
+    report = current.folder / "report.html"
+    export = current.folder / "export" if recipe.export else None
+    if not environment.is_main_process():
+        return RunResult(current.folder, records, report, export)
+    for record in records:
+        if record.failure is None:
+            write_card(record, current.variant_folder(record.variant.name), records)
+    report = write_report(current.folder)
+    if export is not None:
+        chosen = next(record for record in records if record.variant.name == recipe.export)
+        if chosen.failure is not None:
+            raise CheckpointError(f"cannot export {recipe.export}: {chosen.failure}")
+        storage.copy_folder(current.variant_folder(chosen.variant.name), export)
+    return RunResult(current.folder, records, report, export)
+
+
+def predict(
+    source: str, paths: Sequence[Path], *, top: int, attention: Attention = "sdpa", device: str = "auto"
+) -> list[dict[str, Any]]:
+    """Classify image files: per image its path and the `top` classes with their probabilities in percent.
+
+    Raises:
+        BadImageError: a file is missing or cannot be decoded.
+    """
+    checkpoint = open_checkpoint(source)
+    runnable = prepare(checkpoint, name=source, device=environment.resolve_device(device), attention=attention)
+    preprocess = Preprocessor(load_processor(checkpoint))
+    images = image_files(paths)
+    results = []
+    for index, path in enumerate(progress.track(paths, "predicting", len(paths))):
+        pixels = preprocess(images.image(index)).unsqueeze(0).to(runnable.device)
+        probabilities = runnable(pixels)[0].float().softmax(-1)
+        best = probabilities.topk(min(top, len(probabilities)))
+        classes = [
+            {"label": checkpoint.label_names[label], "index": label, "percent": 100 * share}
+            for share, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        results.append({"image": str(path), "classes": classes})
+    return results
+
+
+def starting_recipe(model: str, data: str, name: str) -> str:
+    """A recipe in YAML for a model and a data set: fine-tuning where the head does not fit, and the variants
+    that this machine can run.
+
+    Raises:
+        CheckpointError, DataError: the model or the data cannot be opened.
+    """
+    device = environment.resolve_device()
+    checkpoint = open_checkpoint(model)
+    spec = validate(DataSpec, {"source": data}, where="data")
+    images = open_images(spec, None)
+    content: dict[str, Any] = {"name": name, "model": model, "data": {"source": data}}
+    try:
+        fit_labels(images, checkpoint.label_names)
+        why = f"The model's head fits the {len(images)} test images, so nothing is fine-tuned."
+    except DataError:
+        content["finetune"] = {"method": "lora", "rank": 8, "alpha": 32, "dropout": 0.1, "epochs": 3}
+        why = "The model's head does not know these classes: LoRA fine-tunes the layers and a new head."
+    if images.split == ALL:
+        content["data"]["test"] = "test"
+        why += " The folder has no splits: 80 % of each class trains, 20 % tests."
+    wanted: list[dict[str, Any]] = [
+        {"name": "fp32", "format": "fp32"},
+        {"name": "bf16", "format": "bf16"},
+        {"name": "nf4", "format": "nf4"},
+        {"name": "nf4-skip-0", "format": "nf4", "skip": ["block.0"]},
+        {"name": "int8", "format": "int8"},
+        {"name": "w8a8", "format": "w8a8"},
+        {"name": "fp8", "format": "fp8"},
+    ]
+    reasons = {v["name"]: environment.why_not_format(v["format"], device) for v in wanted}
+    content["variants"] = [variant for variant in wanted if reasons[variant["name"]] is None]
+    if environment.why_not_attention("flash_attention_2", device, torch.bfloat16) is None:
+        content["variants"].insert(2, {"name": "nf4-fa2", "format": "nf4", "attention": "flash_attention_2"})
+    content |= {"baseline": "fp32", "export": "nf4", "evaluate": {"latency": {"batch_sizes": [1, 8]}}}
+    recipe = validate(Recipe, content, where="recipe")
+    plans(recipe)
+    lines = [f"# {why}", f"# Run it: vitopt run {name}.yaml     Look first: vitopt run {name}.yaml --dry-run"]
+    lines += [f"# Left out: {name} ({reason})" for name, reason in reasons.items() if reason]
+    body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    return "\n".join(lines) + "\n" + body

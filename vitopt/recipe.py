@@ -1,0 +1,280 @@
+"""Recipes: YAML in, frozen and validated models out, every mistake reported at once.
+
+The models here are also the arguments of the stages, so a `vitopt` subcommand and a recipe mean the same
+thing by the same word. Nothing here imports torch: a broken recipe is refused in a moment.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from vitopt.errors import RecipeError
+
+Format = Literal["fp32", "fp16", "bf16", "nf4", "int8", "w8a8", "fp8"]
+HalfFormat = Literal["fp16", "bf16"]
+Attention = Literal["eager", "sdpa", "flash_attention_2"]
+Linear = Literal["query", "key", "value", "output", "fc1", "fc2"]
+
+QUANTIZED_FORMATS: tuple[Format, ...] = ("nf4", "int8", "w8a8", "fp8")
+LINEARS: tuple[Linear, ...] = get_args(Linear)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | int) else value
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
+Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+
+
+class Spec(BaseModel):
+    """Base of all recipe sections: immutable, unknown keys are mistakes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataSpec(Spec):
+    """Where images come from; a bare string in a recipe is its `source`."""
+
+    source: str = Field(min_length=1, description="folder, Hugging Face data set id, or `digits`")
+    train: str = Field("train", description="split to fine-tune on")
+    test: str | None = Field(None, description="split to evaluate on; null takes test, else validation")
+    image_column: str | None = Field(None, description="column of a hub data set; null finds it")
+    label_column: str | None = Field(None, description="column of a hub data set; null finds it")
+    limit: int | None = Field(None, ge=1, description="evaluate on the first so many images, spread over classes")
+    skip_bad_images: bool = Field(False, description="leave out images that cannot be decoded, and count them")
+
+
+def _data_from_string(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+class FinetuneSpec(Spec):
+    """One fine-tuning run. LoRA: Hu et al., arXiv 2106.09685; its update is scaled by alpha / rank."""
+
+    method: Literal["lora", "full"] = "lora"
+    rank: int = Field(8, ge=1, le=1024)
+    alpha: float = Field(32, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    targets: Patterns = Field(LINEARS, min_length=1, description="logical names, as in `query` or `block.11.fc1`")
+    epochs: float = Field(3, gt=0)
+    batch_size: int = Field(16, ge=1, description="images per device and step")
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="part of all steps in which the rate rises")
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto is bf16 where the device computes in it"
+    )
+    augment: bool = Field(True, description="random crops and, unless `flip` is false, mirror images")
+    flip: bool = Field(True, description="set to false where mirroring changes the class, as with digits")
+    workers: int = Field(0, ge=0, description="processes that decode images; 0 decodes in the training process")
+
+
+class VariantSpec(Spec):
+    """One row of the comparison: how the checkpoint is held and how it is run."""
+
+    name: Name
+    format: Format
+    half: HalfFormat = Field("bf16", description="16-bit type of skipped layers, norms and activations")
+    skip: Patterns = Field((), description="logical names of the layers that stay in 16 bit")
+    layers: dict[str, Format] = Field(default_factory=dict, description="other formats for some layers")
+    attention: Attention = "sdpa"
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _skip_needs_quantization(self) -> "VariantSpec":
+        if self.skip and self.format not in QUANTIZED_FORMATS:
+            raise ValueError(f"format {self.format} quantizes nothing, so `skip` has nothing to keep in 16 bit")
+        return self
+
+
+class LatencySpec(Spec):
+    """How variants are timed."""
+
+    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_list)] = Field(
+        (1,), min_length=1
+    )
+    iterations: int = Field(100, ge=1, description="timed calls per variant and batch size")
+    rounds: int = Field(10, ge=1, description="the calls are spread over so many interleaved rounds")
+    warmup_seconds: float = Field(20, ge=0, description="longest warm-up per variant and batch size")
+
+    @model_validator(mode="after")
+    def _rounds_fit(self) -> "LatencySpec":
+        if self.rounds > self.iterations:
+            raise ValueError(f"{self.rounds} rounds need at least as many iterations, not {self.iterations}")
+        return self
+
+
+class EvaluateSpec(Spec):
+    """How variants are measured."""
+
+    batch_size: int = Field(32, ge=1, description="images per call while accuracy is measured")
+    workers: int = Field(0, ge=0, description="processes that decode images; 0 uses one background thread")
+    latency: LatencySpec = LatencySpec()
+
+
+class Recipe(Spec):
+    """A whole run: model, data, fine-tuning, variants, measurement, export."""
+
+    name: Name
+    model: str = Field(min_length=1, description="folder, hub id, `vit-quickstart`, or `random:ARCHITECTURE`")
+    data: Annotated[DataSpec, BeforeValidator(_data_from_string)]
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    seed: int = Field(0, ge=0)
+    strict: bool = Field(False, description="an attention kernel that cannot run is an error, not a fallback")
+    finetune: FinetuneSpec | None = None
+    variants: Annotated[tuple[VariantSpec, ...], Field(min_length=1)]
+    baseline: str | None = Field(None, description="name of the variant to compare with; null is the first")
+    evaluate: EvaluateSpec = EvaluateSpec()
+    export: str | None = Field(None, description="name of the variant to copy to `export/`")
+
+    @model_validator(mode="after")
+    def _names_agree(self) -> "Recipe":
+        names = [variant.name for variant in self.variants]
+        mistakes = [f"two variants are named {name!r}" for name in sorted(set(names)) if names.count(name) > 1]
+        for key in ("baseline", "export"):
+            wanted = getattr(self, key)
+            if wanted is not None and wanted not in names:
+                mistakes.append(f"{key} names {wanted!r}, which is no variant; {_suggest(wanted, names)}")
+        if mistakes:
+            raise ValueError("; ".join(mistakes))
+        return self
+
+    @property
+    def baseline_name(self) -> str:
+        """The variant that all others are compared with."""
+        return self.baseline or self.variants[0].name
+
+
+S = TypeVar("S", bound=Spec)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe.
+
+    `overrides` are `KEY=VALUE` strings such as `finetune.epochs=1` or `variants.0.format=nf4`; values are
+    YAML. `${NAME}` and `${NAME:-default}` in strings are taken from the environment.
+
+    Raises:
+        RecipeError: the file is missing, is not YAML, or breaks a rule; all mistakes are listed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must be a mapping of keys such as name, model, data and variants")
+    for override in overrides:
+        _apply_override(content, override)
+    return validate(Recipe, _expand(content), where=str(path))
+
+
+def dump_yaml(spec: Spec) -> str:
+    """The resolved spec as YAML that loads back to an equal spec."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def validate(model: type[S], content: Any, where: str) -> S:
+    """Build `model` from plain data, or raise one RecipeError with a line for every mistake."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        # A tuple whose items are wrong is also called too short by pydantic; the items say it better.
+        inner = {mistake["loc"][:-depth] for mistake in found for depth in range(1, len(mistake["loc"]))}
+        mistakes = [_describe(model, m) for m in found if m["type"] != "too_short" or m["loc"] not in inner]
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise RecipeError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in mistakes)) from error
+
+
+def _describe(model: type[Spec], mistake: Any) -> str:
+    where = ".".join(str(part) for part in mistake["loc"]) or "recipe"
+    if mistake["type"] == "extra_forbidden":
+        *parents, key = mistake["loc"]
+        known = list(_section(model, parents).model_fields)
+        return f"{where}: unknown key; {_suggest(str(key), known)}"
+    message = mistake["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if mistake["type"] in ("value_error", "missing"):
+        return f"{where}: {message}"
+    return f"{where}: {message}, not {mistake['input']!r}"
+
+
+def _section(model: type[Spec], location: Sequence[int | str]) -> type[Spec]:
+    """The spec class that a pydantic error location points into."""
+    for part in location:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _spec_in(model.model_fields[part].annotation) or model
+    return model
+
+
+def _spec_in(annotation: Any) -> type[Spec] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _spec_in(part))), None)
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"--set {override!r} must look like KEY=VALUE, as in --set finetune.epochs=1")
+    *parents, last = key.split(".")
+    target: Any = content
+    for depth, part in enumerate(parents):
+        if isinstance(target, dict) and not isinstance(target.get(part), dict | list):
+            # `data: digits` and an absent or null section both become a mapping that can take the key.
+            old = target.get(part)
+            target[part] = _data_from_string(old) if isinstance(old, str) else {}
+        target = _step(target, part, override, ".".join(parents[: depth + 1]))
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override!r}: the value is not valid YAML") from error
+    if isinstance(target, list):
+        _step(target, last, override, key)
+        target[int(last)] = parsed
+    else:
+        target[last] = parsed
+
+
+def _step(target: Any, part: str, override: str, reached: str) -> Any:
+    if isinstance(target, dict):
+        return target[part]
+    if not part.isdigit() or int(part) >= len(target):
+        raise RecipeError(f"--set {override!r}: {reached} is not there; use an index from 0 to {len(target) - 1}")
+    return target[int(part)]
+
+
+def _expand(value: Any) -> Any:
+    """Replace `${NAME}` and `${NAME:-default}` in all strings of plain data."""
+    if isinstance(value, dict):
+        return {key: _expand(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item) for item in value]
+    if isinstance(value, str):
+        return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", _environment_value, value)
+    return value
+
+
+def _environment_value(match: re.Match[str]) -> str:
+    name, default = match.groups()
+    value = os.environ.get(name, default)
+    if value is None:
+        raise RecipeError(f"the recipe uses ${{{name}}}, which is not set: run `export {name}=...` first")
+    return value

@@ -1,0 +1,235 @@
+"""The measured result of one variant: what is stored in `record.json`, with its JSON schema.
+
+Numbers are numbers, units are in the names, unknown is null. `SCHEMA` changes whenever a field changes its
+meaning or goes away; records of another schema are refused rather than misread.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vitopt import storage
+from vitopt.errors import RecordError
+
+SCHEMA = "vitopt.record/1"
+RECORD_FILE = "record.json"
+
+
+class Part(BaseModel):
+    """Base of all parts of a record: immutable, complete, no NaN (JSON has none)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Variant(Part):
+    """What was asked for and what ran."""
+
+    name: str
+    format: str = Field(description="format of most quantized layers, or of all when none is quantized")
+    half: str | None = Field(None, description="16-bit type of the layers that are not quantized")
+    skip: tuple[str, ...] = Field((), description="patterns that were kept in 16 bit")
+    attention_requested: str
+    attention_used: str = Field(description="read back from the live model")
+    attention_reason: str | None = Field(None, description="why another attention than the requested one ran")
+    compile_requested: bool = False
+    compile_used: bool = False
+    compile_reason: str | None = Field(None, description="why compilation was asked for and did not happen")
+
+
+class Model(Part):
+    """What was loaded."""
+
+    source: str
+    sha256: str | None = Field(None, description="of the weight files, in order of name")
+    architecture: str
+    parameters: int = Field(description="logical count: a packed 4-bit matrix counts its original elements")
+    image_size: tuple[int, int] = Field(description="height, width in pixels")
+    classes: int
+
+
+class Accuracy(Part):
+    """Top-k accuracy over one data set."""
+
+    images: int
+    top1_percent: float
+    top1_ci95_percent: tuple[float, float] = Field(description="Wilson interval")
+    top5_percent: float | None = Field(description="null with fewer than six classes")
+    expected_calibration_error: float = Field(description="15 bins of equal width, 0 to 1")
+    classes: tuple["ClassAccuracy", ...] = ()
+
+
+class ClassAccuracy(Part):
+    """Top-1 accuracy on the images of one class."""
+
+    label: int
+    name: str
+    images: int
+    top1_percent: float
+
+
+class VersusBaseline(Part):
+    """Paired comparison with the baseline on the same images."""
+
+    baseline: str
+    top1_delta_points: float
+    top1_delta_ci95_points: tuple[float, float] = Field(description="Tango's score interval for paired proportions")
+    agreement_percent: float = Field(description="images on which both give the same class")
+    right_to_wrong: int
+    wrong_to_right: int
+    mcnemar_p: float
+    mean_kl_divergence: float = Field(description="nats, KL(baseline || variant) of the softmax outputs")
+    normalised_logit_error: float = Field(description="norm of the difference over norm of the baseline's logits")
+    smallest_visible_loss_points: float = Field(description="a smaller true loss would likely go unseen here")
+    verdict: str
+
+
+class Latency(Part):
+    """Time per call at one batch size: what a caller waits, inputs already on the device."""
+
+    batch_size: int
+    iterations: int
+    rounds: int = Field(description="interleaved with the other variants round by round")
+    mean_ms: float
+    std_ms: float | None
+    min_ms: float
+    p50_ms: float
+    p95_ms: float | None = Field(description="null under 20 samples")
+    p99_ms: float | None = Field(description="null under 100 samples")
+    device_p50_ms: float | None = Field(None, description="CUDA event time; null on the CPU")
+    images_per_second: float = Field(description="batch size over the median")
+    speedup_vs_baseline: float | None = None
+    speedup_ci95: tuple[float, float] | None = None
+    warmup_ms: float = Field(description="first calls, compilation included; in no other figure")
+    warmup_iterations: int
+    samples_ms: tuple[float, ...] = Field(description="in order of time; equal shares per round")
+    device_samples_ms: tuple[float, ...] | None = None
+
+
+class FailedLatency(Part):
+    """A batch size at which the variant could not be timed."""
+
+    batch_size: int
+    reason: str
+
+
+class EndToEnd(Part):
+    """Time per call from image file to class, split into its parts, mean milliseconds per call."""
+
+    batch_size: int
+    iterations: int
+    decode_ms: float
+    preprocess_ms: float
+    copy_ms: float
+    model_ms: float
+    postprocess_ms: float
+    total_p50_ms: float
+    total_p95_ms: float | None
+    images_per_second: float
+
+
+class Throughput(Part):
+    """Images per second at the largest batch that fits, found by doubling."""
+
+    batch_size: int
+    images_per_second: float
+
+
+class Size(Part):
+    """Bytes of the weights as held in memory and of the checkpoint's files."""
+
+    weight_bytes: int
+    disk_bytes: int | None = Field(description="null where the weights are not in local files")
+
+
+class Memory(Part):
+    """Peak memory of running this variant alone."""
+
+    peak_bytes: int
+    reserved_bytes: int | None = None
+    kind: Literal["cuda_allocated", "resident_set"] = Field(
+        description="CUDA: peak allocated by tensors, this variant's weights included; CPU: peak resident set of "
+        "a process that does nothing but load and run it"
+    )
+    batch_size: int
+
+
+class Dataset(Part):
+    """Which images were used."""
+
+    name: str
+    split: str | None
+    images: int
+    sha256: str = Field(description="of all image contents and labels, in order")
+    skipped: tuple[str, ...] = Field((), description="images left out because they cannot be decoded")
+    preprocessor: str = Field(description="class that turned images into pixels; backends differ slightly")
+
+
+class Record(Part):
+    """Everything measured about one variant; `failure` says why where nothing could be."""
+
+    schema_: str = Field(SCHEMA, alias="schema")
+    variant: Variant
+    failure: str | None = None
+    model: Model | None = None
+    layer_plan: dict[str, int] = Field(default_factory=dict, description="format -> number of linear layers")
+    layers: dict[str, str] = Field(default_factory=dict, description="logical name -> format, from the live model")
+    accuracy: Accuracy | None = None
+    versus_baseline: VersusBaseline | None = None
+    latency: tuple[Latency, ...] = ()
+    latency_failures: tuple[FailedLatency, ...] = ()
+    end_to_end: tuple[EndToEnd, ...] = ()
+    throughput: Throughput | None = None
+    size: Size | None = None
+    memory: Memory | None = None
+    energy_joules_per_image: float | None = None
+    environment: dict[str, Any] = Field(default_factory=dict)
+    dataset: Dataset | None = None
+    warnings: tuple[str, ...] = Field((), description="conditions under which the figures deserve less trust")
+    command: str | None = None
+    created: str | None = Field(None, description="ISO 8601, UTC")
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data as stored in `record.json`."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def save_record(record: Record, folder: Path) -> Path:
+    """Write `record.json` into `folder` and return its path."""
+    path = folder / RECORD_FILE
+    storage.write_json(path, record.to_json())
+    return path
+
+
+def load_record(path: Path) -> Record:
+    """Read a record from a file or from the folder that holds `record.json`.
+
+    Raises:
+        RecordError: missing, not JSON, or of another schema version.
+    """
+    file = path / RECORD_FILE if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"no record at {file}: run `vitopt evaluate` or `vitopt run` first") from error
+    except ValueError as error:
+        raise RecordError(f"{file} is not a JSON record: {error}") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise RecordError(
+            f"{file} has schema {schema!r}, this vitopt reads {SCHEMA!r}: measure again with this version"
+        )
+    try:
+        return Record.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RecordError(f"{file} is not a complete record: {where}: {first['msg']}") from error
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a record, every field described."""
+    return Record.model_json_schema(by_alias=True)
