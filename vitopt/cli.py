@@ -342,13 +342,16 @@ def benchmark(
     compile: CompileOption = False,
     iterations: IterationsOption = 100,
     rounds: RoundsOption = 10,
+    throughput: Annotated[
+        bool, typer.Option("--throughput", help="Also double the batch to the highest rate.")
+    ] = False,
     strict: StrictOption = False,
     device: DeviceOption = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder that gets one record per checkpoint.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time checkpoints against each other, interleaved; the first is the baseline."""
-    spec = _evaluate_spec(32, 0, batch_size, iterations, rounds)
+    spec = _evaluate_spec(32, 0, batch_size, iterations, rounds, throughput)
     _start(as_json)
     from vitopt import pipeline
 
@@ -359,6 +362,26 @@ def benchmark(
             _keep(one, output / "variants" / one.record.variant.name)
     records = [one.record for one in measured]
     _print_json([record.to_json() for record in records]) if as_json else _print_table(records)
+
+
+@app.command()
+@_clear_errors
+def compare(
+    baseline: Annotated[Path, typer.Argument(help="record.json or its folder: what to compare with.")],
+    variant: Annotated[Path, typer.Argument(help="record.json or its folder: what is compared.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two stored results image by image; refuses results over different images."""
+    _start(as_json)
+    from vitopt.measure.comparison import compare_stored
+
+    comparison = compare_stored(baseline, variant)
+    if as_json:
+        _print_json(comparison.to_json())
+        return
+    _print_table(comparison.records)
+    for line in comparison.lines():
+        out.print(f"• {escape(line)}", highlight=False)
 
 
 @app.command()
@@ -440,13 +463,16 @@ def init(
     sys.stdout.write(pipeline.starting_recipe(model, data, name))
 
 
-def _evaluate_spec(batch_size: int, workers: int, latency: str, iterations: int, rounds: int) -> EvaluateSpec:
+def _evaluate_spec(
+    batch_size: int, workers: int, latency: str, iterations: int, rounds: int, throughput: bool = False
+) -> EvaluateSpec:
     sizes = [int(part) if part.strip().isdigit() else part for part in latency.split(",")]
     return validate(
         EvaluateSpec,
         {
             "batch_size": batch_size,
             "workers": workers,
+            "throughput": throughput,
             "latency": {"batch_sizes": sizes, "iterations": iterations, "rounds": min(rounds, iterations)},
         },
         where="arguments",

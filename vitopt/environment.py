@@ -230,10 +230,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch|torchao|peft)\b")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    # Settings for a transformers that is not imported yet: importing it here would slow every command down.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def import_bitsandbytes() -> Any:

@@ -126,7 +126,7 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
     plans(recipe)
     device = environment.resolve_device(recipe.device)
     source = open_checkpoint(recipe.model)
-    images = open_images(recipe.data, recipe.data.test)
+    images = _test_images(recipe)
     if recipe.finetune is None:
         fit_labels(images, source.label_names)
     current = _Run(folder, recipe, say, _read_stages(folder))
@@ -138,6 +138,14 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
     made = {variant.name: _variant_stage(current, base, variant) for variant in recipe.variants}
     records = _evaluate_stage(current, images, made)
     return _report_stage(current, records)
+
+
+def _test_images(recipe: Recipe) -> ImageSet:
+    images = open_images(recipe.data, recipe.data.test)
+    if images.split == ALL and recipe.finetune is not None:
+        # One part of data without splits is trained on, so only the other part may test.
+        return open_images(recipe.data, "test")
+    return images
 
 
 def _read_stages(folder: Path) -> dict[str, str]:
@@ -400,8 +408,7 @@ def starting_recipe(model: str, data: str, name: str) -> str:
     except DataError:
         content["finetune"] = {"method": "lora", "rank": 8, "alpha": 32, "dropout": 0.1, "epochs": 3}
         why = "The model's head does not know these classes: LoRA fine-tunes the layers and a new head."
-    if images.split == ALL:
-        content["data"]["test"] = "test"
+    if images.split == ALL and "finetune" in content:
         why += " The folder has no splits: 80 % of each class trains, 20 % tests."
     wanted: list[dict[str, Any]] = [
         {"name": "fp32", "format": "fp32"},

@@ -118,6 +118,8 @@ class EvaluateSpec(Spec):
     batch_size: int = Field(32, ge=1, description="images per call while accuracy is measured")
     workers: int = Field(0, ge=0, description="processes that decode images; 0 uses one background thread")
     latency: LatencySpec = LatencySpec()
+    end_to_end: bool = Field(True, description="also time decode, preprocess, copy, model, postprocess")
+    throughput: bool = Field(False, description="also find the highest rate by doubling the batch")
 
 
 class Recipe(Spec):
@@ -168,7 +170,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"cannot read recipe {path}: {reason} (`vitopt init` prints one to start from)") from error
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -232,33 +235,42 @@ def _suggest(word: str, known: Sequence[str]) -> str:
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
-    if not equals or not key:
+    parts = key.split(".")
+    if not equals or not all(parts):
         raise RecipeError(f"--set {override!r} must look like KEY=VALUE, as in --set finetune.epochs=1")
-    *parents, last = key.split(".")
     target: Any = content
-    for depth, part in enumerate(parents):
-        if isinstance(target, dict) and not isinstance(target.get(part), dict | list):
-            # `data: digits` and an absent or null section both become a mapping that can take the key.
-            old = target.get(part)
-            target[part] = _data_from_string(old) if isinstance(old, str) else {}
-        target = _step(target, part, override, ".".join(parents[: depth + 1]))
+    for depth, part in enumerate(parts[:-1], start=1):
+        reached = ".".join(parts[:depth])
+        place = _place(target, part, override, reached)
+        old = target.get(place) if isinstance(target, dict) else target[place]
+        section = _section_for_keys(old, override, reached)
+        target[place] = section
+        target = section
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override!r}: the value is not valid YAML") from error
-    if isinstance(target, list):
-        _step(target, last, override, key)
-        target[int(last)] = parsed
-    else:
-        target[last] = parsed
+    target[_place(target, parts[-1], override, key)] = parsed
 
 
-def _step(target: Any, part: str, override: str, reached: str) -> Any:
+def _place(target: Any, part: str, override: str, reached: str) -> str | int:
+    """`part` as a key of a mapping, which may be new, or as an index of a list, which must exist."""
     if isinstance(target, dict):
-        return target[part]
-    if not part.isdigit() or int(part) >= len(target):
-        raise RecipeError(f"--set {override!r}: {reached} is not there; use an index from 0 to {len(target) - 1}")
-    return target[int(part)]
+        return part
+    if not part.isdecimal() or int(part) >= len(target):
+        there = f"use an index from 0 to {len(target) - 1}" if target else "the list is empty"
+        raise RecipeError(f"--set {override!r}: {reached} is not there; {there}")
+    return int(part)
+
+
+def _section_for_keys(value: Any, override: str, reached: str) -> Any:
+    # `data: digits` and an absent or null section both become a mapping that can take the key.
+    section = _data_from_string(value) if reached == "data" else value
+    if section is None:
+        return {}
+    if not isinstance(section, dict | list):
+        raise RecipeError(f"--set {override!r}: {reached} is {value!r}, which has no keys; set {reached} itself")
+    return section
 
 
 def _expand(value: Any) -> Any:
@@ -274,7 +286,10 @@ def _expand(value: Any) -> Any:
 
 def _environment_value(match: re.Match[str]) -> str:
     name, default = match.groups()
-    value = os.environ.get(name, default)
+    value = os.environ.get(name)
+    if default is not None:
+        # As in a shell, the default also stands in for an empty value.
+        return value or default
     if value is None:
         raise RecipeError(f"the recipe uses ${{{name}}}, which is not set: run `export {name}=...` first")
     return value

@@ -130,10 +130,11 @@ class EndToEnd(Part):
 
 
 class Throughput(Part):
-    """Images per second at the largest batch that fits, found by doubling."""
+    """Highest rate over batch sizes that are doubled until memory or the gain runs out."""
 
-    batch_size: int
+    batch_size: int = Field(description="at which the rate was reached")
     images_per_second: float
+    largest_batch_size: int = Field(description="largest that was tried and fitted")
 
 
 class Size(Part):

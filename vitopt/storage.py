@@ -25,6 +25,10 @@ def _explained(target: Path) -> Iterator[None]:
             raise StorageError(f"cannot write {target}: {error.strerror}; choose another --output") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise StorageError(f"cannot write {target}: a file is in the way; choose another --output") from error
+        if error.errno == errno.EISDIR:
+            raise StorageError(f"cannot write {target}: a folder is in the way; choose another --output") from error
+        if error.errno in (errno.EBUSY, errno.EXDEV):
+            raise StorageError(f"cannot replace {target}: it is a mount point; choose a folder below it") from error
         raise
 
 
@@ -32,19 +36,37 @@ def _explained(target: Path) -> Iterator[None]:
 def staged_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `target` that replaces it on success and vanishes on any failure.
 
-    An earlier folder at `target` stays untouched until the new one is complete.
+    An earlier result at `target` stays untouched until the new one is complete; anything else that is there
+    stays for good.
 
     Raises:
-        StorageError: the disk is full or the place is not writable.
+        StorageError: the disk is full, the place is not writable, or it holds something else.
     """
-    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    place = target.resolve()  # a link stays a link, and `.` gets a name
+    temporary = place.with_name(f".{place.name}.partial-{os.getpid()}")
     with _explained(target):
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
+        # In a container each run may have the same process id: what a killed one left is not ours to keep.
+        shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
             yield temporary
-            _replace_folder(temporary, target)
+            _refuse_foreign(target, temporary)
+            _replace_folder(temporary, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_foreign(target: Path, new: Path) -> None:
+    """Replacing a folder deletes what it holds, so it must look like an earlier result: share a file name."""
+    held = {entry.name for entry in target.iterdir()} if target.exists() else set()
+    # All that a variant which could not be made leaves behind is its record.
+    made = {entry.name for entry in new.iterdir()} | {"record.json"}
+    if held and not held & made:
+        raise StorageError(
+            f"{target} holds {min(held)}, which is no earlier result and would be deleted: choose another --output"
+        )
 
 
 def _replace_folder(source: Path, target: Path) -> None:
@@ -53,8 +75,13 @@ def _replace_folder(source: Path, target: Path) -> None:
         return
     # A folder cannot be renamed over a filled one, so the old one steps aside first.
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    shutil.rmtree(old, ignore_errors=True)
     target.rename(old)
-    source.rename(target)
+    try:
+        source.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -85,7 +112,8 @@ def copy_folder(source: Path, target: Path) -> None:
 
     def link(original: str, copy: str) -> None:
         try:
-            os.link(original, copy)
+            # The hub's cache is made of relative links, which mean nothing elsewhere.
+            os.link(os.path.realpath(original), copy)
         except OSError:
             shutil.copy2(original, copy)
 

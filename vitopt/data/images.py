@@ -103,6 +103,11 @@ class ImageSet:
             rows=tuple(self.rows[i] for i in chosen),
         )
 
+    def without(self, ids: Sequence[str]) -> "ImageSet":
+        """All images but those named."""
+        left_out = set(ids)
+        return self.subset(index for index, name in enumerate(self.ids) if name not in left_out) if ids else self
+
     def limited(self, count: int | None) -> "ImageSet":
         """At most `count` images, taken in turn from each class so that all classes stay represented."""
         if count is None or count >= len(self):

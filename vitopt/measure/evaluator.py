@@ -3,21 +3,24 @@
 import datetime
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitopt import environment
+from vitopt import environment, progress
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor, random_pixels
 from vitopt.measure import accuracy, statistics
+from vitopt.measure.conditions import watched
+from vitopt.measure.end_to_end import time_end_to_end
 from vitopt.measure.latency import Timing, clock_for, time_interleaved
 from vitopt.measure.memory import peak_memory
 from vitopt.measure.predictions import Predictions
 from vitopt.measure.subject import Subject
+from vitopt.measure.throughput import energy_per_image, find_throughput
 from vitopt.models.checkpoint import disk_bytes, parameter_count, weight_bytes
 from vitopt.recipe import EvaluateSpec, LatencySpec, VariantSpec
-from vitopt.records import Dataset, FailedLatency, Latency, Model, Record, Size, Variant
+from vitopt.records import Dataset, EndToEnd, FailedLatency, Latency, Model, Record, Size, Variant
 
 
 @dataclass(frozen=True)
@@ -50,28 +53,25 @@ def evaluate(
         outcome = accuracy.predict(
             subjects, images, preprocess, batch_size=spec.batch_size, workers=spec.workers, skip_bad=skip_bad
         )
+        images = images.without(outcome.skipped)
     if not environment.is_main_process():
         environment.wait_for_all()
         return []
     failures = dict(outcome.failures) if outcome else {}
     running = [subject for subject in subjects if subject.name not in failures]
-    timings = {size: _time_all(running, size, spec.latency) for size in spec.latency.batch_sizes}
+    with watched(subjects[0].device) as warnings:
+        timings = {size: _time_all(running, size, spec.latency) for size in spec.latency.batch_sizes}
     dataset = _describe_dataset(images, preprocess, outcome) if outcome and images and preprocess else None
     measured = []
     for subject, asked in zip(subjects, specs, strict=True):
-        common = _common_fields(subject, asked)
+        common = _common_fields(subject, asked) | {"dataset": dataset, "warnings": tuple(warnings)}
         if subject.name in failures:
-            measured.append(Measured(Record(**common, failure=failures[subject.name], dataset=dataset), None))
+            measured.append(Measured(Record(**common, failure=failures[subject.name]), None))
             continue
+        fields = _speed_fields(subject, spec, timings, baseline)
+        if images is not None and preprocess is not None and spec.end_to_end:
+            fields["end_to_end"] = _end_to_end(subject, images, preprocess, fields["latency"])
         predictions = outcome.predictions[subject.name] if outcome else None
-        latency, latency_failures = _latency_rows(subject.name, baseline, timings)
-        fields: dict[str, Any] = {
-            "latency": latency,
-            "latency_failures": latency_failures,
-            "size": _size(subject),
-            "memory": peak_memory(subject, spec.latency.batch_sizes[0]),
-            "dataset": dataset,
-        }
         if predictions is not None and outcome is not None and images is not None:
             fields["accuracy"] = accuracy.summarise(predictions, images.class_names or ())
             reference = outcome.predictions.get(baseline or "") if baseline != subject.name else None
@@ -80,6 +80,30 @@ def evaluate(
         measured.append(Measured(Record(**common, **fields), predictions))
     environment.wait_for_all()
     return measured
+
+
+def _speed_fields(
+    subject: Subject, spec: EvaluateSpec, timings: dict[int, dict[str, Timing]], baseline: str | None
+) -> dict[str, Any]:
+    latency, latency_failures = _latency_rows(subject.name, baseline, timings)
+    fields: dict[str, Any] = {"latency": latency, "latency_failures": latency_failures, "size": _size(subject)}
+    with progress.task(f"memory of {subject.name}", None):
+        fields["memory"] = peak_memory(subject, spec.latency.batch_sizes[0])
+    if latency:
+        call = _call(subject, latency[-1].batch_size)
+        fields["energy_joules_per_image"] = energy_per_image(call, latency[-1].batch_size, subject.device)
+    if spec.throughput:
+        with progress.task(f"throughput of {subject.name}", None):
+            fields["throughput"] = find_throughput(lambda size: _call(subject, size), clock_for(subject.device))
+    return fields
+
+
+def _end_to_end(
+    subject: Subject, images: ImageSet, preprocess: Preprocessor, latency: Sequence[Latency]
+) -> tuple[EndToEnd, ...]:
+    sizes = [row.batch_size for row in latency]
+    with progress.task(f"end to end of {subject.name}", None):
+        return tuple(time_end_to_end(subject, images, preprocess, size) for size in sizes)
 
 
 def failed(name: str, asked: VariantSpec, reason: str) -> Measured:
@@ -139,11 +163,13 @@ def _provenance(device: Any) -> dict[str, Any]:
 def _time_all(subjects: Sequence[Subject], batch_size: int, spec: LatencySpec) -> dict[str, Timing]:
     if not subjects:
         return {}
-    calls = {}
-    for subject in subjects:
-        pixels = random_pixels(batch_size, subject.checkpoint.image_size).to(subject.device)
-        calls[subject.name] = lambda subject=subject, pixels=pixels: subject(pixels)
+    calls = {subject.name: _call(subject, batch_size) for subject in subjects}
     return time_interleaved(calls, spec, clock_for(subjects[0].device), f"latency at batch {batch_size}")
+
+
+def _call(subject: Subject, batch_size: int) -> Callable[[], object]:
+    pixels = random_pixels(batch_size, subject.checkpoint.image_size).to(subject.device)
+    return lambda: subject(pixels)
 
 
 def _latency_rows(
@@ -197,16 +223,11 @@ def _size(subject: Subject) -> Size:
 
 
 def _describe_dataset(images: ImageSet, preprocess: Preprocessor, outcome: accuracy.Outcome) -> Dataset:
-    used = (
-        images
-        if not outcome.skipped
-        else images.subset(index for index, name in enumerate(images.ids) if name not in set(outcome.skipped))
-    )
     return Dataset(
         name=images.name,
         split=images.split,
-        images=len(used),
-        sha256=used.sha256,
+        images=len(images),
+        sha256=images.sha256,
         skipped=outcome.skipped,
         preprocessor=preprocess.name,
     )
