@@ -13,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from vitopt import environment
+
+environment.quiet_libraries()
+
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 CLASSES = ("circle", "cross", "square", "stripe")
 IMAGE_SIZE = 32
@@ -26,12 +29,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not able:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device of compute capability 8.0 or higher"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _quiet() -> None:
-    environment.quiet_libraries()
-    torch.set_num_threads(2)
 
 
 def make_checkpoint(folder: Path, blocks: int = 3, seed: int = 0, **changes: object) -> Path:

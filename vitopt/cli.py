@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -39,7 +39,9 @@ from vitopt.records import Record
 
 if TYPE_CHECKING:
     from vitopt.measure.evaluator import Measured
+    from vitopt.models.checkpoint import Checkpoint
     from vitopt.optimize.plan import LayerPlan
+    from vitopt.search.results import Sensitivity
 
 app = typer.Typer(
     name="vitopt",
@@ -66,6 +68,10 @@ CompileOption = Annotated[bool, typer.Option("--compile", help="Run through torc
 StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse instead of falling back to SDPA.")]
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad-images", help="Leave out and count undecodable images.")]
 LimitOption = Annotated[int | None, typer.Option(help="Use only so many images, spread over the classes.")]
+MaxTop1DropOption = Annotated[float | None, typer.Option(help="Largest loss of top-1 in points.")]
+MaxKlShareOption = Annotated[float | None, typer.Option(help="KL at most this share of the quantized model's.")]
+ObjectiveOption = Annotated[Literal["size", "latency"], typer.Option(help="What a kept layer costs.")]
+GranularityOption = Annotated[Literal["block", "linear"], typer.Option(help="Whole blocks or single linear layers.")]
 IterationsOption = Annotated[int, typer.Option(help="Timed calls per checkpoint and batch size.")]
 RoundsOption = Annotated[int, typer.Option(help="Interleaved rounds that share the iterations.")]
 
@@ -256,33 +262,112 @@ def quantize(
     format: Annotated[Format, typer.Option(help="Format of the linear layers.")],
     output: Annotated[Path, typer.Option(help="Folder for the quantized checkpoint.")],
     skip: Annotated[
-        list[str] | None,
-        typer.Option(help="Layers that stay in 16 bit, repeatable: block.21, block.*.fc2 ..."),
+        list[str] | None, typer.Option(help="Layers that stay in 16 bit, repeatable: block.21, block.*.fc2, or auto.")
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Calibration images for --skip auto; never your test images.")
+    ] = None,
+    max_top1_drop: MaxTop1DropOption = None,
+    max_kl_share: MaxKlShareOption = None,
+    objective: ObjectiveOption = "size",
+    granularity: GranularityOption = "block",
+    limit: LimitOption = None,
     half: Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are not quantized.")] = "bf16",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another format; it opens with plain transformers."""
-    variant = validate(
-        VariantSpec, {"name": "variant", "format": format, "skip": skip or [], "half": half}, where="quantize"
-    )
+    content: dict[str, Any] = {"name": "variant", "format": format, "skip": skip or [], "half": half}
+    goal = {"max_top1_drop": max_top1_drop, "max_kl_share": max_kl_share}
+    if goal == {"max_top1_drop": None, "max_kl_share": None}:
+        goal = {}
+    content["auto"] = goal | {"objective": objective, "granularity": granularity}
+    variant = validate(VariantSpec, content, where="quantize")
+    if variant.skips_automatically and data is None:
+        raise RecipeError("--skip auto needs --data: calibration images on which the skip list is chosen")
     _start(as_json)
     from vitopt.models.checkpoint import disk_bytes, open_checkpoint
     from vitopt.optimize.quantize import quantize as write
     from vitopt.report.table import human_bytes
 
     opened = open_checkpoint(checkpoint)
+    if variant.skips_automatically:
+        variant = _choose_skip_list(opened, variant, DataSpec(source=str(data), limit=limit), output, device)
     with progress.task(f"quantizing to {format}", None):
         plan = write(opened, variant, output, device)
     size = disk_bytes(output)
     if as_json:
-        _print_json({"checkpoint": str(output), "layer_plan": plan.counts(), "disk_bytes": size})
+        _print_json({"checkpoint": str(output), "skip": variant.skip, "layer_plan": plan.counts(), "disk_bytes": size})
         return
     before = f", was {human_bytes(disk_bytes(opened.folder))}" if opened.folder else ""
     _say(f"{', '.join(f'{count} layers {name}' for name, count in plan.counts().items())}")
     _say(f"{human_bytes(size)} on disk{before}")
     _say(f"checkpoint: {output}")
+
+
+def _choose_skip_list(
+    checkpoint: "Checkpoint", variant: VariantSpec, data: DataSpec, output: Path, device: str
+) -> VariantSpec:
+    from vitopt.data.images import open_images
+    from vitopt.search.analysis import analyse_for
+
+    images = open_images(data, None if ":" in data.source else "train")
+    result = analyse_for(checkpoint, images, variant, output.with_name(f"{output.name}.sensitivity.json"), device)
+    assert result.search is not None
+    _say(f"keeps {', '.join(result.search.chosen) or 'nothing'} in 16 bit, chosen on {result.images} images")
+    if result.search.advice:
+        _say(result.search.advice)
+    return variant.skipping(result.search.chosen)
+
+
+@app.command()
+@_clear_errors
+def sensitivity(
+    checkpoint: CheckpointArgument,
+    data: Annotated[str, typer.Option(help="Calibration images; never your test images.")],
+    format: Annotated[Format, typer.Option(help="Format whose damage is measured.")],
+    output: Annotated[Path, typer.Option(help="Folder for sensitivity.json.")],
+    granularity: GranularityOption = "block",
+    half: Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are kept.")] = "bf16",
+    limit: LimitOption = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="First rank by KL on so many images, then score only the best exactly.")
+    ] = None,
+    candidates: Annotated[int, typer.Option(min=1, help="Units to score exactly after --sample.")] = 8,
+    max_top1_drop: MaxTop1DropOption = None,
+    max_kl_share: MaxKlShareOption = None,
+    objective: ObjectiveOption = "size",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 32,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Score every block or linear layer: what quantizing it breaks, what keeping it brings back and costs."""
+    source = validate(DataSpec, {"source": data, "limit": limit}, where="data")
+    _start(as_json)
+    from vitopt.data.images import open_images
+    from vitopt.models.checkpoint import open_checkpoint
+    from vitopt.search.analysis import analyse
+    from vitopt.search.skiplist import Goal
+
+    result = analyse(
+        open_checkpoint(checkpoint),
+        open_images(source, None),
+        format,
+        output / "sensitivity.json",
+        half=half,
+        granularity=granularity,
+        sample=sample,
+        candidates=candidates,
+        goal=Goal(max_top1_drop, max_kl_share) if max_top1_drop or max_kl_share else None,
+        objective=objective,
+        device=device,
+        batch_size=batch_size,
+    )
+    if as_json:
+        _print_json(result.to_json())
+        return
+    _print_sensitivity(result)
+    out.print(f"\nresult: {output / 'sensitivity.json'}", highlight=False)
 
 
 @app.command()
@@ -524,6 +609,34 @@ def _print_table(records: Sequence[Record]) -> None:
             out.print(table)
     for note in notes(records):
         out.print(f"• {escape(note)}", highlight=False)
+
+
+def _print_sensitivity(result: "Sensitivity") -> None:
+    from vitopt.report.table import human_bytes
+
+    quantized = result.quantized
+    table = Table(
+        title=f"{result.format} on {result.images} images; all quantized: KL {quantized.kl:.4f}, "
+        f"agreement {quantized.agreement_percent:.1f} %",
+        title_justify="left",
+    )
+    for heading in ("unit", "damage KL", "Δ points (95 %)", "kept: KL", "Δ points (95 %)", "costs", "costs ms"):
+        table.add_column(heading, justify="left" if heading == "unit" else "right")
+    for unit in sorted(result.units, key=lambda unit: unit.recovery.kl if unit.recovery else 0):
+        cells = [unit.unit]
+        for loss in (unit.damage, unit.recovery):
+            low, high = loss.top1_delta_ci95_points if loss else (0, 0)
+            delta = f"{loss.top1_delta_points:+.1f} ({low:+.1f} to {high:+.1f})" if loss else ""
+            cells += [f"{loss.kl:.4f}" if loss else "", delta]
+        cells += [human_bytes(unit.extra_bytes), "" if unit.extra_ms is None else f"{unit.extra_ms:+.3f}"]
+        table.add_row(*cells)
+    with _full_width():
+        out.print(table)
+    if result.search is not None:
+        found = result.search
+        out.print(f"• {found.goal}: keep {', '.join(found.chosen) or 'nothing'} in 16 bit", highlight=False)
+        if found.advice:
+            out.print(f"• {escape(found.advice)}", highlight=False)
 
 
 def _print_dry_run(recipe: Recipe, plans: "dict[str, LayerPlan]", as_json: bool) -> None:

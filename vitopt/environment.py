@@ -49,7 +49,12 @@ def resolve_device(requested: str = "auto") -> torch.device:
     """
     if requested == "auto":
         requested = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(requested)
+    try:
+        device = torch.device(requested)
+    except RuntimeError as error:
+        raise UnsupportedError(f"no device {requested!r}; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedError(f"device {requested!r} is not supported; use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UnsupportedError(f"device {requested}: {_why_no_cuda()}; use --device cpu")
@@ -66,7 +71,7 @@ def _why_no_cuda() -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.device_count()
-    reason = next((str(w.message).splitlines()[0] for w in caught if "driver" in str(w.message)), None)
+    reason = next((str(w.message).splitlines()[0].rstrip(".") for w in caught if "driver" in str(w.message)), None)
     return reason or "torch sees no CUDA device (check `nvidia-smi`)"
 
 
@@ -104,7 +109,7 @@ _FORMAT_CHECKS: dict[Format, tuple[Callable[[torch.device], str | None], Format]
     "fp16": (lambda device: None, "fp32"),
     "bf16": (lambda device: _capability_below(device, AMPERE), "fp16"),
     "nf4": (lambda device: _needs("bitsandbytes"), "bf16"),
-    "int8": (lambda device: _needs("bitsandbytes"), "w8a8"),
+    "int8": (lambda device: _needs("bitsandbytes"), "bf16"),
     "w8a8": (lambda device: _needs("torchao") or _capability_below(device, AMPERE), "int8"),
     "fp8": (_why_not_fp8, "w8a8"),
 }
@@ -117,8 +122,10 @@ def why_not_format(format: Format, device: torch.device) -> str | None:
 
 def require_format(format: Format, device: torch.device) -> None:
     """Raise UnsupportedError with the reason and the nearest format that can run, if `format` cannot."""
-    check, nearest = _FORMAT_CHECKS[format]
-    if reason := check(device):
+    if reason := why_not_format(format, device):
+        nearest = format
+        while why_not_format(nearest, device) is not None:
+            nearest = _FORMAT_CHECKS[nearest][1]
         raise UnsupportedError(f"format {format} cannot run on {device}: {reason}; the nearest that can is {nearest}")
 
 
@@ -230,8 +237,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch|torchao|peft)\b")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Settings for a transformers that is not imported yet: importing it here would slow every command down.
+    # For a transformers that is not imported yet; importing it here would slow every command down.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
 
 
 def import_bitsandbytes() -> Any:

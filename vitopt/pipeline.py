@@ -18,7 +18,7 @@ import yaml
 from vitopt import environment, progress, storage
 from vitopt.data.images import ALL, ImageSet, fit_labels, image_files, open_images
 from vitopt.data.pixels import Preprocessor
-from vitopt.errors import CheckpointError, DataError, PatternError, RecipeError, UnsupportedError
+from vitopt.errors import CheckpointError, DataError, PatternError, RecipeError, RecordError, UnsupportedError
 from vitopt.finetune.training import finetune
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
@@ -31,6 +31,8 @@ from vitopt.recipe import Attention, DataSpec, EvaluateSpec, Recipe, VariantSpec
 from vitopt.records import RECORD_FILE, Record, load_record, save_record
 from vitopt.report.card import write_card
 from vitopt.report.page import write_report
+from vitopt.search.analysis import analyse_for, require_disjoint
+from vitopt.search.results import load_sensitivity
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class _Run:
     recipe: Recipe
     say: Callable[[str], None]
     stages: dict[str, str] = field(default_factory=dict)
+    variants: tuple[VariantSpec, ...] = ()  # the recipe's, every automatic skip list chosen
 
     def stands(self, stage: str, fingerprint: str, *products: Path) -> bool:
         """Whether a stage was completed with the same inputs and its products are still there."""
@@ -96,7 +99,8 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
     resolved, mistakes = {}, []
     for variant in recipe.variants:
         try:
-            resolved[variant.name] = plan_for(checkpoint, variant)
+            known = variant.skipping(()) if variant.skips_automatically else variant
+            resolved[variant.name] = plan_for(checkpoint, known)
         except PatternError as error:
             mistakes.append(f"variant {variant.name}: {error}")
     if recipe.finetune is not None and recipe.finetune.method == "lora":
@@ -135,15 +139,17 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
         storage.write_text(folder / "recipe.yaml", dump_yaml(recipe))
         storage.write_json(folder / "environment.json", environment.describe(device))
     base = _finetune_stage(current, source, images)
-    made = {variant.name: _variant_stage(current, base, variant) for variant in recipe.variants}
+    current.variants = tuple(_sensitivity_stage(current, base, variant, images) for variant in recipe.variants)
+    made = {variant.name: _variant_stage(current, base, variant) for variant in current.variants}
     records = _evaluate_stage(current, images, made)
     return _report_stage(current, records)
 
 
 def _test_images(recipe: Recipe) -> ImageSet:
     images = open_images(recipe.data, recipe.data.test)
-    if images.split == ALL and recipe.finetune is not None:
-        # One part of data without splits is trained on, so only the other part may test.
+    uses_train = recipe.finetune is not None or any(variant.skips_automatically for variant in recipe.variants)
+    if images.split == ALL and uses_train:
+        # One part of data without splits is trained or calibrated on, so only the other part may test.
         return open_images(recipe.data, "test")
     return images
 
@@ -185,6 +191,37 @@ def _finetune_stage(current: _Run, source: Checkpoint, test: ImageSet) -> Checkp
     return tuned
 
 
+def _sensitivity_stage(current: _Run, base: Checkpoint, variant: VariantSpec, test: ImageSet) -> VariantSpec:
+    """The variant with its skip list: as it stands, or chosen on calibration images if it is automatic."""
+    if not variant.skips_automatically:
+        return variant
+    recipe, auto = current.recipe, variant.auto
+    stage, output = f"sensitivity {variant.name}", current.folder / "sensitivity" / f"{variant.name}.json"
+    calibration = open_images(recipe.data.model_copy(update={"limit": auto.images}), auto.split)
+    require_disjoint(calibration, test)
+    fingerprint = _fingerprint(
+        base.fingerprint(),
+        calibration.sha256,
+        variant.format,
+        variant.half,
+        auto.model_dump(mode="json"),
+        recipe.device,
+    )
+    if not current.stands(stage, fingerprint, output):
+        if environment.is_main_process():
+            current.say(f"{stage}: {variant.format} on {len(calibration)} calibration images")
+            analyse_for(base, calibration, variant, output, recipe.device)
+        environment.wait_for_all()
+        current.complete(stage, fingerprint)
+    found = load_sensitivity(output).search
+    if found is None:
+        raise RecordError(f"{output} holds no search: delete it and run again")
+    current.say(f"{stage}: keeps {', '.join(found.chosen) or 'nothing'} in 16 bit")
+    if found.advice:
+        logger.warning("%s: %s", variant.name, found.advice)
+    return variant.skipping(found.chosen)
+
+
 def _variant_stage(current: _Run, base: Checkpoint, variant: VariantSpec) -> str | None:
     """Make a variant's checkpoint; the reason if that fails, None if it stands."""
     stage, output = f"variant {variant.name}", current.variant_folder(variant.name)
@@ -204,7 +241,7 @@ def _variant_stage(current: _Run, base: Checkpoint, variant: VariantSpec) -> str
 
 def _make_variant(current: _Run, base: Checkpoint, variant: VariantSpec, fingerprint: str) -> str | None:
     output = current.variant_folder(variant.name)
-    twin = next((o for o in current.recipe.variants if _holds_same(current, o, variant, fingerprint)), None)
+    twin = next((o for o in current.variants if _holds_same(current, o, variant, fingerprint)), None)
     if twin is not None:
         storage.copy_folder(current.variant_folder(twin.name), output)
         for measured in (RECORD_FILE, PREDICTIONS_FILE):
@@ -231,7 +268,7 @@ def _evaluate_stage(current: _Run, images: ImageSet, made: dict[str, str | None]
     recipe = current.recipe
     folders = {name: current.variant_folder(name) for name in made}
     fingerprint = _fingerprint(
-        [variant.model_dump(mode="json") for variant in recipe.variants],
+        [variant.model_dump(mode="json") for variant in current.variants],
         {name: current.stages.get(f"variant {name}") for name in made},
         recipe.baseline_name,
         recipe.evaluate.model_dump(mode="json"),
@@ -265,7 +302,7 @@ def _measure(current: _Run, images: ImageSet, made: dict[str, str | None]) -> li
             asked=variant,
             failure=made[variant.name],
         )
-        for variant in recipe.variants
+        for variant in current.variants
     ]
     return measure(
         candidates,

@@ -22,6 +22,7 @@ Attention = Literal["eager", "sdpa", "flash_attention_2"]
 Linear = Literal["query", "key", "value", "output", "fc1", "fc2"]
 
 QUANTIZED_FORMATS: tuple[Format, ...] = ("nf4", "int8", "w8a8", "fp8")
+AUTO = "auto"
 LINEARS: tuple[Linear, ...] = get_args(Linear)
 
 
@@ -77,13 +78,32 @@ class FinetuneSpec(Spec):
     workers: int = Field(0, ge=0, description="processes that decode images; 0 decodes in the training process")
 
 
+class AutoSkipSpec(Spec):
+    """How `skip: auto` chooses: the cheapest skip list that meets the floor on calibration images."""
+
+    max_top1_drop: float | None = Field(0.5, gt=0, description="points of top-1 against the 16-bit model")
+    max_kl_share: float | None = Field(None, gt=0, lt=1, description="KL at most this share of the quantized model's")
+    objective: Literal["size", "latency"] = Field("size", description="what a kept layer costs")
+    granularity: Literal["block", "linear"] = "block"
+    split: str = Field("train", description="split of the data whose images calibrate; never the tested ones")
+    images: int = Field(512, ge=2, description="calibration images, spread over the classes")
+    sample: int | None = Field(None, ge=1, description="first rank by KL on so many images, then score the best")
+
+    @model_validator(mode="after")
+    def _has_a_goal(self) -> "AutoSkipSpec":
+        if self.max_top1_drop is None and self.max_kl_share is None:
+            raise ValueError("give max_top1_drop or max_kl_share, else there is no floor to keep to")
+        return self
+
+
 class VariantSpec(Spec):
     """One row of the comparison: how the checkpoint is held and how it is run."""
 
     name: Name
     format: Format
     half: HalfFormat = Field("bf16", description="16-bit type of skipped layers, norms and activations")
-    skip: Patterns = Field((), description="logical names of the layers that stay in 16 bit")
+    skip: Patterns = Field((), description="logical names of the layers that stay in 16 bit, or `auto`")
+    auto: AutoSkipSpec = Field(AutoSkipSpec(), description="how `skip: auto` chooses")
     layers: dict[str, Format] = Field(default_factory=dict, description="other formats for some layers")
     attention: Attention = "sdpa"
     compile: bool = False
@@ -92,7 +112,18 @@ class VariantSpec(Spec):
     def _skip_needs_quantization(self) -> "VariantSpec":
         if self.skip and self.format not in QUANTIZED_FORMATS:
             raise ValueError(f"format {self.format} quantizes nothing, so `skip` has nothing to keep in 16 bit")
+        if AUTO in self.skip and self.skip != (AUTO,):
+            raise ValueError("`skip: auto` chooses the whole list; it cannot be mixed with names")
         return self
+
+    @property
+    def skips_automatically(self) -> bool:
+        """Whether a sensitivity analysis has yet to choose the skip list."""
+        return self.skip == (AUTO,)
+
+    def skipping(self, chosen: Sequence[str]) -> "VariantSpec":
+        """The same variant with this skip list."""
+        return self.model_copy(update={"skip": tuple(chosen)})
 
 
 class LatencySpec(Spec):

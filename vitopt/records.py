@@ -217,7 +217,7 @@ def load_record(path: Path) -> Record:
     except OSError as error:
         raise RecordError(f"no record at {file}: run `vitopt evaluate` or `vitopt run` first") from error
     except ValueError as error:
-        raise RecordError(f"{file} is not a JSON record: {error}") from error
+        raise RecordError(f"{file} is not a JSON record: {error}; measure again") from error
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise RecordError(
@@ -228,7 +228,7 @@ def load_record(path: Path) -> Record:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise RecordError(f"{file} is not a complete record: {where}: {first['msg']}") from error
+        raise RecordError(f"{file} is not a complete record: {where}: {first['msg']}; measure again") from error
 
 
 def json_schema() -> dict[str, Any]:

@@ -10,6 +10,8 @@ import csv
 import functools
 import hashlib
 import io
+import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +29,9 @@ EVALUATION_SPLITS = ("test", "testing", "validation", "val", "valid")
 ALL = "all"
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 _TEST_SHARE = 0.2
+
+# ImageSet.image refuses such images with a clear line of its own.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Reader(Protocol):
@@ -70,14 +75,17 @@ class ImageSet:
                     f"image {name} has {megapixels:.0f} megapixels, more than the {MAX_PIXELS / 1e6:.0f} that are "
                     "safe to decode: shrink it, or leave it out with --skip-bad-images"
                 )
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _as_rgb(ImageOps.exif_transpose(image))
+        except BadImageError:
+            raise
         except Image.DecompressionBombError as error:
             raise BadImageError(
                 f"image {name} has too many pixels to decode safely: shrink it, or leave it out with --skip-bad-images"
             ) from error
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # broken bytes make decoders raise whatever they run into
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
             raise BadImageError(
-                f"image {name} cannot be decoded ({error}): replace it, or leave it out with --skip-bad-images"
+                f"image {name} cannot be decoded ({reason}): replace it, or leave it out with --skip-bad-images"
             ) from error
 
     @functools.cached_property
@@ -120,6 +128,15 @@ class ImageSet:
         return self.subset(sorted(index for _, index in sorted(order)[:count]))
 
 
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        # Pillow would cut 16 bits off at 255, which leaves a white image.
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers of unknown range; save it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
 @dataclass(frozen=True)
 class FileReader:
     """Images in files."""
@@ -158,6 +175,8 @@ class HubReader:
 
     def content(self, index: int) -> bytes:
         value = self.rows[index][self.column]
+        if value is None:
+            return b""  # an empty cell, which cannot be decoded
         return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
 
     def image(self, index: int) -> Image.Image:
@@ -175,7 +194,7 @@ def open_images(spec: DataSpec, split: str | None) -> ImageSet:
     if source == "digits":
         images = _digits(split)
     elif Path(source).expanduser().is_dir():
-        images = _folder(Path(source).expanduser(), spec.source, split)
+        images = _folder(Path(source).expanduser(), source, split)
     elif Path(source).expanduser().exists():
         raise DataError(f"{source} is a file; data is a folder of images, a hub data set id, or digits")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1:
@@ -232,11 +251,25 @@ def _digits(split: str | None) -> ImageSet:
 
 
 def _folder(path: Path, source: str, split: str | None) -> ImageSet:
-    splits = {child.name: child for child in sorted(path.iterdir()) if child.is_dir() and child.name in SPLIT_NAMES}
+    splits = _splits(path)
     if not splits:
         return _divided(_one_folder(path, source, None), split)
-    wanted = _pick_split(split, list(splits), source)
+    wanted = _pick_split(split and split.lower(), list(splits), source)
     return _one_folder(splits[wanted], source, wanted)
+
+
+def _subfolders(path: Path) -> list[Path]:
+    return [child for child in sorted(path.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+
+
+def _splits(path: Path) -> dict[str, Path]:
+    """The subfolders that are splits, by name."""
+    children = _subfolders(path)
+    splits = {child.name.lower(): child for child in children if child.name.lower() in SPLIT_NAMES}
+    if len(splits) == len(children):
+        return splits
+    # Beside other folders, `train` may as well be a class of vehicles: a split has classes or a table itself.
+    return {name: child for name, child in splits.items() if _subfolders(child) or (child / "metadata.csv").is_file()}
 
 
 def _pick_split(split: str | None, existing: Sequence[str], source: str) -> str:
@@ -263,6 +296,11 @@ def _divided(whole: ImageSet, split: str | None, test_share: float = _TEST_SHARE
         k = seen.get(label, 0)
         testing.append(int((k + 1) * test_share) > int(k * test_share))
         seen[label] = k + 1
+    if split == "test" and len(set(whole.labels)) > 1 and sum(count * test_share >= 1 for count in seen.values()) < 2:
+        raise DataError(
+            f"{whole.name} has too few images to divide: at least two classes must have {1 / test_share:.0f} each; "
+            f"add images, or take them all as {whole.name}:{ALL}"
+        )
     part = whole.subset(index for index, tested in enumerate(testing) if tested == (split == "test"))
     return replace(part, split=split)
 
@@ -275,7 +313,7 @@ def _one_folder(path: Path, source: str, split: str | None) -> ImageSet:
     return ImageSet(
         name=source,
         split=split,
-        ids=tuple(file.relative_to(path).as_posix() for file in files),
+        ids=tuple(Path(os.path.relpath(file, path)).as_posix() for file in files),
         labels=tuple(labels),
         class_names=names,
         reader=FileReader(tuple(files)),
@@ -284,10 +322,9 @@ def _one_folder(path: Path, source: str, split: str | None) -> ImageSet:
 
 
 def _read_class_folders(path: Path, source: str) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    folders = [child for child in sorted(path.iterdir()) if child.is_dir() and not child.name.startswith(".")]
-    found = [(folder, sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_ENDINGS)) for folder in folders]
+    found = [(folder, sorted(filter(_is_image_name, folder.rglob("*")))) for folder in _subfolders(path)]
     found = [(folder, files) for folder, files in found if files]
-    if not found and any(child.suffix.lower() in IMAGE_ENDINGS for child in path.iterdir()):
+    if not found and any(map(_is_image_name, path.iterdir())):
         raise DataError(
             f"{source} has images but no labels: put them into one folder per class, "
             "or add a metadata.csv with the columns file_name,label"
@@ -298,21 +335,29 @@ def _read_class_folders(path: Path, source: str) -> tuple[list[Path], list[int],
     return files, labels, names
 
 
+def _is_image_name(path: Path) -> bool:
+    # macOS leaves a hidden `._name.jpg` beside each image that it unpacks.
+    return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
+
+
 def _read_metadata(path: Path) -> tuple[list[Path], list[int], tuple[str, ...] | None]:
     table = path / "metadata.csv"
-    with table.open(newline="", encoding="utf-8-sig") as stream:
-        rows = csv.DictReader(stream)
-        missing = {"file_name", "label"} - set(rows.fieldnames or ())
-        if missing:
-            raise DataError(f"{table} has no column {' and '.join(sorted(missing))}; it needs file_name,label")
-        entries = [(row["file_name"], (row["label"] or "").strip()) for row in rows]
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as stream:
+            rows = csv.DictReader(stream)
+            missing = {"file_name", "label"} - set(rows.fieldnames or ())
+            if missing:
+                raise DataError(f"{table} has no column {' and '.join(sorted(missing))}; it needs file_name,label")
+            entries = [(row["file_name"], (row["label"] or "").strip()) for row in rows]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table} is not comma-separated text in UTF-8 ({error}): save it as such") from error
     for line, (name, label) in enumerate(entries, start=2):
         if not name or not label:
             raise DataError(f"{table} line {line}: the file name or the label is empty")
         if not (path / name).is_file():
             raise DataError(f"{table} line {line}: {name} does not exist")
     files = [path / name for name, _ in entries]
-    if all(label.isdigit() for _, label in entries):
+    if all(label.isdecimal() for _, label in entries):
         return files, [int(label) for _, label in entries], None
     names = tuple(sorted({label for _, label in entries}))
     index = {name: position for position, name in enumerate(names)}
@@ -338,17 +383,36 @@ def _hub(source: str, spec: DataSpec, split: str | None) -> ImageSet:
     for column in (image_column, label_column):
         if column not in rows.features:
             raise DataError(f"{source} has no column {column!r}; it has {', '.join(rows.features)}")
-    names = getattr(rows.features[label_column], "names", None)
+    if not isinstance(rows.features[image_column], datasets.Image):
+        raise DataError(f"column {image_column!r} of {source} holds no images; set data.image_column in the recipe")
+    labels, names = _hub_labels(rows, label_column, f"{source}:{chosen}")
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     return ImageSet(
         name=source,
         split=chosen,
         ids=tuple(f"{chosen}-{index:06d}" for index in range(len(rows))),
-        labels=tuple(int(label) for label in rows[label_column]),
-        class_names=tuple(names) if names else None,
+        labels=labels,
+        class_names=names,
         reader=HubReader(rows, image_column),
         rows=tuple(range(len(rows))),
     )
+
+
+def _hub_labels(rows: Any, column: str, source: str) -> tuple[tuple[int, ...], tuple[str, ...] | None]:
+    values = list(rows[column])
+    # The hub marks the images of a split without labels with -1.
+    if any(value in (None, -1) for value in values):
+        raise DataError(
+            f"{source} has images without a label in column {column!r}; take a split whose labels are known"
+        )
+    names = getattr(rows.features[column], "names", None)
+    if names is None and all(isinstance(value, str) for value in values):
+        names = sorted(set(values))
+        index = {name: position for position, name in enumerate(names)}
+        values = [index[value] for value in values]
+    if not all(isinstance(value, int) and value >= 0 for value in values):
+        raise DataError(f"column {column!r} of {source} holds no classes; set data.label_column in the recipe")
+    return tuple(values), None if names is None else tuple(names)
 
 
 def _column(features: Any, kind: type, key: str, source: str) -> str:
@@ -385,9 +449,10 @@ def _positions(images: ImageSet, label_names: Sequence[str]) -> list[int]:
     assert images.class_names is not None
     normalise: Callable[[str], str] = lambda name: name.casefold().replace("_", " ").replace("-", " ").strip()  # noqa: E731
     of_head = {normalise(name): index for index, name in enumerate(label_names)}
-    if all(name.startswith("LABEL_") for name in label_names) and len(label_names) == len(images.class_names):
-        return list(range(len(label_names)))
     unknown = [name for name in images.class_names if normalise(name) not in of_head]
+    generic = all(name.startswith("LABEL_") for name in label_names)
+    if unknown and generic and len(label_names) == len(images.class_names):
+        return list(range(len(label_names)))
     if unknown:
         examples = ", ".join(label_names[:3])
         raise DataError(

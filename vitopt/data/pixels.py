@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,29 +92,35 @@ class PixelDataset(Dataset):
 
 
 class _Indexed(Dataset):
-    """Gives (index, pixels), or (index, None) for an image that cannot be decoded and may be skipped."""
+    """Gives (index, pixels), or (index, error): raised in a worker process, the error would lose its plain text."""
 
-    def __init__(self, pixels: PixelDataset, indices: range, skip_bad: bool):
-        self.pixels, self.indices, self.skip_bad = pixels, indices, skip_bad
+    def __init__(self, pixels: PixelDataset, indices: range):
+        self.pixels, self.indices = pixels, indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[int, torch.Tensor | None]:
+    def __getitem__(self, position: int) -> tuple[int, torch.Tensor | BadImageError]:
         index = self.indices[position]
         try:
             return index, self.pixels[index]["pixel_values"]
-        except BadImageError:
-            if not self.skip_bad:
-                raise
-            return index, None
+        except BadImageError as error:
+            return index, error
 
 
-def _collate(items: list[tuple[int, torch.Tensor | None]]) -> Batch:
-    good = [(index, pixels) for index, pixels in items if pixels is not None]
+def _collate(items: list[tuple[int, torch.Tensor | BadImageError]]) -> tuple[Batch, list[BadImageError]]:
+    good = [(index, pixels) for index, pixels in items if isinstance(pixels, torch.Tensor)]
     stacked = torch.stack([pixels for _, pixels in good]) if good else torch.empty(0)
-    bad = tuple(index for index, pixels in items if pixels is None)
-    return Batch(tuple(index for index, _ in good), stacked, bad)
+    bad = tuple(index for index, pixels in items if isinstance(pixels, BadImageError))
+    errors = [error for _, error in items if isinstance(error, BadImageError)]
+    return Batch(tuple(index for index, _ in good), stacked, bad), errors
+
+
+def _accept(collated: Iterable[tuple[Batch, list[BadImageError]]], skip_bad: bool) -> Iterator[Batch]:
+    for batch, errors in collated:
+        if errors and not skip_bad:
+            raise errors[0]
+        yield batch
 
 
 def batches(
@@ -135,9 +141,10 @@ def batches(
         BadImageError: an image cannot be decoded and `skip_bad` is false.
     """
     rank, processes = share
-    dataset = _Indexed(PixelDataset(images, preprocess), range(rank, len(images), processes), skip_bad)
+    dataset = _Indexed(PixelDataset(images, preprocess), range(rank, len(images), processes))
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=_collate)
-    return _read_ahead(iter(loader)) if workers == 0 else _reraise_from_worker(iter(loader))
+    accepted = _accept(loader, skip_bad)
+    return _read_ahead(accepted) if workers == 0 else accepted
 
 
 _DEPTH = 4
@@ -173,16 +180,6 @@ def _read_ahead(source: Iterator[Batch]) -> Iterator[Batch]:
                 ready.get(timeout=0.05)
             except queue.Empty:
                 continue
-
-
-def _reraise_from_worker(source: Iterator[Batch]) -> Iterator[Batch]:
-    try:
-        yield from source
-    except RuntimeError as error:
-        # Worker processes wrap what they raise; the last line of their text is the message.
-        if "BadImageError" in str(error):
-            raise BadImageError(str(error).strip().splitlines()[-1].partition(": ")[2]) from error
-        raise
 
 
 def random_pixels(batch_size: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:

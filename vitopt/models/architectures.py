@@ -25,7 +25,7 @@ def known_architecture(name: str) -> ViTConfig | None:
     if len(words) < 4 or "-".join(words[:2]) not in _SHAPES:
         return None
     patch, resolution = words[2].removeprefix("patch"), words[3]
-    if not (patch.isdigit() and resolution.isdigit()):
+    if not (patch.isdecimal() and resolution.isdecimal() and 0 < int(patch) <= int(resolution)):
         return None
     hidden, blocks, heads, intermediate = _SHAPES["-".join(words[:2])]
     config = ViTConfig(

@@ -1,14 +1,19 @@
 """Checkpoints: find, check, load, save. safetensors only, no pickle, no code from a checkpoint."""
 
+import copy
 import hashlib
 import importlib.resources
 import json
+import os
+import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -23,8 +28,10 @@ from transformers import (
 from vitopt import environment, storage
 from vitopt.errors import CheckpointError
 from vitopt.models.architectures import RANDOM_PREFIX, architecture_names, known_architecture
+from vitopt.models.names import families
 
 BUILT_IN = "vit-quickstart"
+PREPROCESSOR_FILE = "preprocessor_config.json"
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _RANDOM_SEED = 0
 
@@ -51,13 +58,12 @@ class Checkpoint:
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        size = self.config.image_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
+        return image_size(self.config)
 
     @property
     def label_names(self) -> list[str]:
         """Class names in the order of the head's outputs."""
-        return [str(self.config.id2label[index]) for index in range(self.config.num_labels)]
+        return [str(self.config.id2label.get(index, f"LABEL_{index}")) for index in range(self.config.num_labels)]
 
     @property
     def is_quantized(self) -> bool:
@@ -65,11 +71,21 @@ class Checkpoint:
         return getattr(self.config, "quantization_config", None) is not None
 
     def fingerprint(self) -> str:
-        """Hex digest that changes when the configuration or a weight changes."""
-        digest = hashlib.sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())
-        for path in self.weights:
+        """Hex digest that changes when a configuration or a weight does, and not when the folder moves."""
+        content = self.config.to_dict()
+        content.pop("_name_or_path", None)
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
+        preprocessor = [self.folder / PREPROCESSOR_FILE] if self.folder else []
+        for path in (*self.weights, *filter(Path.is_file, preprocessor)):
             digest.update(storage.sha256_of_file(path).encode())
         return digest.hexdigest()
+
+
+def image_size(config: PretrainedConfig) -> tuple[int, int]:
+    """Height and width in pixels that a configuration is made for."""
+    # Families with a text half keep it with the rest of the vision half.
+    size = getattr(config, "vision_config", config).image_size
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def built_in_path() -> Path:
@@ -154,13 +170,18 @@ def _open_hub(source: str, config_only: bool) -> Checkpoint:
 def _read_config(source: str, read: Callable[[], Any]) -> PretrainedConfig:
     try:
         config: PretrainedConfig = read()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(_explain_load_failure(source, error)) from error
     architectures = config.architectures or []
     if not any(name.endswith("ForImageClassification") for name in architectures):
         found = ", ".join(architectures) or f"{config.model_type} without a head"
         raise CheckpointError(
             f"{source} is not an image classifier (it is {found}); vitopt needs an ...ForImageClassification model"
+        )
+    if config.model_type not in families():
+        raise CheckpointError(
+            f"{source} is of model type {config.model_type!r}, which is not supported; supported: "
+            + ", ".join(families())
         )
     return config
 
@@ -174,7 +195,7 @@ def _explain_load_failure(source: str, error: Exception) -> str:
             f"cannot fetch {source!r} from the Hugging Face hub: no network, and it is not in the local cache; "
             f"on a connected machine run `hf download {source} --local-dir FOLDER`, then pass that folder"
         )
-    return f"cannot read the checkpoint {source}: {text[:300]}"
+    return f"cannot read the checkpoint {source}: {textwrap.shorten(text, 300, placeholder=' ...')}"
 
 
 def empty_model(checkpoint: Checkpoint, classes: int | None = None) -> PreTrainedModel:
@@ -189,9 +210,9 @@ def empty_model(checkpoint: Checkpoint, classes: int | None = None) -> PreTraine
 def _without_quantization(config: PretrainedConfig) -> PretrainedConfig:
     content = config.to_dict()
     content.pop("quantization_config", None)
-    copy = type(config).from_dict(content)
-    copy.architectures = config.architectures
-    return copy
+    plain = type(config).from_dict(content)
+    plain.architectures = config.architectures
+    return plain
 
 
 def load_model(
@@ -206,7 +227,7 @@ def load_model(
     """Load weights into a model in evaluation mode.
 
     `dtype` None keeps the type of the file. `quantization` is a transformers quantization config that is
-    applied while loading. `label_names` other than the checkpoint's replace the head by a fresh one.
+    applied while loading. `label_names` rename the head's outputs; a head of another width is a fresh one.
 
     Raises:
         CheckpointError: the weights do not fit the configuration or cannot be read.
@@ -215,43 +236,71 @@ def load_model(
         environment.import_bitsandbytes() if environment.installed("bitsandbytes") else None
     options: dict[str, Any] = {"dtype": dtype or "auto", "attn_implementation": attention}
     if checkpoint.is_random:
-        return _random_model(checkpoint, options, device, quantization)
+        return _random_model(checkpoint, options, device, quantization, label_names)
     if quantization is not None:
         options["quantization_config"] = quantization
     if device is not None and device.type != "cpu":
         options["device_map"] = {"": device}
     if label_names is not None:
-        options |= {
-            "num_labels": len(label_names),
-            "id2label": dict(enumerate(label_names)),
-            "label2id": {name: index for index, name in enumerate(label_names)},
-            "ignore_mismatched_sizes": True,
-        }
+        options |= _labels(label_names)
     try:
         model, report = AutoModelForImageClassification.from_pretrained(
-            checkpoint.location, use_safetensors=True, output_loading_info=True, **options
+            # Weights that do not fit are left out here and refused below, where it can be said which.
+            checkpoint.location,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if "safetensors" in str(error) and checkpoint.folder is None:
             raise CheckpointError(_refuse_pickle(checkpoint.source, "the only weight file")) from error
         raise CheckpointError(_explain_load_failure(checkpoint.source, error)) from error
-    missing = sorted(
-        set(report["missing_keys"]) - (set() if label_names is None else {"classifier.weight", "classifier.bias"})
-    )
-    if missing:
-        raise CheckpointError(f"{checkpoint.source} lacks weights that its config.json asks for, first {missing[0]}")
+    _require_all_weights(checkpoint.source, report, fresh_head=label_names is not None)
     return model.eval()
 
 
+def _labels(names: list[str]) -> dict[str, Any]:
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+
+
+def _require_all_weights(source: str, report: dict[str, Any], fresh_head: bool) -> None:
+    """Refuse a model of which transformers has drawn some weights at random, other than a fresh head's."""
+    head = {"classifier.weight", "classifier.bias"} if fresh_head else set()
+    missing = sorted(set(report["missing_keys"]) - head)
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks weights that its config.json asks for, first {missing[0]}: copy both from one model"
+        )
+    misfits = sorted(misfit for misfit in report["mismatched_keys"] if misfit[0] not in head)
+    if misfits:
+        name, held, wanted = misfits[0]
+        raise CheckpointError(
+            f"the weights of {source} do not fit its config.json, first {name}: its shape is {tuple(held)}, "
+            f"the configuration asks for {tuple(wanted)}; copy both from one model"
+        )
+
+
 def _random_model(
-    checkpoint: Checkpoint, options: dict[str, Any], device: torch.device | None, quantization: Any
+    checkpoint: Checkpoint,
+    options: dict[str, Any],
+    device: torch.device | None,
+    quantization: Any,
+    label_names: list[str] | None,
 ) -> PreTrainedModel:
     if quantization is not None:
         raise CheckpointError(f"{checkpoint.source} must be saved before it is quantized")
     set_seed(_RANDOM_SEED)
     if options["dtype"] == "auto":
         options["dtype"] = torch.float32
-    model = AutoModelForImageClassification.from_config(checkpoint.config, **options)
+    config = copy.deepcopy(checkpoint.config)
+    if label_names is not None:
+        config.update(_labels(label_names))
+    model = AutoModelForImageClassification.from_config(config, **options)
     return model.to(device or "cpu").eval()
 
 
@@ -267,16 +316,23 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(checkpoint.location)
     except (OSError, ValueError, KeyError) as error:
-        if checkpoint.folder and not (checkpoint.folder / "preprocessor_config.json").is_file():
+        if checkpoint.folder and not (checkpoint.folder / PREPROCESSOR_FILE).is_file():
             raise CheckpointError(
-                f"{checkpoint.source} has no preprocessor_config.json: copy it from the model it was made from"
+                f"{checkpoint.source} has no {PREPROCESSOR_FILE}: copy it from the model it was made from"
             ) from error
         raise CheckpointError(_explain_load_failure(checkpoint.source, error)) from error
 
 
 def save_checkpoint(model: PreTrainedModel, processor: Any, folder: Path) -> None:
     """Write config, safetensors and preprocessor into an existing folder."""
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        # safetensors keeps the system's error number in its text only; as an OSError, storage can explain it.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     processor.save_pretrained(folder)
 
 
@@ -286,15 +342,17 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 def _state_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
-    tensors = [*model.parameters(), *model.buffers()]
+    beside: list[Any] = []
     for parameter in model.parameters():
         # bitsandbytes keeps block scales and row scales beside the packed weight.
         state = getattr(parameter, "quant_state", None)
         while state is not None:
-            tensors += [value for value in (state.absmax, state.code, state.offset) if torch.is_tensor(value)]
+            beside += [state.absmax, state.code, state.offset]
             state = getattr(state, "state2", None)
-        tensors += [value for value in (getattr(parameter, "SCB", None),) if torch.is_tensor(value)]
-    return tensors
+        beside.append(getattr(parameter, "SCB", None))
+    # The first call of an int8 layer moves its row scales from the weight to the layer.
+    beside += [getattr(getattr(module, "state", None), "SCB", None) for module in model.modules()]
+    return [*model.parameters(), *model.buffers(), *filter(torch.is_tensor, beside)]
 
 
 def _tensor_bytes(tensor: torch.Tensor) -> int:
@@ -318,5 +376,5 @@ def parameter_count(model: torch.nn.Module) -> int:
 def disk_bytes(folder: Path) -> int:
     """Bytes of the files that transformers needs: weights, configuration, preprocessor."""
     needed = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
-    needed += [folder / "config.json", folder / "preprocessor_config.json"]
+    needed += [folder / "config.json", folder / PREPROCESSOR_FILE]
     return sum(path.stat().st_size for path in needed if path.is_file())

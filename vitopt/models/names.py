@@ -37,6 +37,9 @@ _LINEAR_OF_LEAF = {
 }
 assert set(_LINEAR_OF_LEAF.values()) == set(LINEARS)
 
+# Layers of the giant DINOv2. Left out of a plan, they would be quantized without anybody having said so.
+_GATED_MLP = ("gate_proj", "up_proj", "down_proj")
+
 _PLAIN = r"layers\.\d+"
 _ENCODER = r"encoder\.layers?\.\d+"
 
@@ -68,7 +71,7 @@ def linear_layers(model: nn.Module, model_type: str) -> list[Layer]:
     head (a pooling head, say) are not listed: they stay in 16 bit.
 
     Raises:
-        CheckpointError: the family is not supported, or its modules are not where they are expected.
+        CheckpointError: the family is not supported, or its modules are not those that are expected.
     """
     if model_type not in _BLOCK_OF_FAMILY:
         raise CheckpointError(f"model type {model_type!r} is not supported; supported: {', '.join(families())}")
@@ -83,6 +86,11 @@ def linear_layers(model: nn.Module, model_type: str) -> list[Layer]:
         elif match := pattern.fullmatch(name):
             prefix, leaf = match.groups()
             block = blocks.setdefault(prefix, len(blocks))
+            if leaf in _GATED_MLP:
+                raise CheckpointError(
+                    f"this {model_type} model has a gated MLP ({name}), which vitopt does not know: "
+                    "use a size of the model whose MLP is fc1 and fc2"
+                )
             if leaf in _LINEAR_OF_LEAF:
                 logical = f"block.{block}.{_LINEAR_OF_LEAF[leaf]}"
                 layers.append(Layer(logical, name, _element_count(module), block))

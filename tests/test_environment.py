@@ -1,0 +1,313 @@
+import importlib.machinery
+import importlib.util
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+import vitopt
+from vitopt import environment
+from vitopt.errors import UnsupportedError
+from vitopt.recipe import Attention, Format
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A machine with CUDA devices of a compute capability, as far as questions about it go."""
+
+    def pretend(capability: tuple[int, int] = (9, 0), count: int = 1) -> torch.device:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        return CUDA
+
+    return pretend
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """Pretends that packages are installed or are not."""
+
+    def pretend(**there: bool) -> None:
+        find = importlib.util.find_spec
+
+        def fake(name: str, package: str | None = None) -> importlib.machinery.ModuleSpec | None:
+            if name in there:
+                return importlib.machinery.ModuleSpec(name, None) if there[name] else None
+            return find(name, package)
+
+        monkeypatch.setattr(importlib.util, "find_spec", fake)
+
+    return pretend
+
+
+def test_auto_is_the_cpu_without_cuda(no_cuda):
+    assert environment.resolve_device() == CPU
+    assert environment.resolve_device("cpu") == CPU
+
+
+def test_auto_is_this_process_own_cuda_device(cuda, monkeypatch):
+    cuda(count=4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert environment.resolve_device("auto") == torch.device("cuda", 0)
+    assert environment.resolve_device("cuda:3") == torch.device("cuda", 3)
+    assert environment.resolve_device("cpu") == CPU
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert environment.resolve_device("auto") == torch.device("cuda", 2)
+    assert environment.resolve_device("cuda") == torch.device("cuda", 2)
+    assert environment.resolve_device("cuda:1") == torch.device("cuda", 1)
+
+
+def test_a_cpu_build_of_torch_is_named(no_cuda, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UnsupportedError) as caught:
+        environment.resolve_device("cuda")
+    assert str(caught.value) == f"device cuda: torch {torch.__version__} is built without CUDA; use --device cpu"
+
+
+def test_a_missing_driver_is_named(no_cuda, monkeypatch):
+    def count() -> int:
+        import warnings
+
+        warnings.warn("The NVIDIA driver on your system is too old.\nUpdate it.", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", count)
+    with pytest.raises(UnsupportedError) as caught:
+        environment.resolve_device("cuda:0")
+    assert str(caught.value).startswith("device cuda:0: The NVIDIA driver on your system is too old")
+    assert str(caught.value).endswith("; use --device cpu")
+    assert "Update it" not in str(caught.value)
+
+
+def test_a_machine_without_a_cuda_device_is_told_how_to_look(no_cuda, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(UnsupportedError, match=r"torch sees no CUDA device \(check `nvidia-smi`\); use --device cpu"):
+        environment.resolve_device("cuda")
+
+
+def test_a_cuda_device_that_is_not_there_is_named(cuda):
+    cuda(count=2)
+    with pytest.raises(UnsupportedError, match=r"device cuda:2 is not there: 2 CUDA device\(s\)"):
+        environment.resolve_device("cuda:2")
+
+
+def test_compute_capability(cuda):
+    assert environment.compute_capability(cuda((8, 6))) == (8, 6)
+    assert environment.compute_capability(CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("format", "capability", "reason"),
+    [
+        ("fp32", (7, 0), None),
+        ("fp16", (7, 0), None),
+        ("bf16", (7, 5), "compute capability 7.5 is below 8.0"),
+        ("bf16", (8, 0), None),
+        ("nf4", (7, 0), None),
+        ("int8", (7, 5), None),
+        ("w8a8", (7, 5), "compute capability 7.5 is below 8.0"),
+        ("w8a8", (8, 0), None),
+        ("fp8", (8, 6), "compute capability 8.6 is below 8.9"),
+        ("fp8", (8, 9), None),
+        ("fp8", (9, 0), None),
+        # Versions are compared as numbers, not as text.
+        ("fp8", (10, 0), None),
+    ],
+)
+def test_formats_on_cuda(cuda, packages, format, capability, reason):
+    packages(torchao=True, bitsandbytes=True)
+    assert environment.why_not_format(format, cuda(capability)) == reason
+
+
+@pytest.mark.parametrize(
+    ("format", "package"), [("nf4", "bitsandbytes"), ("int8", "bitsandbytes"), ("w8a8", "torchao"), ("fp8", "torchao")]
+)
+def test_formats_need_their_package(cuda, packages, format, package):
+    packages(**{package: False})
+    assert environment.why_not_format(format, cuda()) == f"{package} is not installed (pip install {package})"
+
+
+def test_formats_on_the_cpu(packages):
+    packages(torchao=True, bitsandbytes=True)
+    reasons = {format: environment.why_not_format(format, CPU) for format in get_args(Format)}
+    assert reasons.pop("fp8") == "fp8 arithmetic needs a CUDA device of compute capability 8.9"
+    assert set(reasons.values()) == {None}
+
+
+def test_fp8_on_the_cpu_is_refused_with_the_nearest_that_can(packages):
+    packages(torchao=True)
+    with pytest.raises(UnsupportedError) as caught:
+        environment.require_format("fp8", CPU)
+    assert str(caught.value) == (
+        "format fp8 cannot run on cpu: fp8 arithmetic needs a CUDA device of compute capability 8.9; "
+        "the nearest that can is w8a8"
+    )
+    environment.require_format("w8a8", CPU)
+
+
+def test_bf16_on_an_old_gpu_is_refused_with_the_nearest_that_can(cuda):
+    device = cuda((7, 5))
+    with pytest.raises(UnsupportedError) as caught:
+        environment.require_format("bf16", device)
+    assert str(caught.value) == (
+        "format bf16 cannot run on cuda:0: compute capability 7.5 is below 8.0; the nearest that can is fp16"
+    )
+    environment.require_format("fp16", device)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_plain_attention_runs_everywhere(cuda, attention):
+    assert environment.why_not_attention(attention, CPU, torch.float32) is None
+    assert environment.why_not_attention(attention, cuda((6, 0)), torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "there", "dtype", "reason"),
+    [
+        ((8, 0), True, torch.bfloat16, None),
+        ((9, 0), True, torch.float16, None),
+        ((7, 5), True, torch.float16, "compute capability 7.5 is below 8.0"),
+        ((8, 0), False, torch.float16, "flash_attn is not installed (pip install flash-attn)"),
+        ((8, 0), True, torch.float32, "FlashAttention-2 computes in 16 bit only, the model is fp32"),
+    ],
+)
+def test_flash_attention_on_cuda(cuda, packages, capability, there, dtype, reason):
+    packages(flash_attn=there)
+    assert environment.why_not_attention("flash_attention_2", cuda(capability), dtype) == reason
+
+
+def test_flash_attention_needs_cuda(packages):
+    packages(flash_attn=True)
+    assert environment.why_not_attention("flash_attention_2", CPU, torch.bfloat16) == (
+        "FlashAttention-2 needs a CUDA device"
+    )
+
+
+def test_bf16_arithmetic_of_gpus(cuda):
+    assert environment.computes_in_bf16(cuda((8, 0))) is True
+    assert environment.computes_in_bf16(cuda((7, 5))) is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "able"),
+    [("fpu avx512f", False), ("fpu avx512_bf16", True), ("fpu amx_bf16 amx_tile", True), ("fpu avx512_bf16x", False)],
+)
+def test_bf16_arithmetic_of_processors(tmp_path, monkeypatch, flags, able):
+    (tmp_path / "cpuinfo").write_text(f"model name\t: unknown\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(environment, "Path", lambda _: tmp_path / "cpuinfo")
+    assert environment.computes_in_bf16(CPU) is able
+
+
+def test_processor_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "Path", lambda _: tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("model name\t: unknown\nmodel name\t: Fast CPU: 3 GHz\n")
+    assert environment.processor_name() == "Fast CPU: 3 GHz"
+    (tmp_path / "cpuinfo").unlink()
+    monkeypatch.setattr(environment.platform, "processor", lambda: "")
+    monkeypatch.setattr(environment.platform, "machine", lambda: "riscv64")
+    assert environment.processor_name() == "riscv64"
+
+
+def test_versions_tell_absent_libraries_from_present_ones(monkeypatch):
+    monkeypatch.setattr(environment, "LIBRARIES", ("torch", "no-such-library"))
+    assert environment.versions() == {"torch": torch.__version__, "no-such-library": None}
+
+
+def test_description_of_the_cpu():
+    facts = environment.describe(CPU)
+    assert facts["vitopt"] == vitopt.__version__
+    assert (facts["device"], facts["gpu"]) == ("cpu", None)
+    assert facts["torch_threads"] == torch.get_num_threads()
+    assert facts["libraries"]["transformers"]
+
+
+def test_diagnosis_has_a_line_for_everything_that_can_be_asked_for(no_cuda, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    facts = environment.diagnose(CPU)
+    assert set(facts) == {"machine", "libraries", "can_run"}
+    assert set(facts["libraries"]) == set(environment.LIBRARIES)
+    wanted = {f"format {name}" for name in get_args(Format)} | {f"attention {name}" for name in get_args(Attention)}
+    assert set(facts["can_run"]) == wanted
+    assert facts["can_run"]["format fp32"] is None
+    assert facts["can_run"]["attention flash_attention_2"] == "FlashAttention-2 needs a CUDA device"
+    assert facts["machine"]["cuda"] == f"torch {torch.__version__} is built without CUDA"
+    assert {"python", "processor", "device", "bf16 arithmetic"} <= set(facts["machine"])
+
+
+def test_diagnosis_of_a_gpu(cuda, monkeypatch):
+    properties = types.SimpleNamespace(name="Fast GPU", major=9, minor=0, total_memory=2**37, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    machine = environment.diagnose(cuda())["machine"]
+    assert machine["device"] == "cuda:0"
+    assert machine["gpu name"] == "Fast GPU"
+    assert machine["gpu compute_capability"] == "9.0"
+    assert machine["gpu memory_bytes"] == 2**37
+    assert "bf16 arithmetic" not in machine
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.124.06  Wed Feb 26\nGCC version:", "570.124.06"),
+        ("NVRM version: something else", None),
+        (None, None),
+    ],
+)
+def test_driver_version(tmp_path, monkeypatch, text, version):
+    monkeypatch.setattr(environment, "Path", lambda _: tmp_path / "version")
+    if text is not None:
+        (tmp_path / "version").write_text(text)
+    assert environment._driver_version() == version
+
+
+def test_bitsandbytes_leaves_the_imported_modules_as_they_were(monkeypatch):
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    assert environment.import_bitsandbytes().__name__ == "bitsandbytes"
+    assert "kernels" not in sys.modules
+    own = types.ModuleType("kernels")
+    monkeypatch.setitem(sys.modules, "kernels", own)
+    environment.import_bitsandbytes()
+    assert sys.modules["kernels"] is own
+
+
+def test_bitsandbytes_never_imports_kernels(tmp_path):
+    # `kernels` would download: here it leaves a trace instead.
+    trace = tmp_path / "trace"
+    (tmp_path / "kernels.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
+    code = "from vitopt import environment; print(environment.import_bitsandbytes().__name__)"
+    root = Path(__file__).parent.parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.split() == ["bitsandbytes"]
+    assert not trace.exists()
+
+
+def test_one_process_is_the_main_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert environment.process_share() == (0, 1)
+    assert environment.is_main_process()
+    assert environment.gather_objects({"a": 1}) == [{"a": 1}]
+    environment.wait_for_all()
+
+
+def test_several_processes_share_the_work(monkeypatch):
+    state = types.SimpleNamespace(process_index=1, num_processes=2)
+    monkeypatch.setattr(environment, "_distributed_state", lambda: state)
+    assert environment.process_share() == (1, 2)
+    assert not environment.is_main_process()

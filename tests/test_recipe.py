@@ -1,0 +1,390 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vitopt.errors import RecipeError
+from vitopt.recipe import (
+    LINEARS,
+    DataSpec,
+    EvaluateSpec,
+    FinetuneSpec,
+    LatencySpec,
+    Recipe,
+    VariantSpec,
+    dump_yaml,
+    load_recipe,
+    validate,
+)
+
+MINIMAL = """
+name: run
+model: some/model
+data: digits
+variants:
+  - {name: a, format: fp32}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path):
+    def write(text: str = MINIMAL) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def changed(**changes: object) -> dict[str, object]:
+    return yaml.safe_load(MINIMAL) | changes
+
+
+def mistakes(content: object) -> list[str]:
+    """The lines below the heading of the error that `content` gives."""
+    with pytest.raises(RecipeError) as caught:
+        validate(Recipe, content, where="r.yaml")
+    heading, *lines = str(caught.value).splitlines()
+    count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+    assert heading == f"r.yaml: {count}"
+    return [line.strip() for line in lines]
+
+
+def test_minimal_recipe_gets_the_documented_defaults(recipe_file):
+    recipe = load_recipe(recipe_file())
+    assert recipe.data == DataSpec(source="digits")
+    assert recipe.variants == (VariantSpec(name="a", format="fp32"),)
+    assert (recipe.device, recipe.seed, recipe.strict, recipe.finetune) == ("auto", 0, False, None)
+    assert recipe.evaluate.latency == LatencySpec(batch_sizes=(1,), iterations=100, rounds=10)
+    assert recipe.baseline_name == "a"
+
+
+def test_baseline_name_is_the_one_named():
+    content = changed(variants=[{"name": "a", "format": "fp32"}, {"name": "b", "format": "nf4"}], baseline="b")
+    assert validate(Recipe, content, where="r").baseline_name == "b"
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"modle": "x"}, "modle: unknown key; did you mean 'model'?"),
+        ({"data": {"source": "x", "tset": "y"}}, "data.tset: unknown key; did you mean 'test'?"),
+        ({"finetune": {"rnak": 4}}, "finetune.rnak: unknown key; did you mean 'rank'?"),
+        ({"evaluate": {"batchsize": 4}}, "evaluate.batchsize: unknown key; did you mean 'batch_size'?"),
+        (
+            {"evaluate": {"latency": {"iteration": 4}}},
+            "evaluate.latency.iteration: unknown key; did you mean 'iterations'?",
+        ),
+        (
+            {"variants": [{"name": "a", "format": "nf4", "attn": "sdpa", "skp": []}]},
+            "variants.0.skp: unknown key; did you mean 'skip'?",
+        ),
+        (
+            {"evaluate": {"latency": {"zzz": 1}}},
+            "evaluate.latency.zzz: unknown key; known: batch_sizes, iterations, rounds, warmup_seconds",
+        ),
+    ],
+)
+def test_unknown_keys_suggest_the_nearest_at_every_depth(changes, line):
+    assert line in mistakes(changed(**changes))
+
+
+def test_a_key_that_is_no_word_is_a_mistake():
+    assert mistakes(changed() | {7: "x"}) == ["7: keys should be strings, not 7"]
+
+
+def test_all_mistakes_are_reported_at_once():
+    content = {
+        "name": "a b",
+        "model": "",
+        "data": {"limit": 0},
+        "variants": [{"name": "v", "format": "int4"}, {"format": "nf4", "compile": "maybe"}],
+        "evaluate": {"latency": {"batch_sizes": [1, 0]}},
+    }
+    found = mistakes(content)
+    assert [line.partition(":")[0] for line in found] == [
+        "name",
+        "model",
+        "data.source",
+        "data.limit",
+        "variants.0.format",
+        "variants.1.name",
+        "variants.1.compile",
+        "evaluate.latency.batch_sizes.1",
+    ]
+    assert found[2] == "data.source: field required"
+    assert found[3] == "data.limit: input should be greater than or equal to 1, not 0"
+    assert "'nf4'" in found[4]
+    assert found[4].endswith("not 'int4'")
+
+
+def test_a_list_of_which_all_items_are_wrong_is_not_called_too_short_as_well():
+    assert mistakes(changed(variants=[{"name": "a", "format": "x"}])) == [
+        "variants.0.format: input should be 'fp32', 'fp16', 'bf16', 'nf4', 'int8', 'w8a8' or 'fp8', not 'x'"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"variants": []}, "variants: tuple should have at least 1 item"),
+        ({"variants": "nf4"}, "variants: input should be a valid tuple, not 'nf4'"),
+        ({"variants": [{"name": "../up", "format": "fp32"}]}, "variants.0.name: string should match pattern"),
+        ({"variants": [{"name": "x" * 81, "format": "fp32"}]}, "at most 80 characters"),
+        ({"name": None}, "name: input should be a valid string, not None"),
+        ({"name": 5}, "name: input should be a valid string, not 5"),
+        ({"device": "gpu"}, "device: string should match pattern"),
+        ({"device": "cuda:"}, "device: string should match pattern"),
+        ({"seed": -1}, "seed: input should be greater than or equal to 0, not -1"),
+        ({"seed": 0.5}, "seed: input should be a valid integer"),
+        ({"data": 5}, "data: input should be a valid dictionary or instance of DataSpec, not 5"),
+        ({"data": {"source": ""}}, "data.source: string should have at least 1 character, not ''"),
+        ({"finetune": {"epochs": 0}}, "finetune.epochs: input should be greater than 0, not 0"),
+        ({"finetune": {"epochs": float("nan")}}, "finetune.epochs: input should be"),
+        ({"finetune": {"learning_rate": float("inf")}}, "learning_rate: input should be a finite number, not inf"),
+        ({"finetune": {"dropout": 1}}, "finetune.dropout: input should be less than 1, not 1"),
+        ({"finetune": {"rank": 1025}}, "finetune.rank: input should be less than or equal to 1024, not 1025"),
+        ({"finetune": {"targets": []}}, "finetune.targets: tuple should have at least 1 item"),
+        ({"finetune": {"method": "qlora"}}, "finetune.method: input should be "),
+        ({"variants": [{"name": "a", "format": "nf4", "half": "fp32"}]}, "variants.0.half: input should be "),
+        ({"variants": [{"name": "a", "format": "nf4", "attention": "flash"}]}, "variants.0.attention: input should"),
+        (
+            {"variants": [{"name": "a", "format": "nf4", "layers": {"block.0": "int3"}}]},
+            "variants.0.layers.block.0: input should be ",
+        ),
+        ({"evaluate": {"latency": {"batch_sizes": []}}}, "evaluate.latency.batch_sizes: tuple should have at least 1"),
+        (
+            {"evaluate": {"latency": {"rounds": 20, "iterations": 5}}},
+            "evaluate.latency: 20 rounds need at least as many iterations, not 5",
+        ),
+    ],
+)
+def test_wrong_types_and_ranges_are_named(changes, words):
+    (line,) = mistakes(changed(**changes))
+    assert words in line
+
+
+@pytest.mark.parametrize("format", ["fp32", "fp16", "bf16"])
+def test_skip_needs_a_quantized_format(format):
+    content = changed(variants=[{"name": "a", "format": format, "skip": ["block.0"]}])
+    assert mistakes(content) == [
+        f"variants.0: format {format} quantizes nothing, so `skip` has nothing to keep in 16 bit"
+    ]
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8", "w8a8", "fp8"])
+def test_skip_goes_with_every_quantized_format(format):
+    content = changed(variants=[{"name": "a", "format": format, "skip": ["block.0"]}])
+    assert validate(Recipe, content, where="r").variants[0].skip == ("block.0",)
+
+
+def test_names_must_agree():
+    variants = [{"name": name, "format": "fp32"} for name in ("one", "two", "two", "one")]
+    content = changed(variants=variants, baseline="tow", export="none-of-them")
+    assert mistakes(content) == [
+        "recipe: two variants are named 'one'; two variants are named 'two'; "
+        "baseline names 'tow', which is no variant; did you mean 'two'?; "
+        "export names 'none-of-them', which is no variant; known: one, two, two, one"
+    ]
+
+
+def test_bare_values_become_lists_and_sections():
+    content = changed(
+        data="photos:test",
+        finetune={"targets": "query"},
+        variants=[{"name": "a", "format": "nf4", "skip": "block.0"}],
+        evaluate={"latency": {"batch_sizes": 8}},
+    )
+    recipe = validate(Recipe, content, where="r")
+    assert recipe.data.source == "photos:test"
+    assert recipe.finetune is not None
+    assert recipe.finetune.targets == ("query",)
+    assert recipe.variants[0].skip == ("block.0",)
+    assert recipe.evaluate.latency.batch_sizes == (8,)
+
+
+def test_an_empty_finetune_section_takes_the_defaults(recipe_file):
+    recipe = load_recipe(recipe_file(MINIMAL + "finetune: {}\n"))
+    assert recipe.finetune == FinetuneSpec()
+    assert recipe.finetune.targets == LINEARS
+
+
+def test_specs_cannot_be_changed():
+    spec = EvaluateSpec()
+    with pytest.raises(ValueError, match="frozen"):
+        spec.batch_size = 3
+
+
+def test_numbers_in_scientific_notation_are_numbers(recipe_file):
+    # YAML 1.1 reads `1e-3`, which has no dot, as a string.
+    recipe = load_recipe(recipe_file(MINIMAL + "finetune: {learning_rate: 1e-3}\n"))
+    assert recipe.finetune is not None
+    assert recipe.finetune.learning_rate == 0.001
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("name=other", lambda r: r.name == "other"),
+        ("seed=7", lambda r: r.seed == 7),
+        ("strict=true", lambda r: r.strict is True),
+        ("finetune.epochs=0.5", lambda r: r.finetune.epochs == 0.5),
+        ("finetune={rank: 4}", lambda r: r.finetune.rank == 4),
+        ("evaluate.latency.batch_sizes=[1, 8]", lambda r: r.evaluate.latency.batch_sizes == (1, 8)),
+        ("evaluate.latency.batch_sizes=8", lambda r: r.evaluate.latency.batch_sizes == (8,)),
+        ("variants.0.format=nf4", lambda r: r.variants[0].format == "nf4"),
+        ("variants.0.name=b", lambda r: r.baseline_name == "b"),
+        ("variants.0.layers={block.0: nf4}", lambda r: r.variants[0].layers == {"block.0": "nf4"}),
+        ("variants.0={name: c, format: fp16}", lambda r: r.variants[0].format == "fp16"),
+        ("data=photos", lambda r: r.data.source == "photos"),
+        ("data.test=validation", lambda r: (r.data.source, r.data.test) == ("digits", "validation")),
+        ("model=a=b", lambda r: r.model == "a=b"),
+        ("finetune=", lambda r: r.finetune is None),
+    ],
+)
+def test_overrides(recipe_file, override, read):
+    assert read(load_recipe(recipe_file(), [override]))
+
+
+def test_overrides_apply_in_order(recipe_file):
+    recipe = load_recipe(recipe_file(), ["finetune.rank=4", "finetune.rank=16", "finetune.alpha=8"])
+    assert recipe.finetune is not None
+    assert (recipe.finetune.rank, recipe.finetune.alpha) == (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "--set 'seed' must look like KEY=VALUE, as in --set finetune.epochs=1"),
+        ("=1", "--set '=1' must look like KEY=VALUE, as in --set finetune.epochs=1"),
+        ("finetune..epochs=1", "--set 'finetune..epochs=1' must look like KEY=VALUE, as in --set finetune.epochs=1"),
+        ("finetune.=1", "--set 'finetune.=1' must look like KEY=VALUE, as in --set finetune.epochs=1"),
+        ("seed=[1", "--set 'seed=[1': the value is not valid YAML"),
+        ("variants.3.format=nf4", "--set 'variants.3.format=nf4': variants.3 is not there; use an index from 0 to 1"),
+        ("variants.a.format=nf4", "--set 'variants.a.format=nf4': variants.a is not there; use an index from 0 to 1"),
+        ("variants.2=x", "--set 'variants.2=x': variants.2 is not there; use an index from 0 to 1"),
+        ("variants.-1.format=nf4", "use an index from 0 to 1"),
+        ("variants.1.skip.0=x", "--set 'variants.1.skip.0=x': variants.1.skip.0 is not there; the list is empty"),
+        ("name.part=x", "--set 'name.part=x': name is 'run', which has no keys; set name itself"),
+        (
+            "variants.0.skip.0.x=1",
+            "--set 'variants.0.skip.0.x=1': variants.0.skip.0 is 'block.0', which has no keys; "
+            "set variants.0.skip.0 itself",
+        ),
+    ],
+)
+def test_bad_overrides_are_refused(recipe_file, override, message):
+    text = MINIMAL.replace("format: fp32}", "format: nf4, skip: [block.0]}\n  - {name: b, format: nf4, skip: []}")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_file(text), [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_override_of_an_unknown_key_gets_a_suggestion(recipe_file):
+    with pytest.raises(RecipeError, match=re.escape("finetune.epoch: unknown key; did you mean 'epochs'?")):
+        load_recipe(recipe_file(), ["finetune.epoch=1"])
+
+
+def test_environment_variables_are_expanded(recipe_file, monkeypatch):
+    monkeypatch.setenv("MODELS", "/m")
+    monkeypatch.setenv("RATE", "1e-4")
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.delenv("ABSENT", raising=False)
+    text = """
+name: run-${ABSENT:-x}
+model: ${MODELS}/vit${EMPTY}
+data: {source: "${EMPTY:-digits}", train: "${ABSENT:-train}"}
+finetune: {learning_rate: "${RATE}", targets: ["${ABSENT:-query}", key]}
+variants:
+  - {name: a, format: "${MODELS:-nf4}"}
+"""
+    recipe = load_recipe(recipe_file(text), ["variants.0.format=${ABSENT:-int8}"])
+    assert recipe.name == "run-x"
+    assert recipe.model == "/m/vit"
+    assert (recipe.data.source, recipe.data.train) == ("digits", "train")
+    assert recipe.finetune is not None
+    assert recipe.finetune.learning_rate == 1e-4
+    assert recipe.finetune.targets == ("query", "key")
+    assert recipe.variants[0].format == "int8"
+
+
+def test_an_environment_variable_that_is_not_set_is_named(recipe_file, monkeypatch):
+    monkeypatch.delenv("ABSENT", raising=False)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_file(MINIMAL.replace("digits", "${ABSENT}/photos")))
+    assert str(caught.value) == "the recipe uses ${ABSENT}, which is not set: run `export ABSENT=...` first"
+
+
+def test_dump_yaml_loads_back_to_an_equal_recipe(recipe_file):
+    content = changed(
+        name="1e3",
+        model="models/größe",
+        data={"source": "photos: 2024", "limit": 5},
+        finetune={"targets": ["block.*.fc1"], "learning_rate": 3e-5, "flip": False},
+        variants=[
+            {"name": "null", "format": "w8a8", "skip": ["block.0-2"], "layers": {"block.3": "fp8"}},
+            {"name": "b", "format": "bf16", "compile": True, "attention": "eager"},
+        ],
+        baseline="b",
+        export="null",
+        evaluate={"latency": {"batch_sizes": [1, 32], "warmup_seconds": 0.5}},
+    )
+    recipe = validate(Recipe, content, where="r")
+    assert load_recipe(recipe_file(dump_yaml(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: [1", "is not valid YAML: while parsing a flow sequence"),
+        ("a: b: c", "is not valid YAML: mapping values are not allowed here"),
+        ("a: \x00", "is not valid YAML: unacceptable character"),
+        ("- name: x", "must be a mapping of keys such as name, model, data and variants"),
+        ("", "must be a mapping of keys such as name, model, data and variants"),
+        ("!!python/object/apply:os.system ['true']", "is not valid YAML: could not determine a constructor"),
+    ],
+)
+def test_files_that_are_no_recipe(recipe_file, text, words):
+    path = recipe_file(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert str(caught.value).startswith(f"{path} ")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_mistake(recipe_file):
+    assert load_recipe(recipe_file("\ufeff" + MINIMAL.lstrip())).name == "run"
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    hint = "(`vitopt init` prints one to start from)"
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(tmp_path / "absent.yaml")
+    assert str(caught.value) == f"cannot read recipe {tmp_path}/absent.yaml: No such file or directory {hint}"
+    with pytest.raises(RecipeError, match=f"cannot read recipe {tmp_path}: Is a directory"):
+        load_recipe(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes("name: größe".encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"latin\.yaml: 'utf-8' codec can't decode byte"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+def test_shipped_recipes_are_valid():
+    recipes = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        assert load_recipe(path).variants
+
+
+def test_recipes_records_and_help_import_no_torch():
+    heavy = ["torch", "transformers", "datasets", "bitsandbytes", "matplotlib", "sklearn"]
+    code = (
+        "import sys, vitopt.recipe, vitopt.records, vitopt.storage, vitopt.cli; "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,182 @@
+"""One model in two formats, and every mixture of them: layers change places without copying a weight.
+
+A mixture runs from any block on: all blocks before the first changed layer give what they gave before, so
+their output is kept at the block boundary and only the rest runs.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from vitopt.errors import CheckpointError
+from vitopt.models.checkpoint import image_size
+from vitopt.models.names import Layer
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """The same model twice: `base` runs, `donor` lends layers to it.
+
+    Both are on one device, in evaluation mode, and have the same module names; `blocks` are the full names
+    of the transformer blocks in order.
+    """
+
+    base: nn.Module
+    donor: nn.Module
+    blocks: tuple[str, ...]
+
+    @contextmanager
+    def lending(self, layers: Iterable[Layer]) -> Iterator[None]:
+        """While the block runs, `base` computes `layers` with the donor's modules."""
+        names = [layer.module for layer in layers]
+        own = {name: self.base.get_submodule(name) for name in names}
+        for name in names:
+            self.base.set_submodule(name, self.donor.get_submodule(name))
+        try:
+            yield
+        finally:
+            for name, module in own.items():
+                self.base.set_submodule(name, module)
+
+    @torch.inference_mode()
+    def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, classes), float32 on the CPU, from images: (batch, 3, height, width)."""
+        return _to_host(self.base(pixel_values=pixel_values).logits)
+
+    @torch.inference_mode()
+    def block_input(self, pixel_values: torch.Tensor, block: int) -> torch.Tensor:
+        """What block `block` of `base` is given for these images: (batch, tokens, width)."""
+        return self._stopping_before(block, pixel_values)
+
+    @torch.inference_mode()
+    def advance(self, hidden: torch.Tensor, block: int) -> torch.Tensor:
+        """Output of block `block` of `base` for its input `hidden`, which is the input of the next."""
+        return _first(self._run_from(block, hidden, stop=block))
+
+    @torch.inference_mode()
+    def logits_from(self, hidden: torch.Tensor, block: int) -> torch.Tensor:
+        """(batch, classes), float32 on the CPU, from the input `hidden` of block `block` on."""
+        return _to_host(self._run_from(block, hidden, stop=None).logits)
+
+    def _stopping_before(self, block: int, pixel_values: torch.Tensor) -> torch.Tensor:
+        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+            raise _Reached(args[0])
+
+        handle = self.base.get_submodule(self.blocks[block]).register_forward_pre_hook(stop)
+        try:
+            self.base(pixel_values=pixel_values)
+        except _Reached as reached:
+            return reached.value
+        finally:
+            handle.remove()
+        raise CheckpointError(f"{self.blocks[block]} was never called, so its input cannot be kept")
+
+    def _run_from(self, block: int, hidden: torch.Tensor, stop: int | None) -> Any:
+        """Run the host's own forward pass with the blocks before `block` passing on what they are given."""
+        outputs = self._outputs
+
+        def pass_on(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            # Some families' blocks return (hidden states, attention weights), which nobody asked for here.
+            return hidden if outputs == 1 else (hidden, *[None] * (outputs - 1))
+
+        passed = [self.base.get_submodule(name) for name in self.blocks[:block]]
+        originals = [module.forward for module in passed]
+        hooks = [self.base.get_submodule(self.blocks[block]).register_forward_pre_hook(_giving(hidden))]
+        if stop is not None:
+            hooks.append(self.base.get_submodule(self.blocks[stop]).register_forward_hook(_stop_after))
+        for module in passed:
+            module.forward = pass_on
+        try:
+            return self.base(pixel_values=self._placeholder(len(hidden), hidden))
+        except _Reached as reached:
+            return reached.value
+        finally:
+            for module, original in zip(passed, originals, strict=True):
+                module.forward = original
+            for hook in hooks:
+                hook.remove()
+
+    @functools.cached_property
+    def _outputs(self) -> int:
+        """How many values a block returns."""
+        counts: list[int] = []
+        block = self.base.get_submodule(self.blocks[0])
+        hook = block.register_forward_hook(
+            lambda module, args, output: counts.append(len(output) if isinstance(output, tuple) else 1)
+        )
+        self.base(pixel_values=self._placeholder(1, next(self.base.parameters())))
+        hook.remove()
+        return counts[0]
+
+    def _placeholder(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        # The embeddings run on it and their result is thrown away: 0.3 % of the work of a ViT-L.
+        return torch.zeros(batch, 3, *image_size(self.base.config), device=hidden.device)
+
+
+class _Reached(Exception):
+    """Carries a tensor out of a forward pass that need not go on."""
+
+    def __init__(self, value: Any):
+        super().__init__()
+        self.value = value
+
+
+def _giving(hidden: torch.Tensor) -> Any:
+    def replace(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (hidden, *args[1:])
+
+    return replace
+
+
+def _stop_after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    raise _Reached(output)
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _to_host(logits: torch.Tensor) -> torch.Tensor:
+    return logits.float().cpu()
+
+
+class Boundary:
+    """Activations of all batches at one block boundary, in memory up to a limit and in files above it."""
+
+    def __init__(self, folder: Path, memory_bytes: int):
+        self._folder, self._limit = folder, memory_bytes
+        self._held: dict[int, torch.Tensor] = {}
+        self._used = 0
+
+    def __setitem__(self, batch: int, hidden: torch.Tensor) -> None:
+        old = self._held.pop(batch, None)
+        self._used -= 0 if old is None else old.nbytes
+        if self._used + hidden.nbytes <= self._limit:
+            self._held[batch] = hidden
+            self._used += hidden.nbytes
+        else:
+            save_file({"hidden": hidden.contiguous()}, self._folder / f"boundary-{batch}.safetensors")
+
+    def __getitem__(self, batch: int) -> torch.Tensor:
+        if batch in self._held:
+            return self._held[batch]
+        return load_file(self._folder / f"boundary-{batch}.safetensors")["hidden"]
+
+
+def block_names(layers: Sequence[Layer]) -> tuple[str, ...]:
+    """Full module names of the blocks that hold `layers`, in order."""
+    found: dict[int, str] = {}
+    for layer in layers:
+        if layer.block is not None:
+            # The block is the shortest prefix that ends in its number: `vit.layers.3` of `vit.layers.3.mlp.fc1`.
+            parts = layer.module.split(".")
+            last_number = max(index for index, part in enumerate(parts) if part.isdigit())
+            found.setdefault(layer.block, ".".join(parts[: last_number + 1]))
+    return tuple(found[index] for index in sorted(found))

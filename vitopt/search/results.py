@@ -1,0 +1,103 @@
+"""What a sensitivity analysis and a skip-list search leave on disk."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from vitopt import storage
+from vitopt.errors import RecordError
+from vitopt.records import Part
+
+SENSITIVITY_SCHEMA = "vitopt.sensitivity/1"
+
+
+class Loss(Part):
+    """How far one mixture of formats is from the 16-bit model on the calibration images."""
+
+    top1_delta_points: float = Field(description="against the 16-bit model, for damage; see the table otherwise")
+    top1_delta_ci95_points: tuple[float, float]
+    agreement_percent: float = Field(description="with the 16-bit model")
+    kl: float = Field(description="mean KL(16 bit || mixture), nats")
+    logit_error: float = Field(description="norm of the difference to the 16-bit logits over their norm")
+
+
+class UnitScores(Part):
+    """One block or linear layer."""
+
+    unit: str
+    damage: Loss | None = Field(None, description="only this unit quantized; top-1 against the 16-bit model")
+    recovery: Loss | None = Field(None, description="only this unit in 16 bit; top-1 against the quantized model")
+    extra_bytes: int = Field(description="weight bytes that keeping it in 16 bit costs")
+    extra_ms: float | None = Field(description="milliseconds per image that keeping it costs, batch 1; may be negative")
+
+
+class Point(Part):
+    """One skip list that was evaluated in a search."""
+
+    skip: tuple[str, ...]
+    loss: Loss
+    extra_bytes: int
+    extra_ms: float | None
+    meets_goal: bool
+
+
+class SearchResult(Part):
+    """Outcome of a skip-list search: the choice, and everything that was tried."""
+
+    goal: str
+    objective: str
+    chosen: tuple[str, ...]
+    floor_shown: bool = Field(description="whether the interval, not only the estimate, is within the floor")
+    advice: str | None = Field(None, description="what to do where the floor could not be shown")
+    points: tuple[Point, ...] = Field(description="in the order in which they were tried; the first skips nothing")
+
+
+class Sensitivity(Part):
+    """Both tables for one format, with what is needed to repeat them."""
+
+    schema_: str = Field(SENSITIVITY_SCHEMA, alias="schema")
+    checkpoint: str
+    checkpoint_sha256: str
+    format: str
+    half: str
+    granularity: str
+    images: int
+    dataset: str
+    dataset_sha256: str
+    sample_images: int | None = Field(None, description="images of the label-free first pass; null without one")
+    sample_kl: dict[str, float] = Field(default_factory=dict, description="recovery KL on that sample, by unit")
+    quantized: Loss = Field(description="every unit quantized")
+    units: tuple[UnitScores, ...]
+    seconds: float
+    search: SearchResult | None = None
+    environment: dict[str, Any] = Field(default_factory=dict)
+
+    model_config = Part.model_config | {"populate_by_name": True}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data as stored."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def save_sensitivity(result: Sensitivity, path: Path) -> None:
+    """Write a result as JSON."""
+    storage.write_json(path, result.to_json())
+
+
+def load_sensitivity(path: Path) -> Sensitivity:
+    """Read a result.
+
+    Raises:
+        RecordError: missing, not JSON, or of another schema.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Sensitivity.model_validate(content)
+    except OSError as error:
+        raise RecordError(f"no sensitivity result at {path}: run `vitopt sensitivity` first") from error
+    except (ValueError, ValidationError) as error:
+        raise RecordError(
+            f"{path} is not a sensitivity result of this version: run `vitopt sensitivity` again"
+        ) from error
