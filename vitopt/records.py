@@ -31,7 +31,8 @@ class Variant(Part):
     half: str | None = Field(None, description="16-bit type of the layers that are not quantized")
     skip: tuple[str, ...] = Field((), description="patterns that were kept in 16 bit")
     attention_requested: str
-    attention_used: str = Field(description="read back from the live model")
+    layers: dict[str, str] = Field(default_factory=dict, description="patterns that got another format")
+    attention_used: str | None = Field(description="read back from the live model; null if it never ran")
     attention_reason: str | None = Field(None, description="why another attention than the requested one ran")
     compile_requested: bool = False
     compile_used: bool = False

@@ -113,8 +113,9 @@ def failed(name: str, asked: VariantSpec, reason: str) -> Measured:
         format=asked.format,
         half=asked.half,
         skip=asked.skip,
+        layers=dict(asked.layers),
         attention_requested=asked.attention,
-        attention_used=asked.attention,
+        attention_used=None,
         compile_requested=asked.compile,
     )
     return Measured(Record(variant=variant, failure=reason, **_provenance(environment.resolve_device())), None)
@@ -131,6 +132,7 @@ def _common_fields(subject: Subject, asked: VariantSpec | None) -> dict[str, Any
             format=max(counts, key=lambda format: counts[format]),
             half=asked.half if asked else None,
             skip=asked.skip if asked else (),
+            layers=dict(asked.layers) if asked else {},
             attention_requested=subject.attention_requested,
             attention_used=subject.attention_used,
             attention_reason=subject.attention_reason,

@@ -3,18 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from vitopt import storage
 from vitopt.records import Record
+from vitopt.report.rendering import templates
 from vitopt.report.table import describe_attention, describe_device, describe_format, markdown_table, notes
 
 CARD_FILE = "README.md"
 _PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "w8a8": "torchao", "fp8": "torchao"}
-
-templates = Environment(
-    loader=PackageLoader("vitopt.report"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-)
 
 
 def write_card(record: Record, folder: Path, records: Sequence[Record]) -> None:

@@ -1,13 +1,55 @@
-"""The report of a run: `report.md` and one self-contained `report.html`."""
+"""The report of a run: `report.md`, one self-contained `report.html`, and its plots as files."""
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
 
 from vitopt import storage
 from vitopt.errors import RecordError
-from vitopt.recipe import load_recipe
+from vitopt.measure.predictions import PREDICTIONS_FILE, load_predictions
+from vitopt.recipe import LINEARS, load_recipe
 from vitopt.records import RECORD_FILE, Record, load_record
-from vitopt.report.card import templates
-from vitopt.report.table import HEADINGS, batch_sizes, markdown_table, notes, row
+from vitopt.report import details, summary
+from vitopt.report.classes import ClassChanges, class_changes
+from vitopt.report.flips import Flips, Thumbnails, flips
+from vitopt.report.palette import FORMAT_COLOURS, OTHER_COLOUR
+from vitopt.report.plots import Plot, save_plots
+from vitopt.report.rendering import templates
+from vitopt.report.strip import formats_in, strips
+from vitopt.report.table import (
+    batch_sizes,
+    cautions,
+    comparison,
+    describe_device,
+    markdown_table,
+    markdown_text,
+    notes,
+)
+from vitopt.report.waterfall import chain_words, find_chain
+
+PAGE_FILE = "report.html"
+MARKDOWN_FILE = "report.md"
+PLOTS_FOLDER = "plots"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds that a report needs."""
+
+    folder: Path
+    records: list[Record]
+    folders: dict[str, Path]  # of the variants, by name
+    baseline: Record | None
+    recipe_text: str | None
+
+    @property
+    def title(self) -> str:
+        """The folder's name."""
+        return self.folder.resolve().name
 
 
 def load_run(folder: Path) -> list[Record]:
@@ -16,30 +58,194 @@ def load_run(folder: Path) -> list[Record]:
     Raises:
         RecordError: the folder holds no records.
     """
+    return _open_run(folder).records
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.md`, `report.html` and `plots/` into the folder of a run and return the path of the page.
+
+    Raises:
+        RecordError: the folder holds no records.
+        StorageError: the folder cannot be written.
+    """
+    run = _open_run(folder)
+    name = run.baseline.variant.name if run.baseline else None
+    plots = save_plots(run.records, name, folder / PLOTS_FOLDER)
+    storage.write_text(folder / MARKDOWN_FILE, _markdown(run, plots))
+    path = folder / PAGE_FILE
+    storage.write_text(path, templates.get_template("report.html").render(_context(run, plots)))
+    return path
+
+
+def _open_run(folder: Path) -> Run:
     found = sorted(folder.glob(f"variants/*/{RECORD_FILE}"))
     if not found:
         raise RecordError(f"{folder} holds no records (variants/*/{RECORD_FILE}): give the folder of a `vitopt run`")
     records = {path.parent.name: load_record(path) for path in found}
-    recipe = folder / "recipe.yaml"
-    order = [variant.name for variant in load_recipe(recipe).variants] if recipe.is_file() else []
-    return [records[name] for name in sorted(records, key=lambda n: order.index(n) if n in order else len(order))]
+    path = folder / "recipe.yaml"
+    recipe = load_recipe(path) if path.is_file() else None
+    order = [variant.name for variant in recipe.variants] if recipe else []
+    ordered = [records[name] for name in sorted(records, key=lambda n: order.index(n) if n in order else len(order))]
+    baseline = summary.baseline_of(ordered, recipe.baseline_name if recipe else None)
+    folders = {record.variant.name: folder / "variants" / name for name, record in records.items()}
+    return Run(folder, ordered, folders, baseline, path.read_text(encoding="utf-8") if recipe else None)
 
 
-def write_report(folder: Path) -> Path:
-    """Write `report.md` and `report.html` into the folder of a run and return the path of the page."""
-    records = load_run(folder)
-    sizes = batch_sizes(records)
-    parts = [f"# {folder.name}"]
-    for size in sizes or (None,):
+def _context(run: Run, plots: Sequence[Plot]) -> dict[str, Any]:
+    records, baseline = run.records, run.baseline
+    layer_strips = strips(records)
+    found_flips, unreadable, has_pictures = _flips(run)
+    first = next((record for record in records if record.model), None)
+    return {
+        "title": run.title,
+        "records": records,
+        "baseline": baseline.variant.name if baseline else None,
+        "model": first.model if first else None,
+        "device": describe_device(records[0]),
+        "dataset": next((record.dataset for record in records if record.dataset), None),
+        "created": max((record.created for record in records if record.created), default=None),
+        "headline": summary.headline(records, baseline),
+        "highlights": summary.highlights(records, baseline),
+        "cautions": cautions(records) + _differences(records) + unreadable,
+        "verdicts": summary.verdicts(records, baseline),
+        "tables": [comparison(records, size) for size in _sizes(records)],
+        "agreement": details.agreement(records),
+        "end_to_end": details.end_to_end(records),
+        "other_timings": details.other_timings(records),
+        "visibility": details.visibility(records),
+        "plots": {kind: [_inlined(p) for p in plots if p.kind == kind] for kind in _KINDS},
+        "colours": {**FORMAT_COLOURS, "other": OTHER_COLOUR},
+        "plot_formats": list(dict.fromkeys(record.variant.format for record in records if not record.failure)),
+        "memory_kind": next((record.memory.kind for record in records if record.memory), None),
+        "untimed": _untimed(records),
+        "strips": layer_strips,
+        "strip_formats": formats_in(layer_strips),
+        "linears": LINEARS,
+        "chain": chain_words(find_chain(records, baseline.variant.name if baseline else None)),
+        "class_changes": [(changes, details.changed_classes(changes)) for changes in _class_changes(run)],
+        "flips": found_flips,
+        "has_pictures": has_pictures,
+        "most_affected": _most_affected(records),
+        "commands": list(dict.fromkeys(record.command for record in records if record.command)),
+        "recipe": run.recipe_text,
+        "environment": _environment(records),
+    }
+
+
+_KINDS = ("accuracy", "latency", "waterfall", "size")
+
+
+def _inlined(plot: Plot) -> dict[str, Any]:
+    return {"title": plot.title, "svg": Markup(plot.svg)}  # made by us, every name in it escaped
+
+
+def _sizes(records: Sequence[Record]) -> list[int | None]:
+    """Batch sizes to show a table for; one without any where nothing was timed."""
+    return [*batch_sizes(records)] or [None]
+
+
+def _class_changes(run: Run) -> list[ClassChanges]:
+    if run.baseline is None:
+        return []
+    others = [record for record in run.records if record is not run.baseline]
+    found = [class_changes(record, run.baseline) for record in others]
+    return [changes for changes in found if changes is not None]
+
+
+def _most_affected(records: Sequence[Record]) -> str | None:
+    """The variant whose examples are worth seeing first."""
+    compared = [(record.versus_baseline, record.variant.name) for record in records if record.versus_baseline]
+    worst = max(compared, key=lambda pair: pair[0].right_to_wrong + pair[0].wrong_to_right, default=None)
+    return worst[1] if worst else None
+
+
+def _flips(run: Run) -> tuple[list[Flips], list[str], bool]:
+    """Flips of every variant whose predictions were kept; what could not be read; whether images were found."""
+    if run.baseline is None or not _has_predictions(run, run.baseline):
+        return [], [], False
+    found: list[Flips] = []
+    unreadable: list[str] = []
+    thumbnails = Thumbnails(run.baseline.dataset)
+    try:
+        reference = load_predictions(run.folders[run.baseline.variant.name])
+    except RecordError as error:
+        return [], [str(error)], False
+    for record in run.records:
+        if record is run.baseline or not _has_predictions(run, record):
+            continue
+        folder = run.folders[record.variant.name]
+        try:
+            predictions = load_predictions(folder)
+        except RecordError as error:
+            unreadable.append(str(error))
+            continue
+        of_variant = flips(
+            (run.baseline.variant.name, reference),
+            (record.variant.name, predictions),
+            _class_names(folder, record),
+            thumbnails,
+        )
+        found += [of_variant] if of_variant is not None else []
+    return found, unreadable, thumbnails.available
+
+
+def _has_predictions(run: Run, record: Record) -> bool:
+    return record.failure is None and (run.folders[record.variant.name] / PREDICTIONS_FILE).is_file()
+
+
+def _class_names(folder: Path, record: Record) -> dict[int, str]:
+    """All outputs of the head by name, or those of the labels where the checkpoint is no longer there."""
+    try:
+        of_head = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
+        return {int(index): str(name) for index, name in of_head.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {one.label: one.name for one in record.accuracy.classes} if record.accuracy else {}
+
+
+def _untimed(records: Sequence[Record]) -> list[str]:
+    return [
+        f"{record.variant.name} at batch {failed.batch_size}: {failed.reason}"
+        for record in records
+        for failed in record.latency_failures
+    ]
+
+
+def _environment(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Name and value of everything known about where the first variant was measured."""
+    facts = dict(records[0].environment)
+    libraries, gpu = facts.pop("libraries", None) or {}, facts.pop("gpu", None) or {}
+    facts |= {f"gpu {key}": value for key, value in gpu.items()} | libraries
+    return [(key.replace("_", " "), str(value)) for key, value in facts.items() if value is not None]
+
+
+def _differences(records: Sequence[Record]) -> list[str]:
+    """Variants that were not measured under the same conditions cannot be compared without saying so."""
+    measured = [record for record in records if record.failure is None]
+    lines = []
+    if len({describe_device(record) for record in measured}) > 1:
+        lines.append("the variants were measured on different devices: their latencies do not compare")
+    if len({record.dataset.sha256 for record in measured if record.dataset}) > 1:
+        lines.append("the variants were measured on different images: their accuracies do not compare")
+    return lines
+
+
+def _markdown(run: Run, plots: Sequence[Plot]) -> str:
+    records = run.records
+    parts = [f"# {markdown_text(run.title)}", " ".join(map(markdown_text, summary.headline(records, run.baseline)))]
+    parts.append("\n".join(f"- {markdown_text(line)}" for line in notes(records) + _differences(records)))
+    for size in _sizes(records):
         parts += [f"## Batch size {size}" if size else "## Comparison", markdown_table(records, size)]
-    parts += ["\n".join(f"- {line}" for line in notes(records))]
-    storage.write_text(folder / "report.md", "\n\n".join(parts) + "\n")
-    path = folder / "report.html"
-    tables = [(size, [row(record, size) for record in records]) for size in sizes]
-    storage.write_text(
-        path,
-        templates.get_template("report.html").render(
-            title=folder.name, headings=HEADINGS, tables=tables, notes=notes(records)
-        ),
-    )
-    return path
+        parts += [
+            f"![{markdown_text(p.alt)}]({PLOTS_FOLDER}/{p.name}.png)"
+            for p in plots
+            if size is not None and p.batch_size == size and p.kind == "accuracy"
+        ]
+    commands = dict.fromkeys(record.command for record in records if record.command)
+    if commands:
+        parts += ["## Repeat it", "\n".join(["```sh", *commands, "```"])]
+    facts = ", ".join(f"{name} {value}" for name, value in _environment(records))
+    dataset = next((record.dataset for record in records if record.dataset), None)
+    if dataset:
+        facts = f"{dataset.images:,} images of {dataset.name}, sha256 {dataset.sha256}; {facts}"
+    parts.append(markdown_text(facts))
+    return "\n\n".join(part for part in parts if part) + "\n"

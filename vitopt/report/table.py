@@ -1,8 +1,10 @@
 """The comparison table: the same cells in the terminal, in Markdown and on the page."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from vitopt.records import Latency, Record, VersusBaseline
+from vitopt.records import Record, VersusBaseline
+from vitopt.report.timing import latency_at
 
 HEADINGS = (
     "variant",
@@ -21,27 +23,66 @@ HEADINGS = (
     "peak memory",
 )
 UNKNOWN = "–"
+_TEXT_COLUMNS = 3  # name, format and attention; figures follow
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table ready to show: the first `text_columns` are words, the others figures.
+
+    `failures` gives the reason of every row that has no figures, by its first cell.
+    """
+
+    caption: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    text_columns: int = 1
+    failures: Mapping[str, str] = field(default_factory=dict)
+
+    def known(self) -> "Table":
+        """The table without columns of figures in which nothing is known."""
+        shown = [
+            index
+            for index in range(len(self.headings))
+            if index < self.text_columns or any(cells[index] != UNKNOWN for cells in self.rows)
+        ]
+        return replace(
+            self,
+            headings=tuple(self.headings[index] for index in shown),
+            rows=tuple(tuple(cells[index] for index in shown) for cells in self.rows),
+        )
+
+
+def comparison(records: Sequence[Record], batch_size: int | None) -> Table:
+    """The comparison at one batch size (None: nothing was timed)."""
+    return Table(
+        caption=f"Batch size {batch_size}" if batch_size else "Comparison",
+        headings=HEADINGS,
+        rows=tuple(tuple(row(record, batch_size)) for record in records),
+        text_columns=_TEXT_COLUMNS,
+        failures={record.variant.name: record.failure for record in records if record.failure},
+    ).known()
 
 
 def row(record: Record, batch_size: int | None = None) -> list[str]:
     """Cells of one variant at one batch size (None: the first measured); a dash where a figure is missing."""
-    latency = _at(record, batch_size)
+    latency = latency_at(record, batch_size)
     versus, accuracy = record.versus_baseline, record.accuracy
+    # A tenth of a point is less than one image until there are about 10,000.
+    digits = 2 if accuracy and accuracy.images >= 10_000 else 1
     return [
         record.variant.name,
         describe_format(record),
-        describe_attention(record),
-        _number(accuracy.top1_percent if accuracy else None, 1),
-        _delta(versus),
-        _number(versus.agreement_percent if versus else None, 1),
-        _milliseconds(latency.p50_ms if latency else None),
-        _milliseconds(latency.p95_ms if latency else None),
-        _milliseconds(latency.p99_ms if latency else None),
+        # What was asked for has not run, so it is not shown as if it had.
+        "failed" if record.failure else describe_attention(record),
+        _number(accuracy.top1_percent if accuracy else None, digits),
+        _delta(versus, digits),
+        UNKNOWN if versus is None else percent(versus.agreement_percent),
+        milliseconds(latency.p50_ms if latency else None),
+        milliseconds(latency.p95_ms if latency else None),
+        milliseconds(latency.p99_ms if latency else None),
         f"{latency.speedup_vs_baseline:.2f}x" if latency and latency.speedup_vs_baseline else UNKNOWN,
-        _number(
-            latency.images_per_second if latency else None,
-            0 if latency and latency.images_per_second > 99 else 1,
-        ),
+        rate(latency.images_per_second if latency else None),
         human_bytes(record.size.weight_bytes if record.size else None),
         human_bytes(record.size.disk_bytes if record.size else None),
         human_bytes(record.memory.peak_bytes if record.memory else None),
@@ -49,19 +90,23 @@ def row(record: Record, batch_size: int | None = None) -> list[str]:
 
 
 def batch_sizes(records: Sequence[Record]) -> list[int]:
-    """Batch sizes at which any variant was timed."""
+    """Batch sizes at which any variant was timed, rising."""
     return sorted({latency.batch_size for record in records for latency in record.latency})
 
 
 def describe_format(record: Record) -> str:
-    """Format, with the skip list where there is one."""
-    kept = f", {' '.join(record.variant.skip)} in 16 bit" if record.variant.skip else ""
-    return f"{record.variant.format}{kept}"
+    """Format, with the skip list and other exceptions where there are any."""
+    variant = record.variant
+    kept = f", {' '.join(variant.skip)} in 16 bit" if variant.skip else ""
+    others = "".join(f", {pattern} {format}" for pattern, format in variant.layers.items())
+    return f"{variant.format}{kept}{others}"
 
 
 def describe_attention(record: Record) -> str:
     """What ran, and what was asked for where that differs; compiled or not."""
     variant = record.variant
+    if variant.attention_used is None:
+        return UNKNOWN
     text = variant.attention_used
     if variant.attention_requested != variant.attention_used:
         text += f" (not {variant.attention_requested})"
@@ -77,62 +122,101 @@ def describe_device(record: Record) -> str:
 
 
 def human_bytes(count: int | None) -> str:
-    """Megabytes of a million bytes, as file managers and vendors count them."""
+    """Megabytes of a million bytes, as file managers and vendors count them; gigabytes from a thousand on."""
     if count is None:
         return UNKNOWN
     megabytes = count / 1e6
+    if megabytes >= 999.5:
+        return f"{megabytes / 1000:.2f} GB"
     return f"{megabytes:.2f} MB" if megabytes < 10 else f"{megabytes:.0f} MB"
 
 
+def milliseconds(value: float | None) -> str:
+    """Two decimals under 100 ms, one above."""
+    return _number(value, 2 if value is not None and value < 100 else 1)
+
+
+def percent(value: float) -> str:
+    """One decimal, or as many as it takes (up to four) to tell nearly all from all."""
+    digits = next((digits for digits in (1, 2, 3) if value == 100 or float(f"{value:.{digits}f}") < 100), 4)
+    return f"{value:.{digits}f}"
+
+
+def rate(images_per_second: float | None) -> str:
+    """Whole images per second from 100 on, one decimal below."""
+    return _number(images_per_second, 0 if images_per_second is not None and images_per_second > 99 else 1)
+
+
 def notes(records: Sequence[Record]) -> list[str]:
-    """Sentences that belong under the table: what the figures mean, fallbacks, failures, warnings."""
-    lines = []
+    """Sentences that belong under the table: failures, fallbacks, warnings, then the verdicts on accuracy."""
+    return cautions(records) + verdicts(records)
+
+
+def cautions(records: Sequence[Record]) -> list[str]:
+    """What makes the figures other than they seem: failures, fallbacks, images left out, disturbed timing."""
+    found: list[tuple[str, str]] = []
     for record in records:
-        name = record.variant.name
+        name, variant = record.variant.name, record.variant
         if record.failure:
-            lines.append(f"{name} failed: {record.failure}")
-        if record.variant.attention_reason:
-            lines.append(
-                f"{name}: {record.variant.attention_requested} was asked for, {record.variant.attention_used} ran "
-                f"({record.variant.attention_reason})"
-            )
-        if record.variant.compile_reason:
-            lines.append(f"{name}: not compiled ({record.variant.compile_reason})")
-        lines += [f"{name}: batch {f.batch_size} not timed ({f.reason})" for f in record.latency_failures]
-        if record.versus_baseline:
-            lines.append(f"{name} against {record.versus_baseline.baseline}: {record.versus_baseline.verdict}")
-    measured = next((record for record in records if record.dataset), None)
-    if measured and measured.dataset and measured.dataset.skipped:
-        skipped = measured.dataset.skipped
+            found.append((name, f" failed: {record.failure}"))
+        if variant.attention_reason:
+            asked = f"{variant.attention_requested} was asked for, {variant.attention_used} ran"
+            found.append((name, f": {asked} ({variant.attention_reason})"))
+        if variant.compile_reason:
+            found.append((name, f": not compiled ({variant.compile_reason})"))
+        found += [(name, f": batch {f.batch_size} not timed ({f.reason})") for f in record.latency_failures]
+    lines = _together(found)
+    skipped = next((record.dataset.skipped for record in records if record.dataset and record.dataset.skipped), ())
+    if skipped:
         lines.append(f"{len(skipped)} images could not be decoded and were left out, first {skipped[0]}")
-    return lines + list(dict.fromkeys(warning for record in records for warning in record.warnings))
+    return lines + _warnings([record for record in records if record.failure is None])
+
+
+def verdicts(records: Sequence[Record]) -> list[str]:
+    """One sentence on accuracy per variant that was compared; variants with the same verdict share it."""
+    return _together(
+        (record.variant.name, f" against {record.versus_baseline.baseline}: {record.versus_baseline.verdict}")
+        for record in records
+        if record.versus_baseline
+    )
 
 
 def markdown_table(records: Sequence[Record], batch_size: int | None = None) -> str:
     """The table in GitHub's Markdown."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    lines += ["| " + " | ".join(row(record, batch_size)) + " |" for record in records]
+    figures = len(HEADINGS) - _TEXT_COLUMNS
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * _TEXT_COLUMNS + "---:|" * figures]
+    lines += ["| " + " | ".join(map(markdown_text, row(record, batch_size))) + " |" for record in records]
     return "\n".join(lines)
 
 
-def _at(record: Record, batch_size: int | None) -> Latency | None:
-    if batch_size is None:
-        return record.latency[0] if record.latency else None
-    return next((latency for latency in record.latency if latency.batch_size == batch_size), None)
+def markdown_text(text: str) -> str:
+    """The text on one line, with nothing that Markdown reads as a cell border or as HTML."""
+    return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
-def _delta(versus: VersusBaseline | None) -> str:
+def _together(found: Iterable[tuple[str, str]]) -> list[str]:
+    """Join (name, sentence) pairs of the same sentence: `a, b: sentence`."""
+    names: dict[str, list[str]] = {}
+    for name, sentence in found:
+        names.setdefault(sentence, []).append(name)
+    return [", ".join(who) + sentence for sentence, who in names.items()]
+
+
+def _warnings(records: Sequence[Record]) -> list[str]:
+    sentences = dict.fromkeys(warning for record in records for warning in record.warnings)
+    lines = []
+    for sentence in sentences:
+        names = [record.variant.name for record in records if sentence in record.warnings]
+        lines.append(sentence if len(names) == len(records) else f"{', '.join(names)}: {sentence}")
+    return lines
+
+
+def _delta(versus: VersusBaseline | None, digits: int) -> str:
     if versus is None:
         return UNKNOWN
     low, high = versus.top1_delta_ci95_points
-    return f"{versus.top1_delta_points:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{versus.top1_delta_points:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
-def _number(value: float | None, digits: int, signed: bool = False) -> str:
-    if value is None:
-        return UNKNOWN
-    return f"{value:+.{digits}f}" if signed else f"{value:.{digits}f}"
-
-
-def _milliseconds(value: float | None) -> str:
-    return _number(value, 2 if value is not None and value < 100 else 1)
+def _number(value: float | None, digits: int) -> str:
+    return UNKNOWN if value is None else f"{value:.{digits}f}"

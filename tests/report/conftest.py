@@ -1,0 +1,167 @@
+"""Records and run folders in code: every test says only what it is about."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vitopt.measure import accuracy
+from vitopt.measure.predictions import Predictions, save_predictions
+from vitopt.recipe import LINEARS
+from vitopt.records import Dataset, Latency, Model, Record, Size, Variant, save_record
+
+CLASSES = ("circle", "cross", "square", "stripe")
+ENVIRONMENT = {
+    "vitopt": "0.1.0",
+    "processor": "Test CPU",
+    "device": "cpu",
+    "libraries": {"torch": "2.13.0", "flash-attn": None},
+    "gpu": None,
+}
+
+
+def make_layers(format: str, half: str = "bf16", blocks: int = 12, **exceptions: str) -> dict[str, str]:
+    """A layer plan with the head in 16 bit; exceptions are like `block_3="bf16"` or `block_3_fc2="bf16"`."""
+    head = half if format in ("nf4", "int8", "w8a8", "fp8") else format
+    layers = {f"block.{block}.{linear}": format for block in range(blocks) for linear in LINEARS}
+    for name, other in exceptions.items():
+        pattern = name.replace("_", ".")
+        layers |= {layer: other for layer in layers if layer == pattern or layer.startswith(pattern + ".")}
+    return layers | {"classifier": head}
+
+
+def make_latency(batch_size: int, p50_ms: float, *, baseline_ms: float | None = None, count: int = 100) -> Latency:
+    """Samples in ten rounds, 20 % apart between the fastest and the slowest, the median at `p50_ms`."""
+    samples = p50_ms * np.linspace(0.9, 1.1, count).reshape(-1, 10).T.ravel()
+    speedup = None if baseline_ms is None else baseline_ms / p50_ms
+    return Latency(
+        batch_size=batch_size,
+        iterations=count,
+        rounds=10,
+        mean_ms=p50_ms,
+        std_ms=0.06 * p50_ms,
+        min_ms=float(samples.min()),
+        p50_ms=p50_ms,
+        p95_ms=float(np.percentile(samples, 95)),
+        p99_ms=float(np.percentile(samples, 99)),
+        images_per_second=1000 * batch_size / p50_ms,
+        speedup_vs_baseline=speedup,
+        speedup_ci95=None if speedup is None else (0.95 * speedup, 1.05 * speedup),
+        warmup_ms=250.0,
+        warmup_iterations=10,
+        samples_ms=tuple(samples.tolist()),
+    )
+
+
+def make_predictions(wrong: Sequence[int] = (), images: int = 40, sharpness: float = 3.0) -> Predictions:
+    """Image i is of class i modulo 4; the images in `wrong` are taken for the next class."""
+    labels = np.arange(images) % len(CLASSES)
+    chosen = labels.copy()
+    chosen[list(wrong)] = (labels[list(wrong)] + 1) % len(CLASSES)
+    logits = np.zeros((images, len(CLASSES)), np.float32)
+    # Some images are clearer than others, so that they have an order.
+    logits[np.arange(images), chosen] = sharpness + 0.05 * np.arange(images)
+    names = tuple(f"{CLASSES[label]}/{index:02d}.png" for index, label in enumerate(labels))
+    hashes = tuple(hashlib.sha256(name.encode()).hexdigest() for name in names)
+    return Predictions(names, hashes, labels, logits)
+
+
+def make_record(
+    name: str,
+    format: str = "fp32",
+    *,
+    p50_ms: dict[int, float] | None = None,
+    baseline: tuple[str, Predictions] | None = None,
+    baseline_ms: dict[int, float] | None = None,
+    predictions: Predictions | None = None,
+    weight_bytes: int | None = 20_000_000,
+    layers: dict[str, str] | None = None,
+    **fields: Any,
+) -> Record:
+    """A record with what is given; fields of Variant and of Record may be set by name."""
+    of_variant = {key: fields.pop(key) for key in list(fields) if key in Variant.model_fields}
+    variant = {"name": name, "format": format, "attention_requested": "sdpa", "attention_used": "sdpa"} | of_variant
+    timed = {} if p50_ms is None else p50_ms
+    content: dict[str, Any] = {
+        "model": Model(
+            source="model",
+            architecture="ViTForImageClassification",
+            parameters=5_717_416,
+            image_size=(224, 224),
+            classes=len(CLASSES),
+        ),
+        "layers": make_layers(format) if layers is None else layers,
+        "latency": tuple(
+            make_latency(size, ms, baseline_ms=(baseline_ms or {}).get(size)) for size, ms in timed.items()
+        ),
+        "size": None if weight_bytes is None else Size(weight_bytes=weight_bytes, disk_bytes=weight_bytes + 70_000),
+        "environment": ENVIRONMENT,
+        "command": "vitopt run recipe.yaml",
+        "created": "2026-01-02T03:04:05+00:00",
+    }
+    if predictions is not None:
+        content["accuracy"] = accuracy.summarise(predictions, CLASSES)
+        content["dataset"] = Dataset(
+            name="/data/shapes", split="test", images=len(predictions.ids), sha256="0" * 64, preprocessor="Processor"
+        )
+        if baseline is not None:
+            content["versus_baseline"] = accuracy.compare(*baseline, predictions)
+    return Record(variant=Variant(**variant), **(content | fields))
+
+
+def write_run(folder: Path, records: Sequence[Record], predictions: dict[str, Predictions] | None = None) -> Path:
+    """A run's folder as the pipeline leaves it, without weights."""
+    for index, record in enumerate(records):
+        # Names of folders follow the recipe's rules, names in records come from anywhere.
+        place = folder / "variants" / f"{index:02d}"
+        place.mkdir(parents=True)
+        save_record(record, place)
+        (place / "config.json").write_text(json.dumps({"id2label": dict(enumerate(CLASSES))}))
+        if predictions and record.variant.name in predictions:
+            save_predictions(predictions[record.variant.name], place)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def comparison() -> tuple[list[Record], dict[str, Predictions]]:
+    """Four variants at two batch sizes: fp32, bf16 as good, nf4 that loses, and one that failed."""
+    before = make_predictions(wrong=(0, 5))
+    found = {"fp32": before, "bf16": before, "nf4": make_predictions(wrong=(0, *range(8, 32)))}
+    against = ("fp32", before)
+    times = {1: 30.0, 8: 180.0}
+    records = [
+        make_record("fp32", "fp32", p50_ms=times, predictions=found["fp32"]),
+        make_record(
+            "bf16",
+            "bf16",
+            p50_ms={1: 20.0, 8: 100.0},
+            baseline=against,
+            baseline_ms=times,
+            predictions=found["bf16"],
+            weight_bytes=10_000_000,
+        ),
+        make_record(
+            "nf4",
+            "nf4",
+            p50_ms={1: 24.0, 8: 120.0},
+            baseline=against,
+            baseline_ms=times,
+            predictions=found["nf4"],
+            weight_bytes=3_600_000,
+        ),
+        make_record("fp8", "fp8", failure="fp8 cannot run on cpu", layers={}, model=None, size=None, weight_bytes=None),
+    ]
+    return records, found
+
+
+@pytest.fixture(scope="session")
+def make() -> SimpleNamespace:
+    """Makers of records, latencies, predictions, layer plans and run folders."""
+    return SimpleNamespace(
+        record=make_record, latency=make_latency, predictions=make_predictions, layers=make_layers, run=write_run
+    )

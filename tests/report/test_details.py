@@ -1,0 +1,68 @@
+from types import SimpleNamespace
+
+from vitopt.records import EndToEnd, Throughput
+from vitopt.report import details
+from vitopt.report.classes import class_changes
+
+
+def test_agreement_has_flips_and_divergence(comparison):
+    table = details.agreement(comparison[0])
+
+    of_nf4 = dict(zip(table.headings, table.rows[2], strict=True))
+    assert of_nf4["variant"] == "nf4"
+    assert (of_nf4["right to wrong"], of_nf4["wrong to right"], of_nf4["McNemar p"]) == ("24", "1", "< 0.001")
+    assert "top-5 %" not in table.headings  # four classes have none
+    assert len(table.rows) == 3
+
+
+def test_end_to_end_has_a_table_per_batch_size(make: SimpleNamespace):
+    parts = {"decode_ms": 4.0, "preprocess_ms": 6.0, "copy_ms": 0.1, "model_ms": 5.0, "postprocess_ms": 0.2}
+    rest = {"iterations": 9, "total_p50_ms": 15.0, "total_p95_ms": None, "images_per_second": 66.0}
+    one, eight = (EndToEnd(batch_size=size, **parts, **rest) for size in (1, 8))
+
+    first, second = details.end_to_end([make.record("a", end_to_end=(one, eight)), make.record("b")])
+
+    assert first.caption == "From image file to class at batch 1, in ms"
+    assert first.rows == (("a", "4.00", "6.00", "0.10", "5.00", "0.20", "15.00", "66.0"),)
+    assert "total p95" not in second.headings
+
+
+def test_other_timings_give_rate_and_energy_once_per_variant(make: SimpleNamespace):
+    best = Throughput(batch_size=256, images_per_second=8123.4, largest_batch_size=512)
+    record = make.record("a", p50_ms={1: 3.0, 8: 9.0}, throughput=best, energy_joules_per_image=0.1234)
+
+    table = details.other_timings([record])
+
+    assert table.rows == (
+        ("a", "1", "0.25", "100", "10", "8123 at batch 256", "0.123"),
+        ("a", "8", "0.25", "100", "10", "–", "–"),
+    )
+    assert "device p50, ms" not in table.headings
+
+
+def test_visibility_has_a_column_per_loss(comparison):
+    table = details.visibility(comparison[0])
+
+    assert table.headings[-2:] == ("images to see 1 point", "images to see 0.5 points")
+    assert [cells[0] for cells in table.rows] == ["bf16", "nf4"]
+
+
+def test_changed_classes_are_signed(make: SimpleNamespace):
+    baseline = make.record("fp32", predictions=make.predictions(wrong=(1,)))
+    variant = make.record("nf4", predictions=make.predictions(wrong=(0,)))
+
+    table = details.changed_classes(class_changes(variant, baseline))
+
+    assert table.rows == (
+        ("circle", "10", "100.0", "90.0", "-10.0", "-1"),
+        ("cross", "10", "90.0", "100.0", "+10.0", "+1"),
+    )
+
+
+def test_nothing_measured_gives_no_table(make: SimpleNamespace):
+    records = [make.record("a", failure="no")]
+
+    assert details.agreement(records) is None
+    assert details.end_to_end(records) == []
+    assert details.other_timings(records) is None
+    assert details.visibility(records) is None

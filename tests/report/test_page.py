@@ -1,0 +1,306 @@
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import pytest
+
+from vitopt.errors import RecordError
+from vitopt.measure.predictions import PREDICTIONS_FILE
+from vitopt.records import EndToEnd, FailedLatency, Memory, Throughput
+from vitopt.report.page import load_run, write_report
+
+EVIL = '<script>alert("x")</script>&amp;$a$|b'
+
+
+class Reader(HTMLParser):
+    """Collects what a page refers to, its ids, its text, and whether its tags are balanced."""
+
+    VOID = ("meta", "img", "br", "link", "input", "path", "use", "rect", "circle")
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.ids, self.text, self.tags, self.images = [], [], [], [], []
+        self.open = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.links += [found[key] for key in ("src", "href", "xlink:href", "srcset", "data") if found.get(key)]
+        self.ids += [found["id"]] if "id" in found else []
+        self.images += [found] if tag == "img" else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    @property
+    def words(self):
+        return " ".join(" ".join(self.text).split())
+
+
+def read(folder):
+    return Reader(write_report(folder).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def awkward(make: SimpleNamespace, tmp_path_factory):
+    """Text of a page of 24-block variants with long and hostile names, failures and every kind of figure."""
+    before = make.predictions(wrong=(0,), images=200)
+    against, times = ("fp32", before), {1: 30.0, 64: 640.0}
+    layers = make.layers("fp32", blocks=24)
+    parts = {"decode_ms": 4.0, "preprocess_ms": 6.0, "copy_ms": 0.1, "model_ms": 5.0, "postprocess_ms": 0.2}
+    call = EndToEnd(batch_size=1, iterations=9, total_p50_ms=15.0, total_p95_ms=16.0, images_per_second=66, **parts)
+    names = [EVIL, "x" * 80, "-".join(["vit"] * 20), "nf4", "int8"]
+    found = {"fp32": before}
+    records = [make.record("fp32", p50_ms=times, predictions=before, layers=layers)]
+    for index, name in enumerate(names):
+        found[name] = make.predictions(wrong=range(index, 90, 3), images=200)
+        records.append(
+            make.record(
+                name,
+                ("nf4", "int8", "w8a8", "fp8", "bf16")[index % 5],
+                p50_ms={size: ms / (1 + 0.3 * index) for size, ms in times.items()},
+                predictions=found[name],
+                baseline=against,
+                baseline_ms=times,
+                layers=make.layers("nf4", blocks=24, block_1_fc2="int8", block_9="bf16"),
+                memory=Memory(peak_bytes=10**9 + index, kind="cuda_allocated", batch_size=1),
+                end_to_end=(call,),
+                throughput=Throughput(batch_size=64, images_per_second=999.0, largest_batch_size=128),
+                latency_failures=(FailedLatency(batch_size=512, reason=EVIL),),
+                warnings=("other processes used 22 % of the CPU while latency was measured",),
+            )
+        )
+    records.append(make.record("broken", "fp8", failure=EVIL * 3, layers={}, model=None, weight_bytes=None))
+    return write_report(make.run(tmp_path_factory.mktemp("awkward") / "run", records, found)).read_text()
+
+
+def test_the_page_needs_nothing_but_itself(awkward):
+    page = Reader(awkward)
+
+    assert page.open == []
+    assert all(link.startswith(("#", "data:image/jpeg;base64,")) for link in page.links)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    # Only the names of the SVG namespaces look like addresses.
+    addresses = set(re.findall(r"https?://[^\"' )]+", awkward))
+    assert addresses == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert "@import" not in awkward
+    assert len(awkward) < 3_000_000
+
+
+def test_names_and_reasons_are_shown_and_not_run(awkward):
+    page = Reader(awkward)
+
+    assert EVIL in page.words
+    assert "script" not in page.tags
+    assert "b" not in page.tags
+
+
+def test_failed_variants_are_rows_with_their_reason(comparison, make: SimpleNamespace, tmp_path):
+    page = read(make.run(tmp_path, *comparison))
+
+    assert "failed: fp8 cannot run on cpu" in page.words
+    assert "fp8 failed: fp8 cannot run on cpu" in (tmp_path / "report.md").read_text()
+
+
+def test_all_parts_are_there(comparison, make: SimpleNamespace, tmp_path):
+    page = read(make.run(tmp_path, *comparison))
+
+    sections = [name for name in page.ids if "-" not in name]
+    assert sections == [
+        "summary",
+        "comparison",
+        "tradeoff",
+        "latency",
+        "size",
+        "changes",
+        "layers",
+        "reading",
+        "repeat",
+    ]
+    for words in (
+        "none turned right or wrong",  # the verdict on bf16
+        "fp32 → bf16 → nf4",  # the chain
+        "24 right to wrong, 1 wrong to right",
+        "4 of 4 classes worse, 0 better",
+        "all 12 blocks nf4; head bf16",
+        "images to see 0.5 points",
+        "vitopt run recipe.yaml",
+        "0" * 64,
+        "Test CPU",
+        "2.13.0",
+    ):
+        assert words in page.words
+    assert page.tags.count("caption") == page.tags.count("table")
+
+
+def test_pictures_are_inlined_with_a_description(make: SimpleNamespace, shapes, tmp_path):
+    from vitopt.data.images import open_images
+    from vitopt.measure.predictions import Predictions
+    from vitopt.recipe import DataSpec
+
+    images = open_images(DataSpec(source=str(shapes)), "test")
+    made = {name: make.predictions(wrong, images=len(images)) for name, wrong in [("fp32", ()), ("nf4", (3, 7))]}
+    found = {name: Predictions(images.ids, images.image_hashes, one.labels, one.logits) for name, one in made.items()}
+    records = [
+        make.record("fp32", predictions=found["fp32"]),
+        make.record("nf4", "nf4", predictions=found["nf4"], baseline=("fp32", found["fp32"])),
+    ]
+    place = {"dataset": records[0].dataset.model_copy(update={"name": str(shapes)})}
+
+    page = read(make.run(tmp_path, [record.model_copy(update=place) for record in records], found))
+
+    assert [image["alt"] for image in page.images] == [
+        f"Image {images.ids[index]}, labelled stripe" for index in (7, 3)
+    ]
+    assert all(image["src"].startswith("data:image/jpeg;base64,") for image in page.images)
+    assert "The pictures are not shown" not in page.words
+
+
+def test_a_benchmark_without_accuracy_has_no_empty_sections(make: SimpleNamespace, tmp_path):
+    records = [make.record("a", p50_ms={1: 3.0}), make.record("b", p50_ms={1: 2.0}, baseline_ms={1: 3.0})]
+
+    page = read(make.run(tmp_path, records))
+
+    assert "Accuracy was not measured" in page.words
+    assert not {"tradeoff", "changes"} & set(page.ids)
+    assert "top‑1 %" not in page.words
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"p50_ms": {1: 3.0}},
+        {"failure": "no", "layers": {}, "model": None, "weight_bytes": None, "environment": {}},
+        {"layers": {}, "weight_bytes": None, "command": None, "created": None},
+    ],
+)
+def test_a_single_variant_is_enough(make: SimpleNamespace, tmp_path, fields):
+    page = read(make.run(tmp_path, [make.record("only", **fields)]))
+
+    assert "only" in page.words
+    assert "repeat" in page.ids
+
+
+def test_accuracy_alone_is_enough(make: SimpleNamespace, tmp_path):
+    before, after = make.predictions(), make.predictions(wrong=(1,))
+    records = [
+        make.record("fp32", predictions=before),
+        make.record("nf4", predictions=after, baseline=("fp32", before)),
+    ]
+
+    page = read(make.run(tmp_path, records))
+
+    assert "latency" not in page.ids
+    assert "1 of 4 classes worse" in page.words
+    assert "Images that flipped" not in page.words  # no predictions were kept
+
+
+def test_unreadable_predictions_are_said_and_the_rest_is_shown(comparison, make: SimpleNamespace, tmp_path):
+    folder = make.run(tmp_path, *comparison)
+    (folder / "variants" / "02" / PREDICTIONS_FILE).write_bytes(b"not parquet")
+
+    page = read(folder)
+
+    assert "cannot be read as predictions" in page.words
+    assert "Images that flipped" in page.words
+
+
+def test_different_machines_or_images_are_pointed_out(make: SimpleNamespace, tmp_path):
+    few, many = make.predictions(), make.predictions(images=44)
+    records = [
+        make.record("a", predictions=few),
+        make.record("b", predictions=many, environment={"processor": "Other"}),
+    ]
+    records[1] = records[1].model_copy(update={"dataset": records[1].dataset.model_copy(update={"sha256": "1" * 64})})
+
+    page = read(make.run(tmp_path, records))
+
+    assert "measured on different devices" in page.words
+    assert "measured on different images" in page.words
+
+
+def test_records_come_in_the_order_of_the_recipe(make: SimpleNamespace, tmp_path):
+    for name in ("b", "a", "c"):
+        made = make.run(tmp_path / "made" / name, [make.record(name)]) / "variants" / "00"
+        shutil.copytree(made, tmp_path / "run" / "variants" / name)
+    variants = [{"name": name, "format": "fp32"} for name in ("c", "a", "b")]
+    recipe = {"name": "x", "model": "m", "data": "digits", "variants": variants, "baseline": "a"}
+    (tmp_path / "run" / "recipe.yaml").write_text(json.dumps(recipe))
+
+    assert [record.variant.name for record in load_run(tmp_path / "run")] == ["c", "a", "b"]
+    assert '"baseline": "a"' in read(tmp_path / "run").words
+
+
+def test_a_folder_without_records_is_refused(tmp_path):
+    with pytest.raises(RecordError, match=r"holds no records .*give the folder of a `vitopt run`"):
+        write_report(tmp_path)
+
+
+def test_markdown_has_a_table_per_batch_size_and_the_plots(comparison, make: SimpleNamespace, tmp_path):
+    write_report(make.run(tmp_path / "run", *comparison))
+
+    text = (tmp_path / "run" / "report.md").read_text()
+
+    assert text.startswith("# run\n\n2 variants were compared with fp32")
+    assert text.count("| variant | format |") == 2
+    assert "| bf16 | bf16 | sdpa | 95.0 | +0.0 (" in text
+    for path in re.findall(r"\]\((plots/[^)]+)\)", text):
+        assert (tmp_path / "run" / path).is_file()
+    assert "```sh\nvitopt run recipe.yaml\n```" in text
+
+
+def test_the_same_run_gives_the_same_report(comparison, make: SimpleNamespace, tmp_path):
+    folder = make.run(tmp_path, *comparison)
+
+    assert write_report(folder).read_bytes() == write_report(folder).read_bytes()
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium to look at the page with")
+def test_a_browser_shows_the_page_without_errors_or_sideways_scrolling(awkward, tmp_path):
+    inner = html.escape(awkward)
+    frames = "".join(f'<iframe width="{width}" height="900" srcdoc="{inner}"></iframe>' for width in (390, 1280))
+    measure = """
+      onload = () => { document.body.textContent = "widths " + JSON.stringify([...document.querySelectorAll("iframe")]
+        .map(frame => frame.contentDocument.documentElement).map(root => [root.scrollWidth, root.clientWidth])) }"""
+    wrapper = tmp_path / "wrapper.html"
+    wrapper.write_text(f"<!doctype html><style>iframe{{border:0}}</style><script>{measure}</script>{frames}")
+    quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-sync", "--hide-scrollbars", *quiet.split(), profile]
+    done = subprocess.run(
+        [
+            *command,
+            "--enable-logging=stderr",
+            "--v=0",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--dump-dom",
+            wrapper.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+    widths = json.loads(re.search(r"widths (\[\[.*\]\])", done.stdout)[1])
+    assert [client for _, client in widths] == [390, 1280]
+    assert [scroll for scroll, _ in widths] == [390, 1280]
+    assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []

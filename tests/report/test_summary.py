@@ -1,0 +1,138 @@
+from types import SimpleNamespace
+
+import pytest
+
+from vitopt.report.summary import baseline_of, headline, highlights, verdicts, visibilities
+
+
+def titles(found):
+    return {one.title: one for one in found}
+
+
+def test_baseline_is_the_one_the_others_were_compared_with(comparison):
+    records = comparison[0]
+
+    assert baseline_of(records).variant.name == "fp32"
+    assert baseline_of(records, "bf16").variant.name == "fp32"
+
+
+def test_baseline_of_the_recipe_counts_where_nothing_was_compared(make: SimpleNamespace):
+    records = [make.record("a", p50_ms={1: 1.0}), make.record("b", p50_ms={1: 1.0})]
+
+    assert baseline_of(records, "b") is records[1]
+    assert baseline_of(records) is None
+
+
+def test_headline_says_who_loses_and_what_may_hide(comparison):
+    records = comparison[0]
+
+    text = " ".join(headline(records, records[0]))
+
+    assert text.startswith("2 variants were compared with fp32 on the same 40 images: nf4 loses accuracy measurably")
+    assert "That is not proof of no loss" in text
+    assert "fp8 failed" in text
+
+
+def test_headline_names_the_best_of_those_that_hold(make: SimpleNamespace):
+    before = make.predictions(images=400)
+    against = ("fp32", before)
+    records = [
+        make.record("fp32", predictions=before, p50_ms={1: 9.0}),
+        make.record("bf16", predictions=before, baseline=against, p50_ms={1: 5.0}, weight_bytes=2_000_000),
+        make.record("w8a8", predictions=before, baseline=against, p50_ms={1: 6.0}, weight_bytes=1_000_000),
+        make.record("nf4", predictions=make.predictions(range(200), 400), baseline=against, p50_ms={1: 1.0}),
+    ]
+
+    assert "Of those that do not, bf16 is the fastest at batch 1 and w8a8 is the smallest." in headline(
+        records, records[0]
+    )
+
+
+def test_headline_of_equal_variants_does_not_claim_more_than_the_images_show(make: SimpleNamespace):
+    before = make.predictions(images=400)
+    records = [
+        make.record("fp32", predictions=before),
+        make.record("bf16", predictions=make.predictions((3,), 400), baseline=("fp32", before)),
+    ]
+
+    first, second = headline(records, records[0])
+
+    assert first == "bf16 was compared with fp32 on the same 400 images: it does not lose accuracy measurably."
+    assert "under 2.0 points it would likely go unseen" in second
+    assert "bf16 gives another class than fp32 on 0.25 % of them" in second
+
+
+@pytest.mark.parametrize(
+    ("failures", "text"),
+    [
+        (("no", None), "The baseline a failed, so the variants are compared with nothing."),
+        (("no", "no"), "No variant could be measured. The reasons are below."),
+        ((None, None), "Accuracy was not measured: these figures tell about speed and size only."),
+    ],
+)
+def test_headline_where_there_is_nothing_to_compare(make: SimpleNamespace, failures, text):
+    records = [make.record(name, failure=failure) for name, failure in zip("ab", failures, strict=True)]
+
+    assert headline(records, records[0]) == [text]
+
+
+def test_highlights_are_smallest_fastest_and_most_faithful(comparison):
+    records = comparison[0]
+
+    found = titles(highlights(records, records[0]))
+
+    assert list(found) == ["Smallest", "Fastest at batch 1", "Fastest at batch 8", "Most faithful"]
+    assert found["Smallest"].names == ("nf4",)
+    assert found["Smallest"].figure == "3.60 MB"
+    assert found["Smallest"].text.startswith("weights 5.6x smaller than those of fp32; loses")
+    assert found["Fastest at batch 1"].names == ("bf16",)
+    assert found["Fastest at batch 1"].text.startswith("against fp32: 1.50x faster (1.42 to 1.58)")
+    assert found["Most faithful"].names == ("bf16",)
+    assert found["Most faithful"].figure == "100.0 %"
+
+
+def test_highlights_name_equals_together_and_who_is_not_measurably_slower(make: SimpleNamespace):
+    records = [make.record(name, p50_ms={1: 5.0}) for name in "ab"] + [make.record("large", weight_bytes=30_000_000)]
+
+    found = titles(highlights(records, None))
+
+    assert found["Smallest"].names == ("a", "b")
+    assert found["Fastest at batch 1"].text == "not measurably faster than b"
+
+
+def test_none_is_the_smallest_of_equals(make: SimpleNamespace):
+    assert highlights([make.record("a"), make.record("b")], None) == []
+
+
+def test_one_variant_has_no_highlights(make: SimpleNamespace):
+    assert highlights([make.record("a", p50_ms={1: 5.0}), make.record("b", failure="no")], None) == []
+
+
+def test_verdicts_speak_of_accuracy_speed_and_size(comparison):
+    records = comparison[0]
+
+    bf16, nf4, fp8 = verdicts(records, records[0])
+
+    assert bf16.variant == "bf16"
+    assert bf16.sentences[1:] == (
+        "same class as fp32 on 100.0 % of the images",
+        "at batch 1: 1.50x faster (1.42 to 1.58)",
+        "at batch 8: 1.80x faster (1.71 to 1.89)",
+        "weights 2.0x smaller than those of fp32",
+    )
+    assert nf4.sentences[0].startswith("loses")
+    assert fp8.failed
+    assert fp8.sentences == ("failed: fp8 cannot run on cpu",)
+
+
+def test_a_variant_alone_has_no_verdict(make: SimpleNamespace):
+    assert verdicts([make.record("a", predictions=make.predictions())], None) == []
+
+
+def test_visibility_counts_the_images_that_smaller_losses_need(comparison):
+    of_nf4 = visibilities(comparison[0])[1]
+
+    assert of_nf4.variant == "nf4"
+    assert of_nf4.discordant_percent == pytest.approx(62.5)
+    one_point, half_a_point = of_nf4.images_needed
+    assert half_a_point == pytest.approx(4 * one_point, rel=0.01)

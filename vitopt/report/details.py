@@ -1,0 +1,154 @@
+"""The tables beside the comparison: agreement, other timings, what the images can show, changed classes."""
+
+from collections.abc import Sequence
+
+from vitopt.records import Record
+from vitopt.report.classes import ClassChanges
+from vitopt.report.summary import LOSSES_POINTS, visibilities
+from vitopt.report.table import UNKNOWN, Table, milliseconds, percent, rate
+
+
+def agreement(records: Sequence[Record]) -> Table | None:
+    """How close each variant stays to the baseline, image by image; None where no accuracy was measured."""
+    rows = []
+    for record in records:
+        accuracy, versus = record.accuracy, record.versus_baseline
+        if accuracy is None:
+            continue
+        top5 = UNKNOWN if accuracy.top5_percent is None else f"{accuracy.top5_percent:.1f}"
+        low, high = accuracy.top1_ci95_percent
+        compared = [UNKNOWN] * 6
+        if versus is not None:
+            compared = [
+                percent(versus.agreement_percent),
+                f"{versus.right_to_wrong:,}",
+                f"{versus.wrong_to_right:,}",
+                p_value(versus.mcnemar_p),
+                f"{versus.mean_kl_divergence:.4f}",
+                f"{versus.normalised_logit_error:.3f}",
+            ]
+        calibration = f"{accuracy.expected_calibration_error:.3f}"
+        rows.append(
+            (
+                record.variant.name,
+                f"{accuracy.top1_percent:.1f} ({low:.1f} to {high:.1f})",
+                top5,
+                *compared,
+                calibration,
+            )
+        )
+    headings = (
+        "variant",
+        "top-1 % (95 %)",
+        "top-5 %",
+        "agree %",
+        "right to wrong",
+        "wrong to right",
+        "McNemar p",
+        "KL, nats",
+        "logit error",
+        "calibration error",
+    )
+    return Table("Accuracy and agreement in detail", headings, tuple(rows)).known() if rows else None
+
+
+def end_to_end(records: Sequence[Record]) -> list[Table]:
+    """Per batch size, the mean milliseconds of each part of a call from file to class."""
+    tables = []
+    for size in sorted({one.batch_size for record in records for one in record.end_to_end}):
+        rows = tuple(
+            (
+                record.variant.name,
+                *map(milliseconds, (one.decode_ms, one.preprocess_ms, one.copy_ms, one.model_ms, one.postprocess_ms)),
+                milliseconds(one.total_p50_ms),
+                milliseconds(one.total_p95_ms),
+                rate(one.images_per_second),
+            )
+            for record in records
+            for one in record.end_to_end
+            if one.batch_size == size
+        )
+        headings = (
+            "variant",
+            "decode",
+            "preprocess",
+            "copy",
+            "model",
+            "postprocess",
+            "total p50",
+            "total p95",
+            "images/s",
+        )
+        tables.append(Table(f"From image file to class at batch {size}, in ms", headings, rows).known())
+    return tables
+
+
+def other_timings(records: Sequence[Record]) -> Table | None:
+    """Warm-up, device time, highest rate and energy; None where nothing was timed."""
+    rows = []
+    for record in records:
+        for number, latency in enumerate(record.latency):
+            most, energy = record.throughput, record.energy_joules_per_image
+            # What belongs to the variant and to no batch size stands in its first row.
+            once = number == 0
+            rows.append(
+                (
+                    record.variant.name,
+                    str(latency.batch_size),
+                    f"{latency.warmup_ms / 1000:.2f}",
+                    f"{latency.iterations:,}",
+                    str(latency.rounds),
+                    milliseconds(latency.device_p50_ms),
+                    f"{rate(most.images_per_second)} at batch {most.batch_size}" if most and once else UNKNOWN,
+                    f"{energy:.3g}" if energy is not None and once else UNKNOWN,
+                )
+            )
+    headings = (
+        "variant",
+        "batch",
+        "warm-up, s",
+        "timed calls",
+        "rounds",
+        "device p50, ms",
+        "highest images/s",
+        "joules/image",
+    )
+    return Table("How latency was timed", headings, tuple(rows)).known() if rows else None
+
+
+def visibility(records: Sequence[Record]) -> Table | None:
+    """How many images smaller losses would take to see; None where nothing was compared."""
+    rows = tuple(
+        (
+            one.variant,
+            f"{one.discordant_percent:.1f}",
+            f"{one.smallest_visible_loss_points:.1f}",
+            *(f"{images:,}" for images in one.images_needed),
+        )
+        for one in visibilities(records)
+    )
+    losses = (f"images to see {points:g} point{'s' if points != 1 else ''}" for points in LOSSES_POINTS)
+    headings = ("variant", "only one is right, %", "visible here from, points", *losses)
+    return Table("What these images can show", headings, rows) if rows else None
+
+
+def changed_classes(changes: ClassChanges) -> Table:
+    """The most changed classes of one variant."""
+    rows = tuple(
+        (
+            change.name,
+            f"{change.images:,}",
+            f"{change.baseline_percent:.1f}",
+            f"{change.variant_percent:.1f}",
+            f"{change.points:+.1f}",
+            f"{change.images_changed:+d}",
+        )
+        for change in changes.shown
+    )
+    headings = ("class", "images", "baseline %", "variant %", "points", "images won or lost")
+    return Table(f"Classes of {changes.variant} that changed most", headings, rows)
+
+
+def p_value(p: float) -> str:
+    """Three decimals, or that it is below the last of them."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

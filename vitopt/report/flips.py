@@ -1,0 +1,192 @@
+"""Images that turned from right to wrong, or from wrong to right: what a loss of accuracy looks like."""
+
+import base64
+import hashlib
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vitopt.data.images import ImageSet, open_images
+from vitopt.errors import VitoptError
+from vitopt.measure.predictions import Predictions
+from vitopt.recipe import DataSpec
+from vitopt.records import Dataset
+
+MOST_SHOWN = 12
+THUMBNAIL_PIXELS = 96
+_BUILT_IN = "digits"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A class and the probability given to it."""
+
+    name: str
+    percent: float
+
+
+@dataclass(frozen=True)
+class Flip:
+    """One image on which baseline and variant disagree, and one of them is right."""
+
+    image: str
+    label: str
+    baseline: Answer
+    variant: Answer
+    became_right: bool
+    thumbnail: str | None  # a data URI
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Flips of one variant: how many in each direction, and examples, clearest first."""
+
+    variant: str
+    baseline: str
+    right_to_wrong: int
+    wrong_to_right: int
+    shown: tuple[Flip, ...]
+
+    @property
+    def rest(self) -> int:
+        """Flipped images that are not shown."""
+        return self.right_to_wrong + self.wrong_to_right - len(self.shown)
+
+
+class Thumbnails:
+    """Small pictures of the images of a data set, where its files are still here and unchanged.
+
+    Data from a hub is not fetched for a report.
+    """
+
+    def __init__(self, dataset: Dataset | None):
+        self._images = _open(dataset)
+        self._index = {name: index for index, name in enumerate(self._images.ids)} if self._images else {}
+        self._made: dict[str, str | None] = {}
+
+    @property
+    def available(self) -> bool:
+        """Whether the images were found at all."""
+        return self._images is not None
+
+    def of(self, name: str, sha256: str) -> str | None:
+        """JPEG of one image as a data URI; None where it is absent or no longer has this content."""
+        if name not in self._made:
+            self._made[name] = self._make(name, sha256)
+        return self._made[name]
+
+    def _make(self, name: str, sha256: str) -> str | None:
+        if self._images is None or name not in self._index:
+            return None
+        index = self._index[name]
+        try:
+            content = self._images.reader.content(self._images.rows[index])
+            if hashlib.sha256(content).hexdigest() != sha256:
+                return None
+            return data_uri(self._images.image(index))
+        except (VitoptError, OSError):
+            return None
+
+
+def data_uri(image: Image.Image) -> str:
+    """JPEG of at most THUMBNAIL_PIXELS each way; smaller images are enlarged, as the page would blur them."""
+    small = image.copy()
+    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    factor = THUMBNAIL_PIXELS // max(small.size)
+    if factor > 1:
+        small = small.resize((small.width * factor, small.height * factor), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=78, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def flips(
+    baseline: tuple[str, Predictions],
+    variant: tuple[str, Predictions],
+    class_names: Mapping[int, str],
+    thumbnails: Thumbnails,
+    most: int = MOST_SHOWN,
+) -> Flips | None:
+    """Flips of a variant, each given with its name; None where the two are not over the same images."""
+    (baseline_name, before), (variant_name, after) = baseline, variant
+    if before.image_sha256 != after.image_sha256 or before.logits.shape != after.logits.shape:
+        return None
+    shown = []
+    for index in choose(before, after, most):
+        answers = [_answer(logits, class_names) for logits in (before.logits[index], after.logits[index])]
+        label = int(after.labels[index])
+        shown.append(
+            Flip(
+                image=after.ids[index],
+                label=_name(class_names, label),
+                baseline=answers[0],
+                variant=answers[1],
+                became_right=int(after.logits[index].argmax()) == label,
+                thumbnail=thumbnails.of(after.ids[index], after.image_sha256[index]),
+            )
+        )
+    return Flips(
+        variant=variant_name,
+        baseline=baseline_name,
+        right_to_wrong=int((before.correct & ~after.correct).sum()),
+        wrong_to_right=int((~before.correct & after.correct).sum()),
+        shown=tuple(shown),
+    )
+
+
+def choose(before: Predictions, after: Predictions, most: int) -> list[int]:
+    """Indices of the flipped images to show, at most `most`: the lost ones, then the won ones.
+
+    Of each kind those come first whose label's probability changed most. Each kind gets half of the places, and
+    what the other leaves free.
+    """
+    lost = _ranked(before, after, before.correct & ~after.correct)
+    won = _ranked(before, after, ~before.correct & after.correct)
+    shown_lost = lost[: max(most - most // 2, most - len(won))]
+    return shown_lost + won[: most - len(shown_lost)]
+
+
+def _ranked(before: Predictions, after: Predictions, flipped: NDArray[np.bool_]) -> list[int]:
+    indices = np.flatnonzero(flipped)
+    # Only of the flipped images: probabilities of all would take gigabytes on a large set.
+    old, new = softmax(before.logits[indices]), softmax(after.logits[indices])
+    rows, labels = np.arange(len(indices)), before.labels[indices]
+    change = np.abs(new[rows, labels] - old[rows, labels])
+    return indices[np.argsort(-change, kind="stable")].tolist()
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Probabilities (images, classes) of logits of the same shape."""
+    exponents = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return exponents / exponents.sum(axis=1, keepdims=True)
+
+
+def _answer(logits: NDArray[np.float32], class_names: Mapping[int, str]) -> Answer:
+    chosen = int(logits.argmax())
+    return Answer(_name(class_names, chosen), 100 * float(softmax(logits[np.newaxis])[0, chosen]))
+
+
+def _name(class_names: Mapping[int, str], label: int) -> str:
+    return class_names.get(label, f"class {label}")
+
+
+def _open(dataset: Dataset | None) -> ImageSet | None:
+    if dataset is None:
+        return None
+    place = dataset.name.partition(":")[0]
+    is_here = place == _BUILT_IN or any(_is_folder(path) for path in (dataset.name, place))
+    if not is_here:
+        return None
+    try:
+        return open_images(DataSpec(source=dataset.name), dataset.split)
+    except (VitoptError, OSError, ValueError):
+        return None
+
+
+def _is_folder(path: str) -> bool:
+    return Path(path).expanduser().is_dir()
