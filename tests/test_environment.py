@@ -147,6 +147,7 @@ def test_formats_on_the_cpu(packages):
     packages(torchao=True, bitsandbytes=True)
     reasons = {format: environment.why_not_format(format, CPU) for format in get_args(Format)}
     assert reasons.pop("fp8") == "fp8 arithmetic needs a CUDA device of compute capability 8.9"
+    assert reasons.pop("int4") == "torchao's packed int4 weights need a CUDA device of compute capability 8.0"
     assert set(reasons.values()) == {None}
 
 

@@ -101,7 +101,7 @@ def test_all_mistakes_are_reported_at_once():
         "name": "a b",
         "model": "",
         "data": {"limit": 0},
-        "variants": [{"name": "v", "format": "int4"}, {"format": "nf4", "compile": "maybe"}],
+        "variants": [{"name": "v", "format": "int3"}, {"format": "nf4", "compile": "maybe"}],
         "evaluate": {"latency": {"batch_sizes": [1, 0]}},
     }
     found = mistakes(content)
@@ -118,12 +118,12 @@ def test_all_mistakes_are_reported_at_once():
     assert found[2] == "data.source: field required"
     assert found[3] == "data.limit: input should be greater than or equal to 1, not 0"
     assert "'nf4'" in found[4]
-    assert found[4].endswith("not 'int4'")
+    assert found[4].endswith("not 'int3'")
 
 
 def test_a_list_of_which_all_items_are_wrong_is_not_called_too_short_as_well():
     assert mistakes(changed(variants=[{"name": "a", "format": "x"}])) == [
-        "variants.0.format: input should be 'fp32', 'fp16', 'bf16', 'nf4', 'int8', 'w8a8' or 'fp8', not 'x'"
+        "variants.0.format: input should be 'fp32', 'fp16', 'bf16', 'nf4', 'int4', 'int8', 'w8a8' or 'fp8', not 'x'"
     ]
 
 

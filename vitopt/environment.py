@@ -103,12 +103,19 @@ def _why_not_fp8(device: torch.device) -> str | None:
     return _needs("torchao") or _capability_below(device, ADA)
 
 
+def _why_not_int4(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "torchao's packed int4 weights need a CUDA device of compute capability 8.0"
+    return _needs("torchao") or _capability_below(device, AMPERE)
+
+
 # format -> why it cannot run on a device (None when it can), and the nearest format that runs everywhere
 _FORMAT_CHECKS: dict[Format, tuple[Callable[[torch.device], str | None], Format]] = {
     "fp32": (lambda device: None, "fp32"),
     "fp16": (lambda device: None, "fp32"),
     "bf16": (lambda device: _capability_below(device, AMPERE), "fp16"),
     "nf4": (lambda device: _needs("bitsandbytes"), "bf16"),
+    "int4": (_why_not_int4, "nf4"),
     "int8": (lambda device: _needs("bitsandbytes"), "bf16"),
     "w8a8": (lambda device: _needs("torchao") or _capability_below(device, AMPERE), "int8"),
     "fp8": (_why_not_fp8, "w8a8"),

@@ -16,12 +16,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from vitopt.errors import RecipeError
 
-Format = Literal["fp32", "fp16", "bf16", "nf4", "int8", "w8a8", "fp8"]
+Format = Literal["fp32", "fp16", "bf16", "nf4", "int4", "int8", "w8a8", "fp8"]
 HalfFormat = Literal["fp16", "bf16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 Linear = Literal["query", "key", "value", "output", "fc1", "fc2"]
 
-QUANTIZED_FORMATS: tuple[Format, ...] = ("nf4", "int8", "w8a8", "fp8")
+QUANTIZED_FORMATS: tuple[Format, ...] = ("nf4", "int4", "int8", "w8a8", "fp8")
 AUTO = "auto"
 LINEARS: tuple[Linear, ...] = get_args(Linear)
 

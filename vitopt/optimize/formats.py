@@ -1,7 +1,8 @@
 """Formats: how transformers is told to hold a layer, and how the format of a live layer is read back.
 
 NF4: QLoRA, arXiv 2305.14314, with double quantization. int8: LLM.int8(), arXiv 2208.07339. w8a8 and fp8:
-torchao, weights per output channel and activations per token, scaled as they come.
+torchao, weights per output channel and activations per token, scaled as they come. int4: torchao, weights only,
+in groups of 64.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,6 @@ import torch
 from torch import nn
 
 from vitopt import environment
-from vitopt.errors import RecipeError
 from vitopt.models.names import linear_layers
 from vitopt.optimize.plan import LayerPlan
 from vitopt.recipe import Format
@@ -20,21 +20,10 @@ _OF_DTYPE: dict[torch.dtype, Format] = {dtype: name for name, dtype in environme
 
 
 def quantization_config(plan: LayerPlan, half: torch.dtype) -> Any:
-    """The transformers quantization config for a plan, None when nothing is quantized.
-
-    Raises:
-        RecipeError: the plan mixes formats that no single library can hold in one checkpoint.
-    """
+    """The transformers quantization config for a plan, None when nothing is quantized."""
     formats = plan.quantized_formats
-    if not formats:
-        return None
-    builders = {_BUILDERS[format] for format in formats}
-    if len(builders) > 1 or (len(formats) > 1 and _BUILDERS[formats[0]] is not _torchao):
-        raise RecipeError(
-            f"formats {' and '.join(formats)} cannot be mixed in one checkpoint; w8a8 and fp8 can, "
-            "and each can be mixed with 16 bit"
-        )
-    return builders.pop()(plan, half)
+    # A plan mixes only formats that one library holds in one checkpoint, so the first tells which.
+    return _BUILDERS[formats[0]](plan, half) if formats else None
 
 
 def _nf4(plan: LayerPlan, half: torch.dtype) -> Any:
@@ -58,7 +47,7 @@ def _int8(plan: LayerPlan, half: torch.dtype) -> Any:
 def _kept(plan: LayerPlan) -> list[str]:
     # transformers matches these as prefixes and suffixes by rules that changed between versions; full module
     # names mean the same under all of them, and `quantize` checks the outcome.
-    return plan.modules("fp16", "bf16", "fp32")
+    return [*plan.modules("fp16", "bf16", "fp32"), *plan.unlisted]
 
 
 def _torchao(plan: LayerPlan, half: torch.dtype) -> Any:
@@ -89,9 +78,17 @@ def _torchao_fp8() -> Any:
     return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
 
 
-_TORCHAO_LAYERS: dict[str, Callable[[], Any]] = {"w8a8": _torchao_w8a8, "fp8": _torchao_fp8}
+def _torchao_int4() -> Any:
+    from torchao.quantization import Int4WeightOnlyConfig
+
+    # The one packing that runs with torch's own kernels; groups of 64 divide the widths of all ViTs.
+    return Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")
+
+
+_TORCHAO_LAYERS: dict[str, Callable[[], Any]] = {"int4": _torchao_int4, "w8a8": _torchao_w8a8, "fp8": _torchao_fp8}
 _BUILDERS: dict[Format, Callable[[LayerPlan, torch.dtype], Any]] = {
     "nf4": _nf4,
+    "int4": _torchao,
     "int8": _int8,
     "w8a8": _torchao,
     "fp8": _torchao,
@@ -114,6 +111,8 @@ def format_of(linear: nn.Module) -> str:
     tensor_type = type(weight.data).__name__
     if tensor_type == "Int8Tensor":
         return "w8a8"
+    if tensor_type.startswith("Int4"):
+        return "int4"
     if tensor_type == "Float8Tensor":
         return "fp8"
     return _OF_DTYPE.get(weight.dtype, str(weight.dtype).removeprefix("torch."))

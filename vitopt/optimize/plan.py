@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from vitopt.errors import RecipeError
 from vitopt.models.names import HEAD, Layer, linear_layers, select
 from vitopt.recipe import QUANTIZED_FORMATS, Format, VariantSpec
+
+_MIXABLE: set[Format] = {"fp8", "int4", "w8a8"}  # torchao chooses per layer, bitsandbytes per checkpoint
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class LayerPlan:
     """Formats of all linear layers, in order of execution."""
 
     layers: tuple[PlannedLayer, ...]
+    unlisted: tuple[str, ...] = ()  # modules of linear layers without a logical name, which stay in 16 bit
 
     def modules(self, *formats: Format) -> list[str]:
         """Full module names of the layers that get one of `formats`."""
@@ -53,11 +57,34 @@ def plan_layers(model: nn.Module, model_type: str, variant: VariantSpec) -> Laye
 
     Raises:
         PatternError: a pattern of `skip` or `layers` matches nothing.
+        RecipeError: the formats cannot be held in one checkpoint.
     """
     layers = linear_layers(model, model_type)
     skipped = select(variant.skip, layers)
     excepted = select(variant.layers, layers)
-    return LayerPlan(tuple(_plan_one(layer, variant, skipped, excepted) for layer in layers))
+    listed = {layer.module for layer in layers}
+    plan = LayerPlan(
+        tuple(_plan_one(layer, variant, skipped, excepted) for layer in layers),
+        tuple(n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n not in listed),
+    )
+    _require_one_checkpoint(plan, variant)
+    return plan
+
+
+def _require_one_checkpoint(plan: LayerPlan, variant: VariantSpec) -> None:
+    quantized = plan.quantized_formats
+    if len(quantized) > 1 and not set(quantized) <= _MIXABLE:
+        raise RecipeError(
+            f"formats {' and '.join(quantized)} cannot be mixed in one checkpoint; {', '.join(sorted(_MIXABLE))} "
+            "can, and each can be mixed with 16 bit"
+        )
+    # One checkpoint has one floating-point type; where layers differ it is that of the norms and activations.
+    other = [format for format in plan.counts() if format not in (*QUANTIZED_FORMATS, variant.half)]
+    if other and len(plan.counts()) > 1:
+        raise RecipeError(
+            f"layers in {other[0]} cannot be mixed with other formats here: what is not quantized is held in "
+            f"{variant.half} (`half`); use {variant.half} for them, or set `half`"
+        )
 
 
 def _plan_one(layer: Layer, variant: VariantSpec, skipped: dict[str, str], excepted: dict[str, str]) -> PlannedLayer:

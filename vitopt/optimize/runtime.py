@@ -6,10 +6,18 @@ from dataclasses import dataclass, field
 import torch
 
 from vitopt import environment
+from vitopt.environment import DTYPES
 from vitopt.errors import UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, load_model
 from vitopt.optimize.formats import live_formats
-from vitopt.recipe import Attention
+from vitopt.recipe import Attention, Format
+
+# format -> what names it in torchao's configuration
+_TORCHAO_SIGNS: dict[Format, str] = {
+    "fp8": "Float8DynamicActivationFloat8Weight",
+    "int4": "Int4WeightOnly",
+    "w8a8": "Int8DynamicActivationInt8Weight",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +37,9 @@ class Runnable:
     layers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Some families do not cast their input themselves.
+        self._dtype = next(p.dtype for p in self.model.parameters() if p.dtype in DTYPES.values())
+        self._has_run = False
         self._forward = torch.compile(self.model) if self.compiled else self.model
 
     @property
@@ -41,15 +52,28 @@ class Runnable:
         """Whether calls go through torch.compile."""
         return self.compile_requested and self.compile_reason is None
 
-    def fall_back_to_eager(self, reason: str) -> None:
-        """Run uncompiled from now on and remember why."""
-        self.compile_reason = reason
-        self._forward = self.model
-
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`pixel_values`: (batch, 3, height, width), on the device. Returns logits (batch, classes)."""
+        """`pixel_values`: (batch, 3, height, width), on the device. Returns logits (batch, classes).
+
+        A model that cannot be compiled runs eager from its first call on, says so, and keeps the reason.
+        """
+        pixel_values = pixel_values.to(self._dtype)
+        if self._forward is not self.model and not self._has_run:
+            return self._first_compiled_call(pixel_values)
         return self._forward(pixel_values=pixel_values).logits
+
+    def _first_compiled_call(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        try:
+            logits = self._forward(pixel_values=pixel_values).logits
+            self._has_run = True
+            return logits
+        except Exception as error:  # compilers raise whatever they run into
+            eager = self.model(pixel_values=pixel_values).logits  # an error of the model itself is not the compiler's
+            self.compile_reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            logger.warning("%s: compilation failed (%s); running eager", self.name, self.compile_reason)
+            self._forward = self.model
+            return eager
 
 
 def prepare(
@@ -100,4 +124,6 @@ def _require_formats(checkpoint: Checkpoint, device: torch.device) -> None:
     elif content.get("load_in_8bit"):
         environment.require_format("int8", device)
     elif content.get("quant_method") == "torchao":
-        environment.require_format("fp8" if "Float8" in str(content) else "w8a8", device)
+        for format, sign in _TORCHAO_SIGNS.items():
+            if sign in str(content):
+                environment.require_format(format, device)
