@@ -367,7 +367,10 @@ def sensitivity(
         _print_json(result.to_json())
         return
     _print_sensitivity(result)
+    from vitopt.report.sensitivity import write_sensitivity_page
+
     out.print(f"\nresult: {output / 'sensitivity.json'}", highlight=False)
+    out.print(f"page: {write_sensitivity_page(output / 'sensitivity.json')}", highlight=False)
 
 
 @app.command()
@@ -502,7 +505,12 @@ def report(
     """Write report.md and report.html of a run again from its records."""
     _start(as_json)
     from vitopt.report.page import load_run, write_report
+    from vitopt.report.sensitivity import write_sensitivity_page
 
+    if (run_folder / "sensitivity.json").is_file() and not (run_folder / "variants").is_dir():
+        page = write_sensitivity_page(run_folder / "sensitivity.json")
+        _print_json({"report": str(page), "variants": []}) if as_json else out.print(f"page: {page}", highlight=False)
+        return
     records = load_run(run_folder)
     path = write_report(run_folder)
     if as_json:

@@ -14,6 +14,8 @@ from vitopt.measure import accuracy
 from vitopt.measure.predictions import Predictions, save_predictions
 from vitopt.recipe import LINEARS
 from vitopt.records import Dataset, Latency, Model, Record, Size, Variant, save_record
+from vitopt.search.results import Loss, Sensitivity, UnitScores
+from vitopt.search.skiplist import Goal, search_skip_list
 
 CLASSES = ("circle", "cross", "square", "stripe")
 ENVIRONMENT = {
@@ -127,6 +129,81 @@ def write_run(folder: Path, records: Sequence[Record], predictions: dict[str, Pr
     return folder
 
 
+def make_loss(kl: float, images: int = 400, flips: int | None = None) -> Loss:
+    """A loss of one flipped image per 0.004 nats, or of `flips`; the interval is as wide as with that many flips."""
+    lost = round(kl / 0.004) if flips is None else flips
+    delta, half = -100 * lost / images, 100 * 1.96 * (abs(lost) + 4) ** 0.5 / images
+    return Loss(
+        top1_delta_points=delta,
+        top1_delta_ci95_points=(delta - half, delta + half),
+        agreement_percent=100 - 100 * min(1.0, 2 * kl),
+        kl=kl,
+        logit_error=kl**0.5,
+    )
+
+
+def make_sensitivity(
+    blocks: int = 12,
+    granularity: str = "block",
+    *,
+    goal: Goal | None = Goal(max_kl_share=0.5),  # noqa: B008
+    sample: int | None = None,
+    extra_ms: float | None = 0.1,
+    images: int = 400,
+    **fields: Any,
+) -> Sensitivity:
+    """An analysis whose gains add up to all of the KL, spread without chance; `sample` scores only so many exactly.
+
+    Every seventh unit makes things worse when it is kept.
+    """
+    names = [f"block.{block}" for block in range(blocks)]
+    if granularity == "linear":
+        names = [f"{name}.{linear}" for name in names for linear in LINEARS]
+    total = 0.12
+    shares = 1 + 3 * ((1 + np.arange(len(names))) * 0.618034 % 1)
+    gains = dict(
+        zip(names, (total * shares / shares.sum() * np.where(np.arange(len(names)) % 7 == 6, -0.3, 1)), strict=True)
+    )
+    scale = total / sum(gains.values())
+    gains = {name: float(gain * scale) for name, gain in gains.items()}
+    best = sorted(names, key=lambda name: -gains[name])[:sample]
+
+    def mixture(kept: frozenset[str]) -> Loss:
+        return make_loss(max(0.0, total - sum(gains[name] for name in kept)), images)
+
+    units = [
+        UnitScores(
+            unit=name,
+            damage=make_loss(abs(gains[name]) / 2, images),
+            recovery=make_loss(total - gains[name], images, flips=-round(gains[name] / 0.004)),
+            extra_bytes=650_000 if granularity == "block" else 50_000 * (1 + 3 * name.endswith(("fc1", "fc2"))),
+            extra_ms=extra_ms,
+        )
+        for name in names
+        if name in best
+    ]
+    quantized = mixture(frozenset())
+    search = None if goal is None else search_skip_list(units, mixture, goal, quantized=quantized, images=images)
+    content: dict[str, Any] = {
+        "checkpoint": "/models/vit",
+        "checkpoint_sha256": "a" * 64,
+        "format": "nf4",
+        "half": "bf16",
+        "granularity": granularity,
+        "images": images,
+        "dataset": "/data/shapes",
+        "dataset_sha256": "b" * 64,
+        "sample_images": None if sample is None else 64,
+        "sample_kl": {} if sample is None else {name: total - 0.9 * gains[name] for name in names},
+        "quantized": quantized,
+        "units": tuple(units),
+        "seconds": 33.5,
+        "search": search,
+        "environment": ENVIRONMENT,
+    }
+    return Sensitivity(**(content | fields))
+
+
 @pytest.fixture(scope="session")
 def comparison() -> tuple[list[Record], dict[str, Predictions]]:
     """Four variants at two batch sizes: fp32, bf16 as good, nf4 that loses, and one that failed."""
@@ -161,7 +238,13 @@ def comparison() -> tuple[list[Record], dict[str, Predictions]]:
 
 @pytest.fixture(scope="session")
 def make() -> SimpleNamespace:
-    """Makers of records, latencies, predictions, layer plans and run folders."""
+    """Makers of records, latencies, predictions, layer plans, run folders and sensitivity analyses."""
     return SimpleNamespace(
-        record=make_record, latency=make_latency, predictions=make_predictions, layers=make_layers, run=write_run
+        record=make_record,
+        latency=make_latency,
+        predictions=make_predictions,
+        layers=make_layers,
+        run=write_run,
+        loss=make_loss,
+        sensitivity=make_sensitivity,
     )

@@ -1,6 +1,7 @@
 """The tables beside the comparison: agreement, other timings, what the images can show, changed classes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from vitopt.records import Record
 from vitopt.report.classes import ClassChanges
@@ -147,6 +148,14 @@ def changed_classes(changes: ClassChanges) -> Table:
     )
     headings = ("class", "images", "baseline %", "variant %", "points", "images won or lost")
     return Table(f"Classes of {changes.variant} that changed most", headings, rows)
+
+
+def environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of everything known about where something was measured."""
+    facts = dict(environment)
+    libraries, gpu = facts.pop("libraries", None) or {}, facts.pop("gpu", None) or {}
+    facts |= {f"gpu {key}": value for key, value in gpu.items()} | libraries
+    return [(key.replace("_", " "), str(value)) for key, value in facts.items() if value is not None]
 
 
 def p_value(p: float) -> str:

@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from vitopt.report.svg import INK
+
 _SIZE = 10.5
 _DISTANCES = (9, 18, 30, 44, 60)  # points; from the second on, a line leads to the label
 _DIRECTIONS = ((1, 0), (1, 1), (1, -1), (-1, 0), (-1, 1), (-1, -1), (0, 1), (0, -1))
@@ -18,7 +20,8 @@ _POINT = 10.0  # points across
 def label_points(figure: Figure, axes: Axes, labels: Sequence[str], x: np.ndarray, y: np.ndarray) -> None:
     """Write each label where it covers least of the points, of the lines and of the labels before it.
 
-    `x` and `y` are (points,), in data coordinates. The axes must have their final limits.
+    A point whose label is empty gets none. `x` and `y` are (points,), in data coordinates. The axes must have their
+    final limits.
     """
     figure.draw_without_rendering()
     frame, scale = axes.get_window_extent(), figure.dpi / 72
@@ -31,6 +34,8 @@ def label_points(figure: Figure, axes: Axes, labels: Sequence[str], x: np.ndarra
         for start, end in itertools.pairwise(axes.transData.transform(line.get_xydata()))
     ]
     for label, point, data in zip(labels, points, zip(x, y, strict=True), strict=True):
+        if not label:
+            continue
         probe = axes.annotate(label, data, (0, 0), textcoords="offset points", fontsize=_SIZE)
         extent = probe.get_window_extent()
         probe.remove()
@@ -46,7 +51,9 @@ def label_points(figure: Figure, axes: Axes, labels: Sequence[str], x: np.ndarra
             textcoords="offset points",
             fontsize=_SIZE,
             va="center",
-            arrowprops={"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.6} if distance > _DISTANCES[0] else None,
+            arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.6, "alpha": 0.6}
+            if distance > _DISTANCES[0]
+            else None,
         )
 
 

@@ -6,19 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from vitopt import storage
 from vitopt.errors import RecordError
 from vitopt.measure.predictions import PREDICTIONS_FILE, load_predictions
-from vitopt.recipe import LINEARS, load_recipe
+from vitopt.recipe import load_recipe
 from vitopt.records import RECORD_FILE, Record, load_record
-from vitopt.report import details, summary
+from vitopt.report import details, sensitivity, summary
 from vitopt.report.classes import ClassChanges, class_changes
+from vitopt.report.details import environment_facts
+from vitopt.report.figures import Plot, remove_others
 from vitopt.report.flips import Flips, Thumbnails, flips
-from vitopt.report.palette import FORMAT_COLOURS, OTHER_COLOUR
-from vitopt.report.plots import Plot, save_plots
-from vitopt.report.rendering import templates
+from vitopt.report.plots import save_plots
+from vitopt.report.rendering import inlined, templates
 from vitopt.report.strip import formats_in, strips
 from vitopt.report.table import (
     batch_sizes,
@@ -52,6 +51,14 @@ class Run:
         return self.folder.resolve().name
 
 
+@dataclass(frozen=True)
+class Analyses:
+    """The sensitivity analyses of a run, and what a reader of its report must know about them."""
+
+    parts: list[sensitivity.Part]
+    cautions: list[str]
+
+
 def load_run(folder: Path) -> list[Record]:
     """Records of all variants of a run, in the order of its recipe.
 
@@ -71,9 +78,10 @@ def write_report(folder: Path) -> Path:
     run = _open_run(folder)
     name = run.baseline.variant.name if run.baseline else None
     plots = save_plots(run.records, name, folder / PLOTS_FOLDER)
-    storage.write_text(folder / MARKDOWN_FILE, _markdown(run, plots))
+    analyses = _analyses(run, folder / PLOTS_FOLDER)
+    storage.write_text(folder / MARKDOWN_FILE, _markdown(run, plots, analyses))
     path = folder / PAGE_FILE
-    storage.write_text(path, templates.get_template("report.html").render(_context(run, plots)))
+    storage.write_text(path, templates.get_template("report.html").render(_context(run, plots, analyses)))
     return path
 
 
@@ -91,7 +99,16 @@ def _open_run(folder: Path) -> Run:
     return Run(folder, ordered, folders, baseline, path.read_text(encoding="utf-8") if recipe else None)
 
 
-def _context(run: Run, plots: Sequence[Plot]) -> dict[str, Any]:
+def _analyses(run: Run, folder: Path) -> Analyses:
+    """Every sensitivity analysis of the run, its figures saved in `folder`."""
+    found, unreadable = sensitivity.read_all(run.folder, [record.variant.name for record in run.records])
+    parts = [sensitivity.part_of(name, result) for name, result in found.items()]
+    parts = [sensitivity.drawn(part, sensitivity.plot_prefix(part.name), folder) for part in parts]
+    remove_others(folder, sensitivity.OWN_FILE, [plot for part in parts for plot in part.plots])
+    return Analyses(parts, sensitivity.cautions(parts) + unreadable)
+
+
+def _context(run: Run, plots: Sequence[Plot], analyses: Analyses) -> dict[str, Any]:
     records, baseline = run.records, run.baseline
     layer_strips = strips(records)
     found_flips, unreadable, has_pictures = _flips(run)
@@ -99,6 +116,7 @@ def _context(run: Run, plots: Sequence[Plot]) -> dict[str, Any]:
     return {
         "title": run.title,
         "records": records,
+        **sensitivity.page_context(),
         "baseline": baseline.variant.name if baseline else None,
         "model": first.model if first else None,
         "device": describe_device(records[0]),
@@ -106,37 +124,33 @@ def _context(run: Run, plots: Sequence[Plot]) -> dict[str, Any]:
         "created": max((record.created for record in records if record.created), default=None),
         "headline": summary.headline(records, baseline),
         "highlights": summary.highlights(records, baseline),
-        "cautions": cautions(records) + _differences(records) + unreadable,
+        "cautions": cautions(records) + _differences(records) + analyses.cautions + unreadable,
         "verdicts": summary.verdicts(records, baseline),
         "tables": [comparison(records, size) for size in _sizes(records)],
         "agreement": details.agreement(records),
         "end_to_end": details.end_to_end(records),
         "other_timings": details.other_timings(records),
         "visibility": details.visibility(records),
-        "plots": {kind: [_inlined(p) for p in plots if p.kind == kind] for kind in _KINDS},
-        "colours": {**FORMAT_COLOURS, "other": OTHER_COLOUR},
+        "plots": {kind: [inlined(p) for p in plots if p.kind == kind] for kind in _KINDS},
         "plot_formats": list(dict.fromkeys(record.variant.format for record in records if not record.failure)),
         "memory_kind": next((record.memory.kind for record in records if record.memory), None),
         "untimed": _untimed(records),
         "strips": layer_strips,
         "strip_formats": formats_in(layer_strips),
-        "linears": LINEARS,
         "chain": chain_words(find_chain(records, baseline.variant.name if baseline else None)),
+        "sensitivity_title": sensitivity.TITLE,
+        "analyses": analyses.parts,
         "class_changes": [(changes, details.changed_classes(changes)) for changes in _class_changes(run)],
         "flips": found_flips,
         "has_pictures": has_pictures,
         "most_affected": _most_affected(records),
         "commands": list(dict.fromkeys(record.command for record in records if record.command)),
         "recipe": run.recipe_text,
-        "environment": _environment(records),
+        "environment": environment_facts(records[0].environment),
     }
 
 
 _KINDS = ("accuracy", "latency", "waterfall", "size")
-
-
-def _inlined(plot: Plot) -> dict[str, Any]:
-    return {"title": plot.title, "svg": Markup(plot.svg)}  # made by us, every name in it escaped
 
 
 def _sizes(records: Sequence[Record]) -> list[int | None]:
@@ -210,14 +224,6 @@ def _untimed(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def _environment(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Name and value of everything known about where the first variant was measured."""
-    facts = dict(records[0].environment)
-    libraries, gpu = facts.pop("libraries", None) or {}, facts.pop("gpu", None) or {}
-    facts |= {f"gpu {key}": value for key, value in gpu.items()} | libraries
-    return [(key.replace("_", " "), str(value)) for key, value in facts.items() if value is not None]
-
-
 def _differences(records: Sequence[Record]) -> list[str]:
     """Variants that were not measured under the same conditions cannot be compared without saying so."""
     measured = [record for record in records if record.failure is None]
@@ -229,10 +235,11 @@ def _differences(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _markdown(run: Run, plots: Sequence[Plot]) -> str:
+def _markdown(run: Run, plots: Sequence[Plot], analyses: Analyses) -> str:
     records = run.records
     parts = [f"# {markdown_text(run.title)}", " ".join(map(markdown_text, summary.headline(records, run.baseline)))]
-    parts.append("\n".join(f"- {markdown_text(line)}" for line in notes(records) + _differences(records)))
+    lines = notes(records) + _differences(records) + analyses.cautions
+    parts.append("\n".join(f"- {markdown_text(line)}" for line in lines))
     for size in _sizes(records):
         parts += [f"## Batch size {size}" if size else "## Comparison", markdown_table(records, size)]
         parts += [
@@ -240,10 +247,12 @@ def _markdown(run: Run, plots: Sequence[Plot]) -> str:
             for p in plots
             if size is not None and p.batch_size == size and p.kind == "accuracy"
         ]
+    if analyses.parts:
+        parts += [f"## {sensitivity.TITLE}", *(sensitivity.markdown(part, PLOTS_FOLDER) for part in analyses.parts)]
     commands = dict.fromkeys(record.command for record in records if record.command)
     if commands:
         parts += ["## Repeat it", "\n".join(["```sh", *commands, "```"])]
-    facts = ", ".join(f"{name} {value}" for name, value in _environment(records))
+    facts = ", ".join(f"{name} {value}" for name, value in environment_facts(records[0].environment))
     dataset = next((record.dataset for record in records if record.dataset), None)
     if dataset:
         facts = f"{dataset.images:,} images of {dataset.name}, sha256 {dataset.sha256}; {facts}"

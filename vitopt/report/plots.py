@@ -6,67 +6,30 @@ their bars instead of beside them: there they may be long.
 
 import functools
 import re
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from vitopt import storage
 from vitopt.measure.statistics import Speedup, pareto_front
 from vitopt.records import Record
+from vitopt.report.figures import Drawable, Plot, blank, remove_others, rendered, styled
 from vitopt.report.labels import label_points
 from vitopt.report.palette import colour_of
-from vitopt.report.svg import INK, png_of, svg_of
+from vitopt.report.svg import INK
 from vitopt.report.table import batch_sizes, human_bytes, milliseconds
 from vitopt.report.timing import latency_at
 from vitopt.report.waterfall import Step, find_chain, steps
 
-WIDTH = 400  # points; CSS pixels at natural size
 MOST_DOTS = 80  # per variant; evenly thinned by rank, which leaves the distribution as it is
 _OWN_FILE = re.compile(r"((accuracy-latency|latency|waterfall)-\d+|weights|memory)\.(svg|png)")
 _LONGEST_LINE = 56  # characters that fit beside each other
 _LONGEST_LABEL = 24
 _ROW = 40.0  # points per variant
 _BAR = 0.34  # of a row
-_STYLE: dict[Any, Any] = {
-    "font.size": 11.5,
-    "text.color": INK,
-    "text.parse_math": False,  # a name may contain dollar signs
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": INK,
-    "grid.alpha": 0.14,
-    "grid.linewidth": 0.6,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure as the page shows it."""
-
-    name: str  # of its files
-    kind: str
-    batch_size: int | None
-    title: str
-    alt: str  # what it shows, in words, for those who cannot see it
-    svg: str
 
 
 def save_plots(records: Sequence[Record], baseline: str | None, folder: Path) -> list[Plot]:
@@ -74,21 +37,9 @@ def save_plots(records: Sequence[Record], baseline: str | None, folder: Path) ->
 
     Figures that an earlier report left in `folder` are removed. Raises StorageError where it cannot be written.
     """
-    plots = []
-    with warnings.catch_warnings(), matplotlib.rc_context(_STYLE):
-        # Names may have letters that matplotlib's own font lacks; in the SVG the browser's fonts have them.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        for name, kind, batch_size, title, alt, figure in _figures(records, baseline):
-            if figure is None:
-                continue
-            svg = svg_of(figure, name, f"{title}. {alt}")
-            storage.write_text(folder / f"{name}.svg", svg)
-            storage.write_bytes(folder / f"{name}.png", png_of(figure))
-            plots.append(Plot(name, kind, batch_size, title, alt, svg))
-    drawn = {plot.name for plot in plots}
-    for path in folder.glob("*") if folder.is_dir() else ():
-        if _OWN_FILE.fullmatch(path.name) and path.stem not in drawn:
-            path.unlink()
+    with styled():
+        plots = rendered(_figures(records, baseline), folder)
+    remove_others(folder, _OWN_FILE, plots)
     return plots
 
 
@@ -100,8 +51,8 @@ def accuracy_latency(records: Sequence[Record], batch_size: int, baseline: str |
     shown = [record for record in records if record.accuracy and latency_at(record, batch_size)]
     if len(shown) < 2:
         return None
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _blank(300)
+    with styled():
+        figure, axes = blank(300)
         x, y = _coordinates(shown, batch_size)
         front = pareto_front(x, y)
         # Along a step: what the next faster choice reaches holds until the next one is affordable.
@@ -129,7 +80,7 @@ def latency_samples(records: Sequence[Record], batch_size: int) -> Figure | None
     shown = [(record, latency) for record in records if (latency := latency_at(record, batch_size))]
     if not shown:
         return None
-    with matplotlib.rc_context(_STYLE):
+    with styled():
         figure, axes = _rows(len(shown))
         edge = 1.15 * max(latency.p95_ms or max(latency.samples_ms, default=latency.p50_ms) for _, latency in shown)
         for place, (record, latency) in enumerate(shown):
@@ -156,7 +107,7 @@ def sizes(records: Sequence[Record]) -> Figure | None:
     shown = [(record, record.size) for record in records if record.size]
     if not shown:
         return None
-    with matplotlib.rc_context(_STYLE):
+    with styled():
         figure, axes = _rows(len(shown))
         for place, (record, size) in enumerate(shown):
             _bar(axes, place, size.weight_bytes / 1e6, record)
@@ -174,7 +125,7 @@ def memory(records: Sequence[Record]) -> Figure | None:
     shown = [(record, record.memory) for record in records if record.memory]
     if not shown:
         return None
-    with matplotlib.rc_context(_STYLE):
+    with styled():
         figure, axes = _rows(len(shown))
         for place, (record, used) in enumerate(shown):
             _bar(axes, place, used.peak_bytes / 1e6, record)
@@ -186,7 +137,7 @@ def memory(records: Sequence[Record]) -> Figure | None:
 
 def waterfall(bars: Sequence[Step], batch_size: int) -> Figure:
     """Median latency per step, with the ratio to the step before; what the step saved (or cost) is shaded."""
-    with matplotlib.rc_context(_STYLE):
+    with styled():
         figure, axes = _rows(len(bars))
         for place, step in enumerate(bars):
             p50 = step.latency.p50_ms
@@ -205,11 +156,8 @@ def waterfall(bars: Sequence[Step], batch_size: int) -> Figure:
         return figure
 
 
-Drawable = tuple[str, str, int | None, str, str, Figure | None]
-
-
 def _figures(records: Sequence[Record], baseline: str | None) -> list[Drawable]:
-    """File name, kind, batch size, title, text alternative and figure of everything that might be drawn."""
+    """Everything that might be drawn."""
     found: list[Drawable] = []
     chain = find_chain(records, baseline)
     for size in batch_sizes(records):
@@ -254,16 +202,9 @@ def _ratio_words(speedup: Speedup) -> str:
     return f"{speedup.ratio:.2f}x" + (f" ({interval.low:.2f} to {interval.high:.2f})" if interval else "")
 
 
-def _blank(height: float) -> tuple[Figure, Axes]:
-    # The page gives the space around it.
-    figure = Figure(figsize=(WIDTH / 72, height / 72), layout=ConstrainedLayoutEngine(w_pad=0.015, h_pad=0.03))
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
 def _rows(count: int) -> tuple[Figure, Axes]:
     """Axes with a row per variant from top to bottom and room for a line of text above each."""
-    figure, axes = _blank(_ROW * count + 40)
+    figure, axes = blank(_ROW * count + 40)
     axes.set_ylim(count - 0.65, -0.68)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)

@@ -52,7 +52,16 @@ class Strip:
 
 def strips(records: Sequence[Record]) -> list[Strip]:
     """A strip for every variant whose layer plan is known."""
-    return [_strip(record.variant.name, record.layers) for record in records if record.layers]
+    return [strip_of(record.variant.name, record.layers) for record in records if record.layers]
+
+
+def strip_of(name: str, layers: Mapping[str, str]) -> Strip:
+    """The strip of a layer plan: logical name -> format."""
+    numbers = sorted({int(parts[1]) for parts in map(_parts, layers) if parts[0] == "block"})
+    blocks = tuple(
+        Block(number, tuple(layers.get(f"block.{number}.{linear}") for linear in LINEARS)) for number in numbers
+    )
+    return Strip(name, blocks, layers.get(HEAD))
 
 
 def formats_in(found: Sequence[Strip]) -> list[str]:
@@ -62,14 +71,6 @@ def formats_in(found: Sequence[Strip]) -> list[str]:
         used += [format for block in one.blocks for format in block.formats if format]
         used += [one.head] if one.head else []
     return list(dict.fromkeys(used))
-
-
-def _strip(name: str, layers: Mapping[str, str]) -> Strip:
-    numbers = sorted({int(parts[1]) for parts in map(_parts, layers) if parts[0] == "block"})
-    blocks = tuple(
-        Block(number, tuple(layers.get(f"block.{number}.{linear}") for linear in LINEARS)) for number in numbers
-    )
-    return Strip(name, blocks, layers.get(HEAD))
 
 
 def _parts(logical: str) -> list[str]:

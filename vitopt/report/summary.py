@@ -64,7 +64,7 @@ def headline(records: Sequence[Record], baseline: Record | None) -> list[str]:
     elif len(records) == 1:
         sentences.append("There is one variant, so there is nothing to compare it with.")
     if failed:
-        sentences.append(f"{_listed(_names(failed))} failed; the reasons are below.")
+        sentences.append(f"{listed(_names(failed))} failed; the reasons are below.")
     return sentences
 
 
@@ -110,7 +110,7 @@ def _about_accuracy(compared: Sequence[tuple[Record, VersusBaseline]]) -> list[s
         return [first + ("each of them loses" if len(losing) > 1 else "it loses") + " accuracy measurably."]
     if losing:
         verb = "lose" if len(losing) > 1 else "loses"
-        first += f"{_listed(_names(losing))} {verb} accuracy measurably, the others do not."
+        first += f"{listed(_names(losing))} {verb} accuracy measurably, the others do not."
     else:
         first += f"{'none of them loses' if len(compared) > 1 else 'it does not lose'} accuracy measurably."
     return [first, *_best_without_loss([record for record, _ in holding], losing), _what_may_hide(holding, baseline)]
@@ -129,8 +129,8 @@ def _best_without_loss(holding: Sequence[Record], losing: Sequence[Record]) -> l
     for size, name in sized:
         if size == min(sized)[0]:
             praise.setdefault(name, []).append("the smallest")
-    parts = [f"{name} is {_listed(words)}" for name, words in praise.items()]
-    return [f"Of those that do not, {_listed(parts)}."] if parts else []
+    parts = [f"{name} is {listed(words)}" for name, words in praise.items()]
+    return [f"Of those that do not, {listed(parts)}."] if parts else []
 
 
 def _what_may_hide(holding: Sequence[tuple[Record, VersusBaseline]], baseline: str) -> str:
@@ -140,7 +140,7 @@ def _what_may_hide(holding: Sequence[tuple[Record, VersusBaseline]], baseline: s
     if agreement < 100:
         least = [record for record, versus in holding if versus.agreement_percent == agreement]
         verb, others = "give" if len(least) > 1 else "gives", f"{100 - agreement:.2g} % of them"
-        text += f", and {_listed(_names(least))} {verb} another class than {baseline} on {others}"
+        text += f", and {listed(_names(least))} {verb} another class than {baseline} on {others}"
     return text + "."
 
 
@@ -176,7 +176,7 @@ def _fastest(records: Sequence[Record], baseline: Record | None, batch_size: int
         parts.append(f"against {baseline.variant.name}: {_speed(latency)}")
     close = [record.variant.name for record, other in timed if record is not best and _alike(other, latency)]
     if close:
-        parts.append(f"not measurably faster than {_listed(close)}")
+        parts.append(f"not measurably faster than {listed(close)}")
     parts += _loss(best)
     figure = f"{milliseconds(latency.p50_ms)} ms"
     return Highlight(f"Fastest at batch {batch_size}", (best.variant.name,), figure, "; ".join(parts))
@@ -245,5 +245,6 @@ def _names(records: Sequence[Record]) -> list[str]:
     return [record.variant.name for record in records]
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """As in `a, b and c`."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

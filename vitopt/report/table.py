@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from vitopt.records import Record, VersusBaseline
 from vitopt.report.timing import latency_at
@@ -117,8 +118,13 @@ def describe_attention(record: Record) -> str:
 
 def describe_device(record: Record) -> str:
     """Name of the GPU, or of the processor."""
-    gpu = record.environment.get("gpu")
-    return str(gpu["name"] if gpu else record.environment.get("processor", "unknown device"))
+    return device_name(record.environment)
+
+
+def device_name(environment: Mapping[str, Any]) -> str:
+    """Name of the GPU, or of the processor, in what a record says about its machine."""
+    gpu = environment.get("gpu")
+    return str(gpu["name"] if gpu else environment.get("processor", "unknown device"))
 
 
 def human_bytes(count: int | None) -> str:
@@ -214,8 +220,13 @@ def _warnings(records: Sequence[Record]) -> list[str]:
 def _delta(versus: VersusBaseline | None, digits: int) -> str:
     if versus is None:
         return UNKNOWN
-    low, high = versus.top1_delta_ci95_points
-    return f"{versus.top1_delta_points:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+    return delta_words(versus.top1_delta_points, versus.top1_delta_ci95_points, digits)
+
+
+def delta_words(points: float, interval: tuple[float, float], digits: int) -> str:
+    """A change in percentage points with its interval, as in `+0.5 (-1.0 to +2.0)`."""
+    low, high = interval
+    return f"{points:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
 
 
 def _number(value: float | None, digits: int) -> str:
