@@ -300,4 +300,4 @@ def _distributed_state() -> Any:
     from accelerate import PartialState
 
     # Only the main process measures latency, and the others must not give up on it meanwhile.
-    return PartialState(timeout=datetime.timedelta(hours=6))
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(hours=6))
