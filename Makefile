@@ -20,7 +20,8 @@ demo: $(READY)  ## fine-tune, quantize, compare and export a small ViT on this m
 	$(BIN)/vitopt run recipes/quickstart.yaml
 
 test: check  ## all checks and tests; those that need a GPU skip without one
-	$(BIN)/python -m pytest
+	# One worker per core, so one thread per worker: more only get in each other's way.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 check: $(READY)  ## ruff, mypy and the import contract
 	$(BIN)/ruff check

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vitopt import __version__, progress
-from vitopt.errors import RecipeError, VitoptError
+from vitopt.errors import MeasurementError, RecipeError, VitoptError
 from vitopt.recipe import (
     LINEARS,
     Attention,
@@ -129,6 +129,7 @@ def _print_json(value: Any) -> None:
 
     if environment.is_main_process():
         sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        sys.stdout.flush()  # here, where a reader that has gone away is expected
 
 
 def _version(wanted: bool) -> None:
@@ -417,8 +418,7 @@ def evaluate(
         _keep(measured[-1], output)
     record = measured[-1].record
     _print_json(record.to_json()) if as_json else _print_table([one.record for one in measured])
-    if record.failure:
-        raise typer.Exit(1)
+    _exit_if_failed(one.record for one in measured)
 
 
 @app.command()
@@ -450,6 +450,7 @@ def benchmark(
             _keep(one, output / "variants" / one.record.variant.name)
     records = [one.record for one in measured]
     _print_json([record.to_json() for record in records]) if as_json else _print_table(records)
+    _exit_if_failed(records)
 
 
 @app.command()
@@ -576,10 +577,18 @@ def _candidates(sources: Sequence[str], attention: Attention, compile: bool) -> 
     from vitopt.pipeline import Candidate
 
     short = [source.rstrip("/").rsplit("/", 1)[-1] for source in sources]
-    names = [source if short.count(name) > 1 else name for source, name in zip(sources, short, strict=True)]
+    # Folders of one name are told apart by their whole path; names are also folder names, so without slashes.
+    whole = [source.strip("/.").replace("/", "_") for source in sources]
+    names = [long if short.count(name) > 1 else name for long, name in zip(whole, short, strict=True)]
     if len(set(names)) < len(names):
         raise RecipeError("the same checkpoint is given twice; compare two different ones")
     return [Candidate(name, source, attention, compile) for name, source in zip(names, sources, strict=True)]
+
+
+def _exit_if_failed(records: Iterable[Record]) -> None:
+    failures = [f"{record.variant.name} failed: {record.failure}" for record in records if record.failure]
+    if failures:
+        raise MeasurementError("; ".join(failures))
 
 
 def _keep(measured: "Measured", folder: Path) -> None:

@@ -18,8 +18,9 @@ import yaml
 from vitopt import environment, progress, storage
 from vitopt.data.images import ALL, ImageSet, fit_labels, image_files, open_images
 from vitopt.data.pixels import Preprocessor
+from vitopt.environment import DTYPES
 from vitopt.errors import CheckpointError, DataError, PatternError, RecipeError, RecordError, UnsupportedError
-from vitopt.finetune.training import finetune
+from vitopt.finetune.training import finetune, head_labels
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
 from vitopt.models.checkpoint import Checkpoint, empty_model, load_processor, open_checkpoint
@@ -79,6 +80,10 @@ class _Run:
         self.say(f"{stage}: up to date, skipped")
         return True
 
+    def stands_checkpoint(self, stage: str, fingerprint: str, folder: Path) -> bool:
+        """As `stands`, for a stage whose product is a checkpoint."""
+        return _holds_weights(folder) and self.stands(stage, fingerprint, folder / "config.json")
+
     def complete(self, stage: str, fingerprint: str) -> None:
         self.stages[stage] = fingerprint
         if environment.is_main_process():
@@ -86,6 +91,10 @@ class _Run:
 
     def variant_folder(self, name: str) -> Path:
         return self.folder / "variants" / name
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors"))
 
 
 def plans(recipe: Recipe) -> dict[str, LayerPlan]:
@@ -101,7 +110,7 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
         try:
             known = variant.skipping(()) if variant.skips_automatically else variant
             resolved[variant.name] = plan_for(checkpoint, known)
-        except PatternError as error:
+        except (PatternError, RecipeError) as error:
             mistakes.append(f"variant {variant.name}: {error}")
     if recipe.finetune is not None and recipe.finetune.method == "lora":
         mistakes += _target_mistakes(recipe, checkpoint)
@@ -133,6 +142,8 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
     images = _test_images(recipe)
     if recipe.finetune is None:
         fit_labels(images, source.label_names)
+    if recipe.strict:
+        _require_attention(recipe, device)
     current = _Run(folder, recipe, say, _read_stages(folder))
     environment.wait_for_all()  # before the main process changes what the others have yet to read
     if environment.is_main_process():
@@ -152,6 +163,17 @@ def _test_images(recipe: Recipe) -> ImageSet:
         # One part of data without splits is trained or calibrated on, so only the other part may test.
         return open_images(recipe.data, "test")
     return images
+
+
+def _require_attention(recipe: Recipe, device: torch.device) -> None:
+    """Refuse, before the first long stage, what `strict` would refuse after it."""
+    for variant in recipe.variants:
+        dtype = DTYPES.get(variant.format, DTYPES[variant.half])
+        reason = environment.why_not_attention(variant.attention, device, dtype)
+        if reason is not None:
+            raise UnsupportedError(
+                f"{variant.name}: {variant.attention} cannot run: {reason}; drop --strict to use sdpa"
+            )
 
 
 def _read_stages(folder: Path) -> dict[str, str]:
@@ -176,11 +198,12 @@ def _finetune_stage(current: _Run, source: Checkpoint, test: ImageSet) -> Checkp
         return source
     output = current.folder / "finetune"
     train = open_images(recipe.data.model_copy(update={"limit": None}), recipe.data.train)
+    fit_labels(test, head_labels(source, train))  # before the training, not after it
     overlap = set(train.image_hashes) & set(test.image_hashes)
     if overlap:
         logger.warning("%d test images are also training images; accuracy will look better than it is", len(overlap))
     fingerprint = _fingerprint(source.fingerprint(), train.sha256, recipe.finetune.model_dump(mode="json"), recipe.seed)
-    if not current.stands("finetune", fingerprint, output / "config.json"):
+    if not current.stands_checkpoint("finetune", fingerprint, output):
         current.say(f"finetune: {recipe.finetune.method} on {len(train)} images of {train.name}")
         report = finetune(source, train, recipe.finetune, output, device=recipe.device, seed=recipe.seed)
         resumed = f", resumed from step {report.resumed_from_step}" if report.resumed_from_step else ""
@@ -227,7 +250,7 @@ def _variant_stage(current: _Run, base: Checkpoint, variant: VariantSpec) -> str
     stage, output = f"variant {variant.name}", current.variant_folder(variant.name)
     held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
     fingerprint = _fingerprint(base.fingerprint(), held)
-    if current.stands(stage, fingerprint, output / "config.json"):
+    if current.stands_checkpoint(stage, fingerprint, output):
         return None
     reason = _make_variant(current, base, variant, fingerprint) if environment.is_main_process() else None
     reason = environment.gather_objects(reason)[0]
@@ -252,7 +275,8 @@ def _make_variant(current: _Run, base: Checkpoint, variant: VariantSpec, fingerp
         plan = quantize(base, variant, output, device=current.recipe.device)
     except (UnsupportedError, CheckpointError) as error:
         # This row fails with its reason; the others still tell something.
-        shutil.rmtree(output, ignore_errors=True)
+        if _holds_weights(output):  # of an earlier recipe, which this variant no longer is
+            shutil.rmtree(output, ignore_errors=True)
         return str(error)
     counts = ", ".join(f"{count} {format}" for format, count in plan.counts().items())
     current.say(f"variant {variant.name}: {counts}")
@@ -261,7 +285,8 @@ def _make_variant(current: _Run, base: Checkpoint, variant: VariantSpec, fingerp
 
 def _holds_same(current: _Run, other: VariantSpec, variant: VariantSpec, fingerprint: str) -> bool:
     """Whether another variant's folder already holds the same weights, run in another way."""
-    return other.name != variant.name and current.stages.get(f"variant {other.name}") == fingerprint
+    made = current.stages.get(f"variant {other.name}") == fingerprint
+    return other.name != variant.name and made and _holds_weights(current.variant_folder(other.name))
 
 
 def _evaluate_stage(current: _Run, images: ImageSet, made: dict[str, str | None]) -> list[Record]:

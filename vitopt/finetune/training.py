@@ -1,33 +1,41 @@
 """LoRA and full fine-tuning with transformers' Trainer and peft; an interrupted training resumes."""
 
 import contextlib
+import errno
 import json
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from vitopt import environment, progress, storage
 from vitopt.data.images import ImageSet, fit_labels
 from vitopt.data.pixels import Augmentation, PixelDataset, Preprocessor
-from vitopt.errors import CheckpointError, StorageError
-from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, save_checkpoint
+from vitopt.errors import CheckpointError, MeasurementError, StorageError
+from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint, save_checkpoint
 from vitopt.models.names import HEAD, linear_layers, select
 from vitopt.recipe import FinetuneSpec
 
 REPORT_FILE = "training.json"
 _SAVE_EVERY_SECONDS = 300
+# safetensors and torch.save keep the system's reason in their text, if at all.
+_SIGNS_OF_FULL_DISK = ("No space left on device", "inline_container", "PytorchStreamWriter")
 
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a training did; stored beside its checkpoint as `training.json`."""
+    """What a training did; stored beside its checkpoint as `training.json`.
+
+    `final_loss` is the mean over the last epoch; `seconds` count from the last resumption.
+    """
 
     images: int
     classes: int
@@ -59,7 +67,9 @@ def finetune(
     Raises:
         PatternError: a LoRA target matches no layer.
         CheckpointError: the checkpoint is quantized: merging into packed weights would lose accuracy.
+        DataError: the classes of `test` are not those of `train`.
         BadImageError: a training image cannot be decoded.
+        MeasurementError: the loss or a weight is no longer a number; nothing is kept of such a training.
     """
     if checkpoint.is_quantized:
         raise CheckpointError(
@@ -68,22 +78,33 @@ def finetune(
     set_seed(seed)
     target = environment.resolve_device(device)
     preprocess = Preprocessor(load_processor(checkpoint))
-    labels = _label_names(checkpoint, train)
+    labels = head_labels(checkpoint, train)
     train = fit_labels(train, labels)
+    test = None if test is None else fit_labels(test, labels)
     fresh_head = labels != checkpoint.label_names
     model = load_model(checkpoint, dtype=torch.float32, label_names=labels if fresh_head else None)
-    if spec.method == "lora":
-        model = _with_lora(model, checkpoint.config.model_type, spec)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
     state = _state_folder(output, [checkpoint.fingerprint(), train.sha256, spec.model_dump(), labels, seed])
     resumed_from = _last_saved_step(state)
+    if spec.method == "lora":
+        model = _with_lora(model, checkpoint.config.model_type, spec)
+    elif resumed_from:
+        # The trainer looks for the modules' names, but a whole model is stored under the names of older versions:
+        # it would find no weight and go on from the original ones without a word.
+        model = load_model(open_checkpoint(str(state / f"checkpoint-{resumed_from}")), dtype=torch.float32)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
     with _explained_io(output), progress.task("fine-tuning", _steps(spec, train)) as bar:
         trainer = _trainer(model, train, preprocess, spec, state, target, seed, bar)
         started = time.perf_counter()
-        result = trainer.train(resume_from_checkpoint=bool(resumed_from))
+        try:
+            trainer.train(resume_from_checkpoint=bool(resumed_from))
+            _require_finite(model, spec)
+        except MeasurementError:
+            shutil.rmtree(state, ignore_errors=True)  # going on from these weights would diverge again
+            raise
     seconds = time.perf_counter() - started
-    top1 = None if test is None else _top1_percent(trainer, PixelDataset(fit_labels(test, labels), preprocess))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    top1 = None if test is None else _top1_percent(trainer, PixelDataset(test, preprocess))
     report = TrainingReport(
         images=len(train),
         classes=len(labels),
@@ -91,7 +112,7 @@ def finetune(
         steps=trainer.state.global_step,
         resumed_from_step=resumed_from,
         seconds=round(seconds, 1),
-        final_loss=result.training_loss if math.isfinite(result.training_loss) else None,
+        final_loss=losses[-1] if losses else None,
         trainable_parameters=trainable,
         parameters=total,
         test_top1_percent=top1,
@@ -107,7 +128,8 @@ def finetune(
     return report
 
 
-def _label_names(checkpoint: Checkpoint, train: ImageSet) -> list[str]:
+def head_labels(checkpoint: Checkpoint, train: ImageSet) -> list[str]:
+    """Names of the head's outputs after a fine-tuning on `train`."""
     if train.class_names is not None:
         return list(train.class_names)
     highest = max(train.labels)
@@ -157,7 +179,8 @@ def _trainer(
         dataloader_num_workers=spec.workers,
         save_strategy="epoch",
         save_total_limit=1,
-        logging_strategy="no",
+        logging_strategy="epoch",
+        logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -171,7 +194,7 @@ def _trainer(
         args=arguments,
         train_dataset=PixelDataset(train, preprocess, augment),
         compute_metrics=_metrics,
-        callbacks=[_Advance(bar), _SaveNowAndThen()],
+        callbacks=[_Advance(bar), _SaveNowAndThen(), _StopWhenDiverged(spec)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -207,22 +230,37 @@ def _last_saved_step(state: Path) -> int:
     """Step of the newest complete save; incomplete ones are removed. 0 when there is none."""
     steps = [0]
     for folder in state.glob("checkpoint-*"):
-        # The trainer writes this file last.
-        if (folder / "trainer_state.json").is_file():
+        try:
+            # The trainer writes this file last.
             steps.append(json.loads((folder / "trainer_state.json").read_text())["global_step"])
-        else:
+        except (OSError, ValueError, KeyError):
             shutil.rmtree(folder, ignore_errors=True)
     return max(steps)
 
 
 @contextlib.contextmanager
-def _explained_io(output: Path) -> Any:
+def _explained_io(output: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.filename is None and error.errno is None:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or any(sign in str(error) for sign in _SIGNS_OF_FULL_DISK)
+        if full:
+            raise StorageError(
+                f"the disk is full while writing the training state beside {output}: free some space and run it again"
+            ) from error
+        if not isinstance(error, OSError) or error.errno is None:
             raise
-        raise StorageError(f"cannot write the training state beside {output}: {error.strerror or error}") from error
+        raise StorageError(f"cannot write the training state beside {output}: {error.strerror}") from error
+
+
+def _require_finite(model: Any, spec: FinetuneSpec) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise MeasurementError(_diverged(f"{name} is not finite", spec))
+
+
+def _diverged(what: str, spec: FinetuneSpec) -> str:
+    return f"the training diverged ({what}): lower the learning rate, which is {spec.learning_rate:g}"
 
 
 class _Advance(TrainerCallback):
@@ -250,3 +288,15 @@ class _SaveNowAndThen(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._saved = time.monotonic()
+
+
+class _StopWhenDiverged(TrainerCallback):
+    """Ends a training whose loss is no longer a number, instead of spending all epochs on it."""
+
+    def __init__(self, spec: FinetuneSpec) -> None:
+        self._spec = spec
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise MeasurementError(_diverged(f"the loss is {loss} at step {state.global_step}", self._spec))

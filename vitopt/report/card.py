@@ -9,7 +9,7 @@ from vitopt.report.rendering import templates
 from vitopt.report.table import describe_attention, describe_device, describe_format, markdown_table, notes
 
 CARD_FILE = "README.md"
-_PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "w8a8": "torchao", "fp8": "torchao"}
+_PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int4": "torchao", "w8a8": "torchao", "fp8": "torchao"}
 
 
 def write_card(record: Record, folder: Path, records: Sequence[Record]) -> None:

@@ -93,7 +93,8 @@ def _open_run(folder: Path) -> Run:
     path = folder / "recipe.yaml"
     recipe = load_recipe(path) if path.is_file() else None
     order = [variant.name for variant in recipe.variants] if recipe else []
-    ordered = [records[name] for name in sorted(records, key=lambda n: order.index(n) if n in order else len(order))]
+    # Variants that have left the recipe may still lie there; without a recipe, all that lie there count.
+    ordered = [records[name] for name in order if name in records] or [records[name] for name in sorted(records)]
     baseline = summary.baseline_of(ordered, recipe.baseline_name if recipe else None)
     folders = {record.variant.name: folder / "variants" / name for name, record in records.items()}
     return Run(folder, ordered, folders, baseline, path.read_text(encoding="utf-8") if recipe else None)

@@ -1,0 +1,263 @@
+"""Accuracy of subjects that do what the test says, over real image files."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import binomtest
+from statsmodels.stats.proportion import proportion_confint
+
+from vitopt.data.images import ImageSet, open_images
+from vitopt.data.pixels import Preprocessor
+from vitopt.errors import BadImageError, DataError, RecordError
+from vitopt.measure.accuracy import compare, predict, summarise
+from vitopt.measure.predictions import Predictions
+from vitopt.models.checkpoint import load_processor, open_checkpoint
+from vitopt.recipe import DataSpec
+
+CLASSES = 4
+
+
+class Fake:
+    """A subject whose logits are the mean colours of each image, and whatever `spoil` makes of them."""
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self,
+        name: str = "fake",
+        compiled: bool = False,
+        spoil: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+    ):
+        self.name, self.compiled, self.spoil = name, compiled, spoil
+        self.batches: list[int] = []
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.batches.append(len(pixels))
+        logits = torch.cat([pixels.mean((2, 3)), pixels.std((1, 2, 3)).unsqueeze(1)], dim=1)
+        return self.spoil(len(self.batches), logits) if self.spoil else logits
+
+
+@pytest.fixture(scope="module")
+def images(shapes: Path) -> ImageSet:
+    """24 images, 6 of each class."""
+    return open_images(DataSpec(source=str(shapes)), "test")
+
+
+@pytest.fixture(scope="module")
+def preprocess(tiny_checkpoint: Path) -> Preprocessor:
+    return Preprocessor(load_processor(open_checkpoint(str(tiny_checkpoint))))
+
+
+def expected_logits(images: ImageSet) -> np.ndarray:
+    """The fake's logits from the pixels themselves: 32 x 32 needs no resizing."""
+    pixels = np.stack([np.asarray(images.image(i), np.float64) / 127.5 - 1 for i in range(len(images))])
+    return np.concatenate([pixels.mean((1, 2)), pixels.std((1, 2, 3), ddof=1, keepdims=True)[:, 0, 0]], axis=1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 24, 100])
+def test_every_image_is_seen_once_in_order(
+    batch_size: int, images: ImageSet, preprocess: Preprocessor, shapes: Path
+) -> None:
+    subject = Fake()
+    outcome = predict([subject], images, preprocess, batch_size=batch_size)
+    got = outcome.predictions["fake"]
+    np.testing.assert_allclose(got.logits, expected_logits(images), rtol=1e-4, atol=1e-5)
+    assert got.ids == tuple(f"{kind}/{n:02d}.png" for kind in ("circle", "cross", "square", "stripe") for n in range(6))
+    assert got.labels.tolist() == [label for label in range(4) for _ in range(6)]
+    assert got.image_sha256[5] == hashlib.sha256((shapes / "test" / got.ids[5]).read_bytes()).hexdigest()
+    assert sum(subject.batches) == 24 and max(subject.batches) <= batch_size
+    assert (outcome.failures, outcome.skipped) == ({}, ())
+
+
+def test_a_compiled_subject_sees_one_shape_only_and_answers_the_same(
+    images: ImageSet, preprocess: Preprocessor
+) -> None:
+    plain, compiled = Fake("plain"), Fake("compiled", compiled=True)
+    outcome = predict([plain, compiled], images, preprocess, batch_size=10)
+    assert plain.batches == [10, 10, 4]
+    assert compiled.batches == [10, 10, 10]
+    np.testing.assert_array_equal(outcome.predictions["compiled"].logits, outcome.predictions["plain"].logits)
+
+
+def raises_in_second_batch(batch: int, logits: torch.Tensor) -> torch.Tensor:
+    if batch == 2:
+        raise RuntimeError("this kernel\ncannot do that")
+    return logits
+
+
+def test_one_failing_subject_leaves_the_others(images: ImageSet, preprocess: Preprocessor) -> None:
+    good, bad, also_good = Fake("good"), Fake("bad", spoil=raises_in_second_batch), Fake("also good")
+    outcome = predict([good, bad, also_good], images, preprocess, batch_size=8)
+    assert outcome.failures == {"bad": "RuntimeError: this kernel cannot do that"}
+    assert bad.batches == [8, 8]  # not asked again
+    assert set(outcome.predictions) == {"good", "also good"}
+    np.testing.assert_array_equal(outcome.predictions["good"].logits, outcome.predictions["also good"].logits)
+    assert len(outcome.predictions["good"].labels) == 24
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_name_the_image_and_a_remedy(
+    value: float, images: ImageSet, preprocess: Preprocessor
+) -> None:
+    def spoil(batch: int, logits: torch.Tensor) -> torch.Tensor:
+        if batch == 2:
+            logits[1, 2] = logits[3, 0] = value
+        return logits
+
+    outcome = predict([Fake("broken", spoil=spoil), Fake("good")], images, preprocess, batch_size=8)
+    assert outcome.failures == {
+        "broken": "logits are not finite, first for image cross/03.png: the 16-bit type overflows; "
+        "try half: bf16 or skip layers"
+    }
+    assert set(outcome.predictions) == {"good"}
+
+
+@pytest.fixture
+def with_bad(shapes: Path, copy_of: Callable[[Path], Path]) -> Path:
+    """Two of the 24 test images are broken, one of them the first of its batch of 6."""
+    folder = copy_of(shapes) / "test"
+    content = (folder / "circle" / "02.png").read_bytes()
+    (folder / "circle" / "02.png").write_bytes(content[: len(content) // 2])
+    (folder / "square" / "00.png").write_text("not an image")
+    return folder
+
+
+def test_a_broken_image_stops_the_run_by_name(with_bad: Path, preprocess: Preprocessor) -> None:
+    broken = open_images(DataSpec(source=str(with_bad)), "all")
+    with pytest.raises(
+        BadImageError, match=r"image circle/02.png cannot be decoded .* or leave it out with --skip-bad"
+    ):
+        predict([Fake()], broken, preprocess, batch_size=8)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_broken_images_are_left_out_for_all_and_counted(
+    compiled: bool, with_bad: Path, images: ImageSet, preprocess: Preprocessor
+) -> None:
+    broken = open_images(DataSpec(source=str(with_bad)), "all")
+    subjects = [Fake("a", compiled=compiled), Fake("b")]
+    outcome = predict(subjects, broken, preprocess, batch_size=6, skip_bad=True)
+    assert outcome.skipped == ("circle/02.png", "square/00.png")
+    kept = [index for index, name in enumerate(images.ids) if name not in outcome.skipped]
+    for subject in subjects:
+        got = outcome.predictions[subject.name]
+        np.testing.assert_allclose(got.logits, expected_logits(images)[kept], rtol=1e-4, atol=1e-5)
+        assert got.ids == tuple(images.ids[index] for index in kept)
+        assert got.labels.tolist() == [images.labels[index] for index in kept]
+        assert got.image_sha256 == tuple(images.image_hashes[index] for index in kept)
+    assert subjects[0].batches == ([6] * 4 if compiled else [5, 6, 5, 6])
+
+
+def test_a_batch_of_broken_images_only_is_passed_over(with_bad: Path, preprocess: Preprocessor) -> None:
+    broken = open_images(DataSpec(source=str(with_bad)), "all")
+    subject = Fake(compiled=True)
+    outcome = predict([subject], broken, preprocess, batch_size=1, skip_bad=True)
+    assert subject.batches == [1] * 22 and len(outcome.skipped) == 2
+
+
+def test_nothing_but_broken_images_is_refused(with_bad: Path, preprocess: Preprocessor) -> None:
+    broken = open_images(DataSpec(source=str(with_bad)), "all").subset([2, 12])
+    with pytest.raises(DataError, match=r"none of the 2 images of .*test can be decoded"):
+        predict([Fake()], broken, preprocess, batch_size=8, skip_bad=True)
+
+
+def predictions(logits: list[list[float]], labels: list[int], sha: str = "") -> Predictions:
+    names = tuple(f"{index}.png" for index in range(len(labels)))
+    return Predictions(names, tuple(sha + name for name in names), np.array(labels), np.array(logits, np.float32))
+
+
+def test_summary_equals_a_hand_count() -> None:
+    rows = [
+        ([9, 1, 1, 1, 1, 0, 0], 0),  # right
+        ([9, 8, 7, 6, 5, 4, 3], 4),  # wrong, fifth
+        ([9, 8, 7, 6, 5, 4, 3], 5),  # wrong, sixth
+        ([0, 9, 0, 0, 0, 0, 0], 1),  # right
+        ([0, 0, 0, 0, 9, 0, 0], 4),  # right
+    ]
+    names = ("a", "b", "c", "d", "e", "f", "g")
+    got = summarise(predictions([logits for logits, _ in rows], [label for _, label in rows]), names)
+    assert (got.images, got.top1_percent, got.top5_percent) == (5, 60.0, 80.0)
+    assert [(row.label, row.name, row.images, row.top1_percent) for row in got.classes] == [
+        (0, "a", 1, 100.0),
+        (1, "b", 1, 100.0),
+        (4, "e", 2, 50.0),
+        (5, "f", 1, 0.0),
+    ]
+    low, high = proportion_confint(3, 5, method="wilson")
+    assert got.top1_ci95_percent == pytest.approx((100 * low, 100 * high))
+    confidence = [np.exp(max(logits)) / np.exp(logits).sum() for logits, _ in rows]
+    # All confidences of wrong answers share one of 15 bins, those of right answers another.
+    assert {int(15 * c) for c in confidence[:1] + confidence[3:]} == {14} and len(
+        {int(15 * c) for c in confidence[1:3]}
+    ) == 1
+    expected = (3 * abs(1 - np.mean([confidence[i] for i in (0, 3, 4)])) + 2 * abs(0 - confidence[1])) / 5
+    assert got.expected_calibration_error == pytest.approx(expected, rel=1e-6)
+
+
+def test_top_5_of_five_classes_is_unknown() -> None:
+    assert summarise(predictions([[1, 0, 0, 0, 0]], [0]), "abcde").top5_percent is None
+    assert summarise(predictions([[1, 0, 0, 0, 0, 0]], [5]), "abcdef").top5_percent == 0.0
+
+
+def test_comparison_equals_a_hand_count() -> None:
+    # 100 images of class 0 of 2: the variant loses five, wins one, and is wrong on another four as before
+    right, wrong = [2.0, 0.0], [0.0, 2.0]
+    base = [right] * 95 + [wrong] * 5
+    other = [wrong] * 5 + [right] * 90 + [right] * 1 + [wrong] * 4
+    got = compare("base", predictions(base, [0] * 100), predictions(other, [0] * 100))
+    assert (got.baseline, got.right_to_wrong, got.wrong_to_right) == ("base", 5, 1)
+    assert got.top1_delta_points == pytest.approx(-4)
+    assert got.agreement_percent == pytest.approx(94)
+    assert got.mcnemar_p == pytest.approx(binomtest(1, 6).pvalue)
+    low, high = got.top1_delta_ci95_points
+    assert low < -4 < high
+    p = np.exp(2) / (np.exp(2) + 1)
+    assert got.mean_kl_divergence == pytest.approx(0.06 * (p - (1 - p)) * 2, rel=1e-5)
+    flat = np.array(base) - np.array(other)
+    assert got.normalised_logit_error == pytest.approx(np.linalg.norm(flat) / np.linalg.norm(base))
+    assert "no measurable loss" in got.verdict
+
+
+def test_equal_predictions_show_no_difference() -> None:
+    same = predictions([[2, 0], [0, 2], [1, 0]], [0, 0, 0])
+    got = compare("base", same, same)
+    assert (got.top1_delta_points, got.agreement_percent, got.mcnemar_p) == (0, 100, 1)
+    assert (got.mean_kl_divergence, got.normalised_logit_error) == (0, 0)
+    assert got.verdict.startswith("identical on all 3 images")
+
+
+def test_other_images_are_not_compared() -> None:
+    logits = [[1.0, 0.0]] * 3
+    with pytest.raises(
+        RecordError, match=r"not measured on the same images \(3 of 3 differ\): evaluate both with the sa"
+    ):
+        compare("base", predictions(logits, [0, 1, 0]), predictions(logits, [0, 1, 0], sha="other "))
+    with pytest.raises(RecordError, match=r"not measured on the same images \(1 of 3 differ\)"):
+        compare("base", predictions(logits, [0, 1, 0]), predictions(logits[:2], [0, 1]))
+
+
+def test_other_labels_are_not_compared() -> None:
+    logits = [[1.0, 0.0]] * 3
+    with pytest.raises(RecordError, match="measured on the same images with different labels"):
+        compare("base", predictions(logits, [0, 1, 0]), predictions(logits, [0, 1, 1]))
+
+
+def test_other_classes_are_not_compared() -> None:
+    with pytest.raises(RecordError, match=r"heads of 2 and 3 classes; only models with the same classes can be comp"):
+        compare("base", predictions([[1.0, 0.0]], [0]), predictions([[1.0, 0.0, 0.0]], [0]))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_large_image_is_refused_before_it_is_decoded(tmp_path: Path, preprocess: Preprocessor) -> None:
+    for kind, size in (("a", (11000, 10000)), ("b", (8, 8))):
+        (tmp_path / kind).mkdir()
+        Image.new("1", size).save(tmp_path / kind / "0.png")
+    images = open_images(DataSpec(source=str(tmp_path)), "all")
+    with pytest.raises(BadImageError, match=r"image a/0.png has 110 megapixels"):
+        predict([Fake()], images, preprocess, batch_size=2)
+    assert predict([Fake()], images, preprocess, batch_size=2, skip_bad=True).skipped == ("a/0.png",)

@@ -1,0 +1,310 @@
+"""The shared evaluator: its records are complete, agree with themselves and with an independent count."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vitopt.data.images import ImageSet, fit_labels, open_images
+from vitopt.data.pixels import Preprocessor
+from vitopt.measure import evaluator
+from vitopt.measure.evaluator import Measured, evaluate, failed
+from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint
+from vitopt.optimize.quantize import quantize
+from vitopt.optimize.runtime import Runnable, prepare
+from vitopt.recipe import DataSpec, EvaluateSpec, VariantSpec
+from vitopt.records import Memory, Record, load_record, save_record
+
+CPU = torch.device("cpu")
+VARIANTS = (
+    VariantSpec(name="base", format="fp32"),
+    VariantSpec(name="small", format="nf4", skip=["block.0"], attention="flash_attention_2"),
+)
+SPEC = EvaluateSpec(
+    batch_size=7,
+    latency={"batch_sizes": [1, 3], "iterations": 100, "rounds": 5, "warmup_seconds": 0.2},
+    end_to_end=False,
+)
+QUICK = EvaluateSpec(latency={"iterations": 6, "rounds": 3, "warmup_seconds": 0}, end_to_end=False)
+
+
+class Spoiled:
+    """A subject that fails as the test says and is otherwise the one it wraps."""
+
+    def __init__(self, subject: Runnable, name: str, spoil: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+        self._subject, self.name, self._spoil = subject, name, spoil
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._subject, attribute)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self._spoil(pixels, self._subject(pixels))
+
+
+@pytest.fixture(autouse=True)
+def _no_process_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    # tests/measure/test_memory.py starts it; here it would take most of the time.
+    monkeypatch.setattr(evaluator, "peak_memory", fake_memory)
+
+
+def fake_memory(subject: Any, batch_size: int) -> Memory:
+    return Memory(peak_bytes=10**9, kind="resident_set", batch_size=batch_size)
+
+
+@pytest.fixture(scope="module")
+def images(shapes: Path, tiny_checkpoint: Path) -> ImageSet:
+    labels = open_checkpoint(str(tiny_checkpoint)).label_names
+    return fit_labels(open_images(DataSpec(source=str(shapes)), "test"), labels)
+
+
+@pytest.fixture(scope="module")
+def preprocess(tiny_checkpoint: Path) -> Preprocessor:
+    return Preprocessor(load_processor(open_checkpoint(str(tiny_checkpoint))))
+
+
+@pytest.fixture(scope="module")
+def subjects(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Runnable]:
+    root = tmp_path_factory.mktemp("variants")
+    for variant in VARIANTS:
+        quantize(open_checkpoint(str(tiny_checkpoint)), variant, root / variant.name, "cpu")
+    return [
+        prepare(open_checkpoint(str(root / v.name)), name=v.name, device=CPU, attention=v.attention) for v in VARIANTS
+    ]
+
+
+@pytest.fixture(scope="module")
+def measured(subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor) -> list[Measured]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "peak_memory", fake_memory)
+        return evaluate(subjects, VARIANTS, SPEC, images=images, preprocess=preprocess, baseline="base")
+
+
+@pytest.fixture(scope="module")
+def records(measured: list[Measured]) -> list[Record]:
+    return [one.record for one in measured]
+
+
+def test_one_record_per_subject_in_order(records: list[Record]) -> None:
+    assert [record.variant.name for record in records] == ["base", "small"]
+    assert all(record.failure is None for record in records)
+
+
+def test_a_record_tells_what_was_asked_for_and_what_ran(records: list[Record]) -> None:
+    base, small = (record.variant for record in records)
+    assert (base.format, base.skip, base.attention_requested, base.attention_used) == ("fp32", (), "sdpa", "sdpa")
+    assert (small.format, small.half, small.skip) == ("nf4", "bf16", ("block.0",))
+    assert (small.attention_requested, small.attention_used) == ("flash_attention_2", "sdpa")
+    assert small.attention_reason == "FlashAttention-2 needs a CUDA device"
+    assert not small.compile_requested and not small.compile_used and small.compile_reason is None
+
+
+def test_the_layer_plan_counts_the_live_layers(records: list[Record], subjects: list[Runnable]) -> None:
+    assert records[0].layer_plan == {"fp32": 19}
+    assert records[1].layer_plan == {"bf16": 7, "nf4": 12}
+    for record, subject in zip(records, subjects, strict=True):
+        assert record.layers == subject.layers and record.layer_plan == Counter(record.layers.values())
+
+
+def test_the_model_is_described_with_its_logical_size(records: list[Record], tiny_checkpoint: Path) -> None:
+    parameters = sum(p.numel() for p in load_model(open_checkpoint(str(tiny_checkpoint))).parameters())
+    for record in records:
+        assert record.model is not None
+        assert record.model.parameters == parameters
+        assert record.model.architecture == "ViTForImageClassification"
+        assert (record.model.image_size, record.model.classes) == ((32, 32), 4)
+        assert record.model.source.endswith(record.variant.name)
+    assert records[0].model.sha256 != records[1].model.sha256
+
+
+def test_sizes_are_those_of_the_files_and_of_the_weights(records: list[Record], subjects: list[Runnable]) -> None:
+    for record, subject in zip(records, subjects, strict=True):
+        assert record.size.disk_bytes == sum(path.stat().st_size for path in subject.checkpoint.folder.iterdir())
+    assert records[0].size.weight_bytes == 4 * records[0].model.parameters
+    assert records[1].size.weight_bytes < records[0].size.weight_bytes / 2
+    assert records[1].memory.batch_size == 1
+
+
+def test_accuracy_equals_an_independent_count(
+    measured: list[Measured], images: ImageSet, subjects: list[Runnable]
+) -> None:
+    pixels = np.stack([np.asarray(images.image(i), np.float32) / 127.5 - 1 for i in range(len(images))])
+    pixel_values = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    for one, subject in zip(measured, subjects, strict=True):
+        with torch.inference_mode():
+            logits = subject.model(pixel_values=pixel_values.to(subject.model.dtype)).logits.float().numpy()
+        accuracy = one.record.accuracy
+        assert accuracy is not None and one.predictions is not None
+        expected = 100 * np.mean(logits.argmax(1) == np.array(images.labels))
+        assert accuracy.top1_percent == pytest.approx(expected) and accuracy.images == 24
+        np.testing.assert_allclose(one.predictions.logits, logits, atol=0.1)
+        assert accuracy.top1_ci95_percent[0] < accuracy.top1_percent < accuracy.top1_ci95_percent[1]
+        assert [row.name for row in accuracy.classes] == ["circle", "cross", "square", "stripe"]
+        assert sum(row.images * row.top1_percent for row in accuracy.classes) / 24 == pytest.approx(expected)
+
+
+def test_only_the_others_are_compared_with_the_baseline(measured: list[Measured]) -> None:
+    base, small = measured
+    assert base.record.versus_baseline is None
+    assert all(row.speedup_vs_baseline is None for row in base.record.latency)
+    versus = small.record.versus_baseline
+    assert versus is not None and versus.baseline == "base"
+    assert versus.top1_delta_points == pytest.approx(
+        small.record.accuracy.top1_percent - base.record.accuracy.top1_percent
+    )
+    was, is_ = base.predictions.correct, small.predictions.correct
+    assert (versus.right_to_wrong, versus.wrong_to_right) == ((was & ~is_).sum(), (~was & is_).sum())
+    assert versus.agreement_percent == pytest.approx(
+        100 * np.mean(base.predictions.classes == small.predictions.classes)
+    )
+    assert versus.mean_kl_divergence > 0
+
+
+def test_latency_rows_agree_with_their_samples(records: list[Record]) -> None:
+    for record in records:
+        assert [row.batch_size for row in record.latency] == [1, 3] and record.latency_failures == ()
+        for row in record.latency:
+            samples = np.array(row.samples_ms)
+            assert (row.iterations, row.rounds, len(samples)) == (100, 5, 100)
+            assert row.p50_ms == pytest.approx(np.percentile(samples, 50), abs=1e-3)
+            assert row.p99_ms == pytest.approx(np.percentile(samples, 99), abs=1e-3)
+            assert row.mean_ms == pytest.approx(samples.mean(), abs=1e-3)
+            assert row.min_ms <= row.p50_ms <= row.p95_ms <= row.p99_ms
+            assert row.images_per_second == pytest.approx(1000 * row.batch_size / row.p50_ms)
+            assert row.warmup_iterations >= 1 and row.warmup_ms > 0
+            assert row.device_p50_ms is None and row.device_samples_ms is None
+
+
+def test_the_speed_up_is_the_mean_of_the_rounds_ratios(records: list[Record]) -> None:
+    for base, small in zip(records[0].latency, records[1].latency, strict=True):
+        medians = [np.median(np.reshape(row.samples_ms, (5, 20)), axis=1) for row in (base, small)]
+        assert small.speedup_vs_baseline == pytest.approx(np.exp(np.log(medians[0] / medians[1]).mean()), rel=1e-3)
+        assert small.speedup_ci95[0] <= small.speedup_vs_baseline <= small.speedup_ci95[1]
+
+
+def test_the_images_are_named_and_hashed(records: list[Record], images: ImageSet, shapes: Path) -> None:
+    for record in records:
+        dataset = record.dataset
+        assert (dataset.name, dataset.split, dataset.images) == (str(shapes), "test", 24)
+        assert dataset.sha256 == images.sha256 and dataset.skipped == ()
+        assert dataset.preprocessor.startswith("ViTImageProcessor")
+
+
+def test_the_environment_is_recorded(records: list[Record]) -> None:
+    for record in records:
+        assert record.environment["device"] == "cpu"
+        assert record.environment["libraries"]["torch"] == torch.__version__
+        assert record.command.startswith("vitopt") and record.created.endswith("+00:00")
+
+
+def test_records_survive_the_disk(records: list[Record], tmp_path: Path) -> None:
+    for record in records:
+        save_record(record, tmp_path)
+        assert load_record(tmp_path) == record
+        assert json.loads((tmp_path / "record.json").read_text()) == record.to_json()
+
+
+def test_few_samples_have_no_tail_and_few_rounds_no_interval(subjects: list[Runnable]) -> None:
+    spec = EvaluateSpec(latency={"iterations": 10, "rounds": 2, "warmup_seconds": 0})
+    base, small = (one.record for one in evaluate(subjects, VARIANTS, spec, baseline="base"))
+    (row,) = small.latency
+    assert row.p95_ms is None and row.p99_ms is None
+    assert row.speedup_vs_baseline is not None and row.speedup_ci95 is None
+    # Without images there is nothing to be accurate on.
+    assert base.accuracy is base.dataset is small.versus_baseline is None and base.end_to_end == ()
+
+
+def test_end_to_end_has_a_row_per_batch_size(
+    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
+) -> None:
+    spec = EvaluateSpec(latency={"batch_sizes": [1, 2], "iterations": 3, "rounds": 1, "warmup_seconds": 0})
+    (one,) = evaluate(subjects[:1], VARIANTS[:1], spec, images=images, preprocess=preprocess)
+    assert [row.batch_size for row in one.record.end_to_end] == [1, 2]
+    for row in one.record.end_to_end:
+        parts = row.decode_ms + row.preprocess_ms + row.copy_ms + row.model_ms + row.postprocess_ms
+        assert row.images_per_second == pytest.approx(1000 * row.batch_size / parts)
+        assert min(row.decode_ms, row.preprocess_ms, row.model_ms) > 0
+
+
+def not_a_number(pixels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return logits * float("nan")
+
+
+def no_batches(pixels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    if len(pixels) == 3:
+        raise RuntimeError("three are too many")
+    return logits
+
+
+def test_a_subject_that_fails_has_a_row_with_its_reason_and_the_others_finish(
+    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
+) -> None:
+    broken = Spoiled(subjects[1], "broken", not_a_number)
+    specs = [VARIANTS[0], VARIANTS[1], None]
+    got = evaluate(
+        [subjects[0], broken, subjects[1]], specs, QUICK, images=images, preprocess=preprocess, baseline="base"
+    )
+    base, failure, small = (one.record for one in got)
+    assert failure.failure is not None and failure.failure.startswith(
+        "logits are not finite, first for image circle/00"
+    )
+    assert failure.accuracy is None and failure.latency == () and got[1].predictions is None
+    assert failure.layer_plan == {"bf16": 7, "nf4": 12} and failure.dataset == base.dataset
+    assert base.failure is None and small.failure is None
+    assert small.versus_baseline is not None and small.latency[0].speedup_vs_baseline is not None
+    assert (small.variant.format, small.variant.skip) == ("nf4", ())  # nobody said what was asked for
+
+
+def test_without_the_baselines_figures_the_others_are_compared_with_nothing(
+    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
+) -> None:
+    broken = Spoiled(subjects[0], "base", not_a_number)
+    got = evaluate([broken, subjects[1]], VARIANTS, QUICK, images=images, preprocess=preprocess, baseline="base")
+    assert got[0].record.failure is not None
+    small = got[1].record
+    assert small.failure is None and small.accuracy is not None
+    assert small.versus_baseline is None and small.latency[0].speedup_vs_baseline is None
+
+
+def test_a_batch_size_that_cannot_run_is_told_beside_those_that_can(
+    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
+) -> None:
+    spec = QUICK.model_copy(update={"latency": QUICK.latency.model_copy(update={"batch_sizes": (1, 3)})})
+    picky = Spoiled(subjects[0], "base", no_batches)
+    got = evaluate([picky, subjects[1]], VARIANTS, spec, images=images, preprocess=preprocess, baseline="base")
+    base, small = (one.record for one in got)
+    assert [row.batch_size for row in base.latency] == [1]
+    assert [(row.batch_size, row.reason) for row in base.latency_failures] == [(3, "RuntimeError: three are too many")]
+    assert [row.batch_size for row in small.latency] == [1, 3]
+    assert small.latency[0].speedup_vs_baseline is not None and small.latency[1].speedup_vs_baseline is None
+
+
+def test_skipped_images_are_in_the_record_and_not_in_the_count(
+    subjects: list[Runnable], shapes: Path, copy_of: Callable[[Path], Path], preprocess: Preprocessor, images: ImageSet
+) -> None:
+    folder = copy_of(shapes)
+    (folder / "test" / "circle" / "01.png").write_bytes(b"broken")
+    spoiled = fit_labels(open_images(DataSpec(source=str(folder)), "test"), images.class_names)
+    (one,) = evaluate(subjects[:1], VARIANTS[:1], QUICK, images=spoiled, preprocess=preprocess, skip_bad=True)
+    assert one.record.dataset.skipped == ("circle/01.png",)
+    assert one.record.dataset.images == one.record.accuracy.images == len(one.predictions.ids) == 23
+    kept = images.subset(index for index in range(24) if index != 1)
+    assert one.record.dataset.sha256 == kept.sha256 != spoiled.sha256
+
+
+def test_a_variant_that_could_not_be_made_has_a_record_with_its_reason(tmp_path: Path) -> None:
+    asked = VariantSpec(name="v", format="fp8", skip=["block.1"], attention="eager", compile=True)
+    one = failed("v", asked, "fp8 cannot run here")
+    record = one.record
+    assert one.predictions is None and record.failure == "fp8 cannot run here"
+    assert (record.variant.name, record.variant.format, record.variant.skip) == ("v", "fp8", ("block.1",))
+    assert (record.variant.attention_requested, record.variant.attention_used) == ("eager", None)
+    assert record.variant.compile_requested and not record.variant.compile_used
+    assert record.model is None and record.latency == () and record.accuracy is None
+    assert record.environment["libraries"]["torch"] == torch.__version__
+    save_record(record, tmp_path)
+    assert load_record(tmp_path) == record

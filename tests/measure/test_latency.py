@@ -1,0 +1,188 @@
+"""Timing on a machine that we control: a clock whose calls take as long as the test says."""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from vitopt.measure.latency import Clock, Timing, clock_for, explain_failure, time_interleaved
+from vitopt.measure.statistics import speedup_interval
+from vitopt.recipe import LatencySpec
+
+
+class Machine(Clock):
+    """A clock that only calls move forward; `slowdown` of the time so far stretches them."""
+
+    def __init__(self, slowdown: Callable[[float], float] = lambda seconds: 1.0):
+        self.seconds = 0.0
+        self.slowdown = slowdown
+        self.log: list[str] = []
+
+    def now(self) -> float:
+        return self.seconds
+
+    def call(self, name: str, cost_ms: Callable[[int], float]) -> Callable[[], None]:
+        """A call that takes `cost_ms` of its own number, counted from 0."""
+
+        def run() -> None:
+            number = self.log.count(name)
+            self.log.append(name)
+            self.seconds += cost_ms(number) / 1000 * self.slowdown(self.seconds)
+
+        return run
+
+
+def test_warm_up_is_in_no_sample_and_reported_apart() -> None:
+    machine = Machine()
+    slow_start = machine.call("a", lambda number: 500 if number < 3 else 10)
+    spec = LatencySpec(iterations=20, rounds=4, warmup_seconds=60)
+    timing = time_interleaved({"a": slow_start}, spec, machine)["a"]
+    assert timing.samples_ms == pytest.approx([10] * 20)
+    assert timing.warmup_iterations == len(machine.log) - 20
+    assert timing.warmup_ms == pytest.approx(3 * 500 + 10 * (timing.warmup_iterations - 3))
+    assert timing.failure is None and timing.device_ms == []
+
+
+def test_warm_up_ends_when_the_median_stands_still() -> None:
+    machine = Machine()
+    timing = time_interleaved(
+        {"a": machine.call("a", lambda number: 10)}, LatencySpec(iterations=1, rounds=1, warmup_seconds=60), machine
+    )["a"]
+    assert timing.warmup_iterations == 10
+
+    falling = Machine()
+    # 5 % faster with every call for 30 calls: not stable before
+    call = falling.call("a", lambda number: 100 * 0.95 ** min(number, 30))
+    timing = time_interleaved({"a": call}, LatencySpec(iterations=5, rounds=1, warmup_seconds=60), falling)["a"]
+    assert 30 < timing.warmup_iterations < 45
+    assert timing.samples_ms == pytest.approx([100 * 0.95**30] * 5)
+
+
+def test_warm_up_is_bounded_in_time() -> None:
+    machine = Machine()
+    never_stable = machine.call("a", lambda number: 100 * 1.1 ** (number % 40))
+    spec = LatencySpec(iterations=1, rounds=1, warmup_seconds=2)
+    timing = time_interleaved({"a": never_stable}, spec, machine)["a"]
+    assert 2000 <= timing.warmup_ms < 2000 + 100 * 1.1**40
+    assert timing.warmup_iterations == 12  # 100 + 110 + 121 + ... reaches two seconds here
+
+
+def test_without_time_for_warm_up_one_call_is_made_all_the_same() -> None:
+    machine = Machine()
+    spec = LatencySpec(iterations=2, rounds=1, warmup_seconds=0)
+    timing = time_interleaved({"a": machine.call("a", lambda number: 10 + number)}, spec, machine)["a"]
+    assert timing.warmup_iterations == 1 and timing.samples_ms == pytest.approx([11, 12])
+
+
+def test_variants_take_turns_and_every_other_round_is_reversed() -> None:
+    machine = Machine()
+    calls = {name: machine.call(name, lambda number: 1) for name in "abc"}
+    time_interleaved(calls, LatencySpec(iterations=8, rounds=4, warmup_seconds=0), machine)
+    assert "".join(machine.log) == "abc" + "aabbcc" + "ccbbaa" + "aabbcc" + "ccbbaa"
+
+
+@pytest.mark.parametrize(("iterations", "rounds", "per_round"), [(100, 10, 10), (10, 4, 3), (5, 5, 1)])
+def test_rounds_share_the_iterations_and_none_gets_fewer(iterations: int, rounds: int, per_round: int) -> None:
+    machine = Machine()
+    spec = LatencySpec(iterations=iterations, rounds=rounds, warmup_seconds=0)
+    timing = time_interleaved({"a": machine.call("a", lambda number: 1)}, spec, machine)["a"]
+    assert [len(samples) for samples in timing.rounds_ms] == [per_round] * rounds
+    assert len(timing.samples_ms) >= iterations
+
+
+def drift(to: float, over_seconds: float) -> Callable[[float], float]:
+    return lambda seconds: 1 + (to - 1) * seconds / over_seconds
+
+
+def test_a_machine_that_slows_down_twofold_keeps_the_ratio() -> None:
+    # 10 rounds of 10 calls of 10 ms and of 4 ms take 1.4 s and, slowing down, somewhat more
+    machine = Machine(drift(to=2, over_seconds=2.1))
+    calls = {"base": machine.call("base", lambda number: 10), "fast": machine.call("fast", lambda number: 4)}
+    spec = LatencySpec(iterations=100, rounds=10, warmup_seconds=0)
+    timings = time_interleaved(calls, spec, machine)
+    base = timings["base"].rounds_ms
+    assert np.median(base[-1]) / np.median(base[0]) > 1.8
+    speedup = speedup_interval(base, timings["fast"].rounds_ms)
+    assert speedup.ratio == pytest.approx(2.5, rel=0.02)
+    assert speedup.interval is not None and speedup.interval.low < 2.5 < speedup.interval.high
+
+    # One after the other, the same machine would flatter the first.
+    one = Machine(drift(to=2, over_seconds=2.1))
+    first, second = (
+        time_interleaved({name: one.call(name, lambda number, cost=cost: cost)}, spec, one)[name]
+        for name, cost in (("base", 10), ("fast", 4))
+    )
+    assert abs(np.median(first.samples_ms) / np.median(second.samples_ms) / 2.5 - 1) > 0.1
+
+
+def test_a_machine_with_slow_spells_keeps_the_ratio() -> None:
+    machine = Machine(lambda seconds: 3 if int(seconds * 2) % 3 == 0 else 1)
+    calls = {"base": machine.call("base", lambda number: 12), "fast": machine.call("fast", lambda number: 8)}
+    timings = time_interleaved(calls, LatencySpec(iterations=400, rounds=100, warmup_seconds=0), machine)
+    assert speedup_interval(*(timings[name].rounds_ms for name in ("base", "fast"))).ratio == pytest.approx(
+        1.5, rel=0.05
+    )
+
+
+def failing(machine: Machine, name: str, at: int) -> Callable[[], None]:
+    call = machine.call(name, lambda number: 1)
+
+    def run() -> None:
+        if machine.log.count(name) == at:
+            raise RuntimeError("no kernel\nfor   this shape")
+        call()
+
+    return run
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_a_failing_call_leaves_the_rounds_and_the_others_go_on(at: int) -> None:
+    machine = Machine()
+    calls = {
+        "a": machine.call("a", lambda number: 1),
+        "bad": failing(machine, "bad", at),
+        "b": machine.call("b", lambda number: 2),
+    }
+    timings = time_interleaved(calls, LatencySpec(iterations=12, rounds=4, warmup_seconds=0), machine)
+    assert timings["bad"].failure == "RuntimeError: no kernel for this shape"
+    assert machine.log.count("bad") == at  # never called again
+    for name, cost in (("a", 1), ("b", 2)):
+        assert timings[name].failure is None
+        assert timings[name].samples_ms == pytest.approx([cost] * 12)
+
+
+def test_an_interruption_is_no_failure_of_a_variant() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        time_interleaved({"a": interrupted}, LatencySpec(iterations=1, rounds=1), Machine())
+
+
+def test_failures_are_explained_in_one_line() -> None:
+    assert explain_failure(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nGPU 0")) == (
+        "out of GPU memory at this batch size: use a smaller one"
+    )
+    text = explain_failure(ValueError("x\n" * 1000))
+    assert text.startswith("ValueError: x x x") and "\n" not in text and len(text) < 330
+
+
+def test_samples_are_in_order_of_time() -> None:
+    assert Timing(rounds_ms=[[3.0, 1.0], [2.0]]).samples_ms == [3.0, 1.0, 2.0]
+
+
+def test_the_clock_of_the_cpu_is_the_wall() -> None:
+    clock = clock_for(torch.device("cpu"))
+    assert type(clock) is Clock
+
+    def spin() -> None:
+        until = time.perf_counter() + 0.02
+        while time.perf_counter() < until:
+            pass
+
+    started = time.perf_counter()
+    wall_ms, device_ms = clock.time(spin)
+    assert 20 <= wall_ms <= 1000 * (time.perf_counter() - started)
+    assert device_ms is None

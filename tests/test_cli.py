@@ -1,0 +1,768 @@
+"""The command line: what it prints where, and how it refuses what cannot work."""
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import Result
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from vitopt import __version__
+from vitopt.cli import app
+from vitopt.measure import evaluator
+from vitopt.recipe import load_recipe
+from vitopt.records import Memory, load_record
+
+QUICK = ["--iterations", "6", "--rounds", "3"]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> Iterator[None]:
+    """No process for memory, no long warm-up: both are tested where they belong."""
+
+    def fake(subject: Any, batch_size: int) -> Memory:
+        return Memory(peak_bytes=10**9, kind="resident_set", batch_size=batch_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "peak_memory", fake)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """Commands point the root logger at a standard error that is closed when they end."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+def vitopt(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, [str(argument) for argument in arguments])
+
+
+def done(*arguments: object) -> Result:
+    result = vitopt(*arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def printed(*arguments: object) -> Any:
+    """The JSON that is all of standard output."""
+    return json.loads(done(*arguments, "--json").stdout)
+
+
+def refusal(*arguments: object) -> str:
+    """The one error line (with the mistakes below it) of a command that refuses its input."""
+    result = vitopt(*arguments)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), repr(result.exception)
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    before, *rest = result.stderr.split("error: ")
+    assert len(rest) == 1 and all(line.startswith("note: ") for line in before.splitlines()), result.stderr
+    return rest[0].rstrip()
+
+
+def write_recipe(folder: Path, model: Path | str, data: Path | str, **changes: Any) -> Path:
+    content = {
+        "name": "small",
+        "model": str(model),
+        "data": str(data),
+        "device": "cpu",
+        "variants": [{"name": "fp32", "format": "fp32"}, {"name": "nf4", "format": "nf4", "skip": ["block.0"]}],
+        "evaluate": {"latency": {"iterations": 6, "rounds": 3, "warmup_seconds": 0}, "end_to_end": False},
+        "export": "nf4",
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content | changes))
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_checkpoint: Path, shapes: Path) -> Path:
+    return write_recipe(tmp_path, tiny_checkpoint, shapes)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_checkpoint: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """The folder of a complete run and what the command printed."""
+    folder = tmp_path_factory.mktemp("cli")
+    return folder / "run", done("run", write_recipe(folder, tiny_checkpoint, shapes), "--output", folder / "run")
+
+
+# Help
+
+
+OPTIONS = {
+    "run": ["RECIPE", "--output", "--set", "--dry-run", "--strict", "--skip-bad-images", "--json"],
+    "finetune": [
+        "CHECKPOINT", "--data", "--output", "--method", "--rank", "--alpha", "--dropout", "--target", "--epochs",
+        "--batch-size", "--learning-rate", "--precision", "--augment", "--flip", "--workers", "--seed", "--device",
+        "--json",
+    ],
+    "quantize": ["CHECKPOINT", "--format", "--output", "--skip", "--half", "--device", "--json"],
+    "sensitivity": [
+        "CHECKPOINT", "--data", "--format", "--output", "--granularity", "--half", "--limit", "--device", "--json",
+    ],
+    "evaluate": [
+        "CHECKPOINT", "--data", "--baseline", "--attention", "--compile", "--batch-size", "--latency-batch-size",
+        "--iterations", "--rounds", "--workers", "--limit", "--skip-bad-images", "--strict", "--device", "--output",
+        "--json",
+    ],
+    "benchmark": [
+        "CHECKPOINTS", "--batch-size", "--attention", "--compile", "--iterations", "--rounds", "--throughput",
+        "--strict", "--device", "--output", "--json",
+    ],
+    "compare": ["BASELINE", "VARIANT", "--json"],
+    "predict": ["CHECKPOINT", "IMAGES", "--top", "--attention", "--device", "--json"],
+    "report": ["RUN-DIR", "--json"],
+    "doctor": ["--device", "--json"],
+    "init": ["MODEL", "DATA", "--name"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_help_names_every_argument(command: str) -> None:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", done(command, "--help").stdout)
+    words = set(re.findall(r"[a-z-]+", text.lower()))
+    assert [option for option in OPTIONS[command] if option.lower() not in words] == []
+
+
+def test_help_names_every_command() -> None:
+    text = done("--help").stdout
+    assert [command for command in OPTIONS if f" {command} " not in text] == []
+
+
+def test_version() -> None:
+    assert done("--version").stdout == f"{__version__}\n"
+
+
+def imports(*arguments: str) -> tuple[set[str], subprocess.CompletedProcess[str]]:
+    """Top-level packages that a command imports."""
+    command = [sys.executable, "-X", "importtime", "-m", "vitopt", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, COLUMNS="200"), cwd=ROOT)
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}, ended
+
+
+HEAVY = {"torch", "transformers", "peft", "datasets", "evaluate", "sklearn", "matplotlib"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    packages, ended = imports(*arguments)
+    assert ended.returncode == 0 and "typer" in packages
+    assert packages & HEAVY == set()
+
+
+def test_a_broken_recipe_is_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "tiny", "data", bseline="fp32")
+    packages, ended = imports("run", str(path), "--dry-run")
+    assert ended.returncode == 1 and "did you mean 'baseline'?" in ended.stderr
+    assert packages & HEAVY == set()
+
+
+# Standard output is JSON and nothing else
+
+
+def test_run_prints_its_records(recipe: Path, tmp_path: Path) -> None:
+    records = printed("run", recipe, "--output", tmp_path / "run")
+    assert [record["variant"]["name"] for record in records] == ["fp32", "nf4"]
+    for record in records:
+        assert (
+            json.loads((tmp_path / "run" / "variants" / record["variant"]["name"] / "record.json").read_text())
+            == record
+        )
+
+
+def test_a_dry_run_prints_recipe_and_plans_and_writes_nothing(recipe: Path, tmp_path: Path) -> None:
+    content = printed("run", recipe, "--dry-run", "--output", tmp_path / "run", "--set", "variants.1.skip=[block.2]")
+    assert content["recipe"]["name"] == "small" and content["recipe"]["variants"][1]["skip"] == ["block.2"]
+    plan = content["layer_plans"]["nf4"]
+    assert list(plan) == [
+        *(f"block.{b}.{w}" for b in range(3) for w in ("query", "key", "value", "output", "fc1", "fc2")),
+        "classifier",
+    ]
+    assert plan["block.0.fc1"] == {"format": "nf4", "module": "vit.layers.0.mlp.fc1", "reason": "format nf4"}
+    assert plan["block.2.fc1"]["format"] == plan["classifier"]["format"] == "bf16"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_for_people_shows_groups_of_layers(recipe: Path) -> None:
+    text = done("run", recipe, "--dry-run").stdout
+    assert "layer plan of nf4" in text and "skip block.0" in text
+    assert "block.1.query … block.2.fc2 (12)" in text
+    assert yaml.safe_load(text.split("  ")[0].splitlines()[0]) == {"name": "small"}
+
+
+def test_evaluate_prints_and_keeps_its_record(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    record = printed("evaluate", tiny_checkpoint, "--data", shapes, *QUICK, "--output", tmp_path / "out")
+    assert record["accuracy"]["images"] == 24 and record["dataset"]["split"] == "test"
+    assert record["latency"][0]["iterations"] == 6 and record["versus_baseline"] is None
+    assert json.loads((tmp_path / "out" / "record.json").read_text()) == record
+    assert (tmp_path / "out" / "predictions.parquet").is_file()
+
+
+def test_quantized_against_the_original(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    made = printed("quantize", tiny_checkpoint, "--format", "nf4", "--skip", "block.1", "--output", tmp_path / "nf4")
+    assert made["checkpoint"] == str(tmp_path / "nf4") and made["layer_plan"] == {"nf4": 12, "bf16": 7}
+    assert made["disk_bytes"] == sum(path.stat().st_size for path in (tmp_path / "nf4").iterdir())
+    record = printed(
+        "evaluate", tmp_path / "nf4", "--data", f"{shapes}:test", "--baseline", tiny_checkpoint, *QUICK, "--limit", 8
+    )  # fmt: skip
+    assert record["versus_baseline"]["baseline"] == "tiny-vit" and record["accuracy"]["images"] == 8
+    assert record["latency"][0]["speedup_vs_baseline"] > 0
+
+
+def test_benchmark_prints_a_record_per_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    done("quantize", tiny_checkpoint, "--format", "bf16", "--output", tmp_path / "bf16")
+    records = printed(
+        "benchmark", tiny_checkpoint, tmp_path / "bf16", "--batch-size", "1,2", *QUICK, "--output", tmp_path / "o"
+    )
+    assert [record["variant"]["name"] for record in records] == ["tiny-vit", "bf16"]
+    assert [row["batch_size"] for row in records[1]["latency"]] == [1, 2]
+    assert records[0]["latency"][0]["speedup_vs_baseline"] is None
+    assert records[1]["latency"][0]["speedup_vs_baseline"] > 0
+    assert all(record["accuracy"] is None for record in records)
+    assert load_record(tmp_path / "o" / "variants" / "bf16").to_json() == records[1]
+
+
+def test_benchmark_of_folders_of_one_name_keeps_records_below_output(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        shutil.copytree(tiny_checkpoint, tmp_path / name / "vit")
+    done("benchmark", tmp_path / "a" / "vit", tmp_path / "b" / "vit", *QUICK, "--output", tmp_path / "out")
+    assert not (tmp_path / "a" / "vit" / "record.json").exists()
+    assert len(list((tmp_path / "out" / "variants").glob("*/record.json"))) == 2
+
+
+def test_finetune_prints_its_report(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    report = printed(
+        "finetune", tiny_checkpoint, "--data", shapes, "--output", tmp_path / "out", "--epochs", 1, "--target", "query",
+        "--rank", 2, "--no-augment",
+    )  # fmt: skip
+    assert report["checkpoint"] == str(tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert {key: value for key, value in report.items() if key != "checkpoint"} == stored
+    assert stored["steps"] == 2 and stored["test_top1_percent"] is not None
+
+
+def test_finetune_without_a_test_split_reports_no_accuracy(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    report = printed(
+        "finetune", tiny_checkpoint, "--data", f"{shapes}:train", "--output", tmp_path / "out", "--epochs", 1
+    )  # fmt: skip
+    assert report["images"] == 32 and report["test_top1_percent"] is None
+
+
+def test_predict_prints_classes_per_image(tiny_checkpoint: Path, shapes: Path) -> None:
+    images = [shapes / "test" / "cross" / "00.png", shapes / "test" / "circle" / "00.png"]
+    predictions = printed("predict", tiny_checkpoint, *images, "--top", 2)
+    assert [one["image"] for one in predictions] == [str(path) for path in images]
+    for one in predictions:
+        first, second = one["classes"]
+        assert first["percent"] >= second["percent"] and first["label"] in ("circle", "cross", "square", "stripe")
+
+
+def test_doctor_prints_what_can_run() -> None:
+    facts = printed("doctor", "--device", "cpu")
+    assert set(facts) == {"machine", "libraries", "can_run"}
+    assert facts["libraries"]["torch"] == torch.__version__
+    assert facts["can_run"]["format nf4"] is None
+    assert facts["can_run"]["format fp8"].startswith("fp8 arithmetic needs a CUDA device")
+    assert facts["can_run"]["attention flash_attention_2"] == "FlashAttention-2 needs a CUDA device"
+
+
+def test_doctor_for_people_says_yes_or_why_not() -> None:
+    text = done("doctor", "--device", "cpu").stdout
+    assert re.search(r"format nf4 +yes", text) and re.search(r"format fp8 +fp8 arithmetic needs", text)
+
+
+def test_report_prints_where_it_is(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    (folder / "report.html").unlink()
+    got = printed("report", folder)
+    assert got == {"report": str(folder / "report.html"), "variants": ["fp32", "nf4"]}
+    assert (folder / "report.html").is_file()
+
+
+def test_compare_prints_the_paired_comparison(finished: tuple[Path, Result]) -> None:
+    variants = finished[0] / "variants"
+    got = printed("compare", variants / "fp32", variants / "nf4" / "record.json")
+    assert (got["baseline"], got["variant"]) == ("fp32", "nf4")
+    assert got["versus_baseline"] == load_record(variants / "nf4").to_json()["versus_baseline"]
+
+
+def test_init_prints_a_recipe_that_loads(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(done("init", tiny_checkpoint, shapes, "--name", "mine").stdout)
+    assert load_recipe(tmp_path / "recipe.yaml").name == "mine"
+
+
+# For people
+
+
+def test_run_prints_a_table_on_standard_output_and_steps_on_standard_error(finished: tuple[Path, Result]) -> None:
+    folder, result = finished
+    for name in (
+        "fp32",
+        "nf4",
+        "top-1 %",
+        "p50 ms",
+        f"report: {folder / 'report.html'}",
+        f"export: {folder / 'export'}",
+    ):
+        assert name in result.stdout
+    assert "from transformers import pipeline" in result.stdout
+    assert "variant nf4: 7 bf16, 12 nf4" in result.stderr and "variant nf4" not in result.stdout
+    assert "%|" not in result.stderr and "Traceback" not in result.stderr
+
+
+def test_run_again_says_what_was_skipped(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    result = done("run", finished[0].parent / "recipe.yaml", "--output", folder)
+    assert result.stderr.splitlines() == [
+        "variant fp32: up to date, skipped",
+        "variant nf4: up to date, skipped",
+        "evaluate: up to date, skipped",
+    ]
+
+
+def test_quantize_and_finetune_say_what_they_made(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    result = done("finetune", tiny_checkpoint, "--data", shapes, "--output", tmp_path / "ft", "--epochs", 1)
+    assert result.stdout == "" and f"checkpoint: {tmp_path / 'ft'}" in result.stderr
+    assert re.search(r"top-1 on 24 images of the test split: [\d.]+ %", result.stderr)
+    result = done("quantize", tmp_path / "ft", "--format", "int8", "--output", tmp_path / "q")
+    assert result.stdout == "" and "18 layers int8, 1 layers bf16" in result.stderr
+
+
+def test_fallback_of_attention_is_a_note(tiny_checkpoint: Path) -> None:
+    result = done("benchmark", tiny_checkpoint, *QUICK, "--attention", "flash_attention_2", "--device", "cpu")
+    assert "note: tiny-vit: flash_attention_2 cannot run (FlashAttention-2 needs a CUDA device)" in result.stderr
+
+
+# Refusals
+
+
+def test_an_unknown_key_is_told_with_the_nearest(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, tiny_checkpoint, shapes, bseline="fp32")
+    assert refusal("run", path) == f"{path}: 1 mistake\n  bseline: unknown key; did you mean 'baseline'?"
+
+
+def test_all_mistakes_of_a_recipe_are_told_at_once(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    variants = [{"name": "a", "format": "int3"}, {"name": "b", "format": "fp32", "skip": ["block.1"]}]
+    path = write_recipe(tmp_path, tiny_checkpoint, shapes, variants=variants, seed=-1, expotr="a")
+    first, *lines = refusal("run", path).splitlines()
+    assert first == f"{path}: 4 mistakes" and len(lines) == 4
+    for start in ("seed: ", "variants.0.format: ", "variants.1: format fp32 quantizes nothing", "expotr: unknown key"):
+        assert any(line.strip().startswith(start) for line in lines), (start, lines)
+
+
+def test_wrong_patterns_are_told_together(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    variants = [{"name": "a", "format": "nf4", "skip": ["block.21"]}, {"name": "b", "format": "int8", "skip": "head"}]
+    path = write_recipe(
+        tmp_path, tiny_checkpoint, shapes, variants=variants, export=None, finetune={"targets": ["dense"]}
+    )
+    for dry in ([], ["--dry-run"]):
+        text = refusal("run", path, "--output", tmp_path / "run", *dry)
+        assert [line.partition(" matches no layer")[0] for line in text.splitlines()] == [
+            "variant a: pattern 'block.21'",
+            "variant b: pattern 'head'",
+            "finetune.targets: pattern 'dense'",
+        ]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_pattern_of_a_command_tells_what_exists(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    exists = "matches no layer; this model has block.0 to block.2, in each of them query, key, value, output, fc1, fc2"
+    output = ["--output", tmp_path / "out"]
+    assert f"'block.9' {exists}" in refusal(
+        "quantize", tiny_checkpoint, "--format", "nf4", "--skip", "block.9", *output
+    )
+    assert f"'dense' {exists}" in refusal("finetune", tiny_checkpoint, "--data", shapes, "--target", "dense", *output)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_recipe(tmp_path: Path) -> None:
+    assert refusal("run", tmp_path / "no.yaml").startswith(f"cannot read recipe {tmp_path / 'no.yaml'}: No such file")
+
+
+def test_a_wrong_override(recipe: Path) -> None:
+    assert "must look like KEY=VALUE" in refusal("run", recipe, "--set", "finetune.epochs")
+    assert "did you mean 'finetune'?" in refusal("run", recipe, "--set", "fintune.epochs=1")
+
+
+@pytest.mark.parametrize("source", ["/nowhere/model", "./nowhere", "a/b/c"])
+def test_a_missing_checkpoint(source: str, shapes: Path, tmp_path: Path, recipe: Path) -> None:
+    expected = f"no checkpoint at {source}: the folder does not exist"
+    assert refusal("evaluate", source, "--data", shapes) == expected
+    assert refusal("quantize", source, "--format", "nf4", "--output", tmp_path / "out") == expected
+    assert refusal("predict", source, shapes / "test" / "cross" / "00.png") == expected
+    assert refusal("init", source, shapes) == expected
+    assert refusal("run", recipe, "--set", f"model={source}") == expected
+
+
+def test_a_hub_model_without_a_network(shapes: Path, tmp_path: Path) -> None:
+    text = refusal("evaluate", "nobody/vit-nothing", "--data", shapes)
+    assert "cannot fetch 'nobody/vit-nothing' from the Hugging Face hub" in text
+    assert "hf download nobody/vit-nothing --local-dir FOLDER" in text
+
+
+def test_a_hub_data_set_without_a_network(tiny_checkpoint: Path) -> None:
+    text = refusal("evaluate", tiny_checkpoint, "--data", "nobody/no-images")
+    assert text.startswith("no folder named 'nobody/no-images', and the Hugging Face hub gave no data set of that name")
+    assert "check the spelling and the network, or download it and give its folder" in text
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "vi')
+
+
+def pickle_weights(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def delete_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def delete_preprocessor(folder: Path) -> None:
+    (folder / "preprocessor_config.json").unlink()
+
+
+def drop_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights.pop(next(name for name in weights if "query.weight" in name or "q_proj.weight" in name))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (cut_weights, r"model.safetensors is not a complete safetensors file .*: copy it again"),
+        (break_config, r"cannot read the checkpoint .*tiny-vit"),
+        (pickle_weights, r"pytorch_model.bin is a pickle, which can run code .* convert it with: python -c"),
+        (delete_config, r"has no config.json, so it is not a Hugging Face checkpoint"),
+        (delete_preprocessor, r"has no preprocessor_config.json: copy it from the model it was made from"),
+        (drop_a_weight, r"lacks weights that its config.json asks for, first vit\."),
+    ],
+)
+def test_an_unreadable_checkpoint(
+    spoil: Callable[[Path], None], expected: str, tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    folder = copy_of(tiny_checkpoint)
+    spoil(folder)
+    assert re.search(expected, refusal("evaluate", folder, "--data", shapes, *QUICK))
+
+
+def with_nan(folder: Path) -> Path:
+    weights = load_file(folder / "model.safetensors")
+    weights["classifier.bias"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_model_that_gives_no_numbers_fails_with_its_reason_in_the_record(
+    tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    result = vitopt("evaluate", with_nan(copy_of(tiny_checkpoint)), "--data", shapes, *QUICK, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["failure"].startswith("logits are not finite, first for image circle/00.png")
+
+
+def test_a_model_that_gives_no_numbers_is_told_on_standard_error(
+    tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    result = vitopt("evaluate", with_nan(copy_of(tiny_checkpoint)), "--data", shapes, *QUICK, "--json")
+    assert "error: tiny-vit failed: logits are not finite, first for image circle/00.png" in result.stderr
+
+
+def test_a_baseline_that_gives_no_numbers_is_told_on_standard_error(
+    tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    broken = with_nan(copy_of(tiny_checkpoint).rename(tmp_path / "broken"))
+    result = vitopt("evaluate", tiny_checkpoint, "--baseline", broken, "--data", shapes, *QUICK, "--json")
+    assert "error: broken failed: logits are not finite" in result.stderr and result.exit_code == 1
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    done("quantize", tiny_checkpoint, "--format", "nf4", "--output", tmp_path / "nf4")
+    assert "is quantized already; start from the 16- or 32-bit checkpoint" in refusal(
+        "quantize", tmp_path / "nf4", "--format", "int8", "--output", tmp_path / "out"
+    )
+    assert "is quantized; fine-tune the 16- or 32-bit checkpoint, then quantize" in refusal(
+        "finetune", tmp_path / "nf4", "--data", shapes, "--output", tmp_path / "out"
+    )
+
+
+def test_a_format_that_cannot_run_here(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text = refusal("quantize", tiny_checkpoint, "--format", "fp8", "--output", tmp_path / "out", "--device", "cpu")
+    assert text.startswith("format fp8 cannot run on cpu: ") and text.endswith("the nearest that can is w8a8")
+
+
+def test_a_device_that_is_not_there(tiny_checkpoint: Path, shapes: Path) -> None:
+    text = refusal("evaluate", tiny_checkpoint, "--data", shapes, "--device", "cuda:99")
+    assert text.startswith("device cuda:99")
+
+
+def test_strict_attention(tiny_checkpoint: Path) -> None:
+    text = refusal("benchmark", tiny_checkpoint, "--attention", "flash_attention_2", "--strict", "--device", "cpu")
+    assert text.startswith("tiny-vit: flash_attention_2 cannot run: FlashAttention-2 needs a CUDA device")
+
+
+def test_the_same_checkpoint_twice(tiny_checkpoint: Path) -> None:
+    assert refusal("benchmark", tiny_checkpoint, tiny_checkpoint).startswith("the same checkpoint is given twice")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--batch-size", "0"], "batch_size: input should be greater than or equal to 1, not 0"),
+        (["--latency-batch-size", "1,x"], "latency.batch_sizes.1: input should be a valid integer"),
+        (["--latency-batch-size", "-1"], "latency.batch_sizes.0: "),
+        (["--iterations", "0"], "latency.iterations: "),
+        (["--limit", "0"], "limit: input should be greater than or equal to 1"),
+    ],
+)
+def test_a_wrong_number(arguments: list[str], expected: str, tiny_checkpoint: Path, shapes: Path) -> None:
+    assert expected in refusal("evaluate", tiny_checkpoint, "--data", shapes, *arguments)
+
+
+def test_an_empty_folder_of_images(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    assert f"{tmp_path / 'empty'} has no images" in refusal("evaluate", tiny_checkpoint, "--data", tmp_path / "empty")
+    assert "no data at /nowhere: the folder does not exist" in refusal(
+        "evaluate", tiny_checkpoint, "--data", "/nowhere"
+    )
+
+
+def test_images_of_one_class(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    shutil.copytree(shapes / "test" / "cross", tmp_path / "one" / "cross")
+    text = refusal("evaluate", tiny_checkpoint, "--data", tmp_path / "one")
+    assert f"all 6 images of {tmp_path / 'one'} are of one class; accuracy needs at least two" in text
+
+
+def test_images_without_labels(tiny_checkpoint: Path, shapes: Path) -> None:
+    text = refusal("evaluate", tiny_checkpoint, "--data", shapes / "test" / "cross")
+    assert "has images but no labels: put them into one folder per class, or add a metadata.csv" in text
+
+
+def test_labels_that_do_not_fit(tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path]) -> None:
+    folder = copy_of(shapes)
+    (folder / "test" / "cross").rename(folder / "test" / "plus")
+    text = refusal("evaluate", tiny_checkpoint, "--data", folder)
+    assert "has the class 'plus', which the model's head does not know (4 classes: circle, cross, square" in text
+    (folder / "test" / "metadata.csv").write_text("file_name,label\nplus/00.png,3\nplus/01.png,4\n")
+    text = refusal("evaluate", tiny_checkpoint, "--data", folder)
+    assert "has label 4, but the model's head has 4 classes (0 to 3)" in text
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def enlarge(path: Path) -> None:
+    Image.new("1", (12500, 8000)).save(path)  # 100 megapixels
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (truncate, r"image square/02.png cannot be decoded \(.*\): replace it, or leave it out with --skip-bad-images"),
+        (enlarge, r"image square/02.png has 100 megapixels, more than the 89 that are safe to decode: shrink it"),
+    ],
+)
+def test_a_bad_image_is_named_or_left_out_and_counted(
+    spoil: Callable[[Path], None],
+    expected: str,
+    tiny_checkpoint: Path,
+    shapes: Path,
+    copy_of: Callable[[Path], Path],
+    tmp_path: Path,
+) -> None:
+    folder = copy_of(shapes)
+    bad = folder / "test" / "square" / "02.png"
+    spoil(bad)
+    assert re.search(expected, refusal("evaluate", tiny_checkpoint, "--data", folder, *QUICK))
+    record = printed("evaluate", tiny_checkpoint, "--data", folder, *QUICK, "--skip-bad-images")
+    assert record["dataset"]["skipped"] == ["square/02.png"]
+    assert record["dataset"]["images"] == record["accuracy"]["images"] == 23
+
+    text = refusal("predict", tiny_checkpoint, bad)
+    assert str(bad) in text and ("cannot be decoded" in text or "100 megapixels" in text)
+
+
+def test_a_recipe_leaves_bad_images_out_when_told(
+    tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    folder = copy_of(shapes)
+    truncate(folder / "test" / "square" / "02.png")
+    path = write_recipe(tmp_path, tiny_checkpoint, folder)
+    assert "square/02.png cannot be decoded" in vitopt("run", path, "--output", tmp_path / "run").stderr
+    records = printed("run", path, "--output", tmp_path / "run", "--skip-bad-images")
+    assert [record["dataset"]["skipped"] for record in records] == [["square/02.png"]] * 2
+
+
+def test_missing_images_and_records(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    assert refusal("predict", tiny_checkpoint, tmp_path / "no.png") == f"no image at {tmp_path / 'no.png'}"
+    assert "it is a folder" in refusal("predict", tiny_checkpoint, shapes)
+    assert "holds no records" in refusal("report", tmp_path)
+    assert "no record at" in refusal("compare", tmp_path, tmp_path)
+
+
+def test_an_output_that_is_something_else_is_left_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    text = refusal("quantize", tiny_checkpoint, "--format", "fp32", "--output", tmp_path / "file")
+    assert text == f"cannot write {tmp_path / 'file'}: a file is in the way; choose another --output"
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("mine")
+    text = refusal("quantize", tiny_checkpoint, "--format", "fp32", "--output", tmp_path / "photos")
+    assert "holds cat.jpg, which is no earlier result and would be deleted" in text
+    assert (tmp_path / "photos" / "cat.jpg").read_text() == "mine" and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_while_weights_are_written(
+    tiny_checkpoint: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Path
+) -> None:
+    from transformers import modeling_utils
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    done("run", recipe, "--output", tmp_path / "run")
+    monkeypatch.setattr(modeling_utils, "safe_save_file", full)
+    output = tmp_path / "out"
+    expected = f"the disk is full while writing {output}: free some space and run it again"
+    assert refusal("quantize", tiny_checkpoint, "--format", "nf4", "--output", output) == expected
+    text = refusal("finetune", tiny_checkpoint, "--data", shapes, "--output", output, "--epochs", 1, "--method", "full")
+    assert text.startswith("the disk is full while writing the training state beside")
+    # a run keeps the stages that were complete
+    result = vitopt("run", recipe, "--output", tmp_path / "run", "--set", "variants.1.skip=[block.2]")
+    assert result.exit_code == 1 and result.stderr.count("error:") == 1
+    assert f"error: the disk is full while writing {tmp_path / 'run' / 'variants' / 'nf4'}" in result.stderr
+    assert (tmp_path / "run" / "variants" / "fp32" / "model.safetensors").is_file()
+    assert not output.exists() and list(tmp_path.rglob("*.partial*")) == []
+
+
+def test_a_full_disk_while_a_record_is_written(
+    tiny_checkpoint: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    text = refusal("evaluate", tiny_checkpoint, "--data", shapes, *QUICK, "--output", tmp_path / "out")
+    assert text.startswith(f"the disk is full while writing {tmp_path / 'out' / 'record.json'}")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(
+    tiny_checkpoint: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vitopt import pipeline
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise AssertionError("a bug")
+
+    monkeypatch.setattr(pipeline, "measure", broken)
+    result = vitopt("evaluate", tiny_checkpoint, "--data", shapes)
+    assert isinstance(result.exception, AssertionError)
+
+
+# Signals and pipes need a process of their own
+
+
+def start(arguments: Sequence[object], **options: Any) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "vitopt", *map(str, arguments)]
+    # What runs in the background of a shell has Ctrl-C switched off, and hands that down.
+    heeding = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT, preexec_fn=heeding, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("signal_", "line"), [(signal.SIGINT, "evaluate: 2 variants"), (signal.SIGTERM, "finetune: lora on 32 images")]
+)
+def test_an_interrupted_run_keeps_finished_stages_and_leaves_no_halves(
+    signal_: signal.Signals, line: str, tiny_checkpoint: Path, shapes: Path, tmp_path: Path
+) -> None:
+    # Long enough to be interrupted for certain, and to end some time if that should fail.
+    long = {"latency": {"iterations": 30_000, "rounds": 10, "warmup_seconds": 0}}
+    training = {"finetune": {"epochs": 300, "batch_size": 8}} if line.startswith("finetune") else {}
+    path = write_recipe(tmp_path, tiny_checkpoint, shapes, evaluate=long, **training)
+    with start(["run", path, "--output", tmp_path / "run"], stdout=subprocess.PIPE) as process:
+        said: list[str] = []
+        for text in process.stderr:
+            # Once: a line whose printing is interrupted may come twice.
+            if text.startswith(line) and not any(earlier.startswith(line) for earlier in said):
+                process.send_signal(signal_)
+            said.append(text)
+        assert process.stdout.read() == ""
+    assert process.returncode == 130, "".join(said)
+    assert said[-1].startswith("interrupted: finished stages are kept; the same command goes on"), "".join(said)
+    assert "Traceback" not in "".join(said)
+    assert list(tmp_path.rglob("*.partial*")) == []
+    made = {p.parent.name for p in (tmp_path / "run").glob("variants/*/model.safetensors")}
+    assert made == (set() if training else {"fp32", "nf4"})
+    assert not (tmp_path / "run" / "finetune").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["doctor"],
+        pytest.param(
+            ["doctor", "--json"],
+        ),
+    ],
+)
+def test_a_reader_that_goes_away_is_no_error_to_speak_of(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with start(arguments, stdout=writing) as process:
+        os.close(writing)
+        said = process.stderr.read()
+    assert said == "" and process.returncode in (0, 1)
+
+
+# The recipes of the project
+
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def test_there_are_recipes() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_the_project_plans(
+    path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "VITOPT_SHARED" in path.read_text():
+        monkeypatch.setenv("VITOPT_SHARED", str(request.getfixturevalue("shared")))
+    content = printed("run", path, "--dry-run")
+    names = [variant["name"] for variant in content["recipe"]["variants"]]
+    assert list(content["layer_plans"]) == names
+    assert all("classifier" in plan for plan in content["layer_plans"].values())

@@ -1,0 +1,654 @@
+"""Whole runs of a small recipe: what they leave on disk, what they skip the second time, how they end early."""
+
+import copy
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from vitopt import pipeline
+from vitopt.errors import BadImageError, CheckpointError, DataError, RecipeError, UnsupportedError
+from vitopt.measure import evaluator
+from vitopt.measure.predictions import load_predictions
+from vitopt.models.checkpoint import open_checkpoint
+from vitopt.pipeline import RunResult
+from vitopt.recipe import Recipe, load_recipe
+from vitopt.records import Memory, load_record
+
+NAMES = ("fp32", "nf4-skip", "nf4-fa2", "int8")
+CHECKPOINT = {"config.json", "model.safetensors", "preprocessor_config.json"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_process_for_memory() -> Iterator[None]:
+    # tests/measure/test_memory.py starts it; here it would take most of the time.
+    def fake(subject: Any, batch_size: int) -> Memory:
+        return Memory(peak_bytes=10**9, kind="resident_set", batch_size=batch_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "peak_memory", fake)
+        yield
+
+
+@pytest.fixture(scope="module")
+def content(tiny_checkpoint: Path, shapes: Path) -> dict[str, Any]:
+    return {
+        "name": "tiny-run",
+        "model": str(tiny_checkpoint),
+        "data": str(shapes),
+        "device": "cpu",
+        "finetune": {"epochs": 2, "batch_size": 8, "rank": 4, "learning_rate": 3e-3},
+        "variants": [
+            {"name": "fp32", "format": "fp32"},
+            {"name": "nf4-skip", "format": "nf4", "skip": ["block.1"]},
+            {"name": "nf4-fa2", "format": "nf4", "skip": ["block.1"], "attention": "flash_attention_2"},
+            {"name": "int8", "format": "int8"},
+        ],
+        "baseline": "fp32",
+        "evaluate": {"latency": {"iterations": 12, "rounds": 4, "warmup_seconds": 0.05}, "end_to_end": False},
+        "export": "nf4-skip",
+    }
+
+
+def changed(content: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return copy.deepcopy(content) | changes
+
+
+def run(content: dict[str, Any], folder: Path) -> tuple[RunResult, list[str]]:
+    said: list[str] = []
+    return pipeline.run(Recipe.model_validate(content), folder, said.append), said
+
+
+@pytest.fixture(scope="module")
+def finished(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, list[str]]:
+    """A complete run that tests must not change; `again` gives a copy."""
+    return run(content, tmp_path_factory.mktemp("runs") / "tiny-run")
+
+
+@pytest.fixture
+def again(finished: tuple[RunResult, list[str]], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished[0].folder, tmp_path / "tiny-run"))
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When each file of checkpoints, records and predictions was written."""
+    files = [path for stage in ("finetune", "variants") for path in (folder / stage).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files if path.name != "README.md"}
+
+
+def written_again(before: dict[str, int], folder: Path) -> set[str]:
+    """Folders in which a file of a checkpoint was written again."""
+    after = times(folder)
+    return {
+        str(Path(name).parent) for name in after if Path(name).name in CHECKPOINT and before.get(name) != after[name]
+    }
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*"))
+
+
+def test_a_run_leaves_what_the_design_says(finished: tuple[RunResult, list[str]]) -> None:
+    folder = finished[0].folder
+    assert {"recipe.yaml", "environment.json", "report.html", "report.md", "finetune", "variants", "export"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert {path.name for path in (folder / "finetune").iterdir()} == CHECKPOINT | {"training.json"}
+    assert {path.name for path in (folder / "variants").iterdir()} == set(NAMES)
+    for name in NAMES:
+        held = {path.name for path in (folder / "variants" / name).iterdir()}
+        assert held == CHECKPOINT | {"record.json", "predictions.parquet", "README.md"}
+    assert hidden(folder) == []
+
+
+def test_the_recipe_beside_the_results_is_the_resolved_one(
+    finished: tuple[RunResult, list[str]], content: dict[str, Any]
+) -> None:
+    folder = finished[0].folder
+    assert load_recipe(folder / "recipe.yaml") == Recipe.model_validate(content)
+    assert json.loads((folder / "environment.json").read_text())["libraries"]["torch"] == torch.__version__
+
+
+def test_the_result_says_what_was_done(finished: tuple[RunResult, list[str]], shapes: Path) -> None:
+    result, said = finished
+    assert said[0] == f"finetune: lora on 32 images of {shapes}"
+    assert re.fullmatch(r"finetune: 8 steps in \d+ s", said[1])
+    assert said[2:] == [
+        "variant fp32: 19 fp32",
+        "variant nf4-skip: 12 nf4, 7 bf16",
+        "variant nf4-fa2: the same weights as nf4-skip",
+        "variant int8: 18 int8, 1 bf16",
+        f"evaluate: 4 variants on 24 images of {shapes}",
+    ]
+    assert result.report == result.folder / "report.html" and result.export == result.folder / "export"
+
+
+def test_records_are_complete_and_those_on_disk(finished: tuple[RunResult, list[str]]) -> None:
+    result = finished[0]
+    assert [record.variant.name for record in result.records] == list(NAMES)
+    for record in result.records:
+        assert load_record(result.folder / "variants" / record.variant.name) == record
+        assert record.failure is None
+        assert record.accuracy.images == 24 and record.dataset.split == "test"
+        assert record.latency[0].iterations == 12
+        assert record.size.disk_bytes > 0 and record.memory is not None
+        assert (record.versus_baseline is None) == (record.variant.name == "fp32")
+    plans = {record.variant.name: record.layer_plan for record in result.records}
+    assert plans["fp32"] == {"fp32": 19} and plans["int8"] == {"int8": 18, "bf16": 1}
+    assert plans["nf4-skip"] == plans["nf4-fa2"] == {"nf4": 12, "bf16": 7}
+
+
+def test_the_fallback_of_flash_attention_is_recorded(finished: tuple[RunResult, list[str]]) -> None:
+    variant = finished[0].records[2].variant
+    assert (variant.attention_requested, variant.attention_used) == ("flash_attention_2", "sdpa")
+    assert variant.attention_reason == "FlashAttention-2 needs a CUDA device"
+    assert "flash_attention_2" in (finished[0].folder / "report.md").read_text()
+
+
+def test_variants_of_one_checkpoint_share_its_weights_and_its_predictions(
+    finished: tuple[RunResult, list[str]],
+) -> None:
+    variants = finished[0].folder / "variants"
+    one, other = (load_predictions(variants / name) for name in ("nf4-skip", "nf4-fa2"))
+    np.testing.assert_array_equal(one.logits, other.logits)
+    assert (variants / "nf4-skip" / "model.safetensors").samefile(variants / "nf4-fa2" / "model.safetensors")
+    assert not (variants / "nf4-skip" / "record.json").samefile(variants / "nf4-fa2" / "record.json")
+
+
+def test_running_again_does_nothing_again(content: dict[str, Any], again: Path, finished: Any) -> None:
+    before = times(again)
+    result, said = run(content, again)
+    assert said == [
+        "finetune: up to date, skipped",
+        *(f"variant {name}: up to date, skipped" for name in NAMES),
+        "evaluate: up to date, skipped",
+    ]
+    assert times(again) == before
+    assert result.records == finished[0].records
+
+
+def test_another_skip_list_makes_that_variant_again_and_measures_all(content: dict[str, Any], again: Path) -> None:
+    before = times(again)
+    other = changed(content)
+    other["variants"][2]["skip"] = ["block.2", "fc2"]
+    result, said = run(other, again)
+    assert said == [
+        "finetune: up to date, skipped",
+        "variant fp32: up to date, skipped",
+        "variant nf4-skip: up to date, skipped",
+        "variant nf4-fa2: 10 nf4, 9 bf16",
+        "variant int8: up to date, skipped",
+        said[-1],
+    ]
+    assert said[-1].startswith("evaluate: 4 variants")
+    assert written_again(before, again) == {"variants/nf4-fa2"}
+    assert result.records[2].layer_plan == {"nf4": 10, "bf16": 9}
+    after = times(again)
+    assert all(after[f"variants/{name}/record.json"] > before[f"variants/{name}/record.json"] for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("change", "remade"),
+    [
+        ({"evaluate": {"latency": {"iterations": 8, "rounds": 2, "warmup_seconds": 0}, "end_to_end": False}}, set()),
+        ({"baseline": "int8"}, set()),
+        ({"seed": 1}, {"finetune", *(f"variants/{name}" for name in NAMES)}),
+        (
+            {"finetune": {"epochs": 1, "batch_size": 8, "targets": ["query"]}},
+            {"finetune", *(f"variants/{name}" for name in NAMES)},
+        ),
+    ],
+)
+def test_what_depends_on_a_change_is_done_again_and_nothing_else(
+    change: dict[str, Any], remade: set[str], content: dict[str, Any], again: Path
+) -> None:
+    before = times(again)
+    result, said = run(changed(content, **change), again)
+    assert written_again(before, again) == remade
+    assert said[-1].startswith("evaluate: 4 variants")
+    assert all(record.failure is None for record in result.records)
+
+
+def test_other_test_images_are_measured_again(content: dict[str, Any], again: Path, shapes: Path) -> None:
+    before = times(again)
+    result, _ = run(changed(content, data={"source": str(shapes), "limit": 8}), again)
+    assert written_again(before, again) == set()
+    assert [record.accuracy.images for record in result.records] == [8] * 4
+    assert [row.images for row in result.records[0].accuracy.classes] == [2] * 4
+
+
+def test_changed_training_images_train_again(
+    content: dict[str, Any], again: Path, shapes: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    other = copy_of(shapes)
+    (other / "train" / "cross" / "00.png").unlink()
+    _, said = run(changed(content, data=str(other)), again)
+    assert said[0].startswith("finetune: lora on 31 images")
+
+
+@pytest.mark.parametrize(
+    ("product", "remade"),
+    [
+        ("variants/int8", {"variants/int8"}),
+        ("variants/nf4-skip", set()),  # nf4-fa2 holds the same weights, which are linked
+        ("variants/int8/config.json", {"variants/int8"}),
+        ("variants/int8/record.json", set()),
+        ("finetune", {"finetune"}),  # the same inputs give the same weights, so the variants stand
+    ],
+)
+def test_a_deleted_product_is_made_again(product: str, remade: set[str], content: dict[str, Any], again: Path) -> None:
+    before = times(again)
+    path = again / product
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    result, said = run(content, again)
+    assert path.exists() and written_again(before, again) == remade
+    assert [record.failure for record in result.records] == [None] * 4
+    assert ("evaluate: up to date, skipped" in said) == (product == "finetune")
+
+
+@pytest.mark.parametrize("folder", ["variants/int8", "finetune"])
+def test_deleted_weights_are_made_again(folder: str, content: dict[str, Any], again: Path) -> None:
+    (again / folder / "model.safetensors").unlink()
+    run(content, again)
+    assert (again / folder / "model.safetensors").is_file()
+
+
+def test_deleted_twins_are_made_again(content: dict[str, Any], again: Path) -> None:
+    for name in ("nf4-skip", "nf4-fa2"):
+        shutil.rmtree(again / "variants" / name)
+    result, _ = run(content, again)
+    assert [record.failure for record in result.records] == [None] * 4
+
+
+@pytest.mark.parametrize("broken", ["", "[1, 2]", '{"finetune": "x", "variant fp'])
+def test_a_broken_list_of_stages_costs_time_and_nothing_else(broken: str, content: dict[str, Any], again: Path) -> None:
+    (again / pipeline.STAGES_FILE).write_text(broken)
+    plain = changed(content, variants=content["variants"][:1], export=None)
+    plain.pop("finetune")
+    result, said = run(plain, again)
+    assert said[0] == "variant fp32: 19 fp32" and result.records[0].failure is None
+
+
+def with_fp8(content: dict[str, Any]) -> dict[str, Any]:
+    plain = changed(content)
+    plain.pop("finetune")
+    fp8 = {"name": "fp8", "format": "fp8", "attention": "eager"}
+    return plain | {"variants": [plain["variants"][0], fp8, plain["variants"][3]], "export": "int8"}
+
+
+@pytest.fixture(scope="module")
+def with_failure(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, list[str]]:
+    return run(with_fp8(content), tmp_path_factory.mktemp("runs") / "with-fp8")
+
+
+def test_a_variant_that_cannot_run_here_has_a_row_and_the_others_finish(
+    with_failure: tuple[RunResult, list[str]],
+) -> None:
+    result, said = with_failure
+    reason = result.records[1].failure
+    assert reason is not None and reason.startswith("format fp8 cannot run on cpu:")
+    assert reason.endswith("the nearest that can is w8a8")
+    assert [record.failure for record in (result.records[0], result.records[2])] == [None, None]
+    assert result.records[2].versus_baseline is not None
+    assert f"variant fp8: {reason}" in said
+    assert [path.name for path in (result.folder / "variants" / "fp8").iterdir()] == ["record.json"]
+    assert "fp8 cannot run on cpu" in (result.folder / "report.md").read_text()
+    assert result.export is not None and (result.export / "model.safetensors").is_file()
+    assert hidden(result.folder) == []
+
+
+def test_a_failed_variant_does_not_keep_the_others_from_standing(
+    content: dict[str, Any], with_failure: tuple[RunResult, list[str]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(with_failure[0].folder, tmp_path / "run"))
+    before = times(folder)
+    result, said = run(with_fp8(content), folder)
+    assert said[-1] == "evaluate: up to date, skipped"
+    assert times(folder) == before
+    assert result.records == with_failure[0].records
+
+
+def test_a_variant_that_fails_cannot_be_exported(content: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot export fp8: format fp8 cannot run on cpu"):
+        run(with_fp8(content) | {"export": "fp8"}, tmp_path / "run")
+    # the rest of the run is there all the same
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert load_record(tmp_path / "run" / "variants" / "int8").failure is None
+
+
+def test_no_variant_that_can_run_is_an_error(content: dict[str, Any], tmp_path: Path) -> None:
+    only = with_fp8(content)
+    only |= {"variants": [only["variants"][1]], "baseline": None, "export": None}
+    with pytest.raises(UnsupportedError, match=r"no variant can run here: fp8: format fp8 cannot run on cpu"):
+        run(only, tmp_path / "run")
+
+
+def test_an_interruption_keeps_what_was_complete(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vitopt.optimize import quantize as module
+
+    save = module.save_checkpoint
+
+    def interrupted(model: Any, processor: Any, folder: Path) -> None:
+        save(model, processor, folder)
+        if "int8" in folder.name:
+            raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_checkpoint", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(content, folder)
+    assert hidden(folder) == []
+    assert {path.name for path in (folder / "variants").iterdir()} == {"fp32", "nf4-skip", "nf4-fa2"}
+    result, said = run(content, folder)
+    assert said[:4] == [
+        "finetune: up to date, skipped",
+        *(f"variant {name}: up to date, skipped" for name in ("fp32", "nf4-skip", "nf4-fa2")),
+    ]
+    assert [record.failure for record in result.records] == [None] * 4
+
+
+def test_an_interruption_while_measuring_keeps_the_checkpoints(
+    content: dict[str, Any], again: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = times(again)
+    other = changed(content, evaluate=content["evaluate"] | {"batch_size": 5})
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(other, again)
+    assert times(again) == before and hidden(again) == []
+    _, said = run(other, again)
+    assert said[-1].startswith("evaluate: 4 variants")
+
+
+# Runs the code of a model card with nothing but transformers.
+PLAIN = """
+import sys
+sys.modules["kernels"] = None  # bitsandbytes would ask the network for CPU kernels
+exec(sys.stdin.read())
+assert not [name for name in sys.modules if name.split(".")[0] == "vitopt"], "vitopt was imported"
+"""
+
+
+def test_the_export_has_a_card_whose_code_runs_without_vitopt(
+    finished: tuple[RunResult, list[str]], shapes: Path, tmp_path: Path
+) -> None:
+    result = finished[0]
+    assert {path.name for path in result.export.iterdir()} >= CHECKPOINT | {"README.md", "record.json"}
+    card = (result.export / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "transformers" and front["pipeline_tag"] == "image-classification"
+    for name in NAMES:
+        assert f"| {name} |" in card
+    assert "12 nf4" in card and "7 bf16" in card and "bitsandbytes" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert "FOLDER" in code and "vitopt" not in code
+
+    image = shapes / "test" / "cross" / "00.png"
+    shutil.copy(image, tmp_path / "photo.jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN],
+        input=code.replace("FOLDER", str(result.export)),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=dict(os.environ, HF_HUB_OFFLINE="1"),
+    )
+    assert done.returncode == 0, done.stderr
+    guesses = {guess["label"]: guess["score"] for guess in eval(done.stdout)}
+    (ours,) = pipeline.predict(str(result.export), [image], top=4, device="cpu")
+    assert guesses == pytest.approx({c["label"]: c["percent"] / 100 for c in ours["classes"]}, abs=5e-3)
+
+
+def test_the_card_of_each_variant_is_about_that_variant(finished: tuple[RunResult, list[str]]) -> None:
+    for name in NAMES:
+        card = (finished[0].folder / "variants" / name / "README.md").read_text()
+        assert f"# {name}\n" in card
+
+
+def test_a_variant_that_left_the_recipe_leaves_the_report(content: dict[str, Any], again: Path) -> None:
+    result, _ = run(changed(content, variants=content["variants"][:3]), again)
+    assert [record.variant.name for record in result.records] == list(NAMES[:3])
+    assert "int8" not in (again / "report.md").read_text()
+
+
+def test_images_that_train_and_test_are_warned_of(
+    content: dict[str, Any], shapes: Path, copy_of: Callable[[Path], Path], tmp_path: Path, caplog: Any
+) -> None:
+    folder = copy_of(shapes)
+    for name in ("00.png", "01.png"):
+        shutil.copy(folder / "train" / "circle" / name, folder / "test" / "circle" / f"again-{name}")
+    one = changed(content, data=str(folder), variants=content["variants"][:1], export=None)
+    with caplog.at_level(logging.WARNING):
+        run(one, tmp_path / "run")
+    assert "2 test images are also training images; accuracy will look better than it is" in caplog.messages
+
+
+def test_data_without_splits_is_divided_once(content: dict[str, Any], shapes: Path, tmp_path: Path) -> None:
+    one = changed(content, data=str(shapes / "train"), variants=content["variants"][:1], export=None)
+    result, said = run(one, tmp_path / "run")
+    # 8 images of each class: a fifth of them, rounded down, tests
+    assert said[0].startswith("finetune: lora on 28 images")
+    assert result.records[0].dataset.split == "test" and result.records[0].accuracy.images == 4
+
+
+# What can be refused is refused before the first long stage.
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*_: Any, **__: Any) -> None:
+        raise AssertionError("the training was started")
+
+    monkeypatch.setattr(pipeline, "finetune", started)
+
+
+def test_all_wrong_patterns_are_told_at_once_before_anything_runs(
+    content: dict[str, Any], tmp_path: Path, no_training: None
+) -> None:
+    wrong = changed(content)
+    wrong["finetune"]["targets"] = ["query", "dense"]
+    wrong["variants"][1]["skip"] = ["block.21"]
+    wrong["variants"][3]["layers"] = {"encoder.layer.0": "bf16"}
+    with pytest.raises(RecipeError) as caught:
+        run(wrong, tmp_path / "run")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("variant nf4-skip: pattern 'block.21' matches no layer")
+    assert lines[1].startswith("variant int8: pattern 'encoder.layer.0' matches no layer")
+    assert lines[2].startswith("finetune.targets: pattern 'dense' matches no layer")
+    assert all("block.0 to block.2" in line for line in lines)
+    assert not (tmp_path / "run").exists()
+
+
+def test_formats_that_cannot_be_mixed_are_refused_before_the_training(
+    content: dict[str, Any], tmp_path: Path, no_training: None
+) -> None:
+    wrong = changed(content)
+    wrong["variants"][1]["layers"] = {"block.0.fc1": "w8a8"}
+    with pytest.raises(RecipeError, match="formats nf4 and w8a8 cannot be mixed in one checkpoint"):
+        run(wrong, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_formats_that_cannot_be_mixed_are_told_with_the_other_mistakes(content: dict[str, Any]) -> None:
+    wrong = changed(content)
+    wrong["variants"][1]["layers"] = {"block.0.fc1": "w8a8"}
+    wrong["variants"][3]["skip"] = ["block.9"]
+    with pytest.raises(RecipeError) as caught:
+        pipeline.plans(Recipe.model_validate(wrong))
+    first, second = str(caught.value).splitlines()
+    assert first.startswith("variant nf4-skip: formats nf4 and w8a8 cannot be mixed")
+    assert second.startswith("variant int8: pattern 'block.9' matches no layer")
+
+
+def test_labels_that_do_not_fit_are_refused_before_anything_is_written(
+    content: dict[str, Any], shapes: Path, copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    folder = copy_of(shapes)
+    (folder / "test" / "cross").rename(folder / "test" / "plus")
+    plain = changed(content, data=str(folder))
+    plain.pop("finetune")
+    with pytest.raises(
+        DataError, match=r"has the class 'plus', which the model's head does not know \(4 classes: circle"
+    ):
+        run(plain, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_test_classes_that_are_not_trained_are_refused_before_the_training(
+    content: dict[str, Any], shapes: Path, copy_of: Callable[[Path], Path], tmp_path: Path, no_training: None
+) -> None:
+    folder = copy_of(shapes)
+    (folder / "test" / "cross").rename(folder / "test" / "plus")
+    with pytest.raises(DataError, match="has the class 'plus'"):
+        run(changed(content, data=str(folder)), tmp_path / "run")
+
+
+def test_strict_attention_is_refused_before_the_training(
+    content: dict[str, Any], tmp_path: Path, no_training: None
+) -> None:
+    with pytest.raises(UnsupportedError, match="flash_attention_2 cannot run: FlashAttention-2 needs a CUDA device"):
+        run(changed(content, strict=True), tmp_path / "run")
+
+
+def test_strict_refuses_attention_that_cannot_run(content: dict[str, Any], again: Path) -> None:
+    with pytest.raises(UnsupportedError, match="nf4-fa2: flash_attention_2 cannot run: FlashAttention-2 needs a CUDA"):
+        run(changed(content, strict=True, baseline="int8"), again)
+
+
+def test_missing_data_is_refused_before_anything_is_written(
+    content: dict[str, Any], tmp_path: Path, no_training: None
+) -> None:
+    with pytest.raises(DataError, match=r"no data at /nowhere: the folder does not exist"):
+        run(changed(content, data="/nowhere"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_model_is_refused_before_anything_is_written(content: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint at /nowhere: the folder does not exist"):
+        run(changed(content, model="/nowhere"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Plans, measuring, predictions, first recipes
+
+
+def test_plans_need_shapes_only(content: dict[str, Any]) -> None:
+    large = changed(content, model="random:vit-large-patch16-224")
+    large["variants"][1]["skip"] = ["block.21"]
+    large["finetune"]["targets"] = ["block.0-23.query"]
+    plans = pipeline.plans(Recipe.model_validate(large | {"data": "/nowhere"}))
+    assert list(plans) == list(NAMES)
+    assert plans["nf4-skip"].counts() == {"nf4": 138, "bf16": 7}
+    assert plans["int8"].counts() == {"int8": 144, "bf16": 1}
+
+
+def test_models_with_other_classes_or_pixels_are_not_measured_together(
+    tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    from vitopt.data.images import open_images
+    from vitopt.recipe import DataSpec, EvaluateSpec
+
+    def together(one: Path, other: Path) -> None:
+        images = open_images(DataSpec(source=str(shapes)), "test")
+        pipeline.measure(
+            [pipeline.Candidate("a", str(one)), pipeline.Candidate("b", str(other))],
+            EvaluateSpec(),
+            images=images,
+            device="cpu",
+        )
+
+    other = copy_of(tiny_checkpoint)
+    processor = json.loads((other / "preprocessor_config.json").read_text())
+    (other / "preprocessor_config.json").write_text(json.dumps(processor | {"image_mean": [0.4, 0.5, 0.5]}))
+    with pytest.raises(DataError, match=r"prepare images differently: compare them in two runs"):
+        together(tiny_checkpoint, other)
+    config = json.loads((other / "config.json").read_text())
+    names = ["round", "cross", "square", "stripe"]
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=r"have different classes, so they cannot be compared"):
+        together(tiny_checkpoint, other)
+
+
+def test_predictions_are_the_softmax_of_the_models_logits(tiny_checkpoint: Path, shapes: Path) -> None:
+    from PIL import Image
+    from transformers import AutoModelForImageClassification
+
+    paths = [shapes / "test" / "circle" / "00.png", shapes / "test" / "stripe" / "03.png"]
+    got = pipeline.predict(str(tiny_checkpoint), paths, top=3, device="cpu")
+    model = AutoModelForImageClassification.from_pretrained(tiny_checkpoint)
+    for path, one in zip(paths, got, strict=True):
+        pixels = np.asarray(Image.open(path).convert("RGB"), np.float32) / 127.5 - 1
+        with torch.inference_mode():
+            shares = model(torch.from_numpy(pixels).permute(2, 0, 1)[None]).logits.softmax(-1)[0].numpy()
+        best = np.argsort(-shares)[:3]
+        assert one["image"] == str(path)
+        assert [c["index"] for c in one["classes"]] == best.tolist()
+        assert [c["label"] for c in one["classes"]] == [model.config.id2label[index] for index in best]
+        assert [c["percent"] for c in one["classes"]] == pytest.approx(100 * shares[best], rel=1e-4)
+
+
+def test_more_classes_than_there_are_gives_all(tiny_checkpoint: Path, shapes: Path) -> None:
+    (got,) = pipeline.predict(str(tiny_checkpoint), [shapes / "test" / "circle" / "00.png"], top=50, device="cpu")
+    assert len(got["classes"]) == 4
+    assert sum(c["percent"] for c in got["classes"]) == pytest.approx(100, abs=1e-3)
+
+
+def test_an_image_that_is_not_there_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadImageError, match=r"no image at .*nothing.png"):
+        pipeline.predict(str(tiny_checkpoint), [tmp_path / "nothing.png"], top=1, device="cpu")
+    (tmp_path / "text.png").write_text("text")
+    with pytest.raises(BadImageError, match=r"image .*text.png cannot be decoded"):
+        pipeline.predict(str(tiny_checkpoint), [tmp_path / "text.png"], top=1, device="cpu")
+
+
+def test_a_first_recipe_for_a_fitting_head_loads_plans_and_trains_nothing(
+    tiny_checkpoint: Path, shapes: Path, tmp_path: Path
+) -> None:
+    text = pipeline.starting_recipe(str(tiny_checkpoint), str(shapes), "mine")
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert (recipe.name, recipe.model, recipe.data.source) == ("mine", str(tiny_checkpoint), str(shapes))
+    assert recipe.finetune is None
+    assert text.startswith("# ") and "nothing is fine-tuned" in text.splitlines()[0]
+    assert {"fp32", "bf16", "nf4", "int8", "w8a8"} <= {variant.format for variant in recipe.variants}
+    assert set(pipeline.plans(recipe)) == {variant.name for variant in recipe.variants}
+    if not torch.cuda.is_available():
+        assert "fp8" not in {variant.format for variant in recipe.variants}
+        assert "# Left out: fp8 (fp8 arithmetic needs a CUDA device" in text
+
+
+def test_a_first_recipe_for_other_classes_trains_them(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    text = pipeline.starting_recipe(str(tiny_checkpoint), "digits", "mine")
+    (tmp_path / "recipe.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.finetune is not None and recipe.finetune.method == "lora"
+    assert "LoRA fine-tunes" in text and "80 %" in text
+    assert pipeline.plans(recipe)
+    assert open_checkpoint(recipe.model).config.num_labels == 4
+
+
+def test_a_first_recipe_needs_a_model_and_images(tiny_checkpoint: Path, shapes: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint at /nowhere"):
+        pipeline.starting_recipe("/nowhere", str(shapes), "mine")
+    with pytest.raises(DataError, match="no data at /nowhere"):
+        pipeline.starting_recipe(str(tiny_checkpoint), "/nowhere", "mine")
