@@ -19,8 +19,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## fine-tune, quantize, compare and export a small ViT on this machine (about 2 minutes)
 	$(BIN)/vitopt run recipes/quickstart.yaml
 
+# One worker per core, so one thread per worker: more only get in each other's way.
 test: check  ## all checks and tests; those that need a GPU skip without one
-	# One worker per core, so one thread per worker: more only get in each other's way.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 check: $(READY)  ## ruff, mypy and the import contract
