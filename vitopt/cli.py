@@ -555,6 +555,7 @@ def init(
     from vitopt import pipeline
 
     sys.stdout.write(pipeline.starting_recipe(model, data, name))
+    sys.stdout.flush()
 
 
 def _evaluate_spec(

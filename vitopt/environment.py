@@ -239,6 +239,7 @@ def quiet_libraries() -> None:
         "accelerate",
         "peft",
         "datasets",
+        "huggingface_hub",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch|torchao|peft)\b")

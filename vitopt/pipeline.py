@@ -75,14 +75,12 @@ class _Run:
 
     def stands(self, stage: str, fingerprint: str, *products: Path) -> bool:
         """Whether a stage was completed with the same inputs and its products are still there."""
-        if self.stages.get(stage) != fingerprint or not all(path.exists() for path in products):
-            return False
-        self.say(f"{stage}: up to date, skipped")
-        return True
-
-    def stands_checkpoint(self, stage: str, fingerprint: str, folder: Path) -> bool:
-        """As `stands`, for a stage whose product is a checkpoint."""
-        return _holds_weights(folder) and self.stands(stage, fingerprint, folder / "config.json")
+        made = all(_is_complete(path) for path in products)
+        # The main process decides for all: another might look while it is already making the product anew.
+        stands = environment.gather_objects(made and self.stages.get(stage) == fingerprint)[0]
+        if stands:
+            self.say(f"{stage}: up to date, skipped")
+        return stands
 
     def complete(self, stage: str, fingerprint: str) -> None:
         self.stages[stage] = fingerprint
@@ -91,6 +89,11 @@ class _Run:
 
     def variant_folder(self, name: str) -> Path:
         return self.folder / "variants" / name
+
+
+def _is_complete(product: Path) -> bool:
+    """Whether a file is there, or a folder holds a checkpoint with its weights."""
+    return product.is_file() or ((product / "config.json").is_file() and _holds_weights(product))
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -203,7 +206,7 @@ def _finetune_stage(current: _Run, source: Checkpoint, test: ImageSet) -> Checkp
     if overlap:
         logger.warning("%d test images are also training images; accuracy will look better than it is", len(overlap))
     fingerprint = _fingerprint(source.fingerprint(), train.sha256, recipe.finetune.model_dump(mode="json"), recipe.seed)
-    if not current.stands_checkpoint("finetune", fingerprint, output):
+    if not current.stands("finetune", fingerprint, output):
         current.say(f"finetune: {recipe.finetune.method} on {len(train)} images of {train.name}")
         report = finetune(source, train, recipe.finetune, output, device=recipe.device, seed=recipe.seed)
         resumed = f", resumed from step {report.resumed_from_step}" if report.resumed_from_step else ""
@@ -250,7 +253,7 @@ def _variant_stage(current: _Run, base: Checkpoint, variant: VariantSpec) -> str
     stage, output = f"variant {variant.name}", current.variant_folder(variant.name)
     held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
     fingerprint = _fingerprint(base.fingerprint(), held)
-    if current.stands_checkpoint(stage, fingerprint, output):
+    if current.stands(stage, fingerprint, output):
         return None
     reason = _make_variant(current, base, variant, fingerprint) if environment.is_main_process() else None
     reason = environment.gather_objects(reason)[0]
@@ -394,7 +397,7 @@ def measure(
     results = {one.record.variant.name: one for one in measured}
     for candidate in candidates:
         if candidate.name in failures and candidate.asked is not None:
-            results[candidate.name] = failed(candidate.name, candidate.asked, failures[candidate.name])
+            results[candidate.name] = failed(candidate.name, candidate.asked, failures[candidate.name], target)
     return [results[one.name] for one in candidates if one.name in results]
 
 

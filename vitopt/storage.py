@@ -44,29 +44,39 @@ def staged_folder(target: Path) -> Iterator[Path]:
     """
     place = target.resolve()  # a link stays a link, and `.` gets a name
     temporary = place.with_name(f".{place.name}.partial-{os.getpid()}")
+    _refuse_file(target)
     with _explained(target):
-        if place.exists() and not place.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
         # In a container each run may have the same process id: what a killed one left is not ours to keep.
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             temporary.mkdir(parents=True)
             yield temporary
-            _refuse_foreign(target, temporary)
+            require_replaceable(target, {entry.name for entry in temporary.iterdir()})
             _replace_folder(temporary, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _refuse_foreign(target: Path, new: Path) -> None:
-    """Replacing a folder deletes what it holds, so it must look like an earlier result: share a file name."""
+def require_replaceable(target: Path, names: set[str]) -> None:
+    """Refuse a target that a result with files `names` must not replace; long work asks before it begins.
+
+    Replacing a folder deletes what it holds, so it must look like an earlier result: share a file name.
+
+    Raises:
+        StorageError: the target is a file, or a folder that holds something else.
+    """
+    _refuse_file(target)
     held = {entry.name for entry in target.iterdir()} if target.exists() else set()
     # All that a variant which could not be made leaves behind is its record.
-    made = {entry.name for entry in new.iterdir()} | {"record.json"}
-    if held and not held & made:
+    if held and not held & (names | {"record.json"}):
         raise StorageError(
             f"{target} holds {min(held)}, which is no earlier result and would be deleted: choose another --output"
         )
+
+
+def _refuse_file(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise StorageError(f"cannot write {target}: a file is in the way; choose another --output")
 
 
 def _replace_folder(source: Path, target: Path) -> None:

@@ -380,6 +380,17 @@ def test_a_full_disk_while_the_state_is_saved_is_explained(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_full_gpu_names_the_batch_size(
+    tiny: Checkpoint, train: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(Trainer, "training_step", full)
+    with pytest.raises(MeasurementError, match="out of GPU memory while training: lower the batch size, which is 8"):
+        finetune(tiny, train, SHORT, tmp_path / "out", device="cpu")
+
+
 def test_other_runtime_errors_of_a_training_keep_their_kind(
     tiny: Checkpoint, train: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

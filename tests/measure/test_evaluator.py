@@ -298,7 +298,7 @@ def test_skipped_images_are_in_the_record_and_not_in_the_count(
 
 def test_a_variant_that_could_not_be_made_has_a_record_with_its_reason(tmp_path: Path) -> None:
     asked = VariantSpec(name="v", format="fp8", skip=["block.1"], attention="eager", compile=True)
-    one = failed("v", asked, "fp8 cannot run here")
+    one = failed("v", asked, "fp8 cannot run here", torch.device("cpu"))
     record = one.record
     assert one.predictions is None and record.failure == "fp8 cannot run here"
     assert (record.variant.name, record.variant.format, record.variant.skip) == ("v", "fp8", ("block.1",))

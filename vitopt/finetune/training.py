@@ -20,7 +20,14 @@ from vitopt import environment, progress, storage
 from vitopt.data.images import ImageSet, fit_labels
 from vitopt.data.pixels import Augmentation, PixelDataset, Preprocessor
 from vitopt.errors import CheckpointError, MeasurementError, StorageError
-from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint, save_checkpoint
+from vitopt.models.checkpoint import (
+    CONFIG_FILE,
+    Checkpoint,
+    load_model,
+    load_processor,
+    open_checkpoint,
+    save_checkpoint,
+)
 from vitopt.models.names import HEAD, linear_layers, select
 from vitopt.recipe import FinetuneSpec
 
@@ -69,12 +76,14 @@ def finetune(
         CheckpointError: the checkpoint is quantized: merging into packed weights would lose accuracy.
         DataError: the classes of `test` are not those of `train`.
         BadImageError: a training image cannot be decoded.
-        MeasurementError: the loss or a weight is no longer a number; nothing is kept of such a training.
+        MeasurementError: the GPU's memory is full; or the loss or a weight is no longer a number, and then
+            nothing is kept of such a training.
     """
     if checkpoint.is_quantized:
         raise CheckpointError(
             f"{checkpoint.source} is quantized; fine-tune the 16- or 32-bit checkpoint, then quantize"
         )
+    storage.require_replaceable(output, {CONFIG_FILE})
     set_seed(seed)
     target = environment.resolve_device(device)
     preprocess = Preprocessor(load_processor(checkpoint))
@@ -102,6 +111,10 @@ def finetune(
         except MeasurementError:
             shutil.rmtree(state, ignore_errors=True)  # going on from these weights would diverge again
             raise
+        except torch.OutOfMemoryError as error:
+            raise MeasurementError(
+                f"out of GPU memory while training: lower the batch size, which is {spec.batch_size}"
+            ) from error
     seconds = time.perf_counter() - started
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     top1 = None if test is None else _top1_percent(trainer, PixelDataset(test, preprocess))

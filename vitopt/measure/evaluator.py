@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from vitopt import environment, progress
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor, random_pixels
@@ -106,7 +108,7 @@ def _end_to_end(
         return tuple(time_end_to_end(subject, images, preprocess, size) for size in sizes)
 
 
-def failed(name: str, asked: VariantSpec, reason: str) -> Measured:
+def failed(name: str, asked: VariantSpec, reason: str, device: torch.device) -> Measured:
     """The record of a variant that could not even be made or loaded."""
     variant = Variant(
         name=name,
@@ -118,7 +120,7 @@ def failed(name: str, asked: VariantSpec, reason: str) -> Measured:
         attention_used=None,
         compile_requested=asked.compile,
     )
-    return Measured(Record(variant=variant, failure=reason, **_provenance(environment.resolve_device())), None)
+    return Measured(Record(variant=variant, failure=reason, **_provenance(device)), None)
 
 
 def _common_fields(subject: Subject, asked: VariantSpec | None) -> dict[str, Any]:
@@ -154,7 +156,7 @@ def _common_fields(subject: Subject, asked: VariantSpec | None) -> dict[str, Any
     }
 
 
-def _provenance(device: Any) -> dict[str, Any]:
+def _provenance(device: torch.device) -> dict[str, Any]:
     return {
         "environment": environment.describe(device),
         "command": shlex.join(["vitopt", *sys.argv[1:]]),

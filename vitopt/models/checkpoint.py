@@ -31,6 +31,7 @@ from vitopt.models.architectures import RANDOM_PREFIX, architecture_names, known
 from vitopt.models.names import families
 
 BUILT_IN = "vit-quickstart"
+CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _RANDOM_SEED = 0
@@ -123,7 +124,7 @@ def _looks_like_hub_id(source: str) -> bool:
 
 
 def _open_folder(source: str, path: Path) -> Checkpoint:
-    if not (path / "config.json").is_file():
+    if not (path / CONFIG_FILE).is_file():
         if (path / "adapter_config.json").is_file():
             raise CheckpointError(
                 f"{source} holds a peft adapter, not a whole model: merge it first (`vitopt finetune` does)"
@@ -333,6 +334,8 @@ def save_checkpoint(model: PreTrainedModel, processor: Any, folder: Path) -> Non
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes files that nobody else can serve
     processor.save_pretrained(folder)
 
 

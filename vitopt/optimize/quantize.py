@@ -7,6 +7,7 @@ from vitopt import environment, storage
 from vitopt.environment import DTYPES
 from vitopt.errors import CheckpointError, UnsupportedError
 from vitopt.models.checkpoint import (
+    CONFIG_FILE,
     Checkpoint,
     empty_model,
     load_model,
@@ -36,6 +37,7 @@ def quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device:
     """
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.source} is quantized already; start from the 16- or 32-bit checkpoint")
+    storage.require_replaceable(output, {CONFIG_FILE})
     target = environment.resolve_device(device)
     plan = plan_for(checkpoint, variant)
     for format in {variant.format, *(planned.format for planned in plan.layers)}:
