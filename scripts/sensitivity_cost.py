@@ -1,6 +1,6 @@
 """What does the sensitivity table cost against evaluating every mixture anew?
 
-    python scripts/sensitivity_cost.py vit-tiny-patch16-224 [--images 32] [--format nf4] [--json FILE]
+    python scripts/sensitivity_cost.py vit-tiny-patch16-224 [--blocks 24] [--images 32] [--json FILE]
 
 The model has random weights, so any depth can be timed. Both ways give the same logits to the bit, which is
 checked; they run in turn, and the ratio is paired by round.
@@ -31,8 +31,8 @@ from vitopt.search.sensitivity import Calibration, Unit, table_logits, units
 
 
 def naive(hybrid: Hybrid, calibration: Calibration, chosen: list[Unit]) -> dict[str, list[torch.Tensor]]:
-    """Every mixture from the pixels on."""
-    found = {}
+    """The base and every mixture from the pixels on."""
+    found = {"base": [hybrid.logits(pixels) for pixels in calibration.batches]}
     for unit in chosen:
         with hybrid.lending(unit.layers):
             found[unit.name] = [hybrid.logits(pixels) for pixels in calibration.batches]
@@ -42,6 +42,7 @@ def naive(hybrid: Hybrid, calibration: Calibration, chosen: list[Unit]) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("architecture")
+    parser.add_argument("--blocks", type=int, help="depth, where it is not the architecture's own")
     parser.add_argument("--format", default="nf4")
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -50,6 +51,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     source = open_checkpoint(f"random:{arguments.architecture}")
+    if arguments.blocks:
+        source.config.num_hidden_layers = arguments.blocks
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(load_model(source), load_processor(source), Path(folder))
         checkpoint = open_checkpoint(folder)
@@ -79,7 +82,7 @@ def main() -> None:
         seconds["naive"].append(time.perf_counter() - started)
         started = time.perf_counter()
         fast: dict[str, list[torch.Tensor]] = {}
-        table_logits(hybrid, calibration, chosen, done=fast.__setitem__)
+        fast["base"] = table_logits(hybrid, calibration, chosen, done=fast.__setitem__)
         seconds["vitopt"].append(time.perf_counter() - started)
         assert all(torch.equal(a, b) for unit in slow for a, b in zip(slow[unit], fast[unit], strict=True))
 

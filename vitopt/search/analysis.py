@@ -1,11 +1,12 @@
 """A whole sensitivity analysis of one checkpoint and format: tables, costs, and, if asked, the skip list."""
 
-import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 
 from vitopt import environment, progress, storage
@@ -35,6 +36,7 @@ from vitopt.search.sensitivity import (
 )
 from vitopt.search.skiplist import Goal, Objective, search_skip_list
 
+_FINGERPRINT_FILE = "inputs.sha256"
 _LATENCY = LatencySpec(batch_sizes=(1,), iterations=60, rounds=10, warmup_seconds=5)
 
 
@@ -103,7 +105,7 @@ def analyse(
         environment=environment.describe(target),
     )
     save_sensitivity(result, output)
-    analysis.partial.unlink(missing_ok=True)
+    shutil.rmtree(analysis.partial, ignore_errors=True)
     return result
 
 
@@ -173,23 +175,14 @@ class _Analysis:
         self._identity = [checkpoint.fingerprint(), format, half, granularity]
 
     def start(self, calibration: Calibration, output: Path) -> None:
-        """Run both pure models, and take over what an interrupted analysis of the same inputs has left."""
+        """Take over what an interrupted analysis of the same inputs has left, and nothing of another's."""
         self.calibration = calibration
-        self.partial = output.with_suffix(".partial.json")
-        self.exact = self._predict(self.from_exact)
-        self.packed = self._predict(self.from_packed)
-        self.quantized = _loss(self.exact, self.exact, self.packed)
-        self._fingerprint = storage.sha256_of_json([*self._identity, list(calibration.image_sha256)])
-        self._known: dict[str, dict[str, Loss]] = {"damage": {}, "recovery": {}}
-        if self.partial.is_file():
-            content = json.loads(self.partial.read_text(encoding="utf-8"))
-            if content.get("fingerprint") == self._fingerprint:
-                for table, losses in self._known.items():
-                    losses.update({name: Loss(**loss) for name, loss in content[table].items()})
-
-    def _predict(self, hybrid: Hybrid) -> Predictions:
-        stream = progress.track(self.calibration.batches, "both models", len(self.calibration.batches))
-        return self.calibration.predictions([hybrid.logits(pixels) for pixels in stream])
+        self.partial = output.with_suffix(".partial")
+        fingerprint = storage.sha256_of_json([*self._identity, list(calibration.image_sha256)])
+        left = self.partial / _FINGERPRINT_FILE
+        if not left.is_file() or left.read_text() != fingerprint:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            storage.write_text(left, fingerprint)
 
     def sample_scores(self, images: int) -> dict[str, float]:
         """Recovery KL of every unit on the first batches that hold `images` images; labels are not used."""
@@ -202,7 +195,7 @@ class _Analysis:
         sample = Calibration(
             self.calibration.ids[:seen], self.calibration.image_sha256[:seen], self.calibration.labels[:seen], few
         )
-        reference = self.exact.logits[:seen]
+        reference = sample.predictions([self.from_exact.logits(pixels) for pixels in few]).logits
         found: dict[str, float] = {}
 
         def done(unit: str, logits: list[torch.Tensor]) -> None:
@@ -213,30 +206,35 @@ class _Analysis:
 
     def scores(self, chosen: Sequence[Unit]) -> list[UnitScores]:
         """Both tables for `chosen`, with what keeping each unit costs."""
-        self._fill("damage", self.from_exact, chosen)
-        self._fill("recovery", self.from_packed, chosen)
+        self.exact = self._fill("damage", self.from_exact, chosen)
+        self.packed = self._fill("recovery", self.from_packed, chosen)
+        self.quantized = _loss(self.exact, self.exact, self.packed)
         milliseconds = self._extra_ms(chosen)
         return [
             UnitScores(
                 unit=unit.name,
-                damage=self._known["damage"][unit.name],
-                recovery=self._known["recovery"][unit.name],
+                damage=_loss(self.exact, self.exact, self._stored("damage", unit)),
+                recovery=_loss(self.exact, self.packed, self._stored("recovery", unit)),
                 extra_bytes=self._extra_bytes(unit),
                 extra_ms=milliseconds[unit.name],
             )
             for unit in chosen
         ]
 
-    def _fill(self, table: Table, hybrid: Hybrid, chosen: Sequence[Unit]) -> None:
-        known = self._known[table]
-        reference = self.exact if table == "damage" else self.packed
+    def _fill(self, table: Table, hybrid: Hybrid, chosen: Sequence[Unit]) -> Predictions:
+        """Store the logits of every mixture that is not stored yet; return those of the unmixed model."""
 
         def done(unit: str, logits: list[torch.Tensor]) -> None:
-            known[unit] = _loss(self.exact, reference, self.calibration.predictions(logits))
-            stored = {t: {unit: loss.model_dump() for unit, loss in known.items()} for t, known in self._known.items()}
-            storage.write_json(self.partial, {"fingerprint": self._fingerprint, **stored})
+            storage.write_bytes(self._file(table, unit), safetensors.torch.save({"logits": torch.cat(logits)}))
 
-        self._run(hybrid, self.calibration, [unit for unit in chosen if unit.name not in known], done, table)
+        missing = [unit for unit in chosen if not self._file(table, unit.name).is_file()]
+        return self.calibration.predictions(self._run(hybrid, self.calibration, missing, done, table))
+
+    def _file(self, table: Table, unit: str) -> Path:
+        return self.partial / f"{table}-{unit}.safetensors"
+
+    def _stored(self, table: Table, unit: Unit) -> Predictions:
+        return self.calibration.predictions([safetensors.torch.load_file(self._file(table, unit.name))["logits"]])
 
     def _run(
         self,
@@ -245,8 +243,10 @@ class _Analysis:
         chosen: Sequence[Unit],
         done: Callable[[str, list[torch.Tensor]], None],
         description: str,
-    ) -> None:
-        table_logits(hybrid, calibration, chosen, memory_bytes=self._memory_bytes, done=done, description=description)
+    ) -> list[torch.Tensor]:
+        return table_logits(
+            hybrid, calibration, chosen, memory_bytes=self._memory_bytes, done=done, description=description
+        )
 
     def _extra_bytes(self, unit: Unit) -> int:
         exact, packed = self.from_exact.base, self.from_packed.base
@@ -295,8 +295,8 @@ class _Analysis:
         def evaluate(names: frozenset[str]) -> Loss:
             kept = [layer for name in names for layer in by_name[name].layers]
             with self.from_packed.lending(kept):
-                mixed = self._predict(self.from_packed)
-            return _loss(self.exact, self.exact, mixed)
+                logits = [self.from_packed.logits(pixels) for pixels in self.calibration.batches]
+            return _loss(self.exact, self.exact, self.calibration.predictions(logits))
 
         return search_skip_list(
             scores, evaluate, goal, quantized=self.quantized, images=len(self.calibration.ids), objective=objective

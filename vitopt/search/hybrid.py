@@ -80,44 +80,67 @@ class Hybrid:
 
     def _run_from(self, block: int, hidden: torch.Tensor, stop: int | None) -> Any:
         """Run the host's own forward pass with the blocks before `block` passing on what they are given."""
-        outputs = self._outputs
+        outputs = self._probe.outputs
 
         def pass_on(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             # Some families' blocks return (hidden states, attention weights), which nobody asked for here.
             return hidden if outputs == 1 else (hidden, *[None] * (outputs - 1))
 
-        passed = [self.base.get_submodule(name) for name in self.blocks[:block]]
-        originals = [module.forward for module in passed]
+        # What the embeddings give is thrown away, so the patches need not be computed.
+        replaced = {name: _zeros(shape) for name, shape in self._probe.convolutions.items()}
+        replaced |= dict.fromkeys(self.blocks[:block], pass_on)
+        modules = {name: self.base.get_submodule(name) for name in replaced}
+        originals = {name: module.forward for name, module in modules.items()}
         hooks = [self.base.get_submodule(self.blocks[block]).register_forward_pre_hook(_giving(hidden))]
         if stop is not None:
             hooks.append(self.base.get_submodule(self.blocks[stop]).register_forward_hook(_stop_after))
-        for module in passed:
-            module.forward = pass_on
+        for name, module in modules.items():
+            module.forward = replaced[name]
         try:
             return self.base(pixel_values=self._placeholder(len(hidden), hidden))
         except _Reached as reached:
             return reached.value
         finally:
-            for module, original in zip(passed, originals, strict=True):
-                module.forward = original
+            for name, module in modules.items():
+                module.forward = originals[name]
             for hook in hooks:
                 hook.remove()
 
     @functools.cached_property
-    def _outputs(self) -> int:
-        """How many values a block returns."""
-        counts: list[int] = []
-        block = self.base.get_submodule(self.blocks[0])
-        hook = block.register_forward_hook(
-            lambda module, args, output: counts.append(len(output) if isinstance(output, tuple) else 1)
-        )
+    def _probe(self) -> "_Probe":
+        """What one call shows: how many values a block returns, and what convolutions before the blocks give."""
+        outputs: list[int] = []
+        shapes: dict[str, torch.Size] = {}
+
+        def see_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            outputs.append(len(output) if isinstance(output, tuple) else 1)
+
+        def see_convolution(name: str) -> Any:
+            return lambda module, args, output: shapes.__setitem__(name, output.shape[1:])
+
+        inside = tuple(f"{name}." for name in self.blocks)
+        hooks = [self.base.get_submodule(self.blocks[0]).register_forward_hook(see_block)]
+        for name, module in self.base.named_modules():
+            if isinstance(module, nn.Conv2d) and not name.startswith(inside):
+                hooks.append(module.register_forward_hook(see_convolution(name)))
         self.base(pixel_values=self._placeholder(1, next(self.base.parameters())))
-        hook.remove()
-        return counts[0]
+        for hook in hooks:
+            hook.remove()
+        return _Probe(outputs[0], shapes)
 
     def _placeholder(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
-        # The embeddings run on it and their result is thrown away: 0.3 % of the work of a ViT-L.
-        return torch.zeros(batch, 3, *image_size(self.base.config), device=hidden.device)
+        # One zero seen as many: neither memory nor a cast is spent on pixels that nobody looks at.
+        return hidden.new_zeros(()).expand(batch, 3, *image_size(self.base.config))
+
+
+@dataclass(frozen=True)
+class _Probe:
+    outputs: int  # values that a block returns
+    convolutions: dict[str, torch.Size]  # name of a convolution outside the blocks -> shape of its output
+
+
+def _zeros(shape: torch.Size) -> Any:
+    return lambda pixels: pixels.new_zeros(len(pixels), *shape)
 
 
 class _Reached(Exception):

@@ -66,19 +66,22 @@ def table_logits(
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     done: Callable[[str, list[torch.Tensor]], None],
     description: str = "sensitivity",
-) -> None:
+) -> list[torch.Tensor]:
     """Call `done(unit, logits per batch)` for each of `chosen` lent by the donor, in order of blocks.
 
-    With L blocks this runs about (L + 3) / (2 L + 2) of the blocks that evaluating each mixture anew would: a
-    block boundary is kept for all images, each unit of that block starts there, then the boundary moves on.
+    Returns the base model's own logits per batch, which the boundary gives when it has reached the end.
+
+    With L blocks this runs (L + 3) / (2 L + 2) of the blocks that evaluating the base and each mixture anew would,
+    0.54 at 24 blocks: a block boundary is kept for all images, each unit of that block starts there, then the
+    boundary moves on.
     """
     if not chosen:
-        return
+        return [hybrid.logits(pixels) for pixels in calibration.batches]
     batches = range(len(calibration.batches))
     last = max(unit.block for unit in chosen)
     start = min(unit.block for unit in chosen)
     blocks = len(hybrid.blocks)
-    steps = sum(blocks - unit.block for unit in chosen) + last
+    steps = sum(blocks - unit.block for unit in chosen) + blocks
     with tempfile.TemporaryDirectory() as folder, progress.task(description, steps * len(batches)) as bar:
         boundary = Boundary(Path(folder), memory_bytes)
         for index in batches:
@@ -96,3 +99,8 @@ def table_logits(
                 for index in batches:
                     boundary[index] = hybrid.advance(boundary[index], block)
                     bar.advance()
+        base = []
+        for index in batches:
+            base.append(hybrid.logits_from(boundary[index], last))
+            bar.advance(blocks - last)
+    return base
