@@ -5,9 +5,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, Dinov2Config, SiglipConfig
 
@@ -216,6 +218,13 @@ def test_a_hub_id_that_does_not_exist(monkeypatch):
     def absent(*_: object, **__: object) -> None:
         raise OSError("owner/typo is not a local folder and is not a valid model identifier listed on\nthe hub")
 
+    class Hub:
+        def model_info(self, source: str, timeout: float) -> None:
+            assert timeout <= 10
+            # The client's HTTP library changes between versions; of its response only these are read.
+            raise HfHubHTTPError("404 Client Error", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(module, "HfApi", Hub)
     monkeypatch.setattr(module.AutoConfig, "from_pretrained", absent)
     assert refusal("owner/typo") == (
         "no folder and no hub model named 'owner/typo': check the spelling, or log in with `hf auth login`"

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -35,6 +36,7 @@ CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _RANDOM_SEED = 0
+_HUB_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ def _refuse_pickle(source: str, name: str) -> str:
 
 def _open_hub(source: str, config_only: bool) -> Checkpoint:
     try:
+        _require_hub(source)
         config = _read_config(source, lambda: AutoConfig.from_pretrained(source))
     except CheckpointError:
         shape = known_architecture(source) if config_only else None
@@ -166,6 +169,25 @@ def _open_hub(source: str, config_only: bool) -> Checkpoint:
             raise
         return Checkpoint(source, source, shape)
     return Checkpoint(source, source, config)
+
+
+def _require_hub(source: str) -> None:
+    """Ask once whether the hub answers: transformers would try again for half a minute before it gives up."""
+    if isinstance(try_to_load_from_cache(source, CONFIG_FILE), str):
+        return
+    try:
+        HfApi().model_info(source, timeout=_HUB_SECONDS)
+    except HfHubHTTPError:
+        return  # it answers; what it says is told when the configuration is read
+    except Exception as error:  # each version of the client wraps the refusals of the network in its own way
+        raise CheckpointError(_no_network(source)) from error
+
+
+def _no_network(source: str) -> str:
+    return (
+        f"cannot fetch {source!r} from the Hugging Face hub: no network, and it is not in the local cache; "
+        f"on a connected machine run `hf download {source} --local-dir FOLDER`, then pass that folder"
+    )
 
 
 def _read_config(source: str, read: Callable[[], Any]) -> PretrainedConfig:
@@ -192,10 +214,7 @@ def _explain_load_failure(source: str, error: Exception) -> str:
     if not Path(source).expanduser().exists() and source != BUILT_IN:
         if "not a valid model identifier" in text or "404" in text:
             return f"no folder and no hub model named {source!r}: check the spelling, or log in with `hf auth login`"
-        return (
-            f"cannot fetch {source!r} from the Hugging Face hub: no network, and it is not in the local cache; "
-            f"on a connected machine run `hf download {source} --local-dir FOLDER`, then pass that folder"
-        )
+        return _no_network(source)
     return f"cannot read the checkpoint {source}: {textwrap.shorten(text, 300, placeholder=' ...')}"
 
 
