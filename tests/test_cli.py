@@ -230,6 +230,48 @@ def test_quantized_against_the_original(tiny_checkpoint: Path, shapes: Path, tmp
     assert record["latency"][0]["speedup_vs_baseline"] > 0
 
 
+def test_sensitivity_prints_its_scores_and_its_choice(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    result = printed(
+        "sensitivity", tiny_checkpoint, "--data", f"{shapes}:train", "--format", "nf4", "--output", tmp_path,
+        "--max-kl-share", 0.9, "--limit", 8,
+    )  # fmt: skip
+    assert [unit["unit"] for unit in result["units"]] == ["block.0", "block.1", "block.2"]
+    assert result["images"] == 8 and result["search"]["chosen"]
+    assert json.loads((tmp_path / "sensitivity.json").read_text()) == result
+
+
+def test_quantize_chooses_its_skip_list(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    made = printed(
+        "quantize", tiny_checkpoint, "--format", "nf4", "--skip", "auto", "--data", shapes, "--max-kl-share", 0.9,
+        "--output", tmp_path / "auto",
+    )  # fmt: skip
+    assert made["skip"] and set(made["skip"]) < {"block.0", "block.1", "block.2"}
+    assert made["layer_plan"] == {"nf4": 18 - 6 * len(made["skip"]), "bf16": 1 + 6 * len(made["skip"])}
+
+
+def test_automatic_skip_lists_that_cannot_be_chosen(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    auto = ["quantize", tiny_checkpoint, "--format", "nf4", "--skip", "auto", "--output", tmp_path / "out"]
+    assert refusal(*auto).startswith("--skip auto needs --data: calibration images")
+    text = refusal(*auto, "--data", shapes, "--max-top1-drop", -1)
+    assert "auto.max_top1_drop: input should be greater than 0, not -1.0" in text
+    scores = ["sensitivity", tiny_checkpoint, "--data", shapes, "--format", "nf4", "--output", tmp_path / "out"]
+    assert "max_kl_share: input should be less than 1, not 2.0" in refusal(*scores, "--max-kl-share", 2)
+    assert "format bf16 quantizes nothing" in refusal(*scores[:5], "bf16", *scores[6:])
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_prints_two_stored_results(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    done("quantize", tiny_checkpoint, "--format", "nf4", "--output", tmp_path / "nf4")
+    for name, checkpoint in (("a", tiny_checkpoint), ("b", tmp_path / "nf4")):
+        done("evaluate", checkpoint, "--data", shapes, *QUICK, "--output", tmp_path / name)
+    comparison = printed("compare", tmp_path / "a", tmp_path / "b" / "record.json")
+    assert (comparison["baseline"], comparison["variant"]) == ("tiny-vit", "nf4")
+    assert comparison["versus_baseline"]["agreement_percent"] <= 100
+    done("evaluate", tiny_checkpoint, "--data", f"{shapes}:train", *QUICK, "--output", tmp_path / "c")
+    assert "not measured on the same images" in refusal("compare", tmp_path / "a", tmp_path / "c")
+    assert "no record at" in refusal("compare", tmp_path / "a", tmp_path / "nowhere")
+
+
 def test_benchmark_prints_a_record_per_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
     done("quantize", tiny_checkpoint, "--format", "bf16", "--output", tmp_path / "bf16")
     records = printed(

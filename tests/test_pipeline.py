@@ -652,3 +652,38 @@ def test_a_first_recipe_needs_a_model_and_images(tiny_checkpoint: Path, shapes: 
         pipeline.starting_recipe("/nowhere", str(shapes), "mine")
     with pytest.raises(DataError, match="no data at /nowhere"):
         pipeline.starting_recipe(str(tiny_checkpoint), "/nowhere", "mine")
+
+
+# Skip lists that are chosen
+
+
+def with_auto(content: dict[str, Any], **auto: Any) -> dict[str, Any]:
+    plain = changed(content)
+    plain.pop("finetune")
+    settings = {"max_top1_drop": None, "max_kl_share": 0.9, "images": 16} | auto
+    chosen = {"name": "auto", "format": "nf4", "skip": "auto", "auto": settings}
+    return plain | {"variants": [plain["variants"][0], chosen], "export": "auto"}
+
+
+def test_a_skip_list_is_chosen_on_training_images_and_stands(content: dict[str, Any], tmp_path: Path) -> None:
+    result, said = run(with_auto(content), tmp_path / "run")
+    assert "sensitivity auto: nf4 on 16 calibration images" in said
+    record = result.records[1]
+    assert record.variant.skip and "auto" not in record.variant.skip
+    assert f"sensitivity auto: keeps {', '.join(record.variant.skip)} in 16 bit" in said
+    kept = {name for name, format in record.layers.items() if format == "bf16"} - {"classifier"}
+    assert {name.rsplit(".", 1)[0] for name in kept} == set(record.variant.skip)
+    assert (tmp_path / "run" / "sensitivity" / "auto.json").is_file()
+    assert "Which layers must stay in 16 bit" in (tmp_path / "run" / "report.html").read_text()
+    _, again = run(with_auto(content), tmp_path / "run")
+    assert "sensitivity auto: up to date, skipped" in again and "evaluate: up to date, skipped" in again
+
+
+def test_calibration_images_are_never_test_images(content: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="calibration images are also test images"):
+        run(with_auto(content, split="test"), tmp_path / "run")
+
+
+def test_a_plan_without_weights_leaves_an_automatic_skip_list_open(content: dict[str, Any]) -> None:
+    plan = pipeline.plans(Recipe.model_validate(with_auto(content)))["auto"]
+    assert plan.counts() == {"nf4": 18, "bf16": 1}

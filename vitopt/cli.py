@@ -24,6 +24,7 @@ from vitopt.errors import MeasurementError, RecipeError, VitoptError
 from vitopt.recipe import (
     LINEARS,
     Attention,
+    AutoSkipSpec,
     DataSpec,
     EvaluateSpec,
     FinetuneSpec,
@@ -344,6 +345,9 @@ def sensitivity(
 ) -> None:
     """Score every block or linear layer: what quantizing it breaks, what keeping it brings back and costs."""
     source = validate(DataSpec, {"source": data, "limit": limit}, where="data")
+    wanted = max_top1_drop is not None or max_kl_share is not None
+    floors = {"max_top1_drop": max_top1_drop, "max_kl_share": max_kl_share} if wanted else {}
+    validate(AutoSkipSpec, floors, where="sensitivity")
     _start(as_json)
     from vitopt.data.images import open_images
     from vitopt.models.checkpoint import open_checkpoint
@@ -359,7 +363,7 @@ def sensitivity(
         granularity=granularity,
         sample=sample,
         candidates=candidates,
-        goal=Goal(max_top1_drop, max_kl_share) if max_top1_drop or max_kl_share else None,
+        goal=Goal(max_top1_drop, max_kl_share) if wanted else None,
         objective=objective,
         device=device,
         batch_size=batch_size,
