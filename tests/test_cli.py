@@ -260,6 +260,11 @@ def test_automatic_skip_lists_that_cannot_be_chosen(tiny_checkpoint: Path, shape
     assert not (tmp_path / "out").exists()
 
 
+def test_benchmark_tells_the_highest_rate(tiny_checkpoint: Path) -> None:
+    said = done("benchmark", tiny_checkpoint, *QUICK, "--throughput").stdout
+    assert re.search(r"• tiny-vit: at most [\d,]+ images/s at batch \d+", said)
+
+
 def test_compare_prints_two_stored_results(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
     done("quantize", tiny_checkpoint, "--format", "nf4", "--output", tmp_path / "nf4")
     for name, checkpoint in (("a", tiny_checkpoint), ("b", tmp_path / "nf4")):

@@ -629,6 +629,10 @@ def _print_table(records: Sequence[Record]) -> None:
             for cells in rows:
                 table.add_row(*(escape(cells[index]) for index in shown))
             out.print(table)
+    for record in records:
+        if (found := record.throughput) is not None:
+            rate = f"{found.images_per_second:,.0f} images/s at batch {found.batch_size}"
+            out.print(f"• {escape(record.variant.name)}: at most {rate}", highlight=False)
     for note in notes(records):
         out.print(f"• {escape(note)}", highlight=False)
 
