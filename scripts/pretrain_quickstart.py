@@ -1,6 +1,6 @@
 """Pre-train the small ViT that ships in `vitopt/assets/vit-quickstart`.
 
-    python scripts/pretrain_quickstart.py --data /usr/share/dataset-fashion-mnist
+    python scripts/pretrain_quickstart.py --data /usr/share/datasets/fashion-mnist
 
 The data is Fashion-MNIST (MIT licence, Xiao et al., arXiv 1708.07747): the four `*-ubyte.gz` files from
 https://github.com/zalandoresearch/fashion-mnist or Debian's package `dataset-fashion-mnist`.

@@ -17,7 +17,7 @@ from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import Runnable, prepare
-from vitopt.recipe import DataSpec, EvaluateSpec, VariantSpec
+from vitopt.recipe import DataSpec, EvaluateSpec, LatencySpec, VariantSpec
 from vitopt.records import Memory, Record, load_record, save_record
 
 CPU = torch.device("cpu")
@@ -308,3 +308,20 @@ def test_a_variant_that_could_not_be_made_has_a_record_with_its_reason(tmp_path:
     assert record.environment["libraries"]["torch"] == torch.__version__
     save_record(record, tmp_path)
     assert load_record(tmp_path) == record
+
+
+def test_a_batch_whose_pixels_do_not_fit_fails_alone(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitopt import pipeline
+
+    def small_memory(batch_size: int, size: tuple[int, int]) -> torch.Tensor:
+        if batch_size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.zeros(batch_size, 3, *size)
+
+    monkeypatch.setattr(evaluator, "random_pixels", small_memory)
+    monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: None)
+    spec = EvaluateSpec(latency=LatencySpec(batch_sizes=(1, 8), iterations=4, rounds=2))
+    (measured,) = pipeline.measure([pipeline.Candidate("v", str(tiny_checkpoint))], spec, device="cpu")
+    assert [row.batch_size for row in measured.record.latency] == [1]
+    assert [row.batch_size for row in measured.record.latency_failures] == [8]
+    assert measured.record.latency_failures[0].reason == "out of GPU memory at this batch size: use a smaller one"

@@ -1,6 +1,7 @@
 """The shared evaluator: prepared variants and images in, one record and its predictions each out."""
 
 import datetime
+import functools
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -89,9 +90,10 @@ def _speed_fields(
 ) -> dict[str, Any]:
     latency, latency_failures = _latency_rows(subject.name, baseline, timings)
     fields: dict[str, Any] = {"latency": latency, "latency_failures": latency_failures, "size": _size(subject)}
-    with progress.task(f"memory of {subject.name}", None):
-        fields["memory"] = peak_memory(subject, spec.latency.batch_sizes[0])
     if latency:
+        # At a batch size that is known to fit.
+        with progress.task(f"memory of {subject.name}", None):
+            fields["memory"] = peak_memory(subject, latency[0].batch_size)
         call = _call(subject, latency[-1].batch_size)
         fields["energy_joules_per_image"] = energy_per_image(call, latency[-1].batch_size, subject.device)
     if spec.throughput:
@@ -172,8 +174,12 @@ def _time_all(subjects: Sequence[Subject], batch_size: int, spec: LatencySpec) -
 
 
 def _call(subject: Subject, batch_size: int) -> Callable[[], object]:
-    pixels = random_pixels(batch_size, subject.checkpoint.image_size).to(subject.device)
-    return lambda: subject(pixels)
+    @functools.cache
+    def pixels() -> torch.Tensor:
+        # Made by the first call, where a batch that does not fit is this row's failure and not the run's.
+        return random_pixels(batch_size, subject.checkpoint.image_size).to(subject.device)
+
+    return lambda: subject(pixels())
 
 
 def _latency_rows(
