@@ -22,11 +22,11 @@ environment.quiet_libraries()
 
 from vitopt.environment import DTYPES
 from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint, save_checkpoint
-from vitopt.models.names import linear_layers
+from vitopt.models.names import block_names, linear_layers
 from vitopt.optimize.formats import quantization_config
 from vitopt.optimize.quantize import plan_for
 from vitopt.recipe import VariantSpec
-from vitopt.search.hybrid import Hybrid, block_names
+from vitopt.search.hybrid import Hybrid
 from vitopt.search.sensitivity import Calibration, Unit, table_logits, units
 
 
@@ -62,7 +62,7 @@ def main() -> None:
         exact = load_model(checkpoint, dtype=DTYPES["bf16"])
         packed = load_model(checkpoint, dtype=DTYPES["bf16"], quantization=config)
     layers = linear_layers(exact, checkpoint.config.model_type)
-    hybrid = Hybrid(exact, packed, block_names(layers))
+    hybrid = Hybrid(exact, packed, block_names(exact, checkpoint.config.model_type))
     chosen = units(layers, "block")
 
     generator = torch.Generator().manual_seed(0)

@@ -116,21 +116,28 @@ OPTIONS = {
         "--batch-size", "--learning-rate", "--precision", "--augment", "--flip", "--workers", "--seed", "--device",
         "--json",
     ],
-    "quantize": ["CHECKPOINT", "--format", "--output", "--skip", "--half", "--device", "--json"],
+    "quantize": [
+        "CHECKPOINT", "--format", "--output", "--skip", "--half", "--data", "--min-agreement", "--compile", "--device",
+        "--json",
+    ],
     "sensitivity": [
         "CHECKPOINT", "--data", "--format", "--output", "--granularity", "--half", "--limit", "--device", "--json",
     ],
     "evaluate": [
-        "CHECKPOINT", "--data", "--baseline", "--attention", "--compile", "--batch-size", "--latency-batch-size",
+        "CHECKPOINT", "--data", "--baseline", "--attention", "--sdpa-kernel", "--run-as", "--fuse-qkv",
+        "--channels-last", "--compile", "--autotune", "--threads", "--batch-size", "--latency-batch-size",
         "--iterations", "--rounds", "--workers", "--limit", "--skip-bad-images", "--strict", "--device", "--output",
         "--json",
     ],
     "benchmark": [
-        "CHECKPOINTS", "--batch-size", "--attention", "--compile", "--iterations", "--rounds", "--throughput",
+        "CHECKPOINTS", "--batch-size", "--attention", "--sdpa-kernel", "--run-as", "--fuse-qkv", "--channels-last",
+        "--compile", "--autotune", "--threads", "--iterations", "--rounds", "--throughput", "--roofline",
         "--strict", "--device", "--output", "--json",
     ],
     "compare": ["BASELINE", "VARIANT", "--json"],
-    "predict": ["CHECKPOINT", "IMAGES", "--top", "--attention", "--device", "--json"],
+    "predict": [
+        "CHECKPOINT", "IMAGES", "--top", "--attention", "--sdpa-kernel", "--run-as", "--threads", "--device", "--json",
+    ],
     "report": ["RUN-DIR", "--json"],
     "doctor": ["--device", "--json"],
     "init": ["MODEL", "DATA", "--name"],
@@ -258,6 +265,87 @@ def test_automatic_skip_lists_that_cannot_be_chosen(tiny_checkpoint: Path, shape
     assert "max_kl_share: input should be less than 1, not 2.0" in refusal(*scores, "--max-kl-share", 2)
     assert "format bf16 quantizes nothing" in refusal(*scores[:5], "bf16", *scores[6:])
     assert not (tmp_path / "out").exists()
+
+
+def test_quantize_measures_which_format_is_fastest(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "auto"
+    options = ["--format", "auto", "--no-compile", "--min-agreement", "0", "--data", shapes, "--output", out]
+    found = printed("quantize", tiny_checkpoint, *options)
+    assert [record["variant"]["name"] for record in found["records"]] == ["fp32", "bf16", "w8a8"]
+    times = {record["variant"]["name"]: record["latency"][0]["p50_ms"] for record in found["records"]}
+    assert found["chosen"] == min(times, key=lambda name: times[name])
+    assert found["layer_plan"][found["chosen"]] >= 18
+    assert found["run"]["compile"] is False
+    assert load_file(out / "model.safetensors")
+
+
+def test_what_the_fastest_format_cannot_be_chosen_without(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    options = ["quantize", tiny_checkpoint, "--format", "auto", "--output", tmp_path / "out"]
+    assert "--format auto needs --data" in refusal(*options)
+    assert "--format auto compares whole formats" in refusal(*options, "--data", shapes, "--skip", "block.0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_expanding_adds_a_row_beside_the_packed_one(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    done("quantize", tiny_checkpoint, "--format", "nf4", "--output", tmp_path / "nf4")
+    rows = printed("benchmark", tiny_checkpoint, tmp_path / "nf4", "--run-as", "bf16", *QUICK)
+    names = {row["variant"]["name"]: (row["variant"]["format"], row["variant"]["stored_format"]) for row in rows}
+    source = tiny_checkpoint.name
+    assert names == {
+        source: ("fp32", None),
+        f"{source}-as-bf16": ("bf16", "fp32"),
+        "nf4": ("nf4", None),
+        "nf4-as-bf16": ("bf16", "nf4"),
+    }
+    packed, expanded = rows[2]["size"]["weight_bytes"], rows[3]["size"]["weight_bytes"]
+    assert packed < expanded
+    record = printed("evaluate", tmp_path / "nf4", "--data", shapes, "--run-as", "w8a8", *QUICK)
+    assert (record["variant"]["format"], record["variant"]["stored_format"]) == ("w8a8", "nf4")
+
+
+def test_how_a_checkpoint_is_run_is_an_option(tiny_checkpoint: Path) -> None:
+    options = ["--sdpa-kernel", "math", "--fuse-qkv", "--channels-last", "--roofline"]
+    (row,) = printed("benchmark", tiny_checkpoint, *options, *QUICK)
+    variant = row["variant"]
+    assert (variant["sdpa_kernel_requested"], variant["sdpa_kernel_used"]) == ("math", "math")
+    assert (variant["fused_attentions"], variant["channels_last"]) == (3, True)
+    assert row["roofline"]["gemm_format"] == "fp32"
+    assert 0 < row["latency"][0]["floor_ms"] < row["latency"][0]["p50_ms"]
+
+
+def test_options_of_running_that_do_not_fit(tiny_checkpoint: Path) -> None:
+    assert "`autotune` is a way to compile: set `compile` too" in refusal("benchmark", tiny_checkpoint, "--autotune")
+    strict = ["benchmark", tiny_checkpoint, "--sdpa-kernel", "cudnn", "--strict"]
+    assert "sdpa kernel cudnn cannot run: the cudnn kernel needs a CUDA device" in refusal(*strict)
+    both = ["--attention", "eager", "--sdpa-kernel", "math"]
+    assert "`sdpa_kernel` chooses a kernel of sdpa, and `attention` is eager" in refusal(
+        "benchmark", tiny_checkpoint, *both
+    )
+
+
+def test_measuring_speed_needs_no_library_of_data_or_reports(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    absent = ["datasets", "evaluate", "pyarrow", "matplotlib", "sklearn", "jinja2", "peft"]
+    recipe = tmp_path / "recipe.yaml"
+    content = {"name": "speed", "model": str(tiny_checkpoint), "variants": [{"name": "bf16", "format": "bf16"}]}
+    timing = {"latency": {"batch_sizes": [1], "iterations": 2, "rounds": 1}}
+    recipe.write_text(yaml.safe_dump(content | {"evaluate": timing}))
+    code = (
+        "import sys, importlib.util, importlib.abc\n"
+        f"absent = {absent!r}\n"
+        "class Hide(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name.split('.')[0] in absent: raise ModuleNotFoundError(name, name=name)\n"
+        "sys.meta_path.insert(0, Hide())\n"
+        "real = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda n, *a: None if n.split('.')[0] in absent else real(n, *a)\n"
+        "from vitopt.cli import app\n"
+        f"app(['run', {str(recipe)!r}, '--output', {str(tmp_path / 'run')!r}, '--set', 'device=cpu'])\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "report: left out, jinja2 and matplotlib and pyarrow not installed" in ran.stderr
+    assert "report.html" not in ran.stdout
+    assert load_record(tmp_path / "run" / "variants" / "bf16").latency
 
 
 def test_benchmark_tells_the_highest_rate(tiny_checkpoint: Path) -> None:
@@ -791,6 +879,53 @@ def test_a_reader_that_goes_away_is_no_error_to_speak_of(arguments: list[str]) -
         os.close(writing)
         said = process.stderr.read()
     assert said == "" and process.returncode in (0, 1)
+
+
+# Threads bound to cores are asked for before torch is imported, which only a process of its own can do
+
+
+THREADED = ["run", "evaluate", "benchmark", "predict"]
+
+
+def test_only_commands_that_compute_on_the_cpu_bind_threads() -> None:
+    offering = {command for command in OPTIONS if "--threads" in done(command, "--help").stdout}
+    assert offering == set(THREADED)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system cannot bind threads")
+@pytest.mark.parametrize("command", THREADED)
+def test_more_threads_than_cores_are_refused_before_torch_is_imported(
+    command: str, recipe: Path, tiny_checkpoint: Path, shapes: Path
+) -> None:
+    arguments: dict[str, list[object]] = {
+        "run": [recipe],
+        "evaluate": [tiny_checkpoint, "--data", shapes],
+        "benchmark": [tiny_checkpoint],
+        "predict": [tiny_checkpoint, shapes / "test" / "cross" / "00.png"],
+    }
+    packages, ended = imports(command, *map(str, arguments[command]), "--threads", "999")
+    said = [line for line in ended.stderr.splitlines() if not line.startswith("import time:")]
+    assert ended.returncode == 1 and ended.stdout == "" and len(said) == 1
+    assert re.fullmatch(
+        r"error: cannot bind 999 threads: this process may use \d+ physical cores?, each takes one thread", said[0]
+    )
+    assert packages & HEAVY == set()
+
+
+def test_no_threads_are_a_mistake_in_the_arguments(tiny_checkpoint: Path) -> None:
+    assert vitopt("benchmark", tiny_checkpoint, "--threads", "0").exit_code == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system cannot bind threads")
+def test_benchmark_records_its_bound_threads() -> None:
+    arguments = ["benchmark", "random:vit-tiny-patch16-32", "--threads", "1", "--iterations", "2", "--rounds", "1"]
+    with start([*arguments, "--json"], stdout=subprocess.PIPE) as process:
+        said, complaints = process.communicate()
+    assert process.returncode == 0, complaints
+    (record,) = json.loads(said)
+    facts = record["environment"]
+    assert (facts["torch_threads"], facts["threads_bound"]) == (1, True)
+    assert record["memory"]["peak_bytes"] > 0, "the process that measures memory inherits the settings"
 
 
 # The recipes of the project

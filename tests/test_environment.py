@@ -13,7 +13,7 @@ import torch
 import vitopt
 from vitopt import environment
 from vitopt.errors import UnsupportedError
-from vitopt.recipe import Attention, Format
+from vitopt.recipe import Attention, Format, SdpaKernel
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
@@ -200,6 +200,51 @@ def test_flash_attention_needs_cuda(packages):
     )
 
 
+@pytest.mark.parametrize("kernel", ["auto", "math"])
+def test_plain_kernels_run_everywhere(cuda, kernel):
+    assert environment.why_not_kernel(kernel, CPU, torch.float32) is None
+    assert environment.why_not_kernel(kernel, cuda((6, 0)), torch.float32) is None
+
+
+def test_kernels_on_the_cpu():
+    reasons = {name: environment.why_not_kernel(name, CPU, torch.float32) for name in get_args(SdpaKernel)}
+    assert {name for name, reason in reasons.items() if reason is None} == {"auto", "flash", "math"}
+    assert reasons["cudnn"] == "the cudnn kernel needs a CUDA device"
+    assert reasons["efficient"] == "the efficient kernel needs a CUDA device"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "capability", "dtype", "reason"),
+    [
+        ("flash", (8, 0), torch.bfloat16, None),
+        ("flash", (9, 0), torch.float16, None),
+        ("flash", (7, 5), torch.float16, "compute capability 7.5 is below 8.0"),
+        ("flash", (9, 0), torch.float32, "the flash kernel computes in 16 bit only, the model is fp32"),
+        ("cudnn", (9, 0), torch.bfloat16, None),
+        ("cudnn", (7, 0), torch.bfloat16, "compute capability 7.0 is below 8.0"),
+        ("cudnn", (9, 0), torch.float32, "the cudnn kernel computes in 16 bit only, the model is fp32"),
+        ("efficient", (6, 0), torch.float32, None),
+        ("efficient", (9, 0), torch.bfloat16, None),
+    ],
+)
+def test_kernels_on_cuda(cuda, monkeypatch, kernel, capability, dtype, reason):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    assert environment.why_not_kernel(kernel, cuda(capability), dtype) == reason
+
+
+def test_the_cudnn_kernel_needs_cudnn(cuda, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert environment.why_not_kernel("cudnn", cuda(), torch.bfloat16) == "torch finds no cuDNN"
+    assert environment.why_not_kernel("flash", cuda(), torch.bfloat16) is None
+
+
+def test_the_profiler_is_quiet(capfd):
+    environment.quiet_libraries()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        torch.ones(3)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_bf16_arithmetic_of_gpus(cuda):
     assert environment.computes_in_bf16(cuda((8, 0))) is True
     assert environment.computes_in_bf16(cuda((7, 5))) is False
@@ -244,7 +289,10 @@ def test_diagnosis_has_a_line_for_everything_that_can_be_asked_for(no_cuda, monk
     assert set(facts) == {"machine", "libraries", "can_run"}
     assert set(facts["libraries"]) == set(environment.LIBRARIES)
     wanted = {f"format {name}" for name in get_args(Format)} | {f"attention {name}" for name in get_args(Attention)}
+    wanted |= {f"sdpa kernel {name}" for name in get_args(SdpaKernel) if name != "auto"}
     assert set(facts["can_run"]) == wanted
+    assert facts["can_run"]["sdpa kernel flash"] is None
+    assert facts["can_run"]["sdpa kernel cudnn"] == "the cudnn kernel needs a CUDA device"
     assert facts["can_run"]["format fp32"] is None
     assert facts["can_run"]["attention flash_attention_2"] == "FlashAttention-2 needs a CUDA device"
     assert facts["machine"]["cuda"] == f"torch {torch.__version__} is built without CUDA"

@@ -7,11 +7,13 @@ import torch
 
 from vitopt import environment, pipeline
 from vitopt.data.images import open_images
-from vitopt.models.checkpoint import open_checkpoint
+from vitopt.data.pixels import Preprocessor, batches, on_device, random_pixels
+from vitopt.measure.rates import copy_rate, gemm_rate
+from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
-from vitopt.optimize.runtime import prepare
+from vitopt.optimize.runtime import Runnable, prepare
 from vitopt.pipeline import Candidate
-from vitopt.recipe import DataSpec, EvaluateSpec, LatencySpec, VariantSpec
+from vitopt.recipe import DataSpec, EvaluateSpec, LatencySpec, Recipe, RunSpec, VariantSpec, validate
 
 pytestmark = pytest.mark.gpu
 
@@ -42,7 +44,7 @@ def test_formats_run_and_agree_with_fp32(format: str, tiny_checkpoint: Path, tmp
 def test_flash_attention_runs_or_says_why_not(tiny_checkpoint: Path, tmp_path: Path) -> None:
     quantize(open_checkpoint(str(tiny_checkpoint)), VariantSpec(name="v", format="bf16"), tmp_path / "v", "cuda")
     half = open_checkpoint(str(tmp_path / "v"))
-    flash = prepare(half, name="flash", device=CUDA, attention="flash_attention_2")
+    flash = prepare(half, name="flash", device=CUDA, run=RunSpec(attention="flash_attention_2"))
     if environment.installed("flash_attn"):
         assert (flash.attention_used, flash.attention_reason) == ("flash_attention_2", None)
     else:
@@ -50,7 +52,9 @@ def test_flash_attention_runs_or_says_why_not(tiny_checkpoint: Path, tmp_path: P
             "sdpa",
             "flash_attn is not installed (pip install flash-attn)",
         )
-    full = prepare(open_checkpoint(str(tiny_checkpoint)), name="full", device=CUDA, attention="flash_attention_2")
+    full = prepare(
+        open_checkpoint(str(tiny_checkpoint)), name="full", device=CUDA, run=RunSpec(attention="flash_attention_2")
+    )
     assert full.attention_used == "sdpa"
 
 
@@ -67,3 +71,148 @@ def test_records_hold_device_time_memory_and_the_gpu(tiny_checkpoint: Path, shap
     for row in record.latency:
         assert row.device_p50_ms is not None
         assert 0 < row.device_p50_ms <= row.p50_ms
+
+
+@pytest.fixture
+def half(tiny_checkpoint: Path, tmp_path: Path) -> Checkpoint:
+    """The tiny checkpoint in bf16."""
+    quantize(open_checkpoint(str(tiny_checkpoint)), VariantSpec(name="h", format="bf16"), tmp_path / "half", "cuda")
+    return open_checkpoint(str(tmp_path / "half"))
+
+
+def pixels_of(batch_size: int) -> torch.Tensor:
+    return random_pixels(batch_size, (32, 32)).to(CUDA)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("run_as", [None, "w8a8", "fp8"])
+@pytest.mark.parametrize("fuse_qkv", [False, True])
+def test_a_graph_gives_the_logits_of_the_eager_model(half: Checkpoint, run_as: str | None, fuse_qkv: bool) -> None:
+    if run_as and (reason := environment.why_not_format(run_as, CUDA)):
+        pytest.skip(reason)
+    eager = prepare(half, name="eager", device=CUDA, run=RunSpec(run_as=run_as))
+    graph = prepare(half, name="graph", device=CUDA, run=RunSpec(run_as=run_as, compile=True, fuse_qkv=fuse_qkv))
+    assert graph.fused_attentions == (3 if fuse_qkv else 0)
+    for batch_size in (8, 2, 8):
+        pixels = pixels_of(batch_size)
+        for _ in range(2):  # captured, then replayed
+            assert relative_error(graph(pixels), eager(pixels)) < 0.05
+        assert graph.graph_bytes(pixels.shape) > 0
+    assert graph.compiled and graph.compile_reason is None
+
+
+def test_what_a_graph_returned_is_not_overwritten_by_its_next_call(half: Checkpoint) -> None:
+    graph = prepare(half, name="graph", device=CUDA, run=RunSpec(compile=True))
+    first = graph(pixels_of(4))
+    kept = first.clone()
+    graph(-pixels_of(4))
+    torch.testing.assert_close(first, kept, rtol=0, atol=0)
+
+
+def test_a_replayed_graph_compiles_nothing(half: Checkpoint) -> None:
+    graph = prepare(half, name="graph", device=CUDA, run=RunSpec(compile=True))
+    graph(pixels_of(4))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        graph(pixels_of(4))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("kernel", ["flash", "cudnn", "efficient", "math"])
+def test_the_attention_kernel_asked_for_runs(half: Checkpoint, kernel: str, compile: bool) -> None:
+    expected = prepare(half, name="auto", device=CUDA)(pixels_of(4))
+    held: Runnable = prepare(half, name=kernel, device=CUDA, run=RunSpec(sdpa_kernel=kernel, compile=compile))
+    assert held.kernel_reason is None
+    assert relative_error(held(pixels_of(4)), expected) < 0.05
+    assert held.compile_reason is None
+    # Compiled, plain matrix products are no operator of their own any more.
+    assert held.kernel_used(pixels_of(4)) == (None if compile and kernel == "math" else kernel)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+@pytest.mark.parametrize("run_as", ["bf16", "w8a8", "fp8"])
+def test_packed_checkpoints_expand_at_load(tiny_checkpoint: Path, tmp_path: Path, format: str, run_as: str) -> None:
+    if reason := environment.why_not_format(run_as, CUDA):
+        pytest.skip(reason)
+    quantize(open_checkpoint(str(tiny_checkpoint)), VariantSpec(name="v", format=format), tmp_path / "v", "cuda")
+    stored = open_checkpoint(str(tmp_path / "v"))
+    packed = prepare(stored, name="packed", device=CUDA)
+    expanded = prepare(stored, name="expanded", device=CUDA, run=RunSpec(run_as=run_as, compile=True, fuse_qkv=True))
+    assert (expanded.stored_format, set(expanded.layers.values())) == (format, {run_as, "bf16"})
+    assert relative_error(expanded(pixels_of(8)), packed(pixels_of(8))) < 0.1
+
+
+def test_compiled_variants_are_measured_on_images_that_another_thread_pins(half: Checkpoint, shapes: Path) -> None:
+    spec = EvaluateSpec(batch_size=5, roofline=True, latency=LatencySpec(batch_sizes=(1, 5), iterations=20, rounds=4))
+    images = open_images(DataSpec(source=str(shapes)), "test")
+    candidates = [
+        Candidate("eager", str(half.folder)),
+        Candidate("graph", str(half.folder), RunSpec(compile=True, fuse_qkv=True)),
+    ]
+    eager, graph = (
+        one.record for one in pipeline.measure(candidates, spec, images=images, baseline="eager", device="cuda")
+    )
+    assert graph.failure is None and graph.variant.compile_used and not graph.latency_failures
+    assert graph.versus_baseline is not None and graph.versus_baseline.agreement_percent > 95
+    assert eager.variant.sdpa_kernel_used is not None
+    for row in graph.latency:
+        assert row.floor_ms is not None and row.peak_bytes is not None
+        assert 0 < row.floor_ms < row.p50_ms
+    assert graph.roofline is not None and graph.roofline.gemm_format == "bf16"
+
+
+def test_batches_arrive_on_the_device_as_they_were(tiny_checkpoint: Path, shapes: Path) -> None:
+    images = open_images(DataSpec(source=str(shapes)), "test")
+    preprocess = Preprocessor(load_processor(open_checkpoint(str(tiny_checkpoint))))
+    plain = list(batches(images, preprocess, 5))
+    copied = list(on_device(batches(images, preprocess, 5, pin=True), CUDA))
+    assert [batch.indices for batch in copied] == [batch.indices for batch in plain]
+    for here, there in zip(plain, copied, strict=True):
+        assert there.pixel_values.device == CUDA
+        torch.testing.assert_close(there.pixel_values.cpu(), here.pixel_values, rtol=0, atol=0)
+
+
+def test_a_batch_that_does_not_fit_is_told_with_one_that_does() -> None:
+    spec = EvaluateSpec(latency=LatencySpec(batch_sizes=(1, 4096), iterations=2, rounds=1))
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 3e9 / total))
+    try:
+        (measured,) = pipeline.measure([Candidate("v", "random:vit-base-patch16-224")], spec, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert [row.batch_size for row in measured.record.latency] == [1]
+    (failure,) = measured.record.latency_failures
+    assert failure.batch_size == 4096
+    assert failure.reason.startswith("out of memory; batch ") and failure.reason.endswith(" fits")
+
+
+@pytest.mark.parametrize("format", ["fp32", "fp16", "bf16", "int8", "fp8"])
+def test_the_rates_of_the_device_are_measured(format: str) -> None:
+    if format == "fp8" and (reason := environment.why_not_format("fp8", CUDA)):
+        pytest.skip(reason)
+    assert gemm_rate(format, CUDA) > 1e12
+    assert copy_rate(CUDA) > 1e11
+
+
+def test_random_weights_in_every_format_without_data(tmp_path: Path) -> None:
+    recipe = validate(
+        Recipe,
+        {
+            "name": "small",
+            "model": "random:vit-tiny-patch16-224",
+            "variants": [
+                {"name": "fp32", "format": "fp32", "attention": "eager"},
+                {"name": "fp8", "format": "fp8", "compile": True, "fuse_qkv": True},
+                {"name": "nf4-as-bf16", "format": "nf4", "run_as": "bf16", "compile": True},
+            ],
+            "evaluate": {"roofline": True, "latency": {"batch_sizes": [1, 2], "iterations": 4, "rounds": 2}},
+        },
+        where="test",
+    )
+    records = pipeline.run(recipe, tmp_path / "run").records
+    for record in records:
+        reason = environment.why_not_format(record.variant.format, CUDA)
+        assert (record.failure is None) == (reason is None), record.failure
+        assert record.failure or [row.batch_size for row in record.latency] == [1, 2]

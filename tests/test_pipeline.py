@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from vitopt import pipeline
+from vitopt import environment, pipeline
 from vitopt.errors import BadImageError, CheckpointError, DataError, RecipeError, UnsupportedError
 from vitopt.measure import evaluator
 from vitopt.measure.predictions import load_predictions
@@ -454,10 +454,12 @@ def test_data_without_splits_is_divided_once(content: dict[str, Any], shapes: Pa
 
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitopt.finetune import training
+
     def started(*_: Any, **__: Any) -> None:
         raise AssertionError("the training was started")
 
-    monkeypatch.setattr(pipeline, "finetune", started)
+    monkeypatch.setattr(training, "finetune", started)
 
 
 def test_all_wrong_patterns_are_told_at_once_before_anything_runs(
@@ -687,3 +689,104 @@ def test_calibration_images_are_never_test_images(content: dict[str, Any], tmp_p
 def test_a_plan_without_weights_leaves_an_automatic_skip_list_open(content: dict[str, Any]) -> None:
     plan = pipeline.plans(Recipe.model_validate(with_auto(content)))["auto"]
     assert plan.counts() == {"nf4": 18, "bf16": 1}
+
+
+# Speed, size and memory alone
+
+
+@pytest.fixture(scope="module")
+def without_data() -> dict[str, Any]:
+    """A recipe for random weights, and nothing to look at."""
+    return {
+        "name": "speed",
+        "model": "random:vit-tiny-patch16-32",
+        "device": "cpu",
+        "variants": [
+            {"name": "fp32", "format": "fp32"},
+            {"name": "nf4", "format": "nf4", "skip": ["block.1"]},
+            {"name": "nf4-as-bf16", "format": "nf4", "skip": ["block.1"], "run_as": "bf16", "fuse_qkv": True},
+            {"name": "math", "format": "fp32", "sdpa_kernel": "math"},
+        ],
+        "evaluate": {"latency": {"iterations": 4, "rounds": 2, "warmup_seconds": 0}},
+    }
+
+
+@pytest.fixture(scope="module")
+def timed(without_data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, list[str]]:
+    return run(without_data, tmp_path_factory.mktemp("runs") / "speed")
+
+
+def test_without_data_speed_and_size_are_measured_alone(timed: tuple[RunResult, list[str]]) -> None:
+    result, said = timed
+    assert said == [
+        "variant fp32: 73 fp32",
+        "variant nf4: 66 nf4, 7 bf16",
+        "variant nf4-as-bf16: the same weights as nf4",
+        "variant math: the same weights as fp32",
+        "evaluate: 4 variants on random pixels",
+    ]
+    for record in result.records:
+        assert record.failure is None and load_record(result.folder / "variants" / record.variant.name) == record
+        assert [row.iterations for row in record.latency] == [4]
+        assert (record.latency[0].speedup_vs_baseline is None) == (record.variant.name == "fp32")
+        assert record.size.disk_bytes > 0 and record.memory is not None
+        assert record.accuracy is record.versus_baseline is record.dataset is None and record.end_to_end == ()
+    assert not list(result.folder.rglob("predictions.parquet"))
+    assert not (result.folder / "finetune").exists()
+    assert load_recipe(result.folder / "recipe.yaml").data is None
+
+
+def test_ways_to_run_are_in_the_records_of_a_run(timed: tuple[RunResult, list[str]]) -> None:
+    packed, expanded, plain = timed[0].records[1:]
+    assert packed.layer_plan == {"nf4": 66, "bf16": 7} and packed.variant.stored_format is None
+    assert expanded.layer_plan == {"bf16": 73}
+    assert (expanded.variant.format, expanded.variant.stored_format) == ("bf16", "nf4")
+    assert (expanded.variant.fused_attentions, packed.variant.fused_attentions) == (12, 0)
+    assert expanded.size.disk_bytes == packed.size.disk_bytes
+    assert expanded.size.weight_bytes > packed.size.weight_bytes
+    assert (plain.variant.sdpa_kernel_requested, plain.variant.sdpa_kernel_used) == ("math", "math")
+
+
+def test_without_data_the_report_is_written_all_the_same(timed: tuple[RunResult, list[str]]) -> None:
+    result = timed[0]
+    page, summary = (result.folder / name for name in ("report.html", "report.md"))
+    assert result.report == page and page.stat().st_size > 10_000
+    assert all(name in summary.read_text() for name in ("fp32", "nf4", "nf4-as-bf16"))
+    assert (result.folder / "variants" / "nf4" / "README.md").is_file()
+
+
+def test_without_data_a_run_stands_too(
+    without_data: dict[str, Any], timed: tuple[RunResult, list[str]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(timed[0].folder, tmp_path / "speed"))
+    before = times(folder)
+    result, said = run(without_data, folder)
+    assert said[-1] == "evaluate: up to date, skipped" and times(folder) == before
+    assert result.records == timed[0].records
+
+
+@pytest.mark.parametrize(
+    ("absent", "named"),
+    [
+        (("jinja2", "matplotlib", "pyarrow"), "jinja2 and matplotlib and pyarrow"),
+        (("matplotlib",), "matplotlib"),
+    ],
+)
+def test_without_the_packages_of_the_report_it_is_left_out_in_one_line(
+    absent: tuple[str, ...],
+    named: str,
+    without_data: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed = environment.installed
+    monkeypatch.setattr(environment, "installed", lambda name: name not in absent and installed(name))
+    one = changed(without_data, variants=without_data["variants"][:1])
+    result, said = run(one, tmp_path / "run")
+    folder = tmp_path / "run"
+    assert [line for line in said if line.startswith("report")] == [
+        f"report: left out, {named} not installed; `vitopt report {folder}` writes it"
+    ]
+    assert load_record(folder / "variants" / "fp32") == result.records[0]
+    assert not (folder / "report.html").exists() and not (folder / "report.md").exists()
+    assert {path.name for path in (folder / "variants" / "fp32").iterdir()} == CHECKPOINT | {"record.json"}

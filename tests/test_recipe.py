@@ -14,6 +14,7 @@ from vitopt.recipe import (
     FinetuneSpec,
     LatencySpec,
     Recipe,
+    RunSpec,
     VariantSpec,
     dump_yaml,
     load_recipe,
@@ -181,6 +182,106 @@ def test_skip_goes_with_every_quantized_format(format):
     assert validate(Recipe, content, where="r").variants[0].skip == ("block.0",)
 
 
+RUN = {
+    "attention": "sdpa",
+    "sdpa_kernel": "math",
+    "run_as": "w8a8",
+    "fuse_qkv": True,
+    "channels_last": True,
+    "compile": True,
+    "autotune": True,
+}
+
+
+def test_a_variant_by_default_runs_as_it_is():
+    run = VariantSpec(name="a", format="nf4").run
+    assert run == RunSpec()
+    assert run.model_dump() == {
+        "attention": "sdpa",
+        "sdpa_kernel": "auto",
+        "run_as": None,
+        "fuse_qkv": False,
+        "channels_last": False,
+        "compile": False,
+        "autotune": False,
+    }
+
+
+def test_how_a_variant_runs_is_all_of_it_and_nothing_of_how_it_is_held():
+    assert set(RUN) == set(RunSpec.model_fields)
+    variant = VariantSpec(name="a", format="nf4", skip=["block.0"], half="fp16", **RUN)
+    assert type(variant.run) is RunSpec
+    assert variant.run == RunSpec(**RUN) and variant.run.model_dump() == RUN
+    assert RunSpec.model_validate_json(variant.run.model_dump_json()) == variant.run
+
+
+def variant(**run: object) -> dict[str, object]:
+    return changed(variants=[{"name": "a", "format": "nf4", **run}])
+
+
+@pytest.mark.parametrize(
+    ("run", "line"),
+    [
+        ({"autotune": True}, "variants.0: `autotune` is a way to compile: set `compile` too"),
+        ({"autotune": True, "compile": False}, "variants.0: `autotune` is a way to compile: set `compile` too"),
+        (
+            {"sdpa_kernel": "flash", "attention": "eager"},
+            "variants.0: `sdpa_kernel` chooses a kernel of sdpa, and `attention` is eager",
+        ),
+        (
+            {"sdpa_kernel": "math", "attention": "flash_attention_2"},
+            "variants.0: `sdpa_kernel` chooses a kernel of sdpa, and `attention` is flash_attention_2",
+        ),
+        (
+            {"sdpa_kernel": "flash_attention"},
+            "variants.0.sdpa_kernel: input should be 'auto', 'flash', 'cudnn', 'efficient' or 'math', "
+            "not 'flash_attention'",
+        ),
+        ({"run_as": "nf4"}, "variants.0.run_as: input should be 'bf16', 'w8a8' or 'fp8', not 'nf4'"),
+        ({"fuse_kqv": True}, "variants.0.fuse_kqv: unknown key; did you mean 'fuse_qkv'?"),
+    ],
+)
+def test_ways_to_run_that_do_not_fit_are_refused(run, line):
+    assert mistakes(variant(**run)) == [line]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"autotune": True, "compile": True},
+        {"sdpa_kernel": "auto", "attention": "eager"},
+        {"sdpa_kernel": "efficient", "attention": "sdpa"},
+        {"run_as": None},
+    ],
+)
+def test_ways_to_run_that_fit_are_taken(run):
+    found = validate(Recipe, variant(**run), where="r").variants[0].run
+    assert {name: getattr(found, name) for name in run} == run
+
+
+def test_a_recipe_needs_no_data_to_measure_speed():
+    content = changed()
+    del content["data"]
+    for given in (content, content | {"data": None}):
+        assert validate(Recipe, given, where="r").data is None
+
+
+def test_what_needs_data_is_listed_with_all_other_mistakes():
+    variants = [
+        {"name": "a", "format": "fp32"},
+        {"name": "b", "format": "nf4", "skip": "auto"},
+        {"name": "c", "format": "int8", "skip": ["block.0"]},
+        {"name": "d", "format": "w8a8", "skip": "auto"},
+    ]
+    content = changed(data=None, finetune={}, variants=variants, baseline="e")
+    assert mistakes(content) == [
+        "recipe: finetune needs `data`; `skip: auto` of b needs `data`; `skip: auto` of d needs `data`; "
+        "baseline names 'e', which is no variant; known: a, b, c, d"
+    ]
+    content["data"], content["baseline"] = "digits", "a"
+    assert validate(Recipe, content, where="r").data == DataSpec(source="digits")
+
+
 def test_names_must_agree():
     variants = [{"name": name, "format": "fp32"} for name in ("one", "two", "two", "one")]
     content = changed(variants=variants, baseline="tow", export="none-of-them")
@@ -328,6 +429,7 @@ def test_dump_yaml_loads_back_to_an_equal_recipe(recipe_file):
         variants=[
             {"name": "null", "format": "w8a8", "skip": ["block.0-2"], "layers": {"block.3": "fp8"}},
             {"name": "b", "format": "bf16", "compile": True, "attention": "eager"},
+            {"name": "c", "format": "nf4", **RUN},
         ],
         baseline="b",
         export="null",
@@ -335,6 +437,15 @@ def test_dump_yaml_loads_back_to_an_equal_recipe(recipe_file):
     )
     recipe = validate(Recipe, content, where="r")
     assert load_recipe(recipe_file(dump_yaml(recipe))) == recipe
+
+
+def test_a_dumped_variant_starts_with_its_name_and_how_it_is_held(recipe_file):
+    recipe = load_recipe(recipe_file(MINIMAL.replace("data: digits\n", "")))
+    dumped = dump_yaml(recipe)
+    (written,) = yaml.safe_load(dumped)["variants"]
+    assert list(written) == ["name", "format", "half", "skip", "auto", "layers", *RUN]
+    assert "data: null\n" in dumped and "\n- name: a\n" in dumped
+    assert load_recipe(recipe_file(dumped)) == recipe
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from vitopt.records import (
     Memory,
     Model,
     Record,
+    Roofline,
     Size,
     Variant,
     json_schema,
@@ -33,8 +34,23 @@ def full_record() -> Record:
             attention_requested="flash_attention_2",
             attention_used="sdpa",
             attention_reason="FlashAttention-2 needs a CUDA device",
+            sdpa_kernel_requested="cudnn",
+            sdpa_kernel_used="flash",
+            sdpa_kernel_reason="the cudnn kernel needs a CUDA device",
+            stored_format="nf4",
+            fused_attentions=12,
+            channels_last=True,
+            compile_requested=True,
+            autotune=True,
         ),
-        model=Model(source="m", architecture="ViT", parameters=5, image_size=(32, 48), classes=4),
+        model=Model(
+            source="m",
+            architecture="ViT",
+            parameters=5,
+            image_size=(32, 48),
+            classes=4,
+            flops_per_image=123_000_000_000,
+        ),
         layer_plan={"nf4": 18, "bf16": 1},
         layers={"block.0.query": "bf16"},
         accuracy=Accuracy(
@@ -57,6 +73,9 @@ def full_record() -> Record:
                 p95_ms=None,
                 p99_ms=None,
                 images_per_second=666.6,
+                floor_ms=0.25,
+                model_flop_utilisation_percent=12.5,
+                peak_bytes=2**30,
                 warmup_ms=10.0,
                 warmup_iterations=3,
                 samples_ms=(1.0, 2.0),
@@ -64,6 +83,7 @@ def full_record() -> Record:
         ),
         size=Size(weight_bytes=10, disk_bytes=None),
         memory=Memory(peak_bytes=2**40, kind="resident_set", batch_size=1),
+        roofline=Roofline(gemm_format="bf16", gemm_flops_per_second=6.5e14, copy_bytes_per_second=4e12),
         environment={"libraries": {"torch": "2.13"}, "gpu": None},
         dataset=Dataset(name="d", split="test", images=3, sha256="00", preprocessor="P", skipped=("bad.png",)),
         warnings=("noisy",),
@@ -124,6 +144,27 @@ def test_another_schema_is_refused(tmp_path, schema):
     assert str(caught.value) == (
         f"{path} has schema {schema!r}, this vitopt reads {SCHEMA!r}: measure again with this version"
     )
+
+
+def test_a_record_from_before_there_were_ways_to_run_a_checkpoint_still_loads(tmp_path):
+    content = full_record().to_json()
+    for field in (
+        "sdpa_kernel_requested",
+        "sdpa_kernel_used",
+        "sdpa_kernel_reason",
+        "stored_format",
+        "fused_attentions",
+        "channels_last",
+        "autotune",
+    ):
+        del content["variant"][field]
+    for field in ("floor_ms", "model_flop_utilisation_percent", "peak_bytes"):
+        del content["latency"][0][field]
+    del content["model"]["flops_per_image"], content["roofline"]
+    (tmp_path / RECORD_FILE).write_text(json.dumps(content))
+    loaded = load_record(tmp_path)
+    assert (loaded.variant.sdpa_kernel_requested, loaded.variant.sdpa_kernel_used) == ("auto", None)
+    assert (loaded.variant.fused_attentions, loaded.variant.channels_last, loaded.roofline) == (0, False, None)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", "{}"])

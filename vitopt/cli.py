@@ -31,12 +31,16 @@ from vitopt.recipe import (
     Format,
     HalfFormat,
     Recipe,
+    RunAs,
+    RunSpec,
+    SdpaKernel,
     VariantSpec,
     dump_yaml,
     load_recipe,
     validate,
 )
 from vitopt.records import Record
+from vitopt.threads import bind
 
 if TYPE_CHECKING:
     from vitopt.measure.evaluator import Measured
@@ -65,7 +69,16 @@ DataOption = Annotated[str, typer.Option(help="Image folder, hub data set id, or
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Only JSON on standard output, no bars.")]
 AttentionOption = Annotated[Attention, typer.Option(help="Attention implementation.")]
-CompileOption = Annotated[bool, typer.Option("--compile", help="Run through torch.compile.")]
+KernelOption = Annotated[SdpaKernel, typer.Option(help="Kernel of sdpa; auto lets torch choose.")]
+RunAsOption = Annotated[
+    RunAs | None, typer.Option(help="Expand packed layers (nf4, int8) to this format at load; adds a row.")
+]
+FuseOption = Annotated[bool, typer.Option("--fuse-qkv", help="Query, key and value as one matrix product.")]
+LayoutOption = Annotated[bool, typer.Option("--channels-last", help="Pixels and patch embedding in NHWC order.")]
+CompileOption = Annotated[
+    bool, typer.Option("--compile", help="Compile for each batch size; on a GPU, as one CUDA graph.")
+]
+AutotuneOption = Annotated[bool, typer.Option("--autotune", help="With --compile: time its kernels first.")]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse instead of falling back to SDPA.")]
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad-images", help="Leave out and count undecodable images.")]
 LimitOption = Annotated[int | None, typer.Option(help="Use only so many images, spread over the classes.")]
@@ -75,6 +88,9 @@ ObjectiveOption = Annotated[Literal["size", "latency"], typer.Option(help="What 
 GranularityOption = Annotated[Literal["block", "linear"], typer.Option(help="Whole blocks or single linear layers.")]
 IterationsOption = Annotated[int, typer.Option(help="Timed calls per checkpoint and batch size.")]
 RoundsOption = Annotated[int, typer.Option(help="Interleaved rounds that share the iterations.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Compute on the CPU with so many threads, each bound to its own core.")
+]
 
 
 def main() -> None:
@@ -109,8 +125,11 @@ def _clear_errors(command: CommandFunction) -> CommandFunction:
     return wrapped  # type: ignore[return-value]
 
 
-def _start(as_json: bool) -> None:
-    """Set up what every working command needs: quiet libraries, notices, bars for a person at a terminal."""
+def _start(as_json: bool, threads: int | None = None) -> None:
+    """Set up what every working command needs: bound threads, quiet libraries, notices, bars for a person at a
+    terminal."""
+    if threads is not None:
+        bind(threads)  # before anything imports torch
     from vitopt import environment
 
     logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr, force=True)
@@ -157,13 +176,14 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and layer plans only.")] = False,
     strict: StrictOption = False,
     skip_bad_images: SkipBadOption = False,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a recipe: fine-tune, quantize, measure, report, export."""
     overrides = [*(set_ or []), *(["strict=true"] if strict else [])]
     overrides += ["data.skip_bad_images=true"] if skip_bad_images else []
     resolved = load_recipe(recipe, overrides)
-    _start(as_json)
+    _start(as_json, threads)
     from vitopt import pipeline
 
     if dry_run:
@@ -177,7 +197,8 @@ def run(
 
     if environment.is_main_process():
         _print_table(result.records)
-        out.print(f"\nreport: {result.report}", highlight=False)
+        if result.report is not None:
+            out.print(f"\nreport: {result.report}", highlight=False)
         if result.export is not None:
             from vitopt.report.card import loading_code
 
@@ -261,14 +282,21 @@ def finetune(
 @_clear_errors
 def quantize(
     checkpoint: CheckpointArgument,
-    format: Annotated[Format, typer.Option(help="Format of the linear layers.")],
+    format: Annotated[
+        Literal["auto", Format],
+        typer.Option(help="Format of the linear layers; auto measures which is fastest here and agrees with fp32."),
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the quantized checkpoint.")],
     skip: Annotated[
         list[str] | None, typer.Option(help="Layers that stay in 16 bit, repeatable: block.21, block.*.fc2, or auto.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Calibration images for --skip auto; never your test images.")
+        str | None, typer.Option(help="Images for --skip auto and --format auto; never your test images.")
     ] = None,
+    min_agreement: Annotated[
+        float, typer.Option(min=0, max=100, help="With --format auto: agreement with fp32 in percent of images.")
+    ] = 98,
+    compile: Annotated[bool, typer.Option(help="With --format auto: try compiled models too.")] = True,
     max_top1_drop: MaxTop1DropOption = None,
     max_kl_share: MaxKlShareOption = None,
     objective: ObjectiveOption = "size",
@@ -279,6 +307,9 @@ def quantize(
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another format; it opens with plain transformers."""
+    if format == "auto":
+        _quantize_to_fastest(checkpoint, output, skip, data, limit, min_agreement, half, compile, device, as_json)
+        return
     content: dict[str, Any] = {"name": "variant", "format": format, "skip": skip or [], "half": half}
     goal = {"max_top1_drop": max_top1_drop, "max_kl_share": max_kl_share}
     if goal == {"max_top1_drop": None, "max_kl_share": None}:
@@ -305,6 +336,46 @@ def quantize(
     _say(f"{', '.join(f'{count} layers {name}' for name, count in plan.counts().items())}")
     _say(f"{human_bytes(size)} on disk{before}")
     _say(f"checkpoint: {output}")
+
+
+def _quantize_to_fastest(
+    checkpoint: str,
+    output: Path,
+    skip: list[str] | None,
+    data: str | None,
+    limit: int | None,
+    min_agreement: float,
+    half: HalfFormat,
+    compile: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    if data is None:
+        raise RecipeError("--format auto needs --data: images on which the formats are compared with fp32")
+    if skip:
+        raise RecipeError("--format auto compares whole formats: choose one, then --skip keeps layers in 16 bit")
+    source = validate(DataSpec, {"source": data, "limit": limit}, where="data")
+    _start(as_json)
+    from vitopt.data.images import open_images
+    from vitopt.models.checkpoint import disk_bytes, open_checkpoint
+    from vitopt.optimize.quantize import quantize as write
+    from vitopt.search.fastest import find_fastest
+
+    opened = open_checkpoint(checkpoint)
+    images = open_images(source, None if ":" in data else "train")
+    spec = EvaluateSpec(end_to_end=False)
+    options: dict[str, Any] = {"min_agreement_percent": min_agreement, "half": half, "compile": compile}
+    choice = find_fastest(opened, images, spec, **options, device=device)
+    plan = write(opened, choice.variant, output, device)
+    if as_json:
+        found: dict[str, Any] = {"checkpoint": str(output), "chosen": choice.variant.name}
+        found |= {"run": choice.variant.run.model_dump(mode="json"), "layer_plan": plan.counts()}
+        found |= {"disk_bytes": disk_bytes(output), "records": [record.to_json() for record in choice.records]}
+        _print_json(found)
+        return
+    _print_table(choice.records)
+    _say(choice.sentence())
+    _say(f"checkpoint: {output}" + ("; run it with --compile --fuse-qkv" if choice.variant.compile else ""))
 
 
 def _choose_skip_list(
@@ -385,7 +456,12 @@ def evaluate(
     data: DataOption,
     baseline: Annotated[str | None, typer.Option(help="Checkpoint to compare with, image by image.")] = None,
     attention: AttentionOption = "sdpa",
+    sdpa_kernel: KernelOption = "auto",
+    run_as: RunAsOption = None,
+    fuse_qkv: FuseOption = False,
+    channels_last: LayoutOption = False,
     compile: CompileOption = False,
+    autotune: AutotuneOption = False,
     batch_size: Annotated[int, typer.Option(help="Images per call while accuracy is measured.")] = 32,
     latency_batch_size: Annotated[str, typer.Option(help="Batch sizes to time, as in 1,8,32.")] = "1",
     iterations: IterationsOption = 100,
@@ -396,17 +472,19 @@ def evaluate(
     strict: StrictOption = False,
     device: DeviceOption = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder for record.json and predictions.parquet.")] = None,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure accuracy, latency, size and memory of a checkpoint."""
     spec = _evaluate_spec(batch_size, workers, latency_batch_size, iterations, rounds)
+    run = _run_spec(attention, sdpa_kernel, run_as, fuse_qkv, channels_last, compile, autotune)
     source = validate(DataSpec, {"source": data, "limit": limit, "skip_bad_images": skip_bad_images}, where="data")
-    _start(as_json)
+    _start(as_json, threads)
     from vitopt import pipeline
     from vitopt.data.images import open_images
 
     sources = [checkpoint] if baseline is None else [baseline, checkpoint]
-    candidates = _candidates(sources, attention, compile)
+    candidates = _candidates(sources, run, expanded=[checkpoint])
     measured = pipeline.measure(
         candidates,
         spec,
@@ -431,23 +509,33 @@ def benchmark(
     checkpoints: Annotated[list[str], typer.Argument(help="Folders, hub ids or random:ARCHITECTURE.")],
     batch_size: Annotated[str, typer.Option(help="Batch sizes, as in 1,8,32.")] = "1",
     attention: AttentionOption = "sdpa",
+    sdpa_kernel: KernelOption = "auto",
+    run_as: RunAsOption = None,
+    fuse_qkv: FuseOption = False,
+    channels_last: LayoutOption = False,
     compile: CompileOption = False,
+    autotune: AutotuneOption = False,
     iterations: IterationsOption = 100,
     rounds: RoundsOption = 10,
     throughput: Annotated[
         bool, typer.Option("--throughput", help="Also double the batch to the highest rate.")
     ] = False,
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Also measure what the device's GEMM and copy rates allow.")
+    ] = False,
     strict: StrictOption = False,
     device: DeviceOption = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder that gets one record per checkpoint.")] = None,
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time checkpoints against each other, interleaved; the first is the baseline."""
-    spec = _evaluate_spec(32, 0, batch_size, iterations, rounds, throughput)
-    _start(as_json)
+    spec = _evaluate_spec(32, 0, batch_size, iterations, rounds, throughput, roofline)
+    run = _run_spec(attention, sdpa_kernel, run_as, fuse_qkv, channels_last, compile, autotune)
+    _start(as_json, threads)
     from vitopt import pipeline
 
-    candidates = _candidates(checkpoints, attention, compile)
+    candidates = _candidates(checkpoints, run, expanded=checkpoints)
     measured = pipeline.measure(candidates, spec, baseline=candidates[0].name, device=device, strict=strict)
     if output is not None:
         for one in measured:
@@ -484,14 +572,18 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to print per image.")] = 5,
     attention: AttentionOption = "sdpa",
+    sdpa_kernel: KernelOption = "auto",
+    run_as: RunAsOption = None,
     device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Classify images."""
-    _start(as_json)
+    run = _run_spec(attention, sdpa_kernel, run_as)
+    _start(as_json, threads)
     from vitopt import pipeline
 
-    predictions = pipeline.predict(checkpoint, images, top=top, attention=attention, device=device)
+    predictions = pipeline.predict(checkpoint, images, top=top, run=run, device=device)
     if as_json:
         _print_json(predictions)
         return
@@ -563,7 +655,13 @@ def init(
 
 
 def _evaluate_spec(
-    batch_size: int, workers: int, latency: str, iterations: int, rounds: int, throughput: bool = False
+    batch_size: int,
+    workers: int,
+    latency: str,
+    iterations: int,
+    rounds: int,
+    throughput: bool = False,
+    roofline: bool = False,
 ) -> EvaluateSpec:
     sizes = [int(part) if part.strip().isdigit() else part for part in latency.split(",")]
     return validate(
@@ -572,13 +670,40 @@ def _evaluate_spec(
             "batch_size": batch_size,
             "workers": workers,
             "throughput": throughput,
+            "roofline": roofline,
             "latency": {"batch_sizes": sizes, "iterations": iterations, "rounds": min(rounds, iterations)},
         },
         where="arguments",
     )
 
 
-def _candidates(sources: Sequence[str], attention: Attention, compile: bool) -> list[Any]:
+def _run_spec(
+    attention: Attention,
+    sdpa_kernel: SdpaKernel,
+    run_as: RunAs | None,
+    fuse_qkv: bool = False,
+    channels_last: bool = False,
+    compile: bool = False,
+    autotune: bool = False,
+) -> RunSpec:
+    return validate(
+        RunSpec,
+        {
+            "attention": attention,
+            "sdpa_kernel": sdpa_kernel,
+            "run_as": run_as,
+            "fuse_qkv": fuse_qkv,
+            "channels_last": channels_last,
+            "compile": compile,
+            "autotune": autotune,
+        },
+        where="arguments",
+    )
+
+
+def _candidates(sources: Sequence[str], run: RunSpec, expanded: Sequence[str]) -> list[Any]:
+    """One candidate per source and, with `run_as`, one more for each of `expanded`: packed layers beside expanded
+    ones, so that the memory of the one and the speed of the other are both seen."""
     from vitopt.pipeline import Candidate
 
     short = [source.rstrip("/").rsplit("/", 1)[-1] for source in sources]
@@ -587,7 +712,13 @@ def _candidates(sources: Sequence[str], attention: Attention, compile: bool) -> 
     names = [long if short.count(name) > 1 else name for long, name in zip(whole, short, strict=True)]
     if len(set(names)) < len(names):
         raise RecipeError("the same checkpoint is given twice; compare two different ones")
-    return [Candidate(name, source, attention, compile) for name, source in zip(names, sources, strict=True)]
+    packed = run.model_copy(update={"run_as": None})
+    candidates = []
+    for name, source in zip(names, sources, strict=True):
+        candidates.append(Candidate(name, source, packed))
+        if run.run_as is not None and source in expanded:
+            candidates.append(Candidate(f"{name}-as-{run.run_as}", source, run))
+    return candidates
 
 
 def _exit_if_failed(records: Iterable[Record]) -> None:

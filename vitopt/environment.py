@@ -16,7 +16,8 @@ from typing import Any, TypeVar, get_args
 import torch
 
 from vitopt.errors import UnsupportedError
-from vitopt.recipe import Attention, Format
+from vitopt.recipe import Attention, Format, SdpaKernel
+from vitopt.threads import are_bound
 
 T = TypeVar("T")
 
@@ -157,6 +158,19 @@ def why_not_attention(attention: Attention, device: torch.device, dtype: torch.d
     return None
 
 
+def why_not_kernel(kernel: SdpaKernel, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a kernel of scaled dot product attention cannot run, or None when it can."""
+    if kernel in ("auto", "math"):
+        return None
+    if device.type != "cuda":
+        return None if kernel == "flash" else f"the {kernel} kernel needs a CUDA device"
+    if kernel == "cudnn" and not torch.backends.cudnn.is_available():
+        return "torch finds no cuDNN"
+    if kernel != "efficient" and dtype not in (torch.float16, torch.bfloat16):
+        return f"the {kernel} kernel computes in 16 bit only, the model is fp32"
+    return None if kernel == "efficient" else _capability_below(device, AMPERE)
+
+
 def versions() -> dict[str, str | None]:
     """Installed version of every library whose version changes results; None when absent."""
     found: dict[str, str | None] = {}
@@ -166,6 +180,17 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def threads_bound() -> bool:
+    """Whether as many threads as torch computes with are each held on a CPU of their own.
+
+    Read back from the live threads: the environment variables that ask for it can be set too late, or overruled.
+    """
+    if are_bound(1):
+        # OpenMP starts its other threads with the first loop it shares out, which takes more than 32,768 elements.
+        torch.ones(2**17, dtype=torch.uint8)
+    return are_bound(torch.get_num_threads())
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -179,6 +204,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "processor": processor_name(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "threads_bound": threads_bound(),
         "device": str(device),
         "libraries": versions(),
         "gpu": None,
@@ -204,6 +230,8 @@ def diagnose(device: torch.device) -> dict[str, dict[str, Any]]:
     half = torch.bfloat16
     reasons: dict[str, Any] = {f"format {format}": why_not_format(format, device) for format in get_args(Format)}
     reasons |= {f"attention {name}": why_not_attention(name, device, half) for name in get_args(Attention)}
+    kernels = [kernel for kernel in get_args(SdpaKernel) if kernel != "auto"]
+    reasons |= {f"sdpa kernel {name}": why_not_kernel(name, device, half) for name in kernels}
     machine = facts | {f"gpu {key}": value for key, value in gpu.items()}
     if device.type == "cpu":
         machine["cuda"] = _why_no_cuda() if not torch.cuda.is_available() else "available, not asked for"
@@ -243,7 +271,10 @@ def quiet_libraries() -> None:
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch|torchao|peft)\b")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._(inductor|functorch|dynamo)\b")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.profiler\b")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notices
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # For a transformers that is not imported yet; importing it here would slow every command down.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

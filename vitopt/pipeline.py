@@ -20,7 +20,6 @@ from vitopt.data.images import ALL, ImageSet, fit_labels, image_files, open_imag
 from vitopt.data.pixels import Preprocessor
 from vitopt.environment import DTYPES
 from vitopt.errors import CheckpointError, DataError, PatternError, RecipeError, RecordError, UnsupportedError
-from vitopt.finetune.training import finetune, head_labels
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
 from vitopt.models.checkpoint import Checkpoint, empty_model, load_processor, open_checkpoint
@@ -28,12 +27,8 @@ from vitopt.models.names import linear_layers, select
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import plan_for, quantize
 from vitopt.optimize.runtime import Runnable, prepare
-from vitopt.recipe import Attention, DataSpec, EvaluateSpec, Recipe, VariantSpec, dump_yaml, validate
+from vitopt.recipe import DataSpec, EvaluateSpec, Recipe, RunSpec, VariantSpec, dump_yaml, validate
 from vitopt.records import RECORD_FILE, Record, load_record, save_record
-from vitopt.report.card import write_card
-from vitopt.report.page import write_report
-from vitopt.search.analysis import analyse_for, require_disjoint
-from vitopt.search.results import load_sensitivity
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +42,7 @@ class RunResult:
 
     folder: Path
     records: list[Record]
-    report: Path
+    report: Path | None  # None where its packages are not installed, and in processes other than the main one
     export: Path | None
 
 
@@ -57,8 +52,7 @@ class Candidate:
 
     name: str
     source: str
-    attention: Attention = "sdpa"
-    compile: bool = False
+    run: RunSpec = field(default_factory=RunSpec)
     asked: VariantSpec | None = None
     failure: str | None = None
 
@@ -142,8 +136,8 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
     plans(recipe)
     device = environment.resolve_device(recipe.device)
     source = open_checkpoint(recipe.model)
-    images = _test_images(recipe)
-    if recipe.finetune is None:
+    images = None if recipe.data is None else _test_images(recipe, recipe.data)
+    if images is not None and recipe.finetune is None:
         fit_labels(images, source.label_names)
     if recipe.strict:
         _require_attention(recipe, device)
@@ -152,31 +146,40 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
     if environment.is_main_process():
         storage.write_text(folder / "recipe.yaml", dump_yaml(recipe))
         storage.write_json(folder / "environment.json", environment.describe(device))
-    base = _finetune_stage(current, source, images)
-    current.variants = tuple(_sensitivity_stage(current, base, variant, images) for variant in recipe.variants)
+    base = source
+    current.variants = recipe.variants
+    if images is not None and recipe.data is not None:
+        base = _finetune_stage(current, source, recipe.data, images)
+        current.variants = tuple(
+            _sensitivity_stage(current, base, variant, recipe.data, images) for variant in recipe.variants
+        )
     made = {variant.name: _variant_stage(current, base, variant) for variant in current.variants}
     records = _evaluate_stage(current, images, made)
     return _report_stage(current, records)
 
 
-def _test_images(recipe: Recipe) -> ImageSet:
-    images = open_images(recipe.data, recipe.data.test)
+def _test_images(recipe: Recipe, data: DataSpec) -> ImageSet:
+    images = open_images(data, data.test)
     uses_train = recipe.finetune is not None or any(variant.skips_automatically for variant in recipe.variants)
     if images.split == ALL and uses_train:
         # One part of data without splits is trained or calibrated on, so only the other part may test.
-        return open_images(recipe.data, "test")
+        return open_images(data, "test")
     return images
 
 
 def _require_attention(recipe: Recipe, device: torch.device) -> None:
     """Refuse, before the first long stage, what `strict` would refuse after it."""
     for variant in recipe.variants:
-        dtype = DTYPES.get(variant.format, DTYPES[variant.half])
+        dtype = DTYPES["bf16"] if variant.run_as else DTYPES.get(variant.format, DTYPES[variant.half])
         reason = environment.why_not_attention(variant.attention, device, dtype)
         if reason is not None:
             raise UnsupportedError(
                 f"{variant.name}: {variant.attention} cannot run: {reason}; drop --strict to use sdpa"
             )
+        reason = environment.why_not_kernel(variant.sdpa_kernel, device, dtype)
+        if reason is not None:
+            kernel = f"sdpa kernel {variant.sdpa_kernel}"
+            raise UnsupportedError(f"{variant.name}: {kernel} cannot run: {reason}; drop --strict to let torch choose")
 
 
 def _read_stages(folder: Path) -> dict[str, str]:
@@ -195,12 +198,14 @@ def _fingerprint(*inputs: Any) -> str:
     return storage.sha256_of_json([*inputs, {name: versions[name] for name in _VERSIONS_THAT_MATTER}])
 
 
-def _finetune_stage(current: _Run, source: Checkpoint, test: ImageSet) -> Checkpoint:
+def _finetune_stage(current: _Run, source: Checkpoint, data: DataSpec, test: ImageSet) -> Checkpoint:
     recipe = current.recipe
     if recipe.finetune is None:
         return source
+    from vitopt.finetune.training import finetune, head_labels
+
     output = current.folder / "finetune"
-    train = open_images(recipe.data.model_copy(update={"limit": None}), recipe.data.train)
+    train = open_images(data.model_copy(update={"limit": None}), data.train)
     fit_labels(test, head_labels(source, train))  # before the training, not after it
     overlap = set(train.image_hashes) & set(test.image_hashes)
     if overlap:
@@ -217,13 +222,18 @@ def _finetune_stage(current: _Run, source: Checkpoint, test: ImageSet) -> Checkp
     return tuned
 
 
-def _sensitivity_stage(current: _Run, base: Checkpoint, variant: VariantSpec, test: ImageSet) -> VariantSpec:
+def _sensitivity_stage(
+    current: _Run, base: Checkpoint, variant: VariantSpec, data: DataSpec, test: ImageSet
+) -> VariantSpec:
     """The variant with its skip list: as it stands, or chosen on calibration images if it is automatic."""
     if not variant.skips_automatically:
         return variant
+    from vitopt.search.analysis import analyse_for, require_disjoint
+    from vitopt.search.results import load_sensitivity
+
     recipe, auto = current.recipe, variant.auto
     stage, output = f"sensitivity {variant.name}", current.folder / "sensitivity" / f"{variant.name}.json"
-    calibration = open_images(recipe.data.model_copy(update={"limit": auto.images}), auto.split)
+    calibration = open_images(data.model_copy(update={"limit": auto.images}), auto.split)
     require_disjoint(calibration, test)
     fingerprint = _fingerprint(
         base.fingerprint(),
@@ -292,7 +302,7 @@ def _holds_same(current: _Run, other: VariantSpec, variant: VariantSpec, fingerp
     return other.name != variant.name and made and _holds_weights(current.variant_folder(other.name))
 
 
-def _evaluate_stage(current: _Run, images: ImageSet, made: dict[str, str | None]) -> list[Record]:
+def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str | None]) -> list[Record]:
     recipe = current.recipe
     folders = {name: current.variant_folder(name) for name in made}
     fingerprint = _fingerprint(
@@ -300,13 +310,15 @@ def _evaluate_stage(current: _Run, images: ImageSet, made: dict[str, str | None]
         {name: current.stages.get(f"variant {name}") for name in made},
         recipe.baseline_name,
         recipe.evaluate.model_dump(mode="json"),
-        recipe.data.model_dump(mode="json"),
-        images.sha256,
+        recipe.data.model_dump(mode="json") if recipe.data else None,
+        images.sha256 if images else None,
         recipe.device,
+        [torch.get_num_threads(), environment.threads_bound()],
     )
     if current.stands("evaluate", fingerprint, *(folder / RECORD_FILE for folder in folders.values())):
         return [load_record(folder) for folder in folders.values()]
-    current.say(f"evaluate: {len(made)} variants on {len(images)} images of {images.name}")
+    on = f"{len(images)} images of {images.name}" if images else "random pixels"
+    current.say(f"evaluate: {len(made)} variants on {on}")
     measured = _measure(current, images, made)
     for one in measured:
         folder = folders[one.record.variant.name]
@@ -319,14 +331,13 @@ def _evaluate_stage(current: _Run, images: ImageSet, made: dict[str, str | None]
     return [one.record for one in measured]
 
 
-def _measure(current: _Run, images: ImageSet, made: dict[str, str | None]) -> list[Measured]:
+def _measure(current: _Run, images: ImageSet | None, made: dict[str, str | None]) -> list[Measured]:
     recipe = current.recipe
     candidates = [
         Candidate(
             name=variant.name,
             source=str(current.variant_folder(variant.name)),
-            attention=variant.attention,
-            compile=variant.compile,
+            run=variant.run,
             asked=variant,
             failure=made[variant.name],
         )
@@ -336,7 +347,7 @@ def _measure(current: _Run, images: ImageSet, made: dict[str, str | None]) -> li
         candidates,
         recipe.evaluate,
         images=images,
-        skip_bad=recipe.data.skip_bad_images,
+        skip_bad=recipe.data is not None and recipe.data.skip_bad_images,
         baseline=recipe.baseline_name,
         device=recipe.device,
         strict=recipe.strict,
@@ -371,8 +382,7 @@ def measure(
                 open_checkpoint(one.source),
                 name=one.name,
                 device=target,
-                attention=one.attention,
-                compile=one.compile,
+                run=one.run,
                 strict=strict,
             )
         except UnsupportedError as error:
@@ -414,14 +424,10 @@ def _fit_all(images: ImageSet, subjects: Sequence[Runnable]) -> ImageSet:
 
 def _report_stage(current: _Run, records: list[Record]) -> RunResult:
     recipe = current.recipe
-    report = current.folder / "report.html"
     export = current.folder / "export" if recipe.export else None
     if not environment.is_main_process():
-        return RunResult(current.folder, records, report, export)
-    for record in records:
-        if record.failure is None:
-            write_card(record, current.variant_folder(record.variant.name), records)
-    report = write_report(current.folder)
+        return RunResult(current.folder, records, None, export)
+    report = _write_report(current, records)
     if export is not None:
         chosen = next(record for record in records if record.variant.name == recipe.export)
         if chosen.failure is not None:
@@ -430,8 +436,25 @@ def _report_stage(current: _Run, records: list[Record]) -> RunResult:
     return RunResult(current.folder, records, report, export)
 
 
+def _write_report(current: _Run, records: list[Record]) -> Path | None:
+    """The report's path; None where a package that it needs is not installed, which is said."""
+    missing = [package for package in ("jinja2", "matplotlib", "pyarrow") if not environment.installed(package)]
+    if missing:
+        # Measuring alone needs none of them; the records are complete, so the report can be written elsewhere.
+        packages = " and ".join(missing)
+        current.say(f"report: left out, {packages} not installed; `vitopt report {current.folder}` writes it")
+        return None
+    from vitopt.report.card import write_card
+    from vitopt.report.page import write_report
+
+    for record in records:
+        if record.failure is None:
+            write_card(record, current.variant_folder(record.variant.name), records)
+    return write_report(current.folder)
+
+
 def predict(
-    source: str, paths: Sequence[Path], *, top: int, attention: Attention = "sdpa", device: str = "auto"
+    source: str, paths: Sequence[Path], *, top: int, run: RunSpec | None = None, device: str = "auto"
 ) -> list[dict[str, Any]]:
     """Classify image files: per image its path and the `top` classes with their probabilities in percent.
 
@@ -439,7 +462,7 @@ def predict(
         BadImageError: a file is missing or cannot be decoded.
     """
     checkpoint = open_checkpoint(source)
-    runnable = prepare(checkpoint, name=source, device=environment.resolve_device(device), attention=attention)
+    runnable = prepare(checkpoint, name=source, device=environment.resolve_device(device), run=run)
     preprocess = Preprocessor(load_processor(checkpoint))
     images = image_files(paths)
     results = []
@@ -479,11 +502,16 @@ def starting_recipe(model: str, data: str, name: str) -> str:
         {"name": "fp32", "format": "fp32"},
         {"name": "bf16", "format": "bf16"},
         {"name": "nf4", "format": "nf4"},
+        {"name": "nf4-as-bf16", "format": "nf4", "run_as": "bf16"},
         {"name": "nf4-skip-0", "format": "nf4", "skip": ["block.0"]},
         {"name": "int8", "format": "int8"},
         {"name": "w8a8", "format": "w8a8"},
         {"name": "fp8", "format": "fp8"},
     ]
+    if device.type == "cuda":
+        fast = {"compile": True, "fuse_qkv": True}
+        wanted[2:2] = [{"name": "bf16-compiled", "format": "bf16"} | fast]
+        wanted += [{"name": f"{format}-compiled", "format": format} | fast for format in ("w8a8", "fp8")]
     reasons = {v["name"]: environment.why_not_format(v["format"], device) for v in wanted}
     content["variants"] = [variant for variant in wanted if reasons[variant["name"]] is None]
     if environment.why_not_attention("flash_attention_2", device, torch.bfloat16) is None:

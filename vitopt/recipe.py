@@ -19,6 +19,8 @@ from vitopt.errors import RecipeError
 Format = Literal["fp32", "fp16", "bf16", "nf4", "int4", "int8", "w8a8", "fp8"]
 HalfFormat = Literal["fp16", "bf16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
+SdpaKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
+RunAs = Literal["bf16", "w8a8", "fp8"]
 Linear = Literal["query", "key", "value", "output", "fc1", "fc2"]
 
 QUANTIZED_FORMATS: tuple[Format, ...] = ("nf4", "int4", "int8", "w8a8", "fp8")
@@ -96,8 +98,28 @@ class AutoSkipSpec(Spec):
         return self
 
 
-class VariantSpec(Spec):
-    """One row of the comparison: how the checkpoint is held and how it is run."""
+class RunSpec(Spec):
+    """How a checkpoint is run; nothing of it is in the file."""
+
+    attention: Attention = "sdpa"
+    sdpa_kernel: SdpaKernel = Field("auto", description="kernel of `attention: sdpa`; auto lets torch choose")
+    run_as: RunAs | None = Field(None, description="format that packed layers expand to at load; null runs them packed")
+    fuse_qkv: bool = Field(False, description="query, key and value as one matrix product; exact")
+    channels_last: bool = Field(False, description="pixels and patch embedding in NHWC memory order")
+    compile: bool = Field(False, description="compile for each batch size; on a GPU, replay it as one CUDA graph")
+    autotune: bool = Field(False, description="let the compiler time its kernels first: slower to start")
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "RunSpec":
+        if self.autotune and not self.compile:
+            raise ValueError("`autotune` is a way to compile: set `compile` too")
+        if self.sdpa_kernel != "auto" and self.attention != "sdpa":
+            raise ValueError(f"`sdpa_kernel` chooses a kernel of sdpa, and `attention` is {self.attention}")
+        return self
+
+
+class HeldSpec(Spec):
+    """How a checkpoint is held: what is in the file."""
 
     name: Name
     format: Format
@@ -105,8 +127,10 @@ class VariantSpec(Spec):
     skip: Patterns = Field((), description="logical names of the layers that stay in 16 bit, or `auto`")
     auto: AutoSkipSpec = Field(AutoSkipSpec(), description="how `skip: auto` chooses")
     layers: dict[str, Format] = Field(default_factory=dict, description="other formats for some layers")
-    attention: Attention = "sdpa"
-    compile: bool = False
+
+
+class VariantSpec(RunSpec, HeldSpec):
+    """One row of the comparison: how the checkpoint is held and how it is run."""
 
     @model_validator(mode="after")
     def _skip_needs_quantization(self) -> "VariantSpec":
@@ -115,6 +139,11 @@ class VariantSpec(Spec):
         if AUTO in self.skip and self.skip != (AUTO,):
             raise ValueError("`skip: auto` chooses the whole list; it cannot be mixed with names")
         return self
+
+    @property
+    def run(self) -> RunSpec:
+        """How it is run, without how it is held."""
+        return RunSpec(**{name: getattr(self, name) for name in RunSpec.model_fields})
 
     @property
     def skips_automatically(self) -> bool:
@@ -151,6 +180,7 @@ class EvaluateSpec(Spec):
     latency: LatencySpec = LatencySpec()
     end_to_end: bool = Field(True, description="also time decode, preprocess, copy, model, postprocess")
     throughput: bool = Field(False, description="also find the highest rate by doubling the batch")
+    roofline: bool = Field(False, description="also measure the device's GEMM and copy rates and what they allow")
 
 
 class Recipe(Spec):
@@ -158,7 +188,9 @@ class Recipe(Spec):
 
     name: Name
     model: str = Field(min_length=1, description="folder, hub id, `vit-quickstart`, or `random:ARCHITECTURE`")
-    data: Annotated[DataSpec, BeforeValidator(_data_from_string)]
+    data: Annotated[DataSpec | None, BeforeValidator(_data_from_string)] = Field(
+        None, description="null measures speed, size and memory alone"
+    )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     seed: int = Field(0, ge=0)
     strict: bool = Field(False, description="an attention kernel that cannot run is an error, not a fallback")
@@ -172,6 +204,10 @@ class Recipe(Spec):
     def _names_agree(self) -> "Recipe":
         names = [variant.name for variant in self.variants]
         mistakes = [f"two variants are named {name!r}" for name in sorted(set(names)) if names.count(name) > 1]
+        if self.data is None:
+            needy = ["finetune"] if self.finetune is not None else []
+            needy += [f"`skip: auto` of {variant.name}" for variant in self.variants if variant.skips_automatically]
+            mistakes += [f"{what} needs `data`" for what in needy]
         for key in ("baseline", "export"):
             wanted = getattr(self, key)
             if wanted is not None and wanted not in names:

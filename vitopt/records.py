@@ -34,9 +34,16 @@ class Variant(Part):
     layers: dict[str, str] = Field(default_factory=dict, description="patterns that got another format")
     attention_used: str | None = Field(description="read back from the live model; null if it never ran")
     attention_reason: str | None = Field(None, description="why another attention than the requested one ran")
+    sdpa_kernel_requested: str = "auto"
+    sdpa_kernel_used: str | None = Field(None, description="read from a profiled call; null if none was recognised")
+    sdpa_kernel_reason: str | None = Field(None, description="why another kernel than the requested one ran")
+    stored_format: str | None = Field(None, description="format on disk where the layers were expanded at load")
+    fused_attentions: int = Field(0, description="attentions whose query, key and value run as one matrix product")
+    channels_last: bool = Field(False, description="pixels and patch embedding in NHWC memory order")
     compile_requested: bool = False
     compile_used: bool = False
     compile_reason: str | None = Field(None, description="why compilation was asked for and did not happen")
+    autotune: bool = Field(False, description="whether the compiler was asked to time its kernels first")
 
 
 class Model(Part):
@@ -47,6 +54,7 @@ class Model(Part):
     architecture: str
     parameters: int = Field(description="logical count: a packed 4-bit matrix counts its original elements")
     image_size: tuple[int, int] = Field(description="height, width in pixels")
+    flops_per_image: int | None = Field(None, description="of matrix products and convolutions, a multiply-add as 2")
     classes: int
 
 
@@ -102,6 +110,9 @@ class Latency(Part):
     images_per_second: float = Field(description="batch size over the median")
     speedup_vs_baseline: float | None = None
     speedup_ci95: tuple[float, float] | None = None
+    floor_ms: float | None = Field(None, description="what the device's GEMM and copy rates allow at this batch size")
+    model_flop_utilisation_percent: float | None = Field(None, description="share of the measured GEMM rate")
+    peak_bytes: int | None = Field(None, description="CUDA: as `memory.peak_bytes`, at this batch size")
     warmup_ms: float = Field(description="first calls, compilation included; in no other figure")
     warmup_iterations: int
     samples_ms: tuple[float, ...] = Field(description="in order of time; equal shares per round")
@@ -157,6 +168,14 @@ class Memory(Part):
     batch_size: int
 
 
+class Roofline(Part):
+    """What the device gave in the same run, by the formats of vitopt; utilisation and floor are against it."""
+
+    gemm_format: str = Field(description="format of the matrix product behind `gemm_flops_per_second`")
+    gemm_flops_per_second: float
+    copy_bytes_per_second: float = Field(description="bytes read and written per second by a large copy")
+
+
 class Dataset(Part):
     """Which images were used."""
 
@@ -186,6 +205,7 @@ class Record(Part):
     size: Size | None = None
     memory: Memory | None = None
     energy_joules_per_image: float | None = None
+    roofline: Roofline | None = Field(None, description="the device's rates in the same run; null if not measured")
     environment: dict[str, Any] = Field(default_factory=dict)
     dataset: Dataset | None = None
     warnings: tuple[str, ...] = Field((), description="conditions under which the figures deserve less trust")

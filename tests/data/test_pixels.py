@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import BeitImageProcessor, CLIPImageProcessor, DeiTImageProcessor, ViTImageProcessor
 
 from vitopt.data.images import ImageSet, open_images
-from vitopt.data.pixels import Augmentation, PixelDataset, Preprocessor, batches, random_pixels
+from vitopt.data.pixels import Augmentation, Batch, PixelDataset, Preprocessor, batches, on_device, random_pixels
 from vitopt.errors import BadImageError
 from vitopt.models.checkpoint import load_processor, open_checkpoint
 from vitopt.recipe import DataSpec
@@ -311,6 +311,32 @@ def test_nothing_is_read_before_it_is_asked_for(images):
     counting = Counting()
     batches(images, counting, 4)
     assert (counting.calls, threading.active_count()) == (0, before)
+
+
+# on the way to the device
+
+
+def test_the_cpu_gets_the_batches_as_they_are(images, preprocess):
+    found = list(batches(images, preprocess, 10))
+    passed = list(on_device(iter(found), torch.device("cpu")))
+    assert len(passed) == 3
+    assert all(one is other for one, other in zip(passed, found, strict=True))
+
+
+def test_batches_without_good_images_pass_too():
+    batch = Batch((), torch.empty(0), (0, 1))
+    assert list(on_device(iter([batch]), torch.device("cpu"))) == [batch]
+
+
+def test_the_way_to_the_device_reads_nothing_before_it_is_asked_for(images):
+    before = threading.active_count()
+    counting = Counting()
+    stream = on_device(batches(images, counting, 1), torch.device("cpu"))
+    assert (counting.calls, threading.active_count()) == (0, before)
+    assert next(stream).indices == (0,)
+    stream.close()
+    assert no_more_threads_than(before)
+    assert counting.calls < 24
 
 
 # noise for timing

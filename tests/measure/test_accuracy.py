@@ -32,11 +32,15 @@ class Fake:
         name: str = "fake",
         compiled: bool = False,
         spoil: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
+        fits: int = 10**9,
     ):
-        self.name, self.compiled, self.spoil = name, compiled, spoil
+        self.name, self.compiled, self.spoil, self.fits = name, compiled, spoil, fits
+        self.full: Exception = torch.OutOfMemoryError("CUDA out of memory")
         self.batches: list[int] = []
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        if len(pixels) > self.fits:
+            raise self.full
         self.batches.append(len(pixels))
         logits = torch.cat([pixels.mean((2, 3)), pixels.std((1, 2, 3)).unsqueeze(1)], dim=1)
         return self.spoil(len(self.batches), logits) if self.spoil else logits
@@ -82,6 +86,51 @@ def test_a_compiled_subject_sees_one_shape_only_and_answers_the_same(
     assert plain.batches == [10, 10, 4]
     assert compiled.batches == [10, 10, 10]
     np.testing.assert_array_equal(outcome.predictions["compiled"].logits, outcome.predictions["plain"].logits)
+
+
+@pytest.mark.parametrize(
+    "full",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(
+    full: Exception, images: ImageSet, preprocess: Preprocessor, caplog: pytest.LogCaptureFixture
+) -> None:
+    small, large = Fake("small", fits=4), Fake("large")
+    small.full = full
+    outcome = predict([small, large], images, preprocess, batch_size=16)
+    assert small.batches == [4] * 6 and large.batches == [16, 8]
+    np.testing.assert_array_equal(outcome.predictions["small"].logits, outcome.predictions["large"].logits)
+    assert outcome.failures == {}
+    assert outcome.notes == {"small": ["accuracy ran in batches of 4: 16 images did not fit the memory"]}
+    assert caplog.messages == [
+        "small: batch 16 does not fit the memory; going on with 8",
+        "small: batch 8 does not fit the memory; going on with 4",
+    ]
+
+
+def test_a_compiled_subject_keeps_to_the_halved_shape(images: ImageSet, preprocess: Preprocessor) -> None:
+    plain, compiled = Fake("plain"), Fake("compiled", compiled=True, fits=5)
+    outcome = predict([plain, compiled], images, preprocess, batch_size=10)
+    # 10, 10 and 4 images in fives, the last four filled up
+    assert compiled.batches == [5] * 5
+    np.testing.assert_array_equal(outcome.predictions["compiled"].logits, outcome.predictions["plain"].logits)
+
+
+def test_a_model_of_which_not_one_image_fits_fails_alone(images: ImageSet, preprocess: Preprocessor) -> None:
+    outcome = predict([Fake("none", fits=0), Fake("good")], images, preprocess, batch_size=6)
+    assert outcome.failures == {"none": "out of memory at this batch size: use a smaller one"}
+    assert set(outcome.predictions) == {"good"}
+
+
+def test_other_errors_are_not_answered_with_smaller_batches(images: ImageSet, preprocess: Preprocessor) -> None:
+    picky = Fake("picky", fits=4)
+    picky.full = RuntimeError("no kernel for this shape")
+    outcome = predict([picky], images, preprocess, batch_size=8)
+    assert outcome.failures == {"picky": "RuntimeError: no kernel for this shape"} and outcome.notes == {}
 
 
 def raises_in_second_batch(batch: int, logits: torch.Tensor) -> torch.Tensor:

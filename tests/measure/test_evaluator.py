@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ import torch
 
 from vitopt.data.images import ImageSet, fit_labels, open_images
 from vitopt.data.pixels import Preprocessor
-from vitopt.measure import evaluator
+from vitopt.measure import evaluator, rates
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import Runnable, prepare
-from vitopt.recipe import DataSpec, EvaluateSpec, LatencySpec, VariantSpec
+from vitopt.recipe import DataSpec, EvaluateSpec, LatencySpec, RunSpec, VariantSpec
 from vitopt.records import Memory, Record, load_record, save_record
 
 CPU = torch.device("cpu")
@@ -72,9 +72,7 @@ def subjects(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     root = tmp_path_factory.mktemp("variants")
     for variant in VARIANTS:
         quantize(open_checkpoint(str(tiny_checkpoint)), variant, root / variant.name, "cpu")
-    return [
-        prepare(open_checkpoint(str(root / v.name)), name=v.name, device=CPU, attention=v.attention) for v in VARIANTS
-    ]
+    return [prepare(open_checkpoint(str(root / v.name)), name=v.name, device=CPU, run=v.run) for v in VARIANTS]
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +308,51 @@ def test_a_variant_that_could_not_be_made_has_a_record_with_its_reason(tmp_path:
     assert load_record(tmp_path) == record
 
 
+def full_above(fits: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def spoil(pixels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if len(pixels) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits
+
+    return spoil
+
+
+def at(*batch_sizes: int) -> EvaluateSpec:
+    return QUICK.model_copy(update={"latency": QUICK.latency.model_copy(update={"batch_sizes": batch_sizes})})
+
+
+@pytest.mark.parametrize(
+    ("fits", "reason"),
+    [
+        (7, "out of memory; batch 4 fits"),
+        (4, "out of memory; batch 4 fits"),
+        (1, "out of memory; batch 1 fits"),
+        (0, "out of memory; not even one image fits"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_told_with_the_largest_half_that_does(
+    fits: int, reason: str, subjects: list[Runnable]
+) -> None:
+    small = Spoiled(subjects[0], "base", full_above(fits))
+    base, other = (one.record for one in evaluate([small, subjects[1]], VARIANTS, at(8), baseline="base"))
+    assert [(row.batch_size, row.reason) for row in base.latency_failures] == [(8, reason)]
+    assert base.latency == () and base.memory is None and base.failure is None
+    assert base.variant.sdpa_kernel_used is None  # nothing ran that could be looked at
+    assert [row.batch_size for row in other.latency] == [8] and other.latency_failures == ()
+
+
+def test_what_keeps_a_smaller_batch_from_running_is_told_as_well(subjects: list[Runnable]) -> None:
+    def spoil(pixels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if len(pixels) == 4:
+            raise RuntimeError("no kernel for four")
+        return full_above(4)(pixels, logits)
+
+    (one,) = evaluate([Spoiled(subjects[0], "base", spoil)], VARIANTS[:1], at(8))
+    assert [row.reason for row in one.record.latency_failures] == [
+        "out of memory; at batch 4: RuntimeError: no kernel for four"
+    ]
+
+
 def test_a_batch_whose_pixels_do_not_fit_fails_alone(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vitopt import pipeline
 
@@ -324,4 +367,96 @@ def test_a_batch_whose_pixels_do_not_fit_fails_alone(tiny_checkpoint: Path, monk
     (measured,) = pipeline.measure([pipeline.Candidate("v", str(tiny_checkpoint))], spec, device="cpu")
     assert [row.batch_size for row in measured.record.latency] == [1]
     assert [row.batch_size for row in measured.record.latency_failures] == [8]
-    assert measured.record.latency_failures[0].reason == "out of GPU memory at this batch size: use a smaller one"
+    assert measured.record.latency_failures[0].reason == "out of memory; batch 4 fits"
+
+
+def test_halved_batches_of_accuracy_are_a_warning_in_that_record(
+    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
+) -> None:
+    small = Spoiled(subjects[0], "small memory", full_above(8))
+    got = evaluate([small, subjects[1]], VARIANTS, QUICK, images=images, preprocess=preprocess)
+    note = "accuracy ran in batches of 8: 32 images did not fit the memory"
+    assert [note in one.record.warnings for one in got] == [True, False]
+    (whole,) = evaluate(subjects[:1], VARIANTS[:1], QUICK, images=images, preprocess=preprocess)
+    # Another batch size may sum in another order.
+    np.testing.assert_allclose(got[0].predictions.logits, whole.predictions.logits, atol=1e-4)
+
+
+def test_the_kernel_that_ran_is_read_back(records: list[Record], tiny_checkpoint: Path) -> None:
+    assert [record.variant.sdpa_kernel_used for record in records] == ["flash", "flash"]
+    runs = {
+        "math": RunSpec(sdpa_kernel="math"),
+        "cudnn": RunSpec(sdpa_kernel="cudnn"),
+        "eager": RunSpec(attention="eager"),
+    }
+    prepared = [
+        prepare(open_checkpoint(str(tiny_checkpoint)), name=name, device=CPU, run=run) for name, run in runs.items()
+    ]
+    math, cudnn, eager = (one.record.variant for one in evaluate(prepared, [None] * 3, QUICK))
+    assert (math.sdpa_kernel_requested, math.sdpa_kernel_used, math.sdpa_kernel_reason) == ("math", "math", None)
+    assert (cudnn.sdpa_kernel_requested, cudnn.sdpa_kernel_used) == ("cudnn", "flash")
+    assert cudnn.sdpa_kernel_reason == "the cudnn kernel needs a CUDA device"
+    assert (eager.sdpa_kernel_requested, eager.sdpa_kernel_used) == ("auto", None)
+    assert (math.attention_used, eager.attention_used) == ("sdpa", "eager")
+
+
+def test_a_record_tells_how_the_checkpoint_was_run(
+    subjects: list[Runnable], records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = records[1].variant
+    assert (plain.stored_format, plain.fused_attentions, plain.channels_last, plain.autotune) == (None, 0, False, False)
+
+    def no_compiler(model: torch.nn.Module, **_: Any) -> Any:
+        def call(**_: torch.Tensor) -> None:
+            raise RuntimeError("no compiler here")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    run = RunSpec(run_as="bf16", fuse_qkv=True, channels_last=True, compile=True, autotune=True)
+    expanded = prepare(subjects[1].checkpoint, name="v", device=CPU, run=run)
+    (one,) = evaluate([expanded], [VARIANTS[1]], QUICK)
+    variant = one.record.variant
+    assert (variant.format, variant.stored_format, variant.skip) == ("bf16", "nf4", ("block.0",))
+    assert (variant.fused_attentions, variant.channels_last) == (3, True)
+    assert (variant.compile_requested, variant.autotune, variant.compile_used) == (True, True, False)
+    assert variant.compile_reason == "RuntimeError: no compiler here"
+    assert one.record.layer_plan == {"bf16": 19}
+    assert one.record.model == records[1].model.model_copy(update={"source": one.record.model.source})
+
+
+def test_the_arithmetic_of_an_image_is_in_the_record(records: list[Record]) -> None:
+    # 16 patches of 8 x 8 and a class token, 64 wide, 3 blocks, 128 inside the MLP, 4 classes
+    block = 2 * 17 * (4 * 64 * 64 + 2 * 17 * 64 + 2 * 64 * 128)
+    expected = 2 * 16 * 3 * 8 * 8 * 64 + 3 * block + 2 * 64 * 4
+    assert [record.model.flops_per_image for record in records] == [expected] * 2
+
+
+def test_without_being_asked_for_nothing_is_said_about_the_devices_rates(records: list[Record]) -> None:
+    for record in records:
+        assert record.roofline is None
+        assert all(row.floor_ms is row.model_flop_utilisation_percent is None for row in record.latency)
+
+
+@pytest.fixture
+def small_rates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(rates, "_GEMM_SIDE", {"cpu": 64})
+    monkeypatch.setattr(rates, "_COPY_BYTES", {"cpu": 2**16})
+    yield
+    for rate in (rates.gemm_rate, rates.copy_rate):  # they must serve no other test
+        rate.cache_clear()
+
+
+def test_floor_and_utilisation_are_against_the_rates_in_the_record(subjects: list[Runnable], small_rates: None) -> None:
+    spec = at(1, 3).model_copy(update={"roofline": True})
+    for one, format in zip(evaluate(subjects, VARIANTS, spec), ("fp32", "bf16"), strict=True):
+        record, device = one.record, one.record.roofline
+        assert device.gemm_format == format  # NF4 is expanded to bf16 and computed in it
+        for row in record.latency:
+            flops = row.batch_size * record.model.flops_per_image
+            seconds = max(flops / device.gemm_flops_per_second, record.size.weight_bytes / device.copy_bytes_per_second)
+            assert row.floor_ms == pytest.approx(1000 * seconds)
+            share = flops / (row.p50_ms / 1000) / device.gemm_flops_per_second
+            assert row.model_flop_utilisation_percent == pytest.approx(100 * share)
+            assert row.peak_bytes is None  # of a GPU only
+        assert [row.batch_size for row in record.latency] == [1, 3]

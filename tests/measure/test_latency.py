@@ -1,13 +1,14 @@
 """Timing on a machine that we control: a clock whose calls take as long as the test says."""
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from vitopt.measure.latency import Clock, Timing, clock_for, explain_failure, time_interleaved
+from vitopt.measure.latency import Clock, Timing, clock_for, time_interleaved
 from vitopt.measure.statistics import speedup_interval
 from vitopt.recipe import LatencySpec
 
@@ -161,12 +162,52 @@ def test_an_interruption_is_no_failure_of_a_variant() -> None:
         time_interleaved({"a": interrupted}, LatencySpec(iterations=1, rounds=1), Machine())
 
 
-def test_failures_are_explained_in_one_line() -> None:
-    assert explain_failure(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nGPU 0")) == (
-        "out of GPU memory at this batch size: use a smaller one"
-    )
-    text = explain_failure(ValueError("x\n" * 1000))
-    assert text.startswith("ValueError: x x x") and "\n" not in text and len(text) < 330
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), True), (MemoryError(), True), (RuntimeError("no kernel"), False)],
+)
+def test_full_memory_is_told_apart_from_other_failures(error: Exception, full: bool) -> None:
+    def run() -> None:
+        raise error
+
+    timing = time_interleaved({"a": run}, LatencySpec(iterations=1, rounds=1), Machine())["a"]
+    assert timing.failure is not None and timing.out_of_memory is full
+
+
+@pytest.fixture
+def compiled() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """A function that is compiled for every shape, by a compiler that changes nothing."""
+    torch._dynamo.reset()
+    yield torch.compile(lambda pixels: 2 * pixels, backend="eager", dynamic=False)
+    torch._dynamo.reset()
+
+
+def test_a_call_that_would_compile_anew_while_it_is_timed_fails(
+    compiled: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    machine = Machine()
+    steady, calls = machine.call("steady", lambda number: 1), [0]
+
+    def changing() -> None:
+        compiled(torch.ones(2 if calls[0] < 3 else 3))
+        calls[0] += 1
+
+    spec = LatencySpec(iterations=4, rounds=2, warmup_seconds=0)
+    timings = time_interleaved({"changing": changing, "steady": steady}, spec, machine)
+    failure = timings["changing"].failure
+    assert failure is not None and failure.startswith("RuntimeError: Detected recompile")
+    assert "size mismatch at index 0. expected 2, actual 3" in failure and "\n" not in failure
+    assert not timings["changing"].out_of_memory
+    assert calls[0] == 3  # one to warm up and the first round
+    assert timings["steady"].failure is None and len(timings["steady"].samples_ms) == 4
+
+
+def test_compilation_in_the_warm_up_is_welcome(compiled: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    spec = LatencySpec(iterations=4, rounds=2, warmup_seconds=0)
+    for size in (2, 3):  # after the rounds, new shapes are compiled as before
+        call = functools.partial(compiled, torch.ones(size))
+        timing = time_interleaved({"a": call}, spec, clock_for(torch.device("cpu")))["a"]
+        assert timing.failure is None and len(timing.samples_ms) == 4
 
 
 def test_samples_are_in_order_of_time() -> None:

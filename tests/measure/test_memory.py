@@ -10,6 +10,7 @@ import torch
 from vitopt.measure.memory import peak_memory
 from vitopt.models.checkpoint import open_checkpoint, weight_bytes
 from vitopt.optimize.runtime import prepare
+from vitopt.recipe import RunSpec
 
 CPU = torch.device("cpu")
 GIGABYTE = 10**9
@@ -29,9 +30,12 @@ def test_peak_is_that_of_a_process_of_its_own(tiny_checkpoint: Path, monkeypatch
     assert (memory.kind, memory.batch_size, memory.reserved_bytes) == ("resident_set", 3, None)
 
 
-def test_weights_that_are_in_no_file_have_no_peak() -> None:
-    subject = prepare(open_checkpoint("random:vit-tiny-patch16-32"), name="v", device=CPU)
-    assert peak_memory(subject, 1) is None
+def test_random_weights_are_drawn_and_run_in_that_process_as_the_variant_says() -> None:
+    run = RunSpec(run_as="w8a8", fuse_qkv=True, compile=True)
+    subject = prepare(open_checkpoint("random:vit-tiny-patch16-32"), name="v", device=CPU, run=run)
+    memory = peak_memory(subject, 1)
+    assert memory is not None and (memory.kind, memory.batch_size) == ("resident_set", 1)
+    assert 100e6 < memory.peak_bytes < 1.5 * GIGABYTE
 
 
 def test_a_process_that_fails_gives_no_figure(tiny_checkpoint: Path, copy_of: Callable[[Path], Path]) -> None:

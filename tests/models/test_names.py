@@ -18,7 +18,7 @@ from transformers import (
 
 from vitopt.errors import CheckpointError, PatternError
 from vitopt.models.checkpoint import load_model, open_checkpoint
-from vitopt.models.names import Layer, families, linear_layers, select
+from vitopt.models.names import FUSED_LEAF, Layer, block_names, families, linear_layers, select
 from vitopt.optimize.quantize import quantize
 from vitopt.recipe import LINEARS, VariantSpec
 
@@ -153,6 +153,44 @@ def test_quantized_models_keep_names_and_sizes(tiny_checkpoint, tmp_path, format
     packed = load_model(open_checkpoint(str(tmp_path / "q")))
     assert type(packed.vit.layers[0].mlp.fc1) is not nn.Linear
     assert linear_layers(packed, "vit") == linear_layers(load_model(plain), "vit")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_blocks_of(family):
+    config, architecture, query, _ = FAMILIES[family]
+    model = on_meta(config, architecture)
+    blocks = block_names(model, family)
+    assert len(blocks) == (3 if family == "swin" else 2)
+    assert query.startswith(f"{blocks[1]}.")
+    for layer in linear_layers(model, family):
+        holding = [number for number, name in enumerate(blocks) if layer.module.startswith(f"{name}.")]
+        assert holding == ([] if layer.block is None else [layer.block])
+
+
+def test_more_than_ten_blocks_are_in_order():
+    model = on_meta(ViTConfig(**SMALL | {"num_hidden_layers": 12}), "ViT")
+    assert block_names(model, "vit") == tuple(f"vit.layers.{number}" for number in range(12))
+
+
+@pytest.mark.parametrize("family", ["vit", "clip"])
+def test_stacked_projections_are_three_layers_of_one_module(family):
+    config, architecture, query, _ = FAMILIES[family]
+    model = on_meta(config, architecture)
+    before = linear_layers(model, family)
+    host = query.removesuffix(".q_proj")
+    attention = model.get_submodule(host)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        delattr(attention, name)
+    attention.add_module(FUSED_LEAF, nn.Linear(8, 24, device="meta"))
+    layers = linear_layers(model, family)
+    stacked = [layer for layer in layers if layer.module == f"{host}.{FUSED_LEAF}"]
+    assert [layer.logical for layer in stacked] == ["block.1.query", "block.1.key", "block.1.value"]
+    assert {layer.parameters for layer in stacked} == {8 * 8} and {layer.block for layer in stacked} == {1}
+    # All others are as they were.
+    names = {layer.logical for layer in stacked}
+    assert {layer for layer in layers if layer.logical not in names} == {
+        layer for layer in before if layer.logical not in names
+    }
 
 
 # patterns

@@ -282,10 +282,39 @@ def test_a_skip_pattern_that_matches_nothing_is_refused(tiny_checkpoint: Path, t
         quantize(open_checkpoint(str(tiny_checkpoint)), variant, tmp_path / "out", "cpu")
 
 
-def test_random_weights_are_saved_before_they_are_quantized(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint("random:vit-tiny-patch16-224")
-    with pytest.raises(UnsupportedError, match=r"has no file to quantize from; save it first: vitopt quantize random:"):
-        quantize(checkpoint, VariantSpec(name="v", format="nf4"), tmp_path / "out", "cpu")
+def test_random_weights_are_quantized_as_if_they_had_been_in_a_file(tmp_path: Path) -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    source = open_checkpoint("random:vit-tiny-patch16-32")
+    plan = quantize(source, VariantSpec(name="v", format="nf4", skip=["block.1"]), tmp_path / "out", "cpu")
+    assert plan.counts() == {"nf4": 66, "bf16": 7}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    held = load_model(open_checkpoint(str(tmp_path / "out")))
+    exact = load_model(source, dtype=torch.float32)
+    for planned in plan.layers:
+        weight = exact.get_submodule(planned.layer.module).weight.detach().bfloat16()
+        live = held.get_submodule(planned.layer.module).weight
+        if planned.format == "bf16":
+            assert torch.equal(live, weight), planned.layer.logical
+            continue
+        packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+        expected = dequantize_4bit(packed, state)
+        assert torch.equal(dequantize_4bit(live.data, live.quant_state), expected), planned.layer.logical
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "int8", "w8a8"])
+def test_random_weights_of_every_format_come_from_the_same_numbers(format: str, tmp_path: Path) -> None:
+    source = open_checkpoint("random:vit-tiny-patch16-32")
+    quantize(source, VariantSpec(name="v", format=format), tmp_path / "out", "cpu")
+    runnable = prepare(open_checkpoint(str(tmp_path / "out")), name="v", device=CPU)
+    assert {name for name, live in runnable.layers.items() if live != format} <= {"classifier"}
+    expected = prepare(source, name="v", device=CPU)(random_pixels(2, (32, 32)))
+    assert (runnable(random_pixels(2, (32, 32))).float() - expected).norm() < 0.05 * expected.norm()
 
 
 def test_a_library_that_ignores_the_plan_is_caught(

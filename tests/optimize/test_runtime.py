@@ -1,8 +1,8 @@
 """Preparation of a runnable model: attention, formats and what is remembered about both."""
 
-import functools
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from vitopt.errors import UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import prepare
-from vitopt.recipe import VariantSpec
+from vitopt.recipe import RunSpec, VariantSpec
 
 CPU = torch.device("cpu")
 
@@ -27,8 +27,8 @@ def tiny(tiny_checkpoint: Path) -> Checkpoint:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_attention_asked_for_runs(tiny: Checkpoint, attention: str) -> None:
-    runnable = prepare(tiny, name="v", device=CPU, attention=attention)
-    assert runnable.attention_requested == runnable.attention_used == attention
+    runnable = prepare(tiny, name="v", device=CPU, run=RunSpec(attention=attention))
+    assert runnable.run.attention == runnable.attention_used == attention
     assert runnable.attention_reason is None
 
 
@@ -37,7 +37,7 @@ def test_sdpa_and_eager_attention_agree_with_each_other_and_with_the_bare_model(
     with torch.inference_mode():
         expected = load_model(tiny, attention="eager")(pixel_values=pixels).logits
     for attention in ("sdpa", "eager"):
-        logits = prepare(tiny, name="v", device=CPU, attention=attention)(pixels)
+        logits = prepare(tiny, name="v", device=CPU, run=RunSpec(attention=attention))(pixels)
         assert logits.shape == (4, 4)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -46,8 +46,8 @@ def test_flash_attention_falls_back_says_so_once_and_keeps_both(
     tiny: Checkpoint, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        runnable = prepare(tiny, name="mine", device=CPU, attention="flash_attention_2")
-    assert runnable.attention_requested == "flash_attention_2"
+        runnable = prepare(tiny, name="mine", device=CPU, run=RunSpec(attention="flash_attention_2"))
+    assert runnable.run.attention == "flash_attention_2"
     assert runnable.attention_used == "sdpa"
     assert runnable.attention_reason == "FlashAttention-2 needs a CUDA device"
     said = [record.getMessage() for record in caplog.records if "flash" in record.getMessage()]
@@ -61,7 +61,7 @@ def test_strict_refuses_instead_of_falling_back(tiny: Checkpoint) -> None:
         UnsupportedError,
         match=r"mine: flash_attention_2 cannot run: FlashAttention-2 needs a CUDA device; without --strict",
     ):
-        prepare(tiny, name="mine", device=CPU, attention="flash_attention_2", strict=True)
+        prepare(tiny, name="mine", device=CPU, run=RunSpec(attention="flash_attention_2"), strict=True)
 
 
 def test_attention_used_is_read_from_the_live_model(tiny: Checkpoint) -> None:
@@ -99,43 +99,43 @@ def test_random_weights_run(tiny: Checkpoint) -> None:
     assert runnable(random_pixels(1, (32, 32))).shape == (1, 1000)
 
 
-def test_a_compiled_model_gives_the_same_answers(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The real compiler takes half a minute; what is tested here is that calls go through it.
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    runnable = prepare(tiny, name="v", device=CPU, compile=True)
-    pixels = random_pixels(2, (32, 32))
-    torch.testing.assert_close(runnable(pixels), prepare(tiny, name="v", device=CPU)(pixels))
-    assert runnable.compiled and runnable.compile_requested and runnable.compile_reason is None
+@pytest.mark.parametrize("run", [{}, {"fuse_qkv": True}, {"sdpa_kernel": "math"}])
+def test_channels_last_changes_the_memory_order_and_not_the_answers(run: dict[str, object], tiny: Checkpoint) -> None:
+    plain = prepare(tiny, name="v", device=CPU, run=RunSpec(**run))
+    turned = prepare(tiny, name="v", device=CPU, run=RunSpec(channels_last=True, **run))
+    kernels = [next(m for m in one.model.modules() if isinstance(m, torch.nn.Conv2d)) for one in (plain, turned)]
+    orders = [kernel.weight.is_contiguous(memory_format=torch.channels_last) for kernel in kernels]
+    assert orders == [False, True]
+    seen: list[torch.Tensor] = []
+    kernels[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    pixels = random_pixels(3, (32, 32))
+    torch.testing.assert_close(turned(pixels), plain(pixels), rtol=1e-5, atol=1e-5)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) and torch.equal(seen[0], pixels)
+    assert pixels.is_contiguous()  # the caller's stay as they were
 
 
-def test_a_model_that_cannot_be_compiled_runs_all_the_same_and_keeps_the_reason(
-    tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    tries: list[int] = []
-
-    def no_compiler(**_: torch.Tensor) -> None:
-        tries.append(1)
-        raise RuntimeError("no C++\ncompiler")
-
-    monkeypatch.setattr(torch, "compile", lambda model: no_compiler)
-    runnable = prepare(tiny, name="mine", device=CPU, compile=True)
-    assert runnable.compiled
-    pixels = random_pixels(2, (32, 32))
-    expected = prepare(tiny, name="v", device=CPU)(pixels)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            torch.testing.assert_close(runnable(pixels), expected, rtol=0, atol=0)
-    assert len(tries) == 1
-    assert runnable.compile_requested and not runnable.compiled
-    assert runnable.compile_reason == "RuntimeError: no C++ compiler"
-    assert caplog.messages == ["mine: compilation failed (RuntimeError: no C++ compiler); running eager"]
+def test_random_weights_are_the_same_in_every_type() -> None:
+    checkpoint = open_checkpoint("random:vit-tiny-patch16-32")
+    wide = prepare(checkpoint, name="v", device=CPU).model.state_dict()
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = load_model(checkpoint, dtype=dtype).state_dict()
+        assert rounded.keys() == wide.keys()
+        assert all(torch.equal(rounded[name], wide[name].to(dtype)) for name in wide)
+    again = load_model(checkpoint, dtype=torch.float32).state_dict()
+    assert all(torch.equal(again[name], wide[name]) for name in wide)
+    as_bf16 = prepare(checkpoint, name="v", device=CPU, run=RunSpec(run_as="bf16")).model.state_dict()
+    assert all(torch.equal(as_bf16[name], wide[name].bfloat16()) for name in wide)
 
 
-def test_an_error_of_the_model_is_not_blamed_on_the_compiler(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda model: model)
-    runnable = prepare(tiny, name="v", device=CPU, compile=True)
-    with pytest.raises(ValueError, match="Input image size"):
-        runnable(random_pixels(1, (64, 64)))
+def test_the_command_of_a_process_of_its_own_runs_the_same_uncompiled(tiny: Checkpoint) -> None:
+    run = RunSpec(sdpa_kernel="math", run_as="bf16", fuse_qkv=True, channels_last=True)
+    runnable = prepare(
+        tiny, name="v", device=CPU, run=RunSpec(**run.model_dump() | {"compile": True, "autotune": True})
+    )
+    python, *module, source, described, batch_size = runnable.alone(7)
+    assert (python, module) == (sys.executable, ["-m", "vitopt.optimize.alone"])
+    assert (source, batch_size) == (tiny.source, "7")
+    assert RunSpec.model_validate_json(described) == run
 
 
 def with_quantization(folder: Path, config: dict[str, object]) -> Checkpoint:

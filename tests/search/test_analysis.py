@@ -12,13 +12,13 @@ from vitopt.data.images import ImageSet, fit_labels, open_images
 from vitopt.data.pixels import Preprocessor, batches
 from vitopt.errors import CheckpointError, DataError, RecipeError, UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint
-from vitopt.models.names import linear_layers
+from vitopt.models.names import block_names, linear_layers
 from vitopt.optimize.formats import quantization_config
 from vitopt.optimize.quantize import plan_for, quantize
 from vitopt.recipe import AutoSkipSpec, DataSpec, VariantSpec
 from vitopt.search import analysis
 from vitopt.search.analysis import analyse, analyse_for, require_disjoint
-from vitopt.search.hybrid import Boundary, Hybrid, block_names
+from vitopt.search.hybrid import Boundary, Hybrid
 from vitopt.search.results import load_sensitivity
 from vitopt.search.sensitivity import Calibration, table_logits, units
 from vitopt.search.skiplist import Goal
@@ -68,7 +68,7 @@ def hybrid_of(checkpoint: Checkpoint, format: str) -> Hybrid:
     config = quantization_config(plan_for(checkpoint, VariantSpec(name="x", format=format)), torch.bfloat16)
     exact = load_model(checkpoint, dtype=torch.bfloat16)
     packed = load_model(checkpoint, dtype=torch.bfloat16, quantization=config)
-    return Hybrid(exact, packed, block_names(linear_layers(exact, checkpoint.config.model_type)))
+    return Hybrid(exact, packed, block_names(exact, checkpoint.config.model_type))
 
 
 @pytest.mark.parametrize("format", ["nf4", "w8a8"])
@@ -281,8 +281,7 @@ def test_other_families_run_from_any_block(
 ) -> None:
     checkpoint = make_family(model_type)
     exact = load_model(checkpoint)
-    layers = linear_layers(exact, model_type)
-    hybrid = Hybrid(exact, load_model(checkpoint), block_names(layers))
+    hybrid = Hybrid(exact, load_model(checkpoint), block_names(exact, model_type))
     size = checkpoint.image_size
     pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     whole = hybrid.logits(pixels)

@@ -1,9 +1,10 @@
 """Images to pixel tensors: the checkpoint's own processor, augmentation, and batches read ahead."""
 
+import itertools
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from vitopt import threads
 from vitopt.data.images import ImageSet
 from vitopt.errors import BadImageError
 
@@ -131,11 +133,13 @@ def batches(
     workers: int = 0,
     skip_bad: bool = False,
     share: tuple[int, int] = (0, 1),
+    pin: bool = False,
 ) -> Iterator[Batch]:
     """Yield all images in order, decoded ahead of use so that loading overlaps with compute.
 
     `share` (rank, processes) takes every `processes`-th image from `rank` on. With `workers` 0 one background
-    thread decodes: Pillow and numpy release the interpreter lock for most of it.
+    thread decodes: Pillow and numpy release the interpreter lock for most of it. With `pin` the pixels lie in
+    pinned memory, from which a GPU copies while it computes.
 
     Raises:
         BadImageError: an image cannot be decoded and `skip_bad` is false.
@@ -144,7 +148,29 @@ def batches(
     dataset = _Indexed(PixelDataset(images, preprocess), range(rank, len(images), processes))
     loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=_collate)
     accepted = _accept(loader, skip_bad)
-    return _read_ahead(accepted) if workers == 0 else accepted
+    if pin:
+        accepted = (replace(batch, pixel_values=batch.pixel_values.pin_memory()) for batch in accepted)
+    return _read_ahead(accepted) if workers == 0 or pin else accepted
+
+
+def on_device(stream: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches with their pixels on `device`; a GPU copies each while it works on the one before."""
+    if device.type != "cuda":
+        yield from stream
+        return
+    copying, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    waiting: tuple[Batch, torch.cuda.Event] | None = None
+    for batch in itertools.chain(stream, [None]):
+        copied = None
+        if batch is not None:
+            with torch.cuda.stream(copying):
+                pixels = batch.pixel_values.to(device, non_blocking=True)
+            pixels.record_stream(computing)  # else its memory could be given away while it is still read
+            copied = replace(batch, pixel_values=pixels), copying.record_event()
+        if waiting is not None:
+            computing.wait_event(waiting[1])
+            yield waiting[0]
+        waiting = copied
 
 
 _DEPTH = 4
@@ -166,7 +192,8 @@ def _read_ahead(source: Iterator[Batch]) -> Iterator[Batch]:
             ready.put(error)
 
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    with threads.unbound():
+        thread.start()
     try:
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):

@@ -2,17 +2,17 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from vitopt import environment, progress
 from vitopt.data.images import ImageSet
-from vitopt.data.pixels import Batch, Preprocessor, batches
+from vitopt.data.pixels import Batch, Preprocessor, batches, on_device
 from vitopt.errors import DataError, MeasurementError, RecordError
 from vitopt.measure import statistics
-from vitopt.measure.latency import explain_failure
+from vitopt.measure.failures import explain_failure, is_out_of_memory
 from vitopt.measure.predictions import Predictions
 from vitopt.measure.subject import Subject
 from vitopt.measure.verdict import accuracy_verdict
@@ -21,8 +21,9 @@ from vitopt.records import Accuracy, ClassAccuracy, VersusBaseline
 logger = logging.getLogger(__name__)
 
 
-# by name of the variant: logits per image index, and why it failed; then the images that could not be decoded
-_Share = tuple[dict[str, dict[int, "np.ndarray"]], dict[str, str], list[int]]
+# by name of the variant: logits per image index, why it failed, and the batch size in the end; then the images that
+# could not be decoded
+_Share = tuple[dict[str, dict[int, "np.ndarray"]], dict[str, str], dict[str, int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Outcome:
     predictions: dict[str, Predictions]
     failures: dict[str, str]
     skipped: tuple[str, ...]  # ids of images that could not be decoded
+    notes: dict[str, list[str]] = field(default_factory=dict)  # by name: what was done otherwise than asked for
 
 
 def predict(
@@ -46,7 +48,8 @@ def predict(
     """Run every subject over every image, each batch decoded once for all of them.
 
     Under `accelerate launch` each process takes its share of the images and all get the whole result. A
-    subject that raises or gives NaN is dropped with its reason; the others go on.
+    subject that raises or gives NaN is dropped with its reason; the others go on. A batch that does not fit the
+    memory is halved from then on.
 
     Raises:
         BadImageError: an image cannot be decoded and `skip_bad` is false.
@@ -55,16 +58,20 @@ def predict(
     share = environment.process_share()
     found: dict[str, dict[int, np.ndarray]] = {subject.name: {} for subject in subjects}
     failures: dict[str, str] = {}
+    sizes = {subject.name: batch_size for subject in subjects}
     bad: list[int] = []
+    device = subjects[0].device
     steps = -(-len(images) // (batch_size * share[1]))
-    stream = batches(images, preprocess, batch_size, workers=workers, skip_bad=skip_bad, share=share)
-    for batch in progress.track(stream, "accuracy", steps):
+    stream = batches(
+        images, preprocess, batch_size, workers=workers, skip_bad=skip_bad, share=share, pin=device.type == "cuda"
+    )
+    for batch in progress.track(on_device(stream, device), "accuracy", steps):
         bad += batch.bad
         for subject in subjects:
             if subject.name in failures or not batch.indices:
                 continue
             try:
-                logits = _logits(subject, batch, batch_size)
+                logits = _logits(subject, batch, sizes)
                 _refuse_nan(logits, batch, images)
             except MeasurementError as error:
                 failures[subject.name] = str(error)
@@ -72,18 +79,30 @@ def predict(
                 failures[subject.name] = explain_failure(error)
             else:
                 found[subject.name].update(zip(batch.indices, logits, strict=True))
-    shares = environment.gather_objects((found, failures, bad))
-    return _merge(shares, images)
+    shares = environment.gather_objects((found, failures, sizes, bad))
+    return _merge(shares, images, batch_size)
 
 
-def _logits(subject: Subject, batch: Batch, batch_size: int) -> np.ndarray:
-    """(images, classes), float32."""
-    pixels = batch.pixel_values
-    if subject.compiled and len(pixels) < batch_size:
+def _logits(subject: Subject, batch: Batch, sizes: dict[str, int]) -> np.ndarray:
+    """(images, classes), float32; halves the subject's batch size in `sizes` for as long as it does not fit."""
+    while True:
+        size = sizes[subject.name]
+        try:
+            parts = [_padded_call(subject, part, size) for part in batch.pixel_values.split(size)]
+            return torch.cat(parts).float().cpu().numpy()
+        except Exception as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            sizes[subject.name] = size // 2
+            logger.warning("%s: batch %d does not fit the memory; going on with %d", subject.name, size, size // 2)
+
+
+def _padded_call(subject: Subject, pixels: torch.Tensor, size: int) -> torch.Tensor:
+    images = len(pixels)
+    if subject.compiled and images < size:
         # A new shape would be compiled anew: the last batch is filled up and cut back.
-        pixels = torch.cat([pixels, pixels[-1:].expand(batch_size - len(pixels), -1, -1, -1)])
-    logits = subject(pixels.to(subject.device, non_blocking=True))
-    return logits[: len(batch.indices)].float().cpu().numpy()
+        pixels = torch.cat([pixels, pixels[-1:].expand(size - images, -1, -1, -1)])
+    return subject(pixels)[:images]
 
 
 def _refuse_nan(logits: np.ndarray, batch: Batch, images: ImageSet) -> None:
@@ -95,9 +114,9 @@ def _refuse_nan(logits: np.ndarray, batch: Batch, images: ImageSet) -> None:
         )
 
 
-def _merge(shares: Sequence[_Share], images: ImageSet) -> Outcome:
-    failures = {name: reason for _, some, _ in shares for name, reason in some.items()}
-    bad = sorted({index for _, _, some in shares for index in some})
+def _merge(shares: Sequence[_Share], images: ImageSet, batch_size: int) -> Outcome:
+    failures = {name: reason for _, some, _, _ in shares for name, reason in some.items()}
+    bad = sorted({index for _, _, _, some in shares for index in some})
     kept = [index for index in range(len(images)) if index not in set(bad)]
     if not kept:
         raise DataError(f"none of the {len(images)} images of {images.name} can be decoded")
@@ -106,14 +125,20 @@ def _merge(shares: Sequence[_Share], images: ImageSet) -> Outcome:
     for name in shares[0][0]:
         if name in failures:
             continue
-        logits = {index: row for found, _, _ in shares for index, row in found[name].items()}
+        logits = {index: row for found, _, _, _ in shares for index, row in found[name].items()}
         predictions[name] = Predictions(
             ids=tuple(images.ids[i] for i in kept),
             image_sha256=tuple(hashes[i] for i in kept),
             labels=np.array([images.labels[i] for i in kept], dtype=np.int64),
             logits=np.stack([logits[i] for i in kept]),
         )
-    return Outcome(predictions, failures, tuple(images.ids[i] for i in bad))
+    smallest = {name: min(sizes[name] for _, _, sizes, _ in shares) for name in shares[0][0]}
+    notes = {
+        name: [f"accuracy ran in batches of {size}: {batch_size} images did not fit the memory"]
+        for name, size in smallest.items()
+        if size < batch_size
+    }
+    return Outcome(predictions, failures, tuple(images.ids[i] for i in bad), notes)
 
 
 def summarise(predictions: Predictions, class_names: Sequence[str]) -> Accuracy:

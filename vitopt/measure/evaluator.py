@@ -4,6 +4,7 @@ import datetime
 import functools
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +17,16 @@ from vitopt.data.pixels import Preprocessor, random_pixels
 from vitopt.measure import accuracy, statistics
 from vitopt.measure.conditions import watched
 from vitopt.measure.end_to_end import time_end_to_end
+from vitopt.measure.failures import explain_failure, is_out_of_memory
 from vitopt.measure.latency import Timing, clock_for, time_interleaved
 from vitopt.measure.memory import peak_memory
 from vitopt.measure.predictions import Predictions
+from vitopt.measure.rates import floor_ms, flops_per_image, roofline, utilisation_percent
 from vitopt.measure.subject import Subject
 from vitopt.measure.throughput import energy_per_image, find_throughput
 from vitopt.models.checkpoint import disk_bytes, parameter_count, weight_bytes
 from vitopt.recipe import EvaluateSpec, LatencySpec, VariantSpec
-from vitopt.records import Dataset, EndToEnd, FailedLatency, Latency, Model, Record, Size, Variant
+from vitopt.records import Dataset, EndToEnd, FailedLatency, Latency, Model, Record, Roofline, Size, Variant
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ def evaluate(
     dataset = _describe_dataset(images, preprocess, outcome) if outcome and images and preprocess else None
     measured = []
     for subject, asked in zip(subjects, specs, strict=True):
-        common = _common_fields(subject, asked) | {"dataset": dataset, "warnings": tuple(warnings)}
+        own = outcome.notes.get(subject.name, []) if outcome else []
+        common = _common_fields(subject, asked) | {"dataset": dataset, "warnings": (*warnings, *own)}
         if subject.name in failures:
             measured.append(Measured(Record(**common, failure=failures[subject.name]), None))
             continue
@@ -81,6 +85,8 @@ def evaluate(
             if baseline is not None and reference is not None:
                 fields["versus_baseline"] = accuracy.compare(baseline, reference, predictions)
         measured.append(Measured(Record(**common, **fields), predictions))
+    # A profiler slows later calls down, so it comes when nothing is left to be timed.
+    measured = [_with_kernel(one, subject) for one, subject in zip(measured, subjects, strict=True)]
     environment.wait_for_all()
     return measured
 
@@ -89,7 +95,8 @@ def _speed_fields(
     subject: Subject, spec: EvaluateSpec, timings: dict[int, dict[str, Timing]], baseline: str | None
 ) -> dict[str, Any]:
     latency, latency_failures = _latency_rows(subject.name, baseline, timings)
-    fields: dict[str, Any] = {"latency": latency, "latency_failures": latency_failures, "size": _size(subject)}
+    size = _size(subject)
+    fields: dict[str, Any] = {"latency_failures": latency_failures, "size": size}
     if latency:
         # At a batch size that is known to fit.
         with progress.task(f"memory of {subject.name}", None):
@@ -99,7 +106,33 @@ def _speed_fields(
     if spec.throughput:
         with progress.task(f"throughput of {subject.name}", None):
             fields["throughput"] = find_throughput(lambda size: _call(subject, size), clock_for(subject.device))
-    return fields
+    rates = roofline(_format(subject), subject.device) if spec.roofline else None
+    limits = [_limits(row, subject, size, rates) for row in latency]
+    rows = tuple(row.model_copy(update=limit) for row, limit in zip(latency, limits, strict=True))
+    return fields | {"roofline": rates, "latency": rows}
+
+
+def _limits(row: Latency, subject: Subject, size: Size, rates: Roofline | None) -> dict[str, Any]:
+    """What a batch size takes of the device: its memory, and against its rates the floor and the utilisation."""
+    limits: dict[str, Any] = {}
+    if subject.device.type == "cuda":
+        peak = peak_memory(subject, row.batch_size)
+        limits["peak_bytes"] = peak.peak_bytes if peak else None
+    if rates is not None:
+        flops = flops_per_image(subject.checkpoint)
+        limits["floor_ms"] = floor_ms(row.batch_size, flops, size.weight_bytes, rates)
+        reached = utilisation_percent(row.batch_size, flops, row.p50_ms, rates)
+        limits["model_flop_utilisation_percent"] = reached
+    return limits
+
+
+def _with_kernel(one: Measured, subject: Subject) -> Measured:
+    """The same with the attention kernel that ran, read from a profile at a batch size that has run before."""
+    if not one.record.latency:
+        return one
+    pixels = random_pixels(one.record.latency[0].batch_size, subject.checkpoint.image_size).to(subject.device)
+    variant = one.record.variant.model_copy(update={"sdpa_kernel_used": subject.kernel_used(pixels)})
+    return Measured(one.record.model_copy(update={"variant": variant}), one.predictions)
 
 
 def _end_to_end(
@@ -126,23 +159,26 @@ def failed(name: str, asked: VariantSpec, reason: str, device: torch.device) -> 
 
 
 def _common_fields(subject: Subject, asked: VariantSpec | None) -> dict[str, Any]:
-    counts: dict[str, int] = {}
-    for format in subject.layers.values():
-        counts[format] = counts.get(format, 0) + 1
     checkpoint = subject.checkpoint
     return {
         "variant": Variant(
             name=subject.name,
-            format=max(counts, key=lambda format: counts[format]),
+            format=_format(subject),
             half=asked.half if asked else None,
             skip=asked.skip if asked else (),
             layers=dict(asked.layers) if asked else {},
-            attention_requested=subject.attention_requested,
+            attention_requested=subject.run.attention,
             attention_used=subject.attention_used,
             attention_reason=subject.attention_reason,
-            compile_requested=subject.compile_requested,
+            sdpa_kernel_requested=subject.run.sdpa_kernel,
+            sdpa_kernel_reason=subject.kernel_reason,
+            stored_format=subject.stored_format,
+            fused_attentions=subject.fused_attentions,
+            channels_last=subject.run.channels_last,
+            compile_requested=subject.run.compile,
             compile_used=subject.compiled,
             compile_reason=subject.compile_reason,
+            autotune=subject.run.autotune,
         ),
         "model": Model(
             source=checkpoint.source,
@@ -151,11 +187,17 @@ def _common_fields(subject: Subject, asked: VariantSpec | None) -> dict[str, Any
             parameters=parameter_count(subject.model),
             image_size=checkpoint.image_size,
             classes=checkpoint.config.num_labels,
+            flops_per_image=flops_per_image(checkpoint),
         ),
-        "layer_plan": counts,
+        "layer_plan": dict(Counter(subject.layers.values())),
         "layers": subject.layers,
         **_provenance(subject.device),
     }
+
+
+def _format(subject: Subject) -> str:
+    """Format of most layers of the live model."""
+    return Counter(subject.layers.values()).most_common(1)[0][0]
 
 
 def _provenance(device: torch.device) -> dict[str, Any]:
@@ -170,7 +212,26 @@ def _time_all(subjects: Sequence[Subject], batch_size: int, spec: LatencySpec) -
     if not subjects:
         return {}
     calls = {subject.name: _call(subject, batch_size) for subject in subjects}
-    return time_interleaved(calls, spec, clock_for(subjects[0].device), f"latency at batch {batch_size}")
+    timings = time_interleaved(calls, spec, clock_for(subjects[0].device), f"latency at batch {batch_size}")
+    for subject in subjects:
+        timing = timings[subject.name]
+        if timing.out_of_memory:
+            timing.failure = f"out of memory; {_largest_that_fits(subject, batch_size // 2)}"
+    return timings
+
+
+def _largest_that_fits(subject: Subject, batch_size: int) -> str:
+    """The batch halved until it fits, in words."""
+    while batch_size >= 1:
+        try:
+            _call(subject, batch_size)()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                return f"at batch {batch_size}: {explain_failure(error)}"
+            batch_size //= 2
+        else:
+            return f"batch {batch_size} fits"
+    return "not even one image fits"
 
 
 def _call(subject: Subject, batch_size: int) -> Callable[[], object]:

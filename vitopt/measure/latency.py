@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vitopt import progress
+from vitopt.measure.failures import explain_failure, is_out_of_memory
 from vitopt.recipe import LatencySpec
 
 Call = Callable[[], object]
@@ -68,6 +69,7 @@ class Timing:
     rounds_ms: list[list[float]] = field(default_factory=list)
     device_ms: list[float] = field(default_factory=list)
     failure: str | None = None
+    out_of_memory: bool = False
 
     @property
     def samples_ms(self) -> list[float]:
@@ -98,13 +100,7 @@ def _guarded(timing: Timing, work: Call) -> None:
         work()
     except Exception as error:  # whatever a kernel raises is this variant's failure, not the run's
         timing.failure = explain_failure(error)
-
-
-def explain_failure(error: Exception) -> str:
-    """One line for an error raised while a variant ran."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory at this batch size: use a smaller one"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        timing.out_of_memory = is_out_of_memory(error)
 
 
 def _warm_up(call: Call, timing: Timing, spec: LatencySpec, clock: Clock) -> None:
@@ -130,6 +126,8 @@ def _is_stable(samples: list[float]) -> bool:
 
 
 def _one_round(call: Call, timing: Timing, iterations: int, clock: Clock) -> None:
-    samples = [clock.time(call) for _ in range(iterations)]
+    # All compilation belongs to the warm-up: a call that would compile anew fails here instead of being timed.
+    with torch.compiler.set_stance("fail_on_recompile"):
+        samples = [clock.time(call) for _ in range(iterations)]
     timing.rounds_ms.append([wall for wall, _ in samples])
     timing.device_ms += [device for _, device in samples if device is not None]

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 
 from vitopt.models.checkpoint import Checkpoint
-from vitopt.recipe import Attention
+from vitopt.recipe import RunSpec
 
 
 class Subject(Protocol):
@@ -15,9 +15,9 @@ class Subject(Protocol):
     checkpoint: Checkpoint
     model: torch.nn.Module
     device: torch.device
-    attention_requested: Attention
+    run: RunSpec
     attention_reason: str | None
-    compile_requested: bool
+    kernel_reason: str | None
     compile_reason: str | None
     layers: dict[str, str]
 
@@ -27,4 +27,16 @@ class Subject(Protocol):
     @property
     def compiled(self) -> bool: ...
 
+    @property
+    def fused_attentions(self) -> int: ...
+
+    @property
+    def stored_format(self) -> str | None: ...
+
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor: ...
+
+    def kernel_used(self, pixel_values: torch.Tensor) -> str | None: ...
+
+    def graph_bytes(self, shape: torch.Size) -> int: ...
+
+    def alone(self, batch_size: int) -> list[str]: ...

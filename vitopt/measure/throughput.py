@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from vitopt.measure.conditions import Gpu
+from vitopt.measure.failures import is_out_of_memory
 from vitopt.measure.latency import Clock
 from vitopt.records import Throughput
 
@@ -32,7 +33,7 @@ def find_throughput(make_call: Callable[[int], Call], clock: Clock, largest: int
             call()
             median_ms = statistics.median(clock.time(call)[0] for _ in range(_CALLS))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             break
         fits = batch_size
@@ -44,10 +45,6 @@ def find_throughput(make_call: Callable[[int], Call], clock: Clock, largest: int
             break
         batch_size *= 2
     return None if best is None else best.model_copy(update={"largest_batch_size": fits})
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error).lower()
 
 
 def energy_per_image(call: Call, batch_size: int, device: torch.device) -> float | None:

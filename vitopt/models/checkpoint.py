@@ -315,13 +315,14 @@ def _random_model(
     if quantization is not None:
         raise CheckpointError(f"{checkpoint.source} must be saved before it is quantized")
     set_seed(_RANDOM_SEED)
-    if options["dtype"] == "auto":
-        options["dtype"] = torch.float32
+    dtype = torch.float32 if options["dtype"] == "auto" else options["dtype"]
     config = copy.deepcopy(checkpoint.config)
     if label_names is not None:
         config.update(_labels(label_names))
-    model = AutoModelForImageClassification.from_config(config, **options)
-    return model.to(device or "cpu").eval()
+    # Drawn in fp32 and rounded, so that the same source has the same weights in every type.
+    model = AutoModelForImageClassification.from_config(config, **options | {"dtype": torch.float32})
+    model.config.dtype = dtype
+    return model.to(device or "cpu", dtype).eval()
 
 
 def load_processor(checkpoint: Checkpoint) -> Any:
@@ -335,6 +336,11 @@ def load_processor(checkpoint: Checkpoint) -> Any:
         return ViTImageProcessor(size={"height": height, "width": width}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     try:
         return AutoImageProcessor.from_pretrained(checkpoint.location)
+    except ImportError as error:
+        raise CheckpointError(
+            f"the installed transformers reads {PREPROCESSOR_FILE} with torchvision only: install torchvision, "
+            "or a newer transformers"
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         if checkpoint.folder and not (checkpoint.folder / PREPROCESSOR_FILE).is_file():
             raise CheckpointError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitopt.errors import CheckpointError, PatternError
-from vitopt.recipe import LINEARS
+from vitopt.recipe import LINEARS, Linear
 
 HEAD = "classifier"
 
@@ -25,17 +25,19 @@ class Layer:
     block: int | None
 
 
-# The last part of a module's name -> its logical name, over all families and transformers versions known.
-_LINEAR_OF_LEAF = {
-    "q_proj": "query",
-    "k_proj": "key",
-    "v_proj": "value",
-    "o_proj": "output",
-    "out_proj": "output",
-    "fc1": "fc1",
-    "fc2": "fc2",
+FUSED_LEAF = "qkv_proj"  # query, key and value stacked into one layer while running
+
+# The last part of a module's name -> its logical names, over all families and transformers versions known.
+_LINEARS_OF_LEAF: dict[str, tuple[Linear, ...]] = {
+    "q_proj": ("query",),
+    "k_proj": ("key",),
+    "v_proj": ("value",),
+    FUSED_LEAF: ("query", "key", "value"),
+    "o_proj": ("output",),
+    "out_proj": ("output",),
+    "fc1": ("fc1",),
+    "fc2": ("fc2",),
 }
-assert set(_LINEAR_OF_LEAF.values()) == set(LINEARS)
 
 # Layers of the giant DINOv2. Left out of a plan, they would be quantized without anybody having said so.
 _GATED_MLP = ("gate_proj", "up_proj", "down_proj")
@@ -91,15 +93,21 @@ def linear_layers(model: nn.Module, model_type: str) -> list[Layer]:
                     f"this {model_type} model has a gated MLP ({name}), which vitopt does not know: "
                     "use a size of the model whose MLP is fc1 and fc2"
                 )
-            if leaf in _LINEAR_OF_LEAF:
-                logical = f"block.{block}.{_LINEAR_OF_LEAF[leaf]}"
-                layers.append(Layer(logical, name, _element_count(module), block))
+            linears = _LINEARS_OF_LEAF.get(leaf, ())
+            for linear in linears:
+                layers.append(Layer(f"block.{block}.{linear}", name, _element_count(module) // len(linears), block))
     if not blocks:
         raise CheckpointError(
             f"no block of this {model_type} model was found under the names that vitopt knows; "
             "use a transformers version from 5.9 on"
         )
     return layers
+
+
+def block_names(model: nn.Module, model_type: str) -> tuple[str, ...]:
+    """Full module names of the transformer blocks, in order."""
+    pattern = re.compile(_BLOCK_OF_FAMILY[model_type])
+    return tuple(name for name, _ in model.named_modules() if pattern.fullmatch(name))
 
 
 def _element_count(linear: nn.Linear) -> int:

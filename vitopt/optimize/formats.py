@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from vitopt import environment
 from vitopt.models.names import linear_layers
@@ -58,9 +59,9 @@ def _torchao(plan: LayerPlan, half: torch.dtype) -> Any:
     return TorchAoConfig(
         FqnToConfig(
             {
-                f"{planned.layer.module}.weight": _TORCHAO_LAYERS[planned.format]()
+                f"{planned.layer.module}.weight": QUANTIZES[planned.format]()
                 for planned in plan.layers
-                if planned.format in _TORCHAO_LAYERS
+                if planned.format in QUANTIZES
             }
         )
     )
@@ -85,7 +86,8 @@ def _torchao_int4() -> Any:
     return Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")
 
 
-_TORCHAO_LAYERS: dict[str, Callable[[], Any]] = {"int4": _torchao_int4, "w8a8": _torchao_w8a8, "fp8": _torchao_fp8}
+# format -> the configuration with which torchao quantizes one layer to it
+QUANTIZES: dict[str, Callable[[], Any]] = {"int4": _torchao_int4, "w8a8": _torchao_w8a8, "fp8": _torchao_fp8}
 _BUILDERS: dict[Format, Callable[[LayerPlan, torch.dtype], Any]] = {
     "nf4": _nf4,
     "int4": _torchao,
@@ -93,6 +95,28 @@ _BUILDERS: dict[Format, Callable[[LayerPlan, torch.dtype], Any]] = {
     "w8a8": _torchao,
     "fp8": _torchao,
 }
+
+
+# format -> what names it in torchao's configuration
+_TORCHAO_SIGNS: dict[Format, str] = {
+    "fp8": "Float8DynamicActivationFloat8Weight",
+    "int4": "Int4WeightOnly",
+    "w8a8": "Int8DynamicActivationInt8Weight",
+}
+
+
+def stored_formats(config: PretrainedConfig) -> list[Format]:
+    """Formats in which a checkpoint's configuration says that its linear layers are stored: the type of its
+    floating-point weights where none is quantized."""
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is None:
+        return [_OF_DTYPE.get(config.dtype or torch.float32, "fp32")]
+    content = quantized if isinstance(quantized, dict) else quantized.to_dict()
+    if content.get("load_in_4bit"):
+        return ["nf4"]
+    if content.get("load_in_8bit"):
+        return ["int8"]
+    return [format for format, sign in _TORCHAO_SIGNS.items() if sign in str(content)]
 
 
 def live_formats(model: nn.Module, model_type: str) -> dict[str, str]:

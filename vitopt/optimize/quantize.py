@@ -1,11 +1,12 @@
 """Checkpoint in, quantized checkpoint out."""
 
+import tempfile
 from collections import Counter
 from pathlib import Path
 
 from vitopt import environment, storage
 from vitopt.environment import DTYPES
-from vitopt.errors import CheckpointError, UnsupportedError
+from vitopt.errors import CheckpointError
 from vitopt.models.checkpoint import (
     CONFIG_FILE,
     Checkpoint,
@@ -44,13 +45,14 @@ def quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device:
         environment.require_format(format, target)
     base = DTYPES[variant.half if variant.format in QUANTIZED_FORMATS or variant.layers else variant.format]
     config = quantization_config(plan, base)
-    if config is not None and checkpoint.is_random:
-        raise UnsupportedError(
-            f"{checkpoint.source} has no file to quantize from; save it first: "
-            f"vitopt quantize {checkpoint.source} --format fp32 --output FOLDER"
-        )
     processor = load_processor(checkpoint)
-    model = load_model(checkpoint, dtype=base, device=target, quantization=config)
+    if config is not None and checkpoint.is_random:
+        # transformers quantizes while it reads a file, so random weights are written to one first.
+        with tempfile.TemporaryDirectory() as folder:
+            save_checkpoint(load_model(checkpoint, dtype=base), processor, Path(folder))
+            model = load_model(open_checkpoint(folder), dtype=base, device=target, quantization=config)
+    else:
+        model = load_model(checkpoint, dtype=base, device=target, quantization=config)
     _check(plan, live_formats(model, checkpoint.config.model_type))
     with storage.staged_folder(output) as folder:
         save_checkpoint(model, processor, folder)

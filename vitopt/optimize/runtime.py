@@ -1,23 +1,24 @@
 """One function prepares a runnable model, for the evaluator, the benchmark, predictions and serving alike."""
 
 import logging
+import sys
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from vitopt import environment
 from vitopt.environment import DTYPES
 from vitopt.errors import UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, load_model
-from vitopt.optimize.formats import live_formats
-from vitopt.recipe import Attention, Format
-
-# format -> what names it in torchao's configuration
-_TORCHAO_SIGNS: dict[Format, str] = {
-    "fp8": "Float8DynamicActivationFloat8Weight",
-    "int4": "Int4WeightOnly",
-    "w8a8": "Int8DynamicActivationInt8Weight",
-}
+from vitopt.models.names import block_names
+from vitopt.optimize.attention import attention_of, implementation, kernel_used
+from vitopt.optimize.compiled import Compiled, compiled
+from vitopt.optimize.expand import EXPANDABLE, expand
+from vitopt.optimize.formats import live_formats, stored_formats
+from vitopt.optimize.fuse import FusedAttention, fuse_projections
+from vitopt.recipe import RunSpec
 
 logger = logging.getLogger(__name__)
 
@@ -28,51 +29,82 @@ class Runnable:
 
     name: str
     checkpoint: Checkpoint
-    model: torch.nn.Module
+    model: PreTrainedModel
     device: torch.device
-    attention_requested: Attention
-    attention_reason: str | None
-    compile_requested: bool = False
+    run: RunSpec
+    attention_reason: str | None = None
+    kernel_reason: str | None = None
     compile_reason: str | None = None
     layers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Some families do not cast their input themselves.
         self._dtype = next(p.dtype for p in self.model.parameters() if p.dtype in DTYPES.values())
-        self._has_run = False
-        self._forward = torch.compile(self.model) if self.compiled else self.model
+        self._compiled: Compiled | None = None
+        if self.run.compile:
+            blocks = block_names(self.model, self.checkpoint.config.model_type)
+            modules = [self.model.get_submodule(name) for name in blocks]
+            self._compiled = compiled(self.model, modules, self.device, self.run.autotune)
 
     @property
     def attention_used(self) -> str:
         """The attention implementation of the live model."""
-        return str(self.model.config._attn_implementation)
+        return attention_of(str(self.model.config._attn_implementation))
 
     @property
     def compiled(self) -> bool:
-        """Whether calls go through torch.compile."""
-        return self.compile_requested and self.compile_reason is None
+        """Whether calls go through a compiler."""
+        return self._compiled is not None
+
+    @property
+    def stored_format(self) -> str | None:
+        """Format on disk where layers were expanded while loading, else None."""
+        return stored_formats(self.checkpoint.config)[0] if self.run.run_as else None
+
+    @property
+    def fused_attentions(self) -> int:
+        """Attentions of the live model whose query, key and value are one matrix product."""
+        return sum(isinstance(module, FusedAttention) for module in self.model.modules())
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`pixel_values`: (batch, 3, height, width), on the device. Returns logits (batch, classes).
 
-        A model that cannot be compiled runs eager from its first call on, says so, and keeps the reason.
+        A model that cannot be compiled runs eager from then on, says so, and keeps the reason.
         """
-        pixel_values = pixel_values.to(self._dtype)
-        if self._forward is not self.model and not self._has_run:
-            return self._first_compiled_call(pixel_values)
-        return self._forward(pixel_values=pixel_values).logits
+        layout = torch.channels_last if self.run.channels_last else torch.contiguous_format
+        pixel_values = pixel_values.to(self._dtype, memory_format=layout)
+        if self._compiled is None:
+            return self.model(pixel_values=pixel_values).logits
+        if self._compiled.knows(pixel_values.shape):
+            return self._compiled(pixel_values)
+        return self._first_call(self._compiled, pixel_values)
 
-    def _first_compiled_call(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def kernel_used(self, pixel_values: torch.Tensor) -> str | None:
+        """The attention kernel that a profiled call ran; None where it is none of torch's. Last of all timings."""
+        return kernel_used(lambda: self(pixel_values), self.device)
+
+    def graph_bytes(self, shape: torch.Size) -> int:
+        """Memory that a captured CUDA graph for pixels of this shape keeps beside the weights, else 0."""
+        return self._compiled.peak_bytes(shape) if self._compiled else 0
+
+    def alone(self, batch_size: int) -> list[str]:
+        """Command of a process that runs only this, uncompiled."""
+        run = self.run.model_copy(update={"compile": False, "autotune": False}).model_dump_json()
+        return [sys.executable, "-m", "vitopt.optimize.alone", self.checkpoint.source, run, str(batch_size)]
+
+    def _first_call(self, compiled: Compiled, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Compile for a shape that is new."""
         try:
-            logits = self._forward(pixel_values=pixel_values).logits
-            self._has_run = True
-            return logits
+            return compiled(pixel_values)
+        except torch.OutOfMemoryError:
+            raise  # a smaller batch may fit
         except Exception as error:  # compilers raise whatever they run into
+            compiled.undo()
             eager = self.model(pixel_values=pixel_values).logits  # an error of the model itself is not the compiler's
             self.compile_reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             logger.warning("%s: compilation failed (%s); running eager", self.name, self.compile_reason)
-            self._forward = self.model
+            self._compiled = None
             return eager
 
 
@@ -81,49 +113,68 @@ def prepare(
     *,
     name: str,
     device: torch.device,
-    attention: Attention = "sdpa",
-    compile: bool = False,
+    run: RunSpec | None = None,
     strict: bool = False,
 ) -> Runnable:
     """Load a checkpoint so that it can be called.
 
-    FlashAttention-2 falls back to SDPA where it cannot run, says so once, and the reason is kept.
+    FlashAttention-2 falls back to SDPA where it cannot run, and a kernel of SDPA to torch's own choice; each says
+    so once, and the reason is kept.
 
     Raises:
-        UnsupportedError: with `strict`, the attention implementation cannot run; or the formats cannot.
+        UnsupportedError: with `strict`, the attention or its kernel cannot run; or the formats cannot.
         CheckpointError: the checkpoint cannot be loaded.
     """
-    _require_formats(checkpoint, device)
-    dtype = checkpoint.config.dtype or torch.float32
-    reason = environment.why_not_attention(attention, device, dtype)
-    if reason and strict:
-        raise UnsupportedError(f"{name}: {attention} cannot run: {reason}; without --strict it falls back to sdpa")
-    if reason:
-        logger.warning("%s: %s cannot run (%s); using sdpa", name, attention, reason)
-    model = load_model(checkpoint, device=device, attention="sdpa" if reason else attention)
+    run = run or RunSpec()
+    _require_formats(checkpoint, run, device)
+    dtype = torch.bfloat16 if run.run_as else checkpoint.config.dtype or torch.float32
+    attention_reason = environment.why_not_attention(run.attention, device, dtype)
+    kernel_reason = environment.why_not_kernel(run.sdpa_kernel, device, dtype)
+    if attention_reason:
+        _fall_back(name, run.attention, attention_reason, "sdpa", strict)
+    if kernel_reason:
+        _fall_back(name, f"sdpa kernel {run.sdpa_kernel}", kernel_reason, "the one torch chooses", strict)
+    attention = implementation(
+        "sdpa" if attention_reason else run.attention, "auto" if kernel_reason else run.sdpa_kernel
+    )
+    model = load_model(checkpoint, device=device, attention=attention)
+    if run.run_as is not None:
+        expand(model, checkpoint.config.model_type, run.run_as)
     model.requires_grad_(False)
+    if run.fuse_qkv:
+        fuse_projections(model)
+    if run.channels_last:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last)
     return Runnable(
         name=name,
         checkpoint=checkpoint,
         model=model,
         device=device,
-        attention_requested=attention,
-        attention_reason=reason,
-        compile_requested=compile,
+        run=run,
+        attention_reason=attention_reason,
+        kernel_reason=kernel_reason,
         layers=live_formats(model, checkpoint.config.model_type),
     )
 
 
-def _require_formats(checkpoint: Checkpoint, device: torch.device) -> None:
-    config = getattr(checkpoint.config, "quantization_config", None)
-    if config is None:
+def _fall_back(name: str, wanted: str, reason: str, instead: str, strict: bool) -> None:
+    if strict:
+        raise UnsupportedError(f"{name}: {wanted} cannot run: {reason}; without --strict it falls back to {instead}")
+    logger.warning("%s: %s cannot run (%s); using %s", name, wanted, reason, instead)
+
+
+def _require_formats(checkpoint: Checkpoint, run: RunSpec, device: torch.device) -> None:
+    stored = stored_formats(checkpoint.config)
+    for format in stored:
+        environment.require_format(format, device)
+    if run.run_as is None:
         return
-    content = config if isinstance(config, dict) else config.to_dict()
-    if content.get("load_in_4bit"):
-        environment.require_format("nf4", device)
-    elif content.get("load_in_8bit"):
-        environment.require_format("int8", device)
-    elif content.get("quant_method") == "torchao":
-        for format, sign in _TORCHAO_SIGNS.items():
-            if sign in str(content):
-                environment.require_format(format, device)
+    environment.require_format(run.run_as, device)
+    if not stored or not set(stored) <= set(EXPANDABLE):
+        held = " and ".join(stored) or "a format unknown to vitopt"
+        raise UnsupportedError(
+            f"{checkpoint.source} is stored in {held}, which does not expand to {run.run_as}; "
+            f"run_as takes {', '.join(EXPANDABLE)}"
+        )

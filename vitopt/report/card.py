@@ -4,9 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitopt import storage
-from vitopt.records import Record
+from vitopt.records import Record, Variant
 from vitopt.report.rendering import templates
-from vitopt.report.table import describe_attention, describe_device, describe_format, markdown_table, notes
+from vitopt.report.summary import listed
+from vitopt.report.table import (
+    describe_attention,
+    describe_device,
+    describe_format,
+    expansion,
+    kernel_chosen,
+    markdown_table,
+    notes,
+    ran_with,
+    stored_as,
+)
 
 CARD_FILE = "README.md"
 _PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int4": "torchao", "w8a8": "torchao", "fp8": "torchao"}
@@ -21,10 +32,24 @@ def write_card(record: Record, folder: Path, records: Sequence[Record]) -> None:
         device=describe_device(record),
         table=markdown_table(records),
         notes=notes(records),
-        packages=sorted({_PACKAGES[format] for format in record.layer_plan if format in _PACKAGES}),
+        packages=sorted({_PACKAGES[format] for format in _formats_on_disk(record) if format in _PACKAGES}),
         code=loading_code(record, "FOLDER"),
+        stored=stored_as(record.variant),
+        expansion=expansion(record.variant),
+        left_out=listed(_left_out(record.variant)),
     )
     storage.write_text(folder / CARD_FILE, text)
+
+
+def _formats_on_disk(record: Record) -> list[str]:
+    stored = stored_as(record.variant)
+    return list(record.layer_plan) if stored is None else [stored, *record.variant.layers.values()]
+
+
+def _left_out(variant: Variant) -> list[str]:
+    """What the variant was measured with and the loading code does without."""
+    kernel = kernel_chosen(variant)
+    return ([] if kernel == "auto" else [f"the {kernel} kernel"]) + ran_with(variant)
 
 
 def loading_code(record: Record, folder: str) -> str:

@@ -11,7 +11,7 @@ from vitopt.errors import RecordError
 from vitopt.measure.predictions import PREDICTIONS_FILE, load_predictions
 from vitopt.recipe import load_recipe
 from vitopt.records import RECORD_FILE, Record, load_record
-from vitopt.report import details, sensitivity, summary
+from vitopt.report import details, roofline, sensitivity, summary
 from vitopt.report.classes import ClassChanges, class_changes
 from vitopt.report.details import environment_facts
 from vitopt.report.figures import Plot, remove_others
@@ -28,7 +28,7 @@ from vitopt.report.table import (
     markdown_text,
     notes,
 )
-from vitopt.report.waterfall import chain_words, find_chain
+from vitopt.report.waterfall import chain_words, find_chain, floor_words
 
 PAGE_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
@@ -114,6 +114,7 @@ def _context(run: Run, plots: Sequence[Plot], analyses: Analyses) -> dict[str, A
     layer_strips = strips(records)
     found_flips, unreadable, has_pictures = _flips(run)
     first = next((record for record in records if record.model), None)
+    chain = find_chain(records, baseline.variant.name if baseline else None)
     return {
         "title": run.title,
         "records": records,
@@ -138,7 +139,10 @@ def _context(run: Run, plots: Sequence[Plot], analyses: Analyses) -> dict[str, A
         "untimed": _untimed(records),
         "strips": layer_strips,
         "strip_formats": formats_in(layer_strips),
-        "chain": chain_words(find_chain(records, baseline.variant.name if baseline else None)),
+        "chain": chain_words(chain),
+        "floor": floor_words(chain),
+        "roofline": roofline.facts(records),
+        "roofline_title": roofline.TITLE,
         "sensitivity_title": sensitivity.TITLE,
         "analyses": analyses.parts,
         "class_changes": [(changes, details.changed_classes(changes)) for changes in _class_changes(run)],
@@ -246,16 +250,18 @@ def _markdown(run: Run, plots: Sequence[Plot], analyses: Analyses) -> str:
         parts += [
             f"![{markdown_text(p.alt)}]({PLOTS_FOLDER}/{p.name}.png)"
             for p in plots
-            if size is not None and p.batch_size == size and p.kind == "accuracy"
+            if size is not None and p.batch_size == size and p.kind in ("accuracy", "waterfall")
         ]
+    if facts := roofline.facts(records):
+        parts += [f"## {roofline.TITLE}", "\n".join(f"- {name}: {text}" for name, text in facts)]
     if analyses.parts:
         parts += [f"## {sensitivity.TITLE}", *(sensitivity.markdown(part, PLOTS_FOLDER) for part in analyses.parts)]
     commands = dict.fromkeys(record.command for record in records if record.command)
     if commands:
         parts += ["## Repeat it", "\n".join(["```sh", *commands, "```"])]
-    facts = ", ".join(f"{name} {value}" for name, value in environment_facts(records[0].environment))
+    where = ", ".join(f"{name} {value}" for name, value in environment_facts(records[0].environment))
     dataset = next((record.dataset for record in records if record.dataset), None)
     if dataset:
-        facts = f"{dataset.images:,} images of {dataset.name}, sha256 {dataset.sha256}; {facts}"
-    parts.append(markdown_text(facts))
+        where = f"{dataset.images:,} images of {dataset.name}, sha256 {dataset.sha256}; {where}"
+    parts.append(markdown_text(where))
     return "\n\n".join(part for part in parts if part) + "\n"

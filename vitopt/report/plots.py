@@ -22,7 +22,7 @@ from vitopt.report.palette import colour_of
 from vitopt.report.svg import INK
 from vitopt.report.table import batch_sizes, human_bytes, milliseconds
 from vitopt.report.timing import latency_at
-from vitopt.report.waterfall import Step, find_chain, steps
+from vitopt.report.waterfall import Step, find_chain, says, steps
 
 MOST_DOTS = 80  # per variant; evenly thinned by rank, which leaves the distribution as it is
 _OWN_FILE = re.compile(r"((accuracy-latency|latency|waterfall)-\d+|weights|memory)\.(svg|png)")
@@ -136,7 +136,10 @@ def memory(records: Sequence[Record]) -> Figure | None:
 
 
 def waterfall(bars: Sequence[Step], batch_size: int) -> Figure:
-    """Median latency per step, with the ratio to the step before; what the step saved (or cost) is shaded."""
+    """Median latency per step, with the ratio to the step before; what the step saved (or cost) is shaded.
+
+    A tick marks the floor of a step where it is known.
+    """
     with styled():
         figure, axes = _rows(len(bars))
         for place, step in enumerate(bars):
@@ -147,12 +150,16 @@ def waterfall(bars: Sequence[Step], batch_size: int) -> Figure:
                 before = bars[place - 1].latency.p50_ms
                 axes.barh(place, before - p50, _BAR, left=p50, color=INK, alpha=0.1)
                 text += f" · {_ratio_words(step.speedup)}"
+            if step.latency.floor_ms is not None:
+                axes.plot([step.latency.floor_ms] * 2, [place - 0.22, place + 0.22], color=INK, linewidth=1.4)
             name = step.record.variant.name
             explained = f"{name}: {step.change}"
-            fits = step.change not in ("", name) and len(explained) + len(text) < _LONGEST_LINE
-            _row_text(axes, place, explained if fits else name, text)
-        axes.set_xlim(0, 1.02 * max(step.latency.p50_ms for step in bars))
-        axes.set_xlabel(f"median latency at batch {batch_size}, ms")
+            told = not step.change or says(name, step.change)
+            fits = len(explained) + len(text) < _LONGEST_LINE
+            _row_text(axes, place, explained if fits and not told else name, text)
+        floors = [step.latency.floor_ms for step in bars if step.latency.floor_ms is not None]
+        axes.set_xlim(0, 1.02 * max([*(step.latency.p50_ms for step in bars), *floors]))
+        axes.set_xlabel(f"median latency at batch {batch_size}, ms" + ("; tick: floor" if floors else ""))
         return figure
 
 
@@ -167,7 +174,7 @@ def _figures(records: Sequence[Record], baseline: str | None) -> list[Drawable]:
         words = _say(records, functools.partial(_latency_words, batch_size=size))
         found.append((f"latency-{size}", "latency", size, f"Batch size {size}", words, latency_samples(records, size)))
         if bars := steps(chain, size):
-            words = _say([step.record for step in bars], functools.partial(_latency_words, batch_size=size))
+            words = _say([step.record for step in bars], functools.partial(_step_words, batch_size=size))
             figure = waterfall(bars, size)
             found.append((f"waterfall-{size}", "waterfall", size, f"Batch size {size}", words, figure))
     words = _say(records, lambda record: human_bytes(record.size.weight_bytes) if record.size else None)
@@ -195,6 +202,13 @@ def _latency_words(record: Record, batch_size: int) -> str | None:
         return None
     tail = "" if latency.p95_ms is None else f", p95 {milliseconds(latency.p95_ms)} ms"
     return f"p50 {milliseconds(latency.p50_ms)} ms{tail}"
+
+
+def _step_words(record: Record, batch_size: int) -> str | None:
+    latency, words = latency_at(record, batch_size), _latency_words(record, batch_size)
+    if latency is None or latency.floor_ms is None:
+        return words
+    return f"{words}, floor {milliseconds(latency.floor_ms)} ms"
 
 
 def _ratio_words(speedup: Speedup) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vitopt.measure import statistics
 from vitopt.measure.verdict import speed_verdict
 from vitopt.records import Latency, Record, VersusBaseline
-from vitopt.report.table import batch_sizes, human_bytes, milliseconds, percent
+from vitopt.report.table import batch_sizes, expansion, human_bytes, milliseconds, percent, stored_as
 from vitopt.report.timing import latency_at, speedup_between
 
 LOSSES_POINTS = (1.0, 0.5)
@@ -60,7 +60,7 @@ def headline(records: Sequence[Record], baseline: Record | None) -> list[str]:
     if compared:
         sentences += _about_accuracy(compared)
     elif not any(record.accuracy for record in records):
-        sentences.append("Accuracy was not measured: these figures tell about speed and size only.")
+        sentences.append("Measured on random pixels: these figures tell about speed, size and memory only.")
     elif len(records) == 1:
         sentences.append("There is one variant, so there is nothing to compare it with.")
     if failed:
@@ -222,6 +222,8 @@ def _sentences(record: Record, baseline: Record | None) -> list[str]:
     ]
     if size := _ratio_of_sizes(record, baseline):
         sentences.append(f"weights {size}")
+    if stored := stored_as(record.variant):
+        sentences.append(f"stored as {stored}, {expansion(record.variant)} at load")
     return sentences
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vitopt.records import Record, VersusBaseline
+from vitopt.recipe import QUANTIZED_FORMATS
+from vitopt.records import Latency, Record, Variant, VersusBaseline
 from vitopt.report.timing import latency_at
 
 HEADINGS = (
@@ -17,8 +18,10 @@ HEADINGS = (
     "p50 ms",
     "p95 ms",
     "p99 ms",
+    "floor ms",
     "speed-up",
     "images/s",
+    "MFU %",
     "weights",
     "on disk",
     "peak memory",
@@ -82,11 +85,13 @@ def row(record: Record, batch_size: int | None = None) -> list[str]:
         milliseconds(latency.p50_ms if latency else None),
         milliseconds(latency.p95_ms if latency else None),
         milliseconds(latency.p99_ms if latency else None),
+        milliseconds(latency.floor_ms if latency else None),
         f"{latency.speedup_vs_baseline:.2f}x" if latency and latency.speedup_vs_baseline else UNKNOWN,
         rate(latency.images_per_second if latency else None),
+        _number(latency.model_flop_utilisation_percent if latency else None, 1),
         human_bytes(record.size.weight_bytes if record.size else None),
         human_bytes(record.size.disk_bytes if record.size else None),
-        human_bytes(record.memory.peak_bytes if record.memory else None),
+        human_bytes(_peak_bytes(record, latency)),
     ]
 
 
@@ -100,20 +105,55 @@ def describe_format(record: Record) -> str:
     variant = record.variant
     kept = f", {' '.join(variant.skip)} in 16 bit" if variant.skip else ""
     others = "".join(f", {pattern} {format}" for pattern, format in variant.layers.items())
+    stored = stored_as(variant)
+    # What is excepted is so on disk: packed layers and those in 16 bit may run alike once they are expanded.
+    if stored is not None:
+        return f"{variant.format} (stored as {stored}{kept}{others})"
     return f"{variant.format}{kept}{others}"
 
 
+def stored_as(variant: Variant) -> str | None:
+    """Format on disk where another one ran, else None."""
+    return None if variant.stored_format == variant.format else variant.stored_format
+
+
+def expansion(variant: Variant) -> str:
+    """What loading made of the format on disk, where another one ran: `expanded to bf16`."""
+    return f"{'expanded to' if variant.stored_format in QUANTIZED_FORMATS else 'run as'} {variant.format}"
+
+
 def describe_attention(record: Record) -> str:
-    """What ran, and what was asked for where that differs; compiled or not."""
+    """What ran, and what was asked for where that differs; then what else it ran with."""
     variant = record.variant
     if variant.attention_used is None:
         return UNKNOWN
-    text = variant.attention_used
+    text, missing = variant.attention_used, []
     if variant.attention_requested != variant.attention_used:
-        text += f" (not {variant.attention_requested})"
-    if variant.compile_used:
-        text += " + compile"
-    return text
+        missing.append(variant.attention_requested)
+    if variant.attention_used == "sdpa":
+        asked, kernel = variant.sdpa_kernel_requested, variant.sdpa_kernel_used
+        text += f" {kernel}" if kernel else ""
+        # Without a reason and without a kernel that was recognised, nothing says that another one ran.
+        if asked != "auto" and asked != kernel and (kernel or variant.sdpa_kernel_reason):
+            missing.append(asked)
+    text += f" (not {', '.join(missing)})" if missing else ""
+    return " + ".join([text, *ran_with(variant)])
+
+
+def ran_with(variant: Variant) -> list[str]:
+    """What a variant ran with beside its format and its attention."""
+    compiled = "compile (autotuned)" if variant.autotune else "compile"
+    things = {
+        "fused qkv": variant.fused_attentions > 0,
+        "channels last": variant.channels_last,
+        compiled: variant.compile_used,
+    }
+    return [words for words, used in things.items() if used]
+
+
+def kernel_chosen(variant: Variant) -> str:
+    """The kernel of sdpa that was demanded of torch; `auto` where torch chose, also after a fallback."""
+    return "auto" if variant.sdpa_kernel_reason else variant.sdpa_kernel_requested
 
 
 def describe_device(record: Record) -> str:
@@ -138,8 +178,8 @@ def human_bytes(count: int | None) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Two decimals under 100 ms, one above."""
-    return _number(value, 2 if value is not None and value < 100 else 1)
+    """One decimal from 100 ms on, two below, three under 0.1 ms."""
+    return _number(value, 1 if value is None or value >= 100 else 2 if value >= 0.1 else 3)
 
 
 def percent(value: float) -> str:
@@ -168,6 +208,10 @@ def cautions(records: Sequence[Record]) -> list[str]:
         if variant.attention_reason:
             asked = f"{variant.attention_requested} was asked for, {variant.attention_used} ran"
             found.append((name, f": {asked} ({variant.attention_reason})"))
+        if variant.sdpa_kernel_reason:
+            ran = f"sdpa {variant.sdpa_kernel_used}" if variant.sdpa_kernel_used else "the kernel that torch chose"
+            asked = f"sdpa {variant.sdpa_kernel_requested} was asked for, {ran} ran"
+            found.append((name, f": {asked} ({variant.sdpa_kernel_reason})"))
         if variant.compile_reason:
             found.append((name, f": not compiled ({variant.compile_reason})"))
         found += [(name, f": batch {f.batch_size} not timed ({f.reason})") for f in record.latency_failures]
@@ -188,10 +232,11 @@ def verdicts(records: Sequence[Record]) -> list[str]:
 
 
 def markdown_table(records: Sequence[Record], batch_size: int | None = None) -> str:
-    """The table in GitHub's Markdown."""
-    figures = len(HEADINGS) - _TEXT_COLUMNS
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * _TEXT_COLUMNS + "---:|" * figures]
-    lines += ["| " + " | ".join(map(markdown_text, row(record, batch_size))) + " |" for record in records]
+    """The comparison in GitHub's Markdown."""
+    table = comparison(records, batch_size)
+    figures = len(table.headings) - table.text_columns
+    lines = ["| " + " | ".join(table.headings) + " |", "|" + "---|" * table.text_columns + "---:|" * figures]
+    lines += ["| " + " | ".join(map(markdown_text, cells)) + " |" for cells in table.rows]
     return "\n".join(lines)
 
 
@@ -215,6 +260,13 @@ def _warnings(records: Sequence[Record]) -> list[str]:
         names = [record.variant.name for record in records if sentence in record.warnings]
         lines.append(sentence if len(names) == len(records) else f"{', '.join(names)}: {sentence}")
     return lines
+
+
+def _peak_bytes(record: Record, latency: Latency | None) -> int | None:
+    """Peak memory at the batch size of `latency` where it was measured at each, else the one that was measured."""
+    if any(one.peak_bytes is not None for one in record.latency):
+        return latency.peak_bytes if latency else None
+    return record.memory.peak_bytes if record.memory else None
 
 
 def _delta(versus: VersusBaseline | None, digits: int) -> str:

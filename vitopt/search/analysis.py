@@ -19,11 +19,11 @@ from vitopt.measure.accuracy import compare
 from vitopt.measure.latency import clock_for, time_interleaved
 from vitopt.measure.predictions import Predictions
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, weight_bytes
-from vitopt.models.names import linear_layers
+from vitopt.models.names import block_names, linear_layers
 from vitopt.optimize.formats import quantization_config
 from vitopt.optimize.quantize import plan_for
 from vitopt.recipe import QUANTIZED_FORMATS, Format, HalfFormat, LatencySpec, VariantSpec
-from vitopt.search.hybrid import Hybrid, block_names
+from vitopt.search.hybrid import Hybrid
 from vitopt.search.results import Loss, SearchResult, Sensitivity, UnitScores, save_sensitivity
 from vitopt.search.sensitivity import (
     DEFAULT_MEMORY_BYTES,
@@ -167,7 +167,7 @@ class _Analysis:
         exact = load_model(checkpoint, dtype=DTYPES[half], device=device)
         packed = load_model(checkpoint, dtype=DTYPES[half], device=device, quantization=config)
         layers = linear_layers(exact, checkpoint.config.model_type)
-        blocks = block_names(layers)
+        blocks = block_names(exact, checkpoint.config.model_type)
         self.from_exact = Hybrid(exact, packed, blocks)
         self.from_packed = Hybrid(packed, exact, blocks)
         self.units = units(layers, granularity)

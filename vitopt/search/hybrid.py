@@ -5,7 +5,7 @@ their output is kept at the block boundary and only the rest runs.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,15 +191,3 @@ class Boundary:
         if batch in self._held:
             return self._held[batch]
         return load_file(self._folder / f"boundary-{batch}.safetensors")["hidden"]
-
-
-def block_names(layers: Sequence[Layer]) -> tuple[str, ...]:
-    """Full module names of the blocks that hold `layers`, in order."""
-    found: dict[int, str] = {}
-    for layer in layers:
-        if layer.block is not None:
-            # The block is the shortest prefix that ends in its number: `vit.layers.3` of `vit.layers.3.mlp.fc1`.
-            parts = layer.module.split(".")
-            last_number = max(index for index, part in enumerate(parts) if part.isdigit())
-            found.setdefault(layer.block, ".".join(parts[: last_number + 1]))
-    return tuple(found[index] for index in sorted(found))

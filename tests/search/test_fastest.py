@@ -1,0 +1,131 @@
+"""`--format auto`: which candidates there are, and which of them is chosen."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitopt import environment
+from vitopt.data.images import open_images
+from vitopt.errors import CheckpointError, DataError
+from vitopt.measure import evaluator
+from vitopt.models.checkpoint import Checkpoint, open_checkpoint
+from vitopt.recipe import DataSpec, EvaluateSpec, LatencySpec
+from vitopt.records import Latency, Memory, Record, Variant, VersusBaseline
+from vitopt.search import fastest
+from vitopt.search.fastest import candidates, choose, find_fastest
+
+CPU = torch.device("cpu")
+QUICK = EvaluateSpec(batch_size=8, end_to_end=False, latency=LatencySpec(iterations=4, rounds=2, warmup_seconds=0))
+
+
+def record(name: str, p50_ms: float | None, agreement: float | None = None) -> Record:
+    """What `choose` looks at; a None time is a variant that could not be timed."""
+    versus = None
+    if agreement is not None:
+        versus = VersusBaseline(
+            baseline="fp32",
+            top1_delta_points=0,
+            top1_delta_ci95_points=(0, 0),
+            agreement_percent=agreement,
+            right_to_wrong=0,
+            wrong_to_right=0,
+            mcnemar_p=1,
+            mean_kl_divergence=0,
+            normalised_logit_error=0,
+            smallest_visible_loss_points=1,
+            verdict="",
+        )
+    latency = []
+    if p50_ms is not None:
+        times = {"mean_ms": p50_ms, "std_ms": 0, "min_ms": p50_ms, "p50_ms": p50_ms, "p95_ms": None, "p99_ms": None}
+        counts = {"batch_size": 1, "iterations": 1, "rounds": 1, "warmup_ms": 0, "warmup_iterations": 1}
+        latency = [Latency(**times, **counts, images_per_second=1000 / p50_ms, samples_ms=())]
+    variant = Variant(name=name, format=name, attention_requested="sdpa", attention_used="sdpa")
+    return Record(variant=variant, versus_baseline=versus, latency=tuple(latency))
+
+
+def test_the_fastest_that_agrees_is_chosen() -> None:
+    reference = record("fp32", 10.0)
+    agreeing, disagreeing, slow = record("bf16", 4.0, 99.0), record("fp8", 1.0, 97.9), record("w8a8", 12.0, 100.0)
+    assert choose([reference, disagreeing, agreeing, slow], 98) == "bf16"
+    assert choose([reference, disagreeing, agreeing, slow], 97) == "fp8"
+    assert choose([reference, agreeing], 99) == "bf16"  # exactly as much as is asked for is enough
+
+
+def test_fp32_stays_where_nothing_faster_agrees() -> None:
+    assert choose([record("fp32", 10.0), record("w8a8", 5.0, 90.0), record("bf16", 11.0, 100.0)], 98) == "fp32"
+
+
+def test_what_could_not_be_timed_is_not_chosen() -> None:
+    assert choose([record("fp32", 10.0), record("bf16", None, 100.0), record("w8a8", 9.0, 100.0)], 98) == "w8a8"
+
+
+def test_candidates_are_what_the_device_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [variant.name for variant in candidates(CPU, "bf16", compile=True)]
+    assert names == ["fp32", "fp32-compiled", "bf16", "bf16-compiled", "w8a8", "w8a8-compiled"]
+    assert [variant.name for variant in candidates(CPU, "bf16", compile=False)] == ["fp32", "bf16", "w8a8"]
+    compiled = {variant.name: variant for variant in candidates(CPU, "bf16", compile=True)}["bf16-compiled"]
+    assert compiled.run.compile and compiled.run.fuse_qkv
+    monkeypatch.setattr(environment, "why_not_format", lambda format, device: None)
+    on_gpu = [variant.format for variant in candidates(torch.device("cuda"), "fp16", compile=False)]
+    assert on_gpu == ["fp32", "fp16", "bf16", "w8a8", "fp8"]
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+    memory = Memory(peak_bytes=1, kind="resident_set", batch_size=1)
+    monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: memory)
+    return open_checkpoint(str(tiny_checkpoint))
+
+
+def test_all_candidates_are_measured_against_fp32(checkpoint: Checkpoint, shapes: Path) -> None:
+    images = open_images(DataSpec(source=str(shapes)), "train")
+    choice = find_fastest(checkpoint, images, QUICK, min_agreement_percent=0, compile=False, device="cpu")
+    assert [record.variant.format for record in choice.records] == ["fp32", "bf16", "w8a8"]
+    reference, *others = choice.records
+    assert reference.versus_baseline is None
+    for other in others:
+        assert other.versus_baseline is not None and other.versus_baseline.baseline == "fp32"
+        assert other.dataset is not None and other.dataset.images == len(images)
+    times = {record.variant.name: record.latency[0].p50_ms for record in choice.records}
+    assert times[choice.variant.name] == min(times.values())
+
+
+def test_the_choice_is_told_with_its_figures(checkpoint: Checkpoint, shapes: Path) -> None:
+    images = open_images(DataSpec(source=str(shapes)), "train")
+    choice = find_fastest(checkpoint, images, QUICK, min_agreement_percent=0, compile=False, device="cpu")
+    by_name = {variant.name: variant for variant in candidates(CPU, "bf16", compile=False)}
+    told = fastest.Choice(by_name["bf16"], choice.records, 98).sentence()
+    measured = choice.records[1]
+    assert measured.versus_baseline is not None
+    assert told == (
+        f"bf16 is the fastest: {measured.latency[0].speedup_vs_baseline:.2f} times fp32, and agrees with it on "
+        f"{measured.versus_baseline.agreement_percent:.1f} % of {len(images)} images"
+    )
+    kept = fastest.Choice(by_name["fp32"], choice.records, 99.5).sentence()
+    assert kept == "nothing faster agrees with fp32 on 99.5 % of the images: fp32 it is"
+
+
+def test_a_candidate_that_cannot_be_made_is_left_out(
+    checkpoint: Checkpoint, shapes: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real: Callable[..., object] = fastest.quantize
+
+    def no_w8a8(source: Checkpoint, variant: object, *rest: object) -> object:
+        if variant.format == "w8a8":  # type: ignore[attr-defined]
+            raise CheckpointError("no such luck")
+        return real(source, variant, *rest)
+
+    monkeypatch.setattr(fastest, "quantize", no_w8a8)
+    images = open_images(DataSpec(source=str(shapes)), "train")
+    choice = find_fastest(checkpoint, images, QUICK, min_agreement_percent=0, compile=False, device="cpu")
+    assert [record.variant.name for record in choice.records] == ["fp32", "bf16"]
+    assert "w8a8 is left out: no such luck" in caplog.messages
+
+
+def test_images_of_other_classes_are_refused(checkpoint: Checkpoint) -> None:
+    images = open_images(DataSpec(source="digits", limit=20), "train")
+    with pytest.raises(DataError):
+        find_fastest(checkpoint, images, QUICK, min_agreement_percent=98, compile=False, device="cpu")

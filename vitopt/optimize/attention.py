@@ -1,0 +1,81 @@
+"""Kernels of scaled dot product attention: choosing one, and reading back which one ran.
+
+The names are those of torch: `flash` (FlashAttention-2, arXiv 2307.08691), `cudnn`, `efficient` (memory-efficient
+attention, arXiv 2112.05682), `math` (plain matrix products and a softmax).
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vitopt.recipe import Attention, SdpaKernel
+
+# kernel -> name under which transformers knows sdpa held to it, and torch's own name of it; transformers looks for a
+# package wherever it reads "flash"
+_KERNELS: dict[SdpaKernel, tuple[str, SDPBackend]] = {
+    "flash": ("sdpa_tiled", SDPBackend.FLASH_ATTENTION),
+    "cudnn": ("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION),
+    "efficient": ("sdpa_efficient", SDPBackend.EFFICIENT_ATTENTION),
+    "math": ("sdpa_math", SDPBackend.MATH),
+}
+
+# What a profile calls a kernel, most telling first: operators of torch, then GPU kernels, which are all that a
+# replayed CUDA graph shows.
+_SIGNS: tuple[tuple[str, SdpaKernel], ...] = (
+    ("_scaled_dot_product_cudnn_attention", "cudnn"),
+    ("_scaled_dot_product_flash_attention", "flash"),
+    ("_scaled_dot_product_efficient_attention", "efficient"),
+    ("_scaled_dot_product_attention_math", "math"),
+    ("cudnn_generated_fort_native_sdpa", "cudnn"),
+    ("flash_fwd", "flash"),
+    ("fmha_cutlass", "efficient"),
+)
+
+
+def implementation(attention: Attention, kernel: SdpaKernel) -> str:
+    """Name under which transformers knows an attention; one that is held to a kernel runs that or raises.
+
+    The choice is made inside the attention function, where a compiler sees it: around the model it would be part
+    of no guard, and code that was compiled for one kernel would serve all.
+    """
+    if kernel == "auto":
+        return attention
+    name, backend = _KERNELS[kernel]
+    AttentionInterface.register(name, functools.partial(_held_to, backend))
+    return name
+
+
+def attention_of(implementation: str) -> str:
+    """The attention behind a name that `implementation` gave."""
+    return "sdpa" if implementation in {name for name, _ in _KERNELS.values()} else implementation
+
+
+def _held_to(backend: SDPBackend, *args: Any, **options: Any) -> Any:
+    with sdpa_kernel(backend):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **options)
+
+
+def kernel_used(call: Callable[[], object], device: torch.device) -> SdpaKernel | None:
+    """The attention kernel that a profiled `call` ran; None if it ran none that is known here.
+
+    Profile only when nothing remains to be timed: the profiler's hooks slow later calls down.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return recognise({event.name for event in profile.events()})
+
+
+def recognise(names: Iterable[str]) -> SdpaKernel | None:
+    """The attention kernel behind the operators and GPU kernels of a profile."""
+    seen = list(names)
+    return next((kernel for sign, kernel in _SIGNS if any(sign in name for name in seen)), None)

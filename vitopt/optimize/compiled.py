@@ -1,0 +1,152 @@
+"""Compilation for fixed batch sizes.
+
+On a GPU one block is compiled and serves all (they differ in their weights alone, which are its inputs), then the
+whole forward pass is captured as a CUDA graph for each batch size: compilation takes the time of one block, and a
+call costs one launch. On the CPU the whole model is compiled with its weights frozen in, so that they are packed
+once for the processor's matrix kernels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch._inductor.config
+from torch import nn
+
+_CALLS_BEFORE_CAPTURE = 3
+_MANY_SHAPES = 256
+
+
+class Compiled(Protocol):
+    """A model that was compiled for some shapes and compiles itself for each new one that it is called with."""
+
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`pixel_values`: (batch, 3, height, width), always of one type. Returns logits (batch, classes)."""
+
+    def knows(self, shape: torch.Size) -> bool:
+        """Whether a call with pixels of this shape compiles nothing."""
+
+    def peak_bytes(self, shape: torch.Size) -> int:
+        """Memory that is set aside for pixels of this shape beside the weights."""
+
+    def undo(self) -> None:
+        """Leave the model as it was before."""
+
+
+def compiled(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, autotune: bool) -> Compiled:
+    """`model`, to be compiled at each shape's first call."""
+    # Variants share the code of their classes. The compiler stops at eight versions of one code and then runs it
+    # eagerly without a word; a word is wanted, and many variants times many batch sizes are not too many.
+    torch._dynamo.config.recompile_limit = _MANY_SHAPES
+    torch._dynamo.config.accumulated_recompile_limit = 4 * _MANY_SHAPES
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if autotune:
+        _quiet_autotuning()
+    return GraphedModel(model, blocks, autotune) if device.type == "cuda" else FrozenModel(model, autotune)
+
+
+def _quiet_autotuning() -> None:
+    """Keep the time of every kernel that is tried off the terminal."""
+    from torch._inductor import select_algorithm  # slow to import
+
+    torch._inductor.config.max_autotune_report_choices_stats = False
+    select_algorithm.PRINT_AUTOTUNE = False
+
+
+class FrozenModel:
+    """A model on the CPU, compiled whole with its weights as constants."""
+
+    def __init__(self, model: nn.Module, autotune: bool):
+        self._compiled = torch.compile(model, dynamic=False)
+        self._autotune = autotune
+        self._shapes: set[torch.Size] = set()
+
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """As `Compiled`."""
+        if self.knows(pixel_values.shape):
+            return self._compiled(pixel_values=pixel_values).logits
+        # Freezing is not among the options of torch.compile that reach all parts of the compiler.
+        with torch._inductor.config.patch(freezing=True, max_autotune=self._autotune):
+            logits = self._compiled(pixel_values=pixel_values).logits
+        self._shapes.add(pixel_values.shape)
+        return logits
+
+    def knows(self, shape: torch.Size) -> bool:
+        """As `Compiled`."""
+        return shape in self._shapes
+
+    def peak_bytes(self, shape: torch.Size) -> int:
+        """Nothing is set aside between calls."""
+        return 0
+
+    def undo(self) -> None:
+        """The model itself was not changed."""
+
+
+@dataclass
+class _Captured:
+    """A forward pass as a CUDA graph: fill `pixels`, replay, read `logits`."""
+
+    graph: torch.cuda.CUDAGraph
+    pixels: torch.Tensor
+    logits: torch.Tensor
+    peak_bytes: int
+
+
+class GraphedModel:
+    """A model on a GPU whose calls replay a CUDA graph, captured for each shape that it meets.
+
+    Graphs share one memory pool: they are replayed one after another, and no output outlives its call.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], autotune: bool):
+        self._model, self._blocks = model, blocks
+        self._captured: dict[torch.Size, _Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        mode = "max-autotune-no-cudagraphs" if autotune else None
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=False, mode=mode)
+
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """As `Compiled`."""
+        captured = self._captured.get(pixel_values.shape)
+        if captured is None:
+            captured = self._captured[pixel_values.shape] = self._capture(pixel_values)
+        captured.pixels.copy_(pixel_values, non_blocking=True)
+        captured.graph.replay()
+        return captured.logits.clone()
+
+    def knows(self, shape: torch.Size) -> bool:
+        """As `Compiled`."""
+        return shape in self._captured
+
+    def peak_bytes(self, shape: torch.Size) -> int:
+        """As `Compiled`; 0 for a shape that was never captured."""
+        captured = self._captured.get(shape)
+        return captured.peak_bytes if captured else 0
+
+    def undo(self) -> None:
+        """As `Compiled`."""
+        for block in self._blocks:
+            block._compiled_call_impl = None
+
+    def _capture(self, pixel_values: torch.Tensor) -> _Captured:
+        device = pixel_values.device
+        pixels = pixel_values.clone()
+        # Compilation, autotuning and the libraries' workspaces must be done before: a capture allows none of them.
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(_CALLS_BEFORE_CAPTURE):
+                self._model(pixel_values=pixels)
+        torch.cuda.current_stream(device).wait_stream(side)
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as the one that reads images into pinned memory, may go on using the device.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            logits = self._model(pixel_values=pixels).logits
+        peak = torch.cuda.max_memory_allocated(device) - before
+        return _Captured(graph, pixels, logits, peak)

@@ -1,0 +1,47 @@
+"""What the device allows: the rates that floor and utilisation are held against, in words."""
+
+from collections.abc import Callable, Sequence
+
+from vitopt.records import Record
+
+TITLE = "What the device allows"
+_FLOOR = "the larger of batch × FLOP per image over the matrix rate and weight bytes over the copy rate"
+_MFU = (
+    "model FLOP utilisation: batch × FLOP per image over the median latency, "
+    "in % of the matrix rate of the format that a variant computes in"
+)
+
+
+def facts(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """Name and text of the device's rates, the model's arithmetic, and what follows; empty where no rate is known."""
+    rates = [record.roofline for record in records if record.roofline]
+    if not rates:
+        return []
+    by_format: dict[str, list[float]] = {}
+    for one in rates:
+        by_format.setdefault(one.gemm_format, []).append(one.gemm_flops_per_second)
+    products = [f"{_span(found, _flops)}/s in {format}" for format, found in by_format.items()]
+    copies = _span([one.copy_bytes_per_second for one in rates], lambda rate: f"{_figure(rate / 1e9)} GB")
+    images = [record.model.flops_per_image for record in records if record.model and record.model.flops_per_image]
+    found = [("matrix rate", ", ".join(products)), ("copy rate", f"{copies}/s, bytes read and bytes written")]
+    if images:
+        arithmetic = f"{_span(images, _flops)} in matrix products and convolutions, a multiply-add counted as two"
+        found.append(("one image", arithmetic))
+    return [*found, ("floor", _FLOOR), ("MFU", _MFU)]
+
+
+def _span(values: Sequence[float], words: Callable[[float], str]) -> str:
+    """One value in words, or the lowest and the highest where they differ."""
+    low, high = words(min(values)), words(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _flops(count: float) -> str:
+    """As in `712 TFLOP`, `35.1 GFLOP`, `4.20 MFLOP`."""
+    unit, size = next((pair for pair in (("T", 1e12), ("G", 1e9)) if count >= pair[1]), ("M", 1e6))
+    return f"{_figure(count / size)} {unit}FLOP"
+
+
+def _figure(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
