@@ -2,8 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A GPU machine without a network has its own torch and no .venv.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help install demo test check clean
+.PHONY: help install demo test check gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## show these commands
@@ -28,6 +30,10 @@ check: $(READY)  ## ruff, mypy and the import contract
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+gpu:  ## what only a GPU shows: its tests and recipes, into benchmarks/results/ and README (under 9 minutes)
+	@$(GPU_PYTHON) scripts/device_benchmark.py --device cuda; status=$$?; \
+	$(GPU_PYTHON) scripts/performance_table.py; exit $$status
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs build *.egg-info

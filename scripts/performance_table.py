@@ -1,0 +1,182 @@
+"""README's performance tables, made from the files that `scripts/device_benchmark.py` wrote.
+
+    python scripts/performance_table.py           writes them between the markers in README.md
+    python scripts/performance_table.py --check   exits with 1 if README.md says anything else
+
+Rows come from the recipes: one that no file holds a figure for is named as unmeasured.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from vitopt.recipe import load_recipe
+from vitopt.records import Record
+from vitopt.report.table import device_name, human_bytes, milliseconds, rate
+
+SCHEMA = "vitopt.device/1"
+BEGIN, END = "<!-- performance tables: scripts/performance_table.py -->", "<!-- end of performance tables -->"
+GPU_RECIPES = ("waterfall-vit-l", "packed-vit-l", "attention-vit-l", "autotuned-vit-l")
+CPU_RECIPES = ("waterfall-cpu-vit-l",)
+UNMEASURED = "unmeasured"
+
+
+@dataclass(frozen=True)
+class Results:
+    """One file: where it lies, on what it was measured, and the records of each recipe."""
+
+    path: Path
+    environment: dict[str, Any]
+    records: dict[str, list[Record]]
+    skipped: dict[str, str]
+
+    @property
+    def is_gpu(self) -> bool:
+        return bool(self.environment["gpu"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where README is not up to date")
+    arguments = parser.parse_args()
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = replaced(before, tables(load_results(ROOT / "benchmarks" / "results")))
+    if arguments.check and after != before:
+        sys.exit("README.md is not what the results say: run python scripts/performance_table.py")
+    if not arguments.check:
+        readme.write_text(after, encoding="utf-8")
+
+
+def replaced(readme: str, content: str) -> str:
+    """README with `content` between the markers."""
+    head, begin, rest = readme.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        sys.exit(f"README.md lacks the markers {BEGIN} and {END}")
+    return f"{head}{BEGIN}\n\n{content}\n\n{END}{tail}"
+
+
+def load_results(folder: Path) -> list[Results]:
+    """Results of all devices in a folder, GPUs first; of each device and recipe those of its last file by name."""
+    found: list[Results] = []
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.name):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("schema") != SCHEMA:
+            continue
+        steps = content["steps"]
+        records = {s["name"]: [Record.model_validate(r) for r in s["records"]] for s in steps if s["records"]}
+        skipped = {s["name"]: s["skipped"] or s["failure"] for s in steps if s["skipped"] or s["failure"]}
+        for earlier in found:
+            if device_name(earlier.environment) == device_name(content["environment"]):
+                for recipe in records:
+                    earlier.records.pop(recipe, None)
+        found.append(Results(path, content["environment"], records, skipped))
+    return sorted(found, key=lambda results: not results.is_gpu)
+
+
+def tables(results: list[Results]) -> str:
+    """Markdown of all tables, and what no file holds."""
+    parts = [part for one in results for part in _of_device(one)]
+    return "\n\n".join([*parts, *_unmeasured(results)])
+
+
+def _of_device(results: Results) -> Iterator[str]:
+    environment = results.environment
+    torch = environment["libraries"]["torch"]
+    where = f"{device_name(environment)}" if results.is_gpu else f"{device_name(environment)}, {_threads(environment)}"
+    for recipe in GPU_RECIPES if results.is_gpu else CPU_RECIPES:
+        if recipe not in results.records:
+            continue
+        records = results.records[recipe]
+        yield f"**{where}**, torch {torch}: `{recipe}` (`benchmarks/results/{results.path.name}`)"
+        sizes = sorted({row.batch_size for record in records for row in record.latency})
+        yield "\n".join(_table(recipe, records, sizes))
+        if (roofline := next((r.roofline for r in records if r.roofline), None)) is not None:
+            yield _rates(records, roofline.copy_bytes_per_second)
+
+
+def _threads(environment: dict[str, Any]) -> str:
+    count = environment["torch_threads"]
+    return f"{count} {'bound ' if environment.get('threads_bound') else ''}threads"
+
+
+def _table(recipe: str, records: list[Record], sizes: list[int]) -> Iterator[str]:
+    known = {record.variant.name: record for record in records}
+    first, last = sizes[0], sizes[-1]
+    rates = [f"images/s at {size}" for size in sizes]
+    headings = [
+        f"p50 ms at {first}",
+        "p99 ms",
+        "speed-up",
+        *rates,
+        f"MFU % at {last}",
+        f"floor ms at {first}",
+        "memory",
+    ]
+    yield f"| {' | '.join(['variant', *headings])} |"
+    yield "|---|" + "---:|" * len(headings)
+    for name in _rows(recipe):
+        record = known.get(name)
+        cells = _cells(record, sizes) if record and record.latency else [UNMEASURED] + [""] * (len(headings) - 1)
+        yield f"| {' | '.join([name, *cells])} |"
+    for name in _rows(recipe):
+        if (record := known.get(name)) is not None and record.failure:
+            yield f"\n{name}: {record.failure}"
+
+
+def _cells(record: Record, sizes: list[int]) -> list[str]:
+    rows = {row.batch_size: row for row in record.latency}
+    first, last = rows.get(sizes[0]), rows.get(sizes[-1])
+    memory = first.peak_bytes if first and first.peak_bytes else record.memory.peak_bytes if record.memory else None
+    speedup = first.speedup_vs_baseline if first else None
+    used = last.model_flop_utilisation_percent if last else None
+    return [
+        milliseconds(first.p50_ms if first else None),
+        milliseconds(first.p99_ms if first else None),
+        f"{speedup:.2f}x" if speedup else "–",
+        *(rate(rows[size].images_per_second) if size in rows else "–" for size in sizes),
+        f"{used:.0f}" if used else "–",
+        milliseconds(first.floor_ms if first else None),
+        human_bytes(memory),
+    ]
+
+
+def _rates(records: list[Record], copy_bytes_per_second: float) -> str:
+    found = {r.roofline.gemm_format: r.roofline.gemm_flops_per_second for r in records if r.roofline}
+    gemm = ", ".join(f"{format} {_significant(value / 1e12)}" for format, value in found.items())
+    copy = _significant(copy_bytes_per_second / 1e9)
+    return f"Measured in the same run: matrix products in TFLOP/s {gemm}; copy {copy} GB/s."
+
+
+def _significant(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _unmeasured(results: list[Results]) -> Iterator[str]:
+    if not any(one.is_gpu for one in results):
+        rows = "; ".join(f"`{recipe}`: {', '.join(_rows(recipe))}" for recipe in GPU_RECIPES)
+        yield f"**Unmeasured on any GPU** (`make gpu` measures them): {rows}."
+        return
+    measured = {(device_name(one.environment), recipe) for one in results for recipe in one.records}
+    for one in (one for one in results if one.is_gpu):
+        device = device_name(one.environment)
+        for recipe in GPU_RECIPES:
+            if (device, recipe) not in measured:
+                why = one.skipped.get(recipe, "not run")
+                yield f"Unmeasured on {device}: `{recipe}` ({', '.join(_rows(recipe))}): {why}."
+
+
+def _rows(recipe: str) -> list[str]:
+    return [variant.name for variant in load_recipe(ROOT / "recipes" / f"{recipe}.yaml").variants]
+
+
+if __name__ == "__main__":
+    main()

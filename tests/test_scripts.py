@@ -1,0 +1,157 @@
+"""The scripts behind the figures of README."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from vitopt.records import Latency, Memory, Record, Roofline, Variant
+
+ROOT = Path(__file__).parents[1]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def table() -> ModuleType:
+    return script("performance_table")
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    return script("device_benchmark")
+
+
+def row(batch_size: int, p50_ms: float, **changes: Any) -> Latency:
+    times = {
+        "mean_ms": p50_ms,
+        "std_ms": 0.1,
+        "min_ms": p50_ms,
+        "p50_ms": p50_ms,
+        "p95_ms": p50_ms,
+        "p99_ms": p50_ms + 1,
+    }
+    counts = {"iterations": 100, "rounds": 10, "warmup_ms": 1, "warmup_iterations": 10, "samples_ms": ()}
+    rate = {"images_per_second": 1000 * batch_size / p50_ms}
+    return Latency(batch_size=batch_size, **times | counts | rate | changes)
+
+
+def record(name: str, *rows: Latency, **changes: Any) -> Record:
+    variant = Variant(name=name, format="bf16", attention_requested="sdpa", attention_used="sdpa" if rows else None)
+    return Record(variant=variant, latency=rows, **changes)
+
+
+GPU = {"gpu": {"name": "NVIDIA H200"}, "libraries": {"torch": "2.11.0"}, "torch_threads": 16}
+
+
+def written(folder: Path, name: str, steps: list[dict[str, Any]], environment: dict[str, Any] = GPU) -> None:
+    content = {"schema": "vitopt.device/1", "created": "2026-01-02", "environment": environment, "steps": steps}
+    (folder / name).write_text(json.dumps(content))
+
+
+def step(name: str, *records: Record, **changes: Any) -> dict[str, Any]:
+    told = {"skipped": None, "failure": None} | changes
+    return {"name": name, "records": [one.to_json() for one in records]} | told
+
+
+def test_readme_says_what_the_results_say(table: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table.replaced(readme, table.tables(table.load_results(ROOT / "benchmarks" / "results"))) == readme
+
+
+def test_without_a_gpu_every_row_of_every_gpu_recipe_is_unmeasured(table: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"images": 400}')
+    told = table.tables(table.load_results(tmp_path))
+    assert told.startswith(
+        "**Unmeasured on any GPU** (`make gpu` measures them): `waterfall-vit-l`: fp32-eager, bf16-eager"
+    )
+    assert "nf4-as-fp8" in told and "cudnn" in told
+
+
+def test_figures_come_from_the_file_and_absent_rows_are_named(table: ModuleType, tmp_path: Path) -> None:
+    rates = Roofline(gemm_format="bf16", gemm_flops_per_second=7e14, copy_bytes_per_second=4e12)
+    rows = (
+        row(1, 1.25, speedup_vs_baseline=8.04, floor_ms=0.176, peak_bytes=700_000_000),
+        row(64, 12.5, model_flop_utilisation_percent=61.8, speedup_vs_baseline=20),
+    )
+    fp8 = record("fp8", failure="compute capability 8.0 is below 8.9")
+    waterfall = step("waterfall-vit-l", record("bf16-fused", *rows, roofline=rates), fp8)
+    written(tmp_path, "h200-2026-01-02.json", [waterfall, step("packed-vit-l", skipped="bitsandbytes not installed")])
+    told = table.tables(table.load_results(tmp_path))
+    assert "**NVIDIA H200**, torch 2.11.0: `waterfall-vit-l` (`benchmarks/results/h200-2026-01-02.json`)" in told
+    assert "| bf16-fused | 1.25 | 2.25 | 8.04x | 800 | 5120 | 62 | 0.18 | 700 MB |" in told
+    assert "| w8a8 | unmeasured |" in told and "| fp8 | unmeasured |" in told
+    assert "fp8: compute capability 8.0 is below 8.9" in told
+    assert "matrix products in TFLOP/s bf16 700; copy 4,000 GB/s" in told
+    assert "Unmeasured on NVIDIA H200: `packed-vit-l` (fp32, bf16-compiled, nf4" in told
+    assert "): bitsandbytes not installed." in told
+    assert "`attention-vit-l` (auto, flash" in told and "): not run." in told
+
+
+def test_a_cpu_is_named_with_its_threads(table: ModuleType, tmp_path: Path) -> None:
+    machine = {"gpu": None, "processor": "AMD EPYC", "libraries": {"torch": "2.13.0"}, "torch_threads": 2}
+    memory = Memory(peak_bytes=2_000_000_000, kind="resident_set", batch_size=1)
+    waterfall = step("waterfall-cpu-vit-l", record("bf16-sdpa", row(1, 200.0), memory=memory))
+    written(tmp_path, "epyc.json", [waterfall], machine | {"threads_bound": True})
+    told = table.tables(table.load_results(tmp_path))
+    assert "**AMD EPYC, 2 bound threads**, torch 2.13.0: `waterfall-cpu-vit-l`" in told
+    assert "| bf16-sdpa | 200.0 | 201.0 | – | 5.0 | – | – | 2.00 GB |" in told
+    assert "Unmeasured on any GPU" in told
+
+
+def test_a_later_file_of_a_device_replaces_an_earlier_one_recipe_by_recipe(table: ModuleType, tmp_path: Path) -> None:
+    both = [step("waterfall-vit-l", record("w8a8", row(1, 1.5))), step("packed-vit-l", record("int8", row(1, 9.5)))]
+    written(tmp_path, "h200-2026-01-02.json", both)
+    written(tmp_path, "h200-2026-01-03.json", [step("waterfall-vit-l", record("w8a8", row(1, 1.25)))])
+    told = table.tables(table.load_results(tmp_path))
+    assert "| w8a8 | 1.25 |" in told and "1.50" not in told
+    assert "| int8 | 9.50 |" in told
+
+
+def test_a_readme_without_markers_is_left_alone(table: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="lacks the markers"):
+        table.replaced("# vitopt\n", "content")
+
+
+def test_a_device_that_is_not_there_is_one_line() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "device_benchmark.py"), "--device", "cuda:99"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 1 and ran.stdout == ""
+    assert ran.stderr.splitlines()[-1].startswith("error: device cuda:99")
+
+
+def test_results_keep_figures_and_no_place_of_this_machine(benchmark: ModuleType) -> None:
+    timed = record("a", row(1, 2.0, samples_ms=(2.0,)), command="vitopt run /home/me/recipe.yaml")
+    trimmed = benchmark._trimmed(timed.to_json())
+    assert trimmed["latency"][0]["p50_ms"] == 2.0 and trimmed["latency"][0]["samples_ms"] == []
+    assert "/home/me" not in json.dumps(trimmed)
+    assert Record.model_validate(trimmed).variant.name == "a"
+
+
+def test_what_is_not_installed_is_skipped_by_name(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    assert benchmark._recipe("packed-vit-l", "cuda", None, 0).skipped == "bitsandbytes not installed"
+    monkeypatch.undo()
+    monkeypatch.setenv("VITOPT_SHARED", str(tmp_path / "nowhere"))
+    assert "VITOPT_SHARED" in benchmark._recipe("imagenet-vit-tiny", "cuda", None, 0).skipped
+    assert benchmark._recipe("waterfall-vit-l", "cuda", None, 0).skipped == "no time was left for it (--minutes)"
+
+
+def test_files_are_named_after_the_device(benchmark: ModuleType) -> None:
+    assert benchmark._device_name({"gpu": {"name": "NVIDIA H200"}}) == "h200"
+    assert benchmark._device_name({"gpu": {"name": "NVIDIA A100-SXM4-80GB"}}) == "a100-sxm4-80gb"
+    assert benchmark._device_name({"gpu": None, "processor": "AMD EPYC"}) == "amd-epyc"
