@@ -13,7 +13,7 @@ import pytest
 from vitopt.measure import accuracy
 from vitopt.measure.predictions import Predictions, save_predictions
 from vitopt.recipe import LINEARS
-from vitopt.records import Dataset, Latency, Model, Record, Size, Variant, save_record
+from vitopt.records import Dataset, Latency, Model, Record, Roofline, Size, Variant, save_record
 from vitopt.search.results import Loss, Sensitivity, UnitScores
 from vitopt.search.skiplist import Goal, search_skip_list
 
@@ -78,6 +78,7 @@ def make_record(
     format: str = "fp32",
     *,
     p50_ms: dict[int, float] | None = None,
+    floor_ms: dict[int, float] | None = None,
     baseline: tuple[str, Predictions] | None = None,
     baseline_ms: dict[int, float] | None = None,
     predictions: Predictions | None = None,
@@ -85,7 +86,10 @@ def make_record(
     layers: dict[str, str] | None = None,
     **fields: Any,
 ) -> Record:
-    """A record with what is given; fields of Variant and of Record may be set by name."""
+    """A record with what is given; fields of Variant and of Record may be set by name.
+
+    With `floor_ms` it has a roofline, and a utilisation as if arithmetic alone made the floor.
+    """
     of_variant = {key: fields.pop(key) for key in list(fields) if key in Variant.model_fields}
     variant = {"name": name, "format": format, "attention_requested": "sdpa", "attention_used": "sdpa"} | of_variant
     timed = {} if p50_ms is None else p50_ms
@@ -95,6 +99,7 @@ def make_record(
             architecture="ViTForImageClassification",
             parameters=5_717_416,
             image_size=(224, 224),
+            flops_per_image=2_512_000_000,
             classes=len(CLASSES),
         ),
         "layers": make_layers(format) if layers is None else layers,
@@ -106,6 +111,13 @@ def make_record(
         "command": "vitopt run recipe.yaml",
         "created": "2026-01-02T03:04:05+00:00",
     }
+    if floor_ms is not None:
+        content["roofline"] = Roofline(
+            gemm_format="bf16", gemm_flops_per_second=7.12e14, copy_bytes_per_second=4.104e12
+        )
+        content["latency"] = tuple(
+            row.model_copy(update=_limits(floor_ms[row.batch_size], row.p50_ms)) for row in content["latency"]
+        )
     if predictions is not None:
         content["accuracy"] = accuracy.summarise(predictions, CLASSES)
         content["dataset"] = Dataset(
@@ -114,6 +126,10 @@ def make_record(
         if baseline is not None:
             content["versus_baseline"] = accuracy.compare(*baseline, predictions)
     return Record(variant=Variant(**variant), **(content | fields))
+
+
+def _limits(floor_ms: float, p50_ms: float) -> dict[str, float]:
+    return {"floor_ms": floor_ms, "model_flop_utilisation_percent": 100 * floor_ms / p50_ms}
 
 
 def write_run(folder: Path, records: Sequence[Record], predictions: dict[str, Predictions] | None = None) -> Path:

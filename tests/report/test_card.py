@@ -16,3 +16,52 @@ def test_card_is_markdown_that_is_not_escaped_as_html(make: SimpleNamespace, com
     assert 'pipeline("image-classification", "FOLDER"' in text
     assert "fp8 failed: fp8 cannot run on cpu" in text
     assert "&#34;" not in text
+
+
+def measured(make, tmp_path, **fields):
+    """The part of a variant's card above its table, without its heading."""
+    record = make.record("a", fields.pop("format", "bf16"), p50_ms={1: 3.0}, **fields)
+    write_card(record, tmp_path, [record])
+    text = (tmp_path / CARD_FILE).read_text()
+    return text, text.split("## Measured")[1].split("| variant |")[0].strip()
+
+
+def test_card_of_an_expanded_run_is_about_what_the_folder_holds(make: SimpleNamespace, tmp_path):
+    text, words = measured(make, tmp_path, stored_format="nf4", layer_plan={"bf16": 73})
+
+    assert "Format: bf16 (stored as nf4)." in text
+    assert "and bitsandbytes installed" in text
+    assert words.startswith(
+        "This folder holds nf4. All figures are of the model as vitopt ran it, expanded to bf16 at load; "
+        "the code above runs nf4 as it is stored.\n"
+    )
+
+
+def test_card_names_the_packages_of_the_stored_formats_only(make: SimpleNamespace, tmp_path):
+    text, _ = measured(make, tmp_path, format="w8a8", stored_format="nf4", layer_plan={"w8a8": 72, "bf16": 1})
+
+    assert "(and bitsandbytes installed)" in text
+
+
+def test_card_says_what_the_code_does_without(make: SimpleNamespace, tmp_path):
+    _, words = measured(
+        make,
+        tmp_path,
+        sdpa_kernel_requested="cudnn",
+        sdpa_kernel_used="cudnn",
+        fused_attentions=12,
+        compile_requested=True,
+        compile_used=True,
+        autotune=True,
+    )
+
+    assert words == (
+        "Measured with the cudnn kernel, fused qkv and compile (autotuned), which the code above does without.\n\n"
+        "Speed, size and memory alone, on Test CPU, batch size 1."
+    )
+
+
+def test_card_of_a_plain_variant_has_no_such_words(make: SimpleNamespace, tmp_path):
+    _, words = measured(make, tmp_path, predictions=make.predictions())
+
+    assert words == "40 images of `/data/shapes`, split test (sha256 000000000000), on Test CPU, batch size 1."

@@ -179,9 +179,58 @@ def test_a_benchmark_without_accuracy_has_no_empty_sections(make: SimpleNamespac
 
     page = read(make.run(tmp_path, records))
 
-    assert "Accuracy was not measured" in page.words
+    assert "Measured on random pixels" in page.words
     assert not {"tradeoff", "changes"} & set(page.ids)
-    assert "top‑1 %" not in page.words
+    for text in (page.words.replace("‑", "-"), (tmp_path / "report.md").read_text()):
+        for word in ("accuracy", "Accuracy", "top-1", "Δ points", "agree", "McNemar", "calibration", "Tango", "floor"):
+            assert word not in text
+    assert "Student's t over the rounds" in page.words
+
+
+def speed_alone(make: SimpleNamespace, **more):
+    """Three variants that add one thing each, at three batch sizes, with floors."""
+    first = {1: 8.0, 8: 16.0, 32: 40.0}
+    floors = {1: 0.05, 8: 0.4, 32: 1.6}
+    return [
+        make.record("bf16", "bf16", p50_ms=first, floor_ms=floors, sdpa_kernel_used="flash"),
+        make.record("fused", "bf16", p50_ms={1: 7.0, 8: 14.0, 32: 36.0}, floor_ms=floors, fused_attentions=12),
+        make.record("w8a8", "w8a8", p50_ms={1: 4.0, 8: 8.0, 32: 16.0}, floor_ms=floors, fused_attentions=12, **more),
+    ]
+
+
+def test_what_the_device_allows_is_said_on_both_pages(make: SimpleNamespace, tmp_path):
+    page = read(make.run(tmp_path, speed_alone(make)))
+
+    text = (tmp_path / "report.md").read_text()
+    assert "What the device allows" in page.words
+    assert "712 TFLOP/s in bf16" in page.words
+    assert "what the device's own rates allow for that format and batch size. w8a8 takes 80.0 times its" in page.words
+    assert "the device's matrix and copy rates allow at this batch size" in page.words  # what the columns mean
+    assert "## What the device allows\n\n- matrix rate: 712 TFLOP/s in bf16\n- copy rate: 4,104 GB/s" in text
+    assert "- one image: 2.51 GFLOP in matrix products" in text
+    assert "| bf16 | bf16 | sdpa flash | 8.00 | 8.72 | 8.78 | 0.050 | 125 | 0.6 |" in text
+    assert [f"plots/waterfall-{size}.png" in text for size in (1, 8, 32)] == [True] * 3
+
+
+def test_without_rates_nothing_is_said_of_what_the_device_allows(comparison, make: SimpleNamespace, tmp_path):
+    page = read(make.run(tmp_path, *comparison))
+
+    for text in (page.words, (tmp_path / "report.md").read_text()):
+        assert not re.search("device allows|floor|MFU|FLOP", text)
+
+
+def test_a_table_of_very_many_columns_has_its_words_below_the_name(comparison, make: SimpleNamespace, tmp_path):
+    before, times = make.predictions(), {1: 3.0}
+    used = Memory(peak_bytes=10**9, kind="cuda_allocated", batch_size=1)
+    many = {"p50_ms": times, "floor_ms": {1: 0.5}, "predictions": before, "memory": used}
+    records = [make.record("a", **many), make.record("b", **many, baseline=("a", before), baseline_ms=times)]
+
+    widest = write_report(make.run(tmp_path / "a", records)).read_text()
+    usual = write_report(make.run(tmp_path / "b", *comparison)).read_text()
+
+    assert widest.count('<table class="wide">') == 1
+    assert '<td class="words">' in widest  # for readers without styles, and for machines
+    assert '<table class="wide">' not in usual
 
 
 @pytest.mark.parametrize(

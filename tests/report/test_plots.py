@@ -165,6 +165,29 @@ def test_waterfall_names_each_step_with_its_ratio(comparison):
     ]
 
 
+def test_waterfall_marks_the_floor_of_each_step(make: SimpleNamespace, tmp_path):
+    records = [
+        make.record("fp32", "fp32", p50_ms={1: 8.0}, floor_ms={1: 2.0}),
+        make.record("bf16", "bf16", p50_ms={1: 4.0}, floor_ms={1: 0.5}),
+        make.record("fused-qkv", "bf16", p50_ms={1: 3.0}, floor_ms={1: 0.5}, fused_attentions=24),
+    ]
+
+    axes = plots.waterfall(steps(find_chain(records, "fp32"), 1), 1).axes[0]
+
+    ticks = [line.get_xdata()[0] for line in axes.get_lines() if line.get_xdata()[0] == line.get_xdata()[1]]
+    assert ticks == pytest.approx([2.0, 0.5, 0.5])
+    assert axes.get_xlabel() == "median latency at batch 1, ms; tick: floor"
+    assert axes.texts[4].get_text() == "fused-qkv"  # its name says what it changes
+    drawn = {plot.name: plot.alt for plot in plots.save_plots(records, "fp32", tmp_path)}
+    assert drawn["waterfall-1"].startswith("fp32 p50 8.00 ms, p95 8.72 ms, floor 2.00 ms; bf16")
+
+
+def test_waterfall_without_floors_names_none(comparison):
+    axes = plots.waterfall(steps(find_chain(comparison[0], "fp32"), 1), 1).axes[0]
+
+    assert axes.get_xlabel() == "median latency at batch 1, ms"
+
+
 def test_sizes_and_memory_are_bars_with_their_figures(make: SimpleNamespace):
     used = Memory(peak_bytes=1_500_000_000, kind="cuda_allocated", batch_size=4)
     records = [make.record("a", memory=used), make.record("b", weight_bytes=None)]

@@ -67,7 +67,7 @@ def test_headline_of_equal_variants_does_not_claim_more_than_the_images_show(mak
     [
         (("no", None), "The baseline a failed, so the variants are compared with nothing."),
         (("no", "no"), "No variant could be measured. The reasons are below."),
-        ((None, None), "Accuracy was not measured: these figures tell about speed and size only."),
+        ((None, None), "Measured on random pixels: these figures tell about speed, size and memory only."),
     ],
 )
 def test_headline_where_there_is_nothing_to_compare(make: SimpleNamespace, failures, text):
@@ -123,6 +123,15 @@ def test_verdicts_speak_of_accuracy_speed_and_size(comparison):
     assert nf4.sentences[0].startswith("loses")
     assert fp8.failed
     assert fp8.sentences == ("failed: fp8 cannot run on cpu",)
+
+
+def test_verdicts_say_what_is_on_disk_where_another_format_ran(make: SimpleNamespace):
+    records = [make.record("nf4", "nf4"), make.record("as-bf16", "bf16", stored_format="nf4", weight_bytes=40_000_000)]
+
+    assert verdicts(records, records[0])[0].sentences == (
+        "weights 2.0x larger than those of nf4",
+        "stored as nf4, expanded to bf16 at load",
+    )
 
 
 def test_a_variant_alone_has_no_verdict(make: SimpleNamespace):

@@ -2,14 +2,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from vitopt.records import FailedLatency
+from vitopt.records import FailedLatency, Memory
 from vitopt.report import table as report_table
 from vitopt.report.table import (
     HEADINGS,
     UNKNOWN,
+    describe_attention,
     describe_device,
+    describe_format,
     human_bytes,
     markdown_table,
+    milliseconds,
     notes,
     percent,
     row,
@@ -41,6 +44,90 @@ def test_nearly_all_is_never_shown_as_all(value, text):
     assert percent(value) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, UNKNOWN), (180.04, "180.0"), (99.99, "99.99"), (0.1, "0.10"), (0.0494, "0.049")],
+)
+def test_milliseconds_keep_about_three_digits(value, text):
+    assert milliseconds(value) == text
+
+
+COMPILED = {"compile_requested": True, "compile_used": True}
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "sdpa"),
+        ({"attention_used": None}, UNKNOWN),
+        ({"sdpa_kernel_used": "flash"}, "sdpa flash"),
+        ({"sdpa_kernel_requested": "cudnn", "sdpa_kernel_used": "cudnn"}, "sdpa cudnn"),
+        (
+            {"sdpa_kernel_requested": "cudnn", "sdpa_kernel_used": "math", "sdpa_kernel_reason": "no cuDNN"},
+            "sdpa math (not cudnn)",
+        ),
+        ({"sdpa_kernel_requested": "cudnn", "sdpa_kernel_reason": "no cuDNN"}, "sdpa (not cudnn)"),
+        ({"sdpa_kernel_requested": "cudnn"}, "sdpa"),  # it ran, and the profile showed no name that is known
+        ({"sdpa_kernel_requested": "cudnn", "sdpa_kernel_used": "flash"}, "sdpa flash (not cudnn)"),
+        (
+            {"attention_requested": "flash_attention_2", "sdpa_kernel_used": "flash"},
+            "sdpa flash (not flash_attention_2)",
+        ),
+        (
+            {
+                "attention_requested": "flash_attention_2",
+                "attention_used": "flash_attention_2",
+                "sdpa_kernel_used": "flash",
+            },
+            "flash_attention_2",
+        ),
+        ({"fused_attentions": 24}, "sdpa + fused qkv"),
+        ({"channels_last": True}, "sdpa + channels last"),
+        (COMPILED, "sdpa + compile"),
+        ({"compile_requested": True, "autotune": True, "compile_reason": "graph breaks"}, "sdpa"),
+        (
+            {"sdpa_kernel_used": "flash", "fused_attentions": 12, "channels_last": True, "autotune": True, **COMPILED},
+            "sdpa flash + fused qkv + channels last + compile (autotuned)",
+        ),
+    ],
+)
+def test_attention_says_what_ran(make: SimpleNamespace, fields, text):
+    assert describe_attention(make.record("a", **fields)) == text
+
+
+@pytest.mark.parametrize(
+    ("format", "fields", "text"),
+    [
+        ("nf4", {}, "nf4"),
+        ("nf4", {"skip": ("block.0", "block.1"), "layers": {}}, "nf4, block.0 block.1 in 16 bit"),
+        ("bf16", {"stored_format": "nf4"}, "bf16 (stored as nf4)"),
+        ("bf16", {"stored_format": "bf16"}, "bf16"),
+        ("w8a8", {"stored_format": "nf4", "skip": ("block.0",)}, "w8a8 (stored as nf4, block.0 in 16 bit)"),
+    ],
+)
+def test_format_says_what_is_on_disk(make: SimpleNamespace, format, fields, text):
+    assert describe_format(make.record("a", format, **fields)) == text
+
+
+def test_floor_and_utilisation_are_of_the_batch_size(make: SimpleNamespace):
+    record = make.record("a", "bf16", p50_ms={1: 0.8, 8: 1.6}, floor_ms={1: 0.052, 8: 0.416})
+
+    assert [cell(record, "floor ms", size) for size in (1, 8, 16)] == ["0.052", "0.42", UNKNOWN]
+    assert [cell(record, "MFU %", size) for size in (1, 8, 16)] == ["6.5", "26.0", UNKNOWN]
+
+
+def test_peak_memory_is_of_the_batch_size_where_it_was_measured_at_each(make: SimpleNamespace):
+    used = Memory(peak_bytes=5_000_000, kind="cuda_allocated", batch_size=1)
+    on_cpu = make.record("a", p50_ms={1: 3.0, 8: 9.0}, memory=used)
+    peaks = {1: 5_000_000, 8: 40_000_000}
+    rows = tuple(row.model_copy(update={"peak_bytes": peaks[row.batch_size]}) for row in on_cpu.latency)
+    on_gpu = on_cpu.model_copy(update={"latency": rows})
+
+    assert [cell(on_cpu, "peak memory", size) for size in (None, 8)] == ["5.00 MB", "5.00 MB"]
+    # At batch 64 it did not fit: its peak at batch 1 would be no answer.
+    assert [cell(on_gpu, "peak memory", size) for size in (None, 8, 64)] == ["5.00 MB", "40 MB", UNKNOWN]
+
+
 def test_row_takes_the_first_batch_size_unless_told(make: SimpleNamespace):
     record = make.record("bf16", "bf16", p50_ms={1: 20.0, 8: 100.0}, baseline_ms={1: 30.0, 8: 180.0})
 
@@ -70,17 +157,23 @@ def test_points_get_a_second_decimal_from_ten_thousand_images_on(make: SimpleNam
 
 def test_notes_name_variants_with_the_same_note_together(make: SimpleNamespace):
     fallback = {"attention_requested": "flash_attention_2", "attention_reason": "it needs a GPU"}
+    kernel = {"sdpa_kernel_requested": "cudnn", "sdpa_kernel_reason": "it needs a CUDA device"}
     records = [
         make.record("a", **fallback),
         make.record("b", **fallback),
         make.record("c", compile_requested=True, compile_reason="graph breaks"),
         make.record("d", failure="out of memory"),
+        make.record("e", sdpa_kernel_used="math", **kernel),
+        make.record("f", sdpa_kernel_used="math", **kernel),
+        make.record("g", **kernel),
     ]
 
     assert notes(records) == [
         "a, b: flash_attention_2 was asked for, sdpa ran (it needs a GPU)",
         "c: not compiled (graph breaks)",
         "d failed: out of memory",
+        "e, f: sdpa cudnn was asked for, sdpa math ran (it needs a CUDA device)",
+        "g: sdpa cudnn was asked for, the kernel that torch chose ran (it needs a CUDA device)",
     ]
 
 
@@ -119,7 +212,18 @@ def test_markdown_cells_cannot_break_the_table_or_bring_html(make: SimpleNamespa
     lines = table.splitlines()
     assert len(lines) == 3
     assert "a\\|b&lt;script> c" in lines[2]
-    assert lines[1].count("---:") == len(HEADINGS) - 3
+    assert lines[1] == "|---|---|---|---:|---:|"
+
+
+def test_markdown_leaves_out_columns_without_any_figure(make: SimpleNamespace):
+    records = [make.record("a", p50_ms={1: 3.0}), make.record("b", failure="no", weight_bytes=None)]
+
+    assert markdown_table(records).splitlines() == [
+        "| variant | format | attention | p50 ms | p95 ms | p99 ms | images/s | weights | on disk |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+        "| a | fp32 | sdpa | 3.00 | 3.27 | 3.29 | 333 | 20 MB | 20 MB |",
+        "| b | fp32 | failed | – | – | – | – | – | – |",
+    ]
 
 
 def test_comparison_leaves_out_columns_without_any_figure(make: SimpleNamespace):
@@ -127,7 +231,7 @@ def test_comparison_leaves_out_columns_without_any_figure(make: SimpleNamespace)
         [make.record("a", p50_ms={1: 3.0}), make.record("b", failure="no", weight_bytes=None)], 1
     )
 
-    assert "top-1 %" not in table.headings
+    assert not {"top-1 %", "floor ms", "MFU %"} & set(table.headings)
     assert table.headings[:3] == ("variant", "format", "attention")
     assert all(len(cells) == len(table.headings) for cells in table.rows)
     assert table.failures == {"b": "no"}
