@@ -531,6 +531,16 @@ def test_strict_attention_is_refused_before_the_training(
         run(changed(content, strict=True), tmp_path / "run")
 
 
+def test_a_strict_kernel_is_refused_before_the_training(
+    content: dict[str, Any], tmp_path: Path, no_training: None
+) -> None:
+    wanted = {"name": "fast", "format": "bf16", "sdpa_kernel": "cudnn"}
+    strict = changed(content, strict=True, variants=[content["variants"][0], wanted], export=None)
+    with pytest.raises(UnsupportedError, match="fast: sdpa kernel cudnn cannot run: the cudnn kernel needs a CUDA dev"):
+        run(strict, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_strict_refuses_attention_that_cannot_run(content: dict[str, Any], again: Path) -> None:
     with pytest.raises(UnsupportedError, match="nf4-fa2: flash_attention_2 cannot run: FlashAttention-2 needs a CUDA"):
         run(changed(content, strict=True, baseline="int8"), again)
@@ -788,5 +798,6 @@ def test_without_the_packages_of_the_report_it_is_left_out_in_one_line(
         f"report: left out, {named} not installed; `vitopt report {folder}` writes it"
     ]
     assert load_record(folder / "variants" / "fp32") == result.records[0]
+    assert result.report is None
     assert not (folder / "report.html").exists() and not (folder / "report.md").exists()
     assert {path.name for path in (folder / "variants" / "fp32").iterdir()} == CHECKPOINT | {"record.json"}

@@ -42,7 +42,9 @@ class Variant(Part):
     channels_last: bool = Field(False, description="pixels and patch embedding in NHWC memory order")
     compile_requested: bool = False
     compile_used: bool = False
-    compile_reason: str | None = Field(None, description="why compilation was asked for and did not happen")
+    compile_reason: str | None = Field(
+        None, description="why compilation was asked for and did not happen, at all or for one batch size"
+    )
     autotune: bool = Field(False, description="whether the compiler was asked to time its kernels first")
 
 

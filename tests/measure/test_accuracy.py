@@ -122,7 +122,7 @@ def test_a_compiled_subject_keeps_to_the_halved_shape(images: ImageSet, preproce
 
 def test_a_model_of_which_not_one_image_fits_fails_alone(images: ImageSet, preprocess: Preprocessor) -> None:
     outcome = predict([Fake("none", fits=0), Fake("good")], images, preprocess, batch_size=6)
-    assert outcome.failures == {"none": "out of memory at this batch size: use a smaller one"}
+    assert outcome.failures == {"none": "out of memory: not even one image fits"}
     assert set(outcome.predictions) == {"good"}
 
 

@@ -91,8 +91,10 @@ def _logits(subject: Subject, batch: Batch, sizes: dict[str, int]) -> np.ndarray
             parts = [_padded_call(subject, part, size) for part in batch.pixel_values.split(size)]
             return torch.cat(parts).float().cpu().numpy()
         except Exception as error:
-            if size == 1 or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            if size == 1:
+                raise MeasurementError("out of memory: not even one image fits") from error
             sizes[subject.name] = size // 2
             logger.warning("%s: batch %d does not fit the memory; going on with %d", subject.name, size, size // 2)
 

@@ -24,7 +24,7 @@ from vitopt.measure.predictions import Predictions
 from vitopt.measure.rates import floor_ms, flops_per_image, roofline, utilisation_percent
 from vitopt.measure.subject import Subject
 from vitopt.measure.throughput import energy_per_image, find_throughput
-from vitopt.models.checkpoint import disk_bytes, parameter_count, weight_bytes
+from vitopt.models.checkpoint import disk_bytes, empty_model, parameter_count, weight_bytes
 from vitopt.recipe import EvaluateSpec, LatencySpec, VariantSpec
 from vitopt.records import Dataset, EndToEnd, FailedLatency, Latency, Model, Record, Roofline, Size, Variant
 
@@ -153,7 +153,10 @@ def failed(name: str, asked: VariantSpec, reason: str, device: torch.device) -> 
         layers=dict(asked.layers),
         attention_requested=asked.attention,
         attention_used=None,
+        sdpa_kernel_requested=asked.sdpa_kernel,
+        channels_last=asked.channels_last,
         compile_requested=asked.compile,
+        autotune=asked.autotune,
     )
     return Measured(Record(variant=variant, failure=reason, **_provenance(device)), None)
 
@@ -184,7 +187,7 @@ def _common_fields(subject: Subject, asked: VariantSpec | None) -> dict[str, Any
             source=checkpoint.source,
             sha256=checkpoint.fingerprint() if checkpoint.folder else None,
             architecture=str((checkpoint.config.architectures or ["unknown"])[0]),
-            parameters=parameter_count(subject.model),
+            parameters=parameter_count(empty_model(checkpoint)),
             image_size=checkpoint.image_size,
             classes=checkpoint.config.num_labels,
             flops_per_image=flops_per_image(checkpoint),

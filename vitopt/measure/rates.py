@@ -36,9 +36,11 @@ def flops_per_image(checkpoint: Checkpoint) -> int:
     return int(counter.get_total_flops())
 
 
-def roofline(format: str, device: torch.device) -> Roofline:
-    """The device's rates for a variant most of whose layers are held in `format`."""
+def roofline(format: str, device: torch.device) -> Roofline | None:
+    """The device's rates for a variant most of whose layers are held in `format`; None for a format not known here."""
     computes_in = _COMPUTES_IN.get(format, format)
+    if computes_in not in _PRODUCTS:
+        return None
     return Roofline(
         gemm_format=computes_in,
         gemm_flops_per_second=gemm_rate(computes_in, device),

@@ -58,6 +58,7 @@ class FrozenModel:
     """A model on the CPU, compiled whole with its weights as constants."""
 
     def __init__(self, model: nn.Module, autotune: bool):
+        self._model = model
         self._compiled = torch.compile(model, dynamic=False)
         self._autotune = autotune
         self._shapes: set[torch.Size] = set()
@@ -66,6 +67,8 @@ class FrozenModel:
         """As `Compiled`."""
         if self.knows(pixel_values.shape):
             return self._compiled(pixel_values=pixel_values).logits
+        if not self._shapes:
+            self._model(pixel_values=pixel_values)  # bitsandbytes packs its weights anew in the first call
         # Freezing is not among the options of torch.compile that reach all parts of the compiler.
         with torch._inductor.config.patch(freezing=True, max_autotune=self._autotune):
             logits = self._compiled(pixel_values=pixel_values).logits

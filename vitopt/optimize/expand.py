@@ -15,7 +15,7 @@ EXPANDABLE: tuple[Format, ...] = (*_PACKED, "fp32", "fp16", "bf16")  # formats o
 
 
 def expand(model: PreTrainedModel, model_type: str, run_as: RunAs) -> None:
-    """Turn packed layers into bf16, or into `w8a8` or `fp8`, in place; layers kept in 16 bit stay as they are.
+    """Turn packed layers into bf16, or into `w8a8` or `fp8`, in place; layers kept in 16 bit become bf16.
 
     A model without packed layers gives all its linear layers but the head.
     """

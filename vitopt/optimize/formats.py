@@ -107,13 +107,13 @@ _TORCHAO_SIGNS: dict[Format, str] = {
 
 def stored_formats(config: PretrainedConfig) -> list[Format]:
     """Formats in which a checkpoint's configuration says that its linear layers are stored: the type of its
-    floating-point weights where none is quantized."""
+    floating-point weights where none is quantized, nothing for a format that vitopt does not make."""
     quantized = getattr(config, "quantization_config", None)
     if quantized is None:
         return [_OF_DTYPE.get(config.dtype or torch.float32, "fp32")]
     content = quantized if isinstance(quantized, dict) else quantized.to_dict()
     if content.get("load_in_4bit"):
-        return ["nf4"]
+        return ["nf4"] if content.get("bnb_4bit_quant_type") == "nf4" else []
     if content.get("load_in_8bit"):
         return ["int8"]
     return [format for format, sign in _TORCHAO_SIGNS.items() if sign in str(content)]

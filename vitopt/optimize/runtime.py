@@ -41,6 +41,7 @@ class Runnable:
         # Some families do not cast their input themselves.
         self._dtype = next(p.dtype for p in self.model.parameters() if p.dtype in DTYPES.values())
         self._compiled: Compiled | None = None
+        self._has_compiled = False
         if self.run.compile:
             blocks = block_names(self.model, self.checkpoint.config.model_type)
             modules = [self.model.get_submodule(name) for name in blocks]
@@ -70,15 +71,15 @@ class Runnable:
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`pixel_values`: (batch, 3, height, width), on the device. Returns logits (batch, classes).
 
-        A model that cannot be compiled runs eager from then on, says so, and keeps the reason.
+        A shape that cannot be compiled runs eager, as do all new ones from then on; it is said, and the reason kept.
         """
         layout = torch.channels_last if self.run.channels_last else torch.contiguous_format
         pixel_values = pixel_values.to(self._dtype, memory_format=layout)
-        if self._compiled is None:
-            return self.model(pixel_values=pixel_values).logits
-        if self._compiled.knows(pixel_values.shape):
+        if self._compiled is not None and self._compiled.knows(pixel_values.shape):
             return self._compiled(pixel_values)
-        return self._first_call(self._compiled, pixel_values)
+        if self._compiled is not None and self.compile_reason is None:
+            return self._first_call(self._compiled, pixel_values)
+        return self._eager(pixel_values)
 
     def kernel_used(self, pixel_values: torch.Tensor) -> str | None:
         """The attention kernel that a profiled call ran; None where it is none of torch's. Last of all timings."""
@@ -93,19 +94,28 @@ class Runnable:
         run = self.run.model_copy(update={"compile": False, "autotune": False}).model_dump_json()
         return [sys.executable, "-m", "vitopt.optimize.alone", self.checkpoint.source, run, str(batch_size)]
 
+    def _eager(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=pixel_values).logits
+
     def _first_call(self, compiled: Compiled, pixel_values: torch.Tensor) -> torch.Tensor:
         """Compile for a shape that is new."""
         try:
-            return compiled(pixel_values)
+            logits = compiled(pixel_values)
         except torch.OutOfMemoryError:
             raise  # a smaller batch may fit
         except Exception as error:  # compilers raise whatever they run into
             compiled.undo()
-            eager = self.model(pixel_values=pixel_values).logits  # an error of the model itself is not the compiler's
-            self.compile_reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            logger.warning("%s: compilation failed (%s); running eager", self.name, self.compile_reason)
-            self._compiled = None
-            return eager
+            logits = self._eager(pixel_values)  # an error of the model itself is not the compiler's
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if self._has_compiled:
+                reason = f"batch {len(pixel_values)}: {reason}"
+            else:
+                self._compiled = None
+            self.compile_reason = reason
+            logger.warning("%s: compilation failed (%s); running eager", self.name, reason)
+        else:
+            self._has_compiled = True
+        return logits
 
 
 def prepare(
