@@ -9,10 +9,10 @@ skipped by name. Each step is a process of its own, so that one which fails or t
 
 import argparse
 import datetime
-import functools
 import importlib.util
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -25,14 +25,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
+try:
+    import torch
 
-from vitopt import environment, storage
-from vitopt.errors import VitoptError
+    from vitopt import environment, storage
+    from vitopt.errors import VitoptError
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {error.name} is not installed for {sys.executable}; `make install`, or name another GPU_PYTHON")
 
 SCHEMA = "vitopt.device/1"
-RECIPES = {
-    "cuda": ("waterfall-vit-l", "packed-vit-l", "attention-vit-l", "imagenet-vit-tiny", "autotuned-vit-l"),
+TESTS = "tests"
+# In order of importance: what the time does not suffice for is skipped.
+STEPS = {
+    "cuda": ("waterfall-vit-l", "packed-vit-l", "attention-vit-l", TESTS, "imagenet-vit-tiny", "autotuned-vit-l"),
     "cpu": ("waterfall-cpu-vit-l", "imagenet-vit-tiny"),
 }
 # What a recipe needs beside torch and transformers for any of its rows.
@@ -51,13 +56,14 @@ class Step:
     skipped: str | None = None
     summary: str | None = None
     records: list[dict[str, Any]] = field(default_factory=list)
+    threads: dict[str, Any] = field(default_factory=dict)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--recipes", nargs="*", help="only these")
+    parser.add_argument("--steps", nargs="*", help="only these: names of recipes, or tests")
     parser.add_argument("--threads", type=int, help="bind so many threads to cores (CPU)")
     parser.add_argument("--output", type=Path, help="benchmarks/results/DEVICE-DATE.json without it")
     arguments = parser.parse_args()
@@ -66,17 +72,18 @@ def main() -> None:
         device = environment.resolve_device(arguments.device)
     except VitoptError as error:
         sys.exit(f"error: {error}")
-    facts = environment.describe(device)
+    facts = environment.describe(device) | {"platform": f"{platform.system()} {platform.machine()}"}
     deadline = time.monotonic() + 60 * arguments.minutes
     print(f"{facts['gpu']['name'] if facts['gpu'] else facts['processor']}, torch {torch.__version__}", flush=True)
-    work = [lambda: _tests(deadline)] if device.type == "cuda" and not arguments.recipes else []
-    for name in arguments.recipes or RECIPES[device.type]:
-        work.append(functools.partial(_recipe, name, arguments.device, arguments.threads, deadline))
     steps = []
-    for one in work:
-        steps.append(one())
+    for name in arguments.steps or STEPS[device.type]:
+        steps.append(
+            _tests(deadline) if name == TESTS else _recipe(name, arguments.device, arguments.threads, deadline)
+        )
         _tell(steps[-1])
     output = arguments.output or ROOT / "benchmarks" / "results" / f"{_device_name(facts)}-{_today()}.json"
+    threads = next((step.threads for step in steps if step.threads), {})  # as in the processes that measured
+    facts |= threads
     content = {"schema": SCHEMA, "created": _today(), "environment": facts, "steps": [asdict(step) for step in steps]}
     storage.write_json(output, content)
     print(f"results: {output}")
@@ -87,8 +94,8 @@ def main() -> None:
 def _tests(deadline: float) -> Step:
     missing = _missing(("pytest", "PIL"))
     if missing:
-        return Step("tests", skipped=missing)
-    return _run("tests", [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "tests/test_gpu.py"], deadline)
+        return Step(TESTS, skipped=missing)
+    return _run(TESTS, [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "tests/test_gpu.py"], deadline)
 
 
 def _recipe(name: str, device: str, threads: int | None, deadline: float) -> Step:
@@ -103,7 +110,9 @@ def _recipe(name: str, device: str, threads: int | None, deadline: float) -> Ste
         command += ["--set", f"device={device}"] + (["--threads", str(threads)] if threads else [])
         step = _run(name, command, deadline)
     if step.failure is None and step.skipped is None:
-        step.records = [_trimmed(record) for record in json.loads(step.summary or "[]")]
+        records = json.loads(step.summary or "[]")
+        step.threads = {key: records[0]["environment"][key] for key in ("torch_threads", "threads_bound")}
+        step.records = [_trimmed(record) for record in records]
         step.summary = f"{len(step.records)} variants"
     step.command = f"vitopt run recipes/{name}.yaml" + (f" --threads {threads}" if threads else "")
     return step
@@ -141,9 +150,10 @@ def _trimmed(record: dict[str, Any]) -> dict[str, Any]:
         row.update(samples_ms=[], device_samples_ms=None)
     if record["accuracy"]:
         record["accuracy"]["classes"] = []
-    # Where the run lay on this machine is nobody's business.
+    # Where things lie on this machine is nobody's business.
     model = record["model"] and record["model"] | {"source": Path(record["model"]["source"]).name}
-    return record | {"layers": {}, "environment": {}, "model": model, "command": None}
+    dataset = record["dataset"] and record["dataset"] | {"name": Path(record["dataset"]["name"]).name}
+    return record | {"layers": {}, "environment": {}, "model": model, "dataset": dataset, "command": None}
 
 
 def _tell(step: Step) -> None:

@@ -111,16 +111,8 @@ def _threads(environment: dict[str, Any]) -> str:
 def _table(recipe: str, records: list[Record], sizes: list[int]) -> Iterator[str]:
     known = {record.variant.name: record for record in records}
     first, last = sizes[0], sizes[-1]
-    rates = [f"images/s at {size}" for size in sizes]
-    headings = [
-        f"p50 ms at {first}",
-        "p99 ms",
-        "speed-up",
-        *rates,
-        f"MFU % at {last}",
-        f"floor ms at {first}",
-        "memory",
-    ]
+    headings = [f"p50 ms, batch {first}", "p99 ms", "speed-up", "floor ms"]
+    headings += [*(f"images/s, batch {size}" for size in sizes), f"MFU %, batch {last}", "memory"]
     yield f"| {' | '.join(['variant', *headings])} |"
     yield "|---|" + "---:|" * len(headings)
     for name in _rows(recipe):
@@ -142,9 +134,9 @@ def _cells(record: Record, sizes: list[int]) -> list[str]:
         milliseconds(first.p50_ms if first else None),
         milliseconds(first.p99_ms if first else None),
         f"{speedup:.2f}x" if speedup else "–",
+        milliseconds(first.floor_ms if first else None),
         *(rate(rows[size].images_per_second) if size in rows else "–" for size in sizes),
         f"{used:.0f}" if used else "–",
-        milliseconds(first.floor_ms if first else None),
         human_bytes(memory),
     ]
 

@@ -60,6 +60,17 @@ def test_auto_is_the_cpu_without_cuda(no_cuda):
     assert environment.resolve_device("cpu") == CPU
 
 
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(no_cuda, monkeypatch, caplog):
+    monkeypatch.setattr(environment, "_driver_version", lambda: "470.57.02")
+    monkeypatch.setattr(environment, "_why_no_cuda", lambda: "the NVIDIA driver on your system is too old")
+    assert environment.resolve_device() == CPU
+    told = "there is an NVIDIA driver, but this runs on the CPU: the NVIDIA driver on your system is too old"
+    assert caplog.messages == [told]
+    caplog.clear()
+    assert environment.resolve_device("cpu") == CPU  # asked for, so nothing is wrong
+    assert caplog.messages == []
+
+
 def test_auto_is_this_process_own_cuda_device(cuda, monkeypatch):
     cuda(count=4)
     monkeypatch.delenv("LOCAL_RANK", raising=False)

@@ -21,6 +21,8 @@ from vitopt.threads import are_bound
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 LIBRARIES = (
     "torch",
     "transformers",
@@ -50,6 +52,8 @@ def resolve_device(requested: str = "auto") -> torch.device:
     """
     if requested == "auto":
         requested = "cuda" if torch.cuda.is_available() else "cpu"
+        if requested == "cpu" and _driver_version() is not None:
+            logger.warning("there is an NVIDIA driver, but this runs on the CPU: %s", _why_no_cuda())
     try:
         device = torch.device(requested)
     except RuntimeError as error:
