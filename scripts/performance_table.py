@@ -19,12 +19,14 @@ sys.path.insert(0, str(ROOT))
 
 from vitopt.recipe import load_recipe
 from vitopt.records import Record
-from vitopt.report.table import device_name, human_bytes, milliseconds, rate
+from vitopt.report.table import HEADINGS, device_name, human_bytes, milliseconds, rate, row
 
 SCHEMA = "vitopt.device/1"
 BEGIN, END = "<!-- performance tables: scripts/performance_table.py -->", "<!-- end of performance tables -->"
 GPU_RECIPES = ("waterfall-vit-l", "packed-vit-l", "attention-vit-l", "autotuned-vit-l")
 CPU_RECIPES = ("waterfall-cpu-vit-l",)
+FIDELITY_RECIPE = "imagenet-vit-tiny"
+_FIDELITY = ("top-1 %", "Δ points (95 %)", "agree %", "p50 ms", "speed-up", "weights", "on disk")
 UNMEASURED = "unmeasured"
 
 
@@ -101,6 +103,25 @@ def _of_device(results: Results) -> Iterator[str]:
         yield "\n".join(_table(recipe, records, sizes))
         if (roofline := next((r.roofline for r in records if r.roofline), None)) is not None:
             yield _rates(records, roofline.copy_bytes_per_second)
+    if FIDELITY_RECIPE in results.records:
+        yield from _fidelity(results.records[FIDELITY_RECIPE], where, results.path)
+
+
+def _fidelity(records: list[Record], where: str, path: Path) -> Iterator[str]:
+    """What each way to hold and to run a real model does to its answers."""
+    images = next(record.accuracy.images for record in records if record.accuracy)
+    yield f"**{where}**: `{FIDELITY_RECIPE}`, {images} photos, batch 1 (`benchmarks/results/{path.name}`)"
+    lines = [f"| variant | {' | '.join(_FIDELITY)} | KL, nats |", "|---|" + "---:|" * (len(_FIDELITY) + 1)]
+    for record in records:
+        if record.latency:
+            versus, cells = record.versus_baseline, dict(zip(HEADINGS, row(record, 1), strict=True))
+            kl = "–" if versus is None else f"{versus.mean_kl_divergence:.4f}"
+            lines.append(f"| {record.variant.name} | {' | '.join(cells[name] for name in _FIDELITY)} | {kl} |")
+    yield "\n".join(lines)
+    reasons = {record.failure for record in records if record.failure}
+    for reason in sorted(reasons):
+        names = ", ".join(record.variant.name for record in records if record.failure == reason)
+        yield f"{names}: {reason}."
 
 
 def _threads(environment: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from vitopt.records import Latency, Memory, Record, Roofline, Variant
+from vitopt.records import Accuracy, Latency, Memory, Record, Roofline, Variant, VersusBaseline
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,6 +118,33 @@ def test_a_later_file_of_a_device_replaces_an_earlier_one_recipe_by_recipe(table
     told = table.tables(table.load_results(tmp_path))
     assert "| w8a8 | 1.25 |" in told and "1.50" not in told
     assert "| int8 | 9.50 |" in told
+
+
+def test_fidelity_stands_beside_speed(table: ModuleType, tmp_path: Path) -> None:
+    accuracy = Accuracy(
+        images=400, top1_percent=90.75, top1_ci95_percent=(87, 93), top5_percent=99.0, expected_calibration_error=0.1
+    )
+    versus = VersusBaseline(
+        baseline="fp32",
+        top1_delta_points=-0.5,
+        top1_delta_ci95_points=(-1.8, 0.5),
+        agreement_percent=99.5,
+        right_to_wrong=2,
+        wrong_to_right=0,
+        mcnemar_p=0.5,
+        mean_kl_divergence=0.00031,
+        normalised_logit_error=0.01,
+        smallest_visible_loss_points=1,
+        verdict="",
+    )
+    bf16 = record("bf16", row(1, 9.0, speedup_vs_baseline=1.76), accuracy=accuracy, versus_baseline=versus)
+    reason = "fp8 arithmetic needs a CUDA device"
+    failed = [record(name, failure=reason) for name in ("fp8", "fp8-compiled")]
+    written(tmp_path, "h200-2026-01-02.json", [step("imagenet-vit-tiny", bf16, *failed)])
+    told = table.tables(table.load_results(tmp_path))
+    assert "**NVIDIA H200**: `imagenet-vit-tiny`, 400 photos, batch 1" in told
+    assert "| bf16 | 90.8 | -0.5 (-1.8 to +0.5) | 99.5 | 9.00 | 1.76x | – | – | 0.0003 |" in told
+    assert "fp8, fp8-compiled: fp8 arithmetic needs a CUDA device." in told
 
 
 def test_a_readme_without_markers_is_left_alone(table: ModuleType) -> None:
