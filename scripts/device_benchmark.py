@@ -30,6 +30,8 @@ try:
 
     from vitopt import environment, storage
     from vitopt.errors import VitoptError
+    from vitopt.records import Record
+    from vitopt.report.table import cautions
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed for {sys.executable}; `make install`, or name another GPU_PYTHON")
 
@@ -75,27 +77,34 @@ def main() -> None:
     facts = environment.describe(device) | {"platform": f"{platform.system()} {platform.machine()}"}
     deadline = time.monotonic() + 60 * arguments.minutes
     print(f"{facts['gpu']['name'] if facts['gpu'] else facts['processor']}, torch {torch.__version__}", flush=True)
+    output = arguments.output or ROOT / "benchmarks" / "results" / f"{_device_name(facts)}-{_today()}.json"
     steps = []
     for name in arguments.steps or STEPS[device.type]:
         steps.append(
             _tests(deadline) if name == TESTS else _recipe(name, arguments.device, arguments.threads, deadline)
         )
         _tell(steps[-1])
-    output = arguments.output or ROOT / "benchmarks" / "results" / f"{_device_name(facts)}-{_today()}.json"
-    threads = next((step.threads for step in steps if step.threads), {})  # as in the processes that measured
-    facts |= threads
-    content = {"schema": SCHEMA, "created": _today(), "environment": facts, "steps": [asdict(step) for step in steps]}
-    storage.write_json(output, content)
+        _write(output, facts, steps)  # after each: what a later step does cannot lose it
     print(f"results: {output}")
     if any(step.failure for step in steps):
         sys.exit(1)
+
+
+def _write(output: Path, facts: dict[str, Any], steps: list[Step]) -> None:
+    """Write the steps of this call, and those that an earlier one left in the same file under other names."""
+    threads = next((step.threads for step in steps if step.threads), {})  # as in the processes that measured
+    content = {"schema": SCHEMA, "created": _today(), "environment": facts | threads}
+    earlier = json.loads(output.read_text(encoding="utf-8"))["steps"] if output.exists() else []
+    names = [step.name for step in steps]
+    kept = [step for step in earlier if step["name"] not in names]
+    storage.write_json(output, content | {"steps": [*kept, *(asdict(step) for step in steps)]})
 
 
 def _tests(deadline: float) -> Step:
     missing = _missing(("pytest", "PIL"))
     if missing:
         return Step(TESTS, skipped=missing)
-    return _run(TESTS, [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "tests/test_gpu.py"], deadline)
+    return _run(TESTS, [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "tests/test_gpu.py"], deadline)
 
 
 def _recipe(name: str, device: str, threads: int | None, deadline: float) -> Step:
@@ -110,10 +119,13 @@ def _recipe(name: str, device: str, threads: int | None, deadline: float) -> Ste
         command += ["--set", f"device={device}"] + (["--threads", str(threads)] if threads else [])
         step = _run(name, command, deadline)
     if step.failure is None and step.skipped is None:
-        records = json.loads(step.summary or "[]")
-        step.threads = {key: records[0]["environment"][key] for key in ("torch_threads", "threads_bound")}
-        step.records = [_trimmed(record) for record in records]
-        step.summary = f"{len(step.records)} variants"
+        try:
+            records = json.loads(step.summary or "")
+            step.threads = {key: records[0]["environment"][key] for key in ("torch_threads", "threads_bound")}
+            step.records = [_trimmed(record) for record in records]
+            step.summary = f"{len(step.records)} variants"
+        except (ValueError, LookupError) as error:
+            step.failure = f"its output is no list of records ({error}): {(step.summary or '')[-500:]}"
     step.command = f"vitopt run recipes/{name}.yaml" + (f" --threads {threads}" if threads else "")
     return step
 
@@ -130,7 +142,7 @@ def _run(name: str, command: list[str], deadline: float) -> Step:
     try:
         done = subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True, timeout=left)
     except subprocess.TimeoutExpired:
-        step.failure = f"stopped after {left:.0f} s, when the time was up (--minutes)"
+        step.skipped = f"stopped after {left:.0f} s, when the time was up (--minutes)"
     else:
         step.summary = done.stdout.strip()
         if done.returncode != 0:
@@ -162,8 +174,8 @@ def _tell(step: Step) -> None:
         for row in record["latency"]:
             line = f"  {record['variant']['name']:16} batch {row['batch_size']:4} p50 {row['p50_ms']:9.3f} ms"
             print(f"{line} {row['images_per_second']:9.1f} images/s", flush=True)
-        if record["failure"]:
-            print(f"  {record['variant']['name']:16} {record['failure']}", flush=True)
+    for line in cautions([Record.model_validate(record) for record in step.records]):
+        print(f"  {line}", flush=True)
 
 
 def _outcome(step: Step) -> str:

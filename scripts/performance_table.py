@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from vitopt.recipe import load_recipe
 from vitopt.records import Record
-from vitopt.report.table import HEADINGS, device_name, human_bytes, milliseconds, rate, row
+from vitopt.report.table import HEADINGS, cautions, device_name, human_bytes, markdown_text, milliseconds, rate, row
 
 SCHEMA = "vitopt.device/1"
 BEGIN, END = "<!-- performance tables: scripts/performance_table.py -->", "<!-- end of performance tables -->"
@@ -101,6 +101,7 @@ def _of_device(results: Results) -> Iterator[str]:
         yield f"**{where}**, torch {torch}: `{recipe}` (`benchmarks/results/{results.path.name}`)"
         sizes = sorted({row.batch_size for record in records for row in record.latency})
         yield "\n".join(_table(recipe, records, sizes))
+        yield from _cautions(records)
         if (roofline := next((r.roofline for r in records if r.roofline), None)) is not None:
             yield _rates(records, roofline.copy_bytes_per_second)
     if FIDELITY_RECIPE in results.records:
@@ -118,10 +119,14 @@ def _fidelity(records: list[Record], where: str, path: Path) -> Iterator[str]:
             kl = "–" if versus is None else f"{versus.mean_kl_divergence:.4f}"
             lines.append(f"| {record.variant.name} | {' | '.join(cells[name] for name in _FIDELITY)} | {kl} |")
     yield "\n".join(lines)
-    reasons = {record.failure for record in records if record.failure}
-    for reason in sorted(reasons):
-        names = ", ".join(record.variant.name for record in records if record.failure == reason)
-        yield f"{names}: {reason}."
+    yield from _cautions(records)
+
+
+def _cautions(records: list[Record]) -> Iterator[str]:
+    """What failed, or ran in another way than the row's name says."""
+    lines = cautions(records)
+    if lines:
+        yield "\n".join(f"- {markdown_text(line)}" for line in lines)
 
 
 def _threads(environment: dict[str, Any]) -> str:
@@ -140,9 +145,6 @@ def _table(recipe: str, records: list[Record], sizes: list[int]) -> Iterator[str
         record = known.get(name)
         cells = _cells(record, sizes) if record and record.latency else [UNMEASURED] + [""] * (len(headings) - 1)
         yield f"| {' | '.join([name, *cells])} |"
-    for name in _rows(recipe):
-        if (record := known.get(name)) is not None and record.failure:
-            yield f"\n{name}: {record.failure}"
 
 
 def _cells(record: Record, sizes: list[int]) -> list[str]:

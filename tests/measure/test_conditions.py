@@ -1,6 +1,8 @@
 """Conditions that disturb a measurement are named."""
 
 import os
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -15,16 +17,17 @@ from vitopt.measure.conditions import Gpu, watched
 
 
 def test_a_busy_machine_is_named() -> None:
-    burn = [sys.executable, "-c", "import time\nend = time.time() + 20\nwhile time.time() < end: pass"]
-    others = [subprocess.Popen(burn) for _ in range(os.cpu_count() or 1)]
+    burn = f'{sys.executable} -c "import time; end = time.time() + 20\nwhile time.time() < end: pass"'
+    # Started by a shell that has ended, they are nobody's children.
+    start = ["sh", "-c", f"{burn} >/dev/null 2>&1 & echo $!"]
+    others = [int(subprocess.check_output(start)) for _ in range(os.cpu_count() or 1)]
     try:
         time.sleep(0.3)
         with watched(torch.device("cpu")) as warnings:
             time.sleep(1.0)
     finally:
         for other in others:
-            other.kill()
-            other.wait()
+            os.kill(other, signal.SIGKILL)
     assert len(warnings) == 1
     assert "other processes used" in warnings[0]
     assert "% of the CPU while latency was measured" in warnings[0]
@@ -40,6 +43,19 @@ def test_own_work_is_not_counted_as_others(monkeypatch: pytest.MonkeyPatch) -> N
         end = time.perf_counter() + 0.5
         while time.perf_counter() < end:
             pass
+    assert warnings == []
+
+
+def test_what_this_process_has_started_works_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy() -> float:
+        both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+    monkeypatch.setattr(conditions, "_system_busy_seconds", busy)
+    with watched(torch.device("cpu")) as warnings:
+        before = busy()
+        subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)
+        assert busy() - before > 0.1
     assert warnings == []
 
 

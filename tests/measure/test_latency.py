@@ -70,6 +70,15 @@ def test_warm_up_is_bounded_in_time() -> None:
     assert timing.warmup_iterations == 12  # 100 + 110 + 121 + ... reaches two seconds here
 
 
+def test_a_long_compilation_takes_nothing_from_the_warm_up() -> None:
+    machine = Machine()
+    compiling = machine.call("a", lambda number: 90_000 if number == 0 else 10)
+    spec = LatencySpec(iterations=1, rounds=1, warmup_seconds=20)
+    timing = time_interleaved({"a": compiling}, spec, machine)["a"]
+    assert timing.warmup_iterations == 10
+    assert timing.warmup_ms == pytest.approx(90_000 + 9 * 10)
+
+
 def test_without_time_for_warm_up_one_call_is_made_all_the_same() -> None:
     machine = Machine()
     spec = LatencySpec(iterations=2, rounds=1, warmup_seconds=0)

@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from vitopt.data.pixels import random_pixels
 from vitopt.errors import UnsupportedError
-from vitopt.models.checkpoint import Checkpoint, open_checkpoint
-from vitopt.optimize.attention import recognise
+from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
+from vitopt.models.names import block_names
+from vitopt.optimize.attention import attention_of, implementation, recognise
 from vitopt.optimize.runtime import Runnable, prepare
 from vitopt.recipe import RunSpec
 
@@ -113,3 +115,29 @@ def test_nothing_is_recognised_in_an_empty_profile() -> None:
 def test_an_operator_tells_more_than_the_kernels_beside_it() -> None:
     names = {"aten::_scaled_dot_product_cudnn_attention", "void pytorch_flash::flash_fwd_kernel<...>"}
     assert recognise(sorted(names)) == recognise(sorted(names, reverse=True)) == "cudnn"
+
+
+def test_a_capture_is_given_the_code_that_was_compiled_before_it(tiny: Checkpoint) -> None:
+    # transformers 5.17 hands its own sdpa a mask while a CUDA stream is capturing, and at no other time.
+    model = load_model(tiny, attention=implementation("sdpa", "auto", captured=True))
+    assert attention_of(model.config._attn_implementation) == "sdpa"
+    torch._dynamo.reset()
+    for name in block_names(model, "vit"):
+        model.get_submodule(name).compile(fullgraph=True, dynamic=False, backend="eager")
+    with torch.inference_mode():
+        expected = model(pixel_values=PIXELS).logits
+        with (
+            mock.patch("torch.cuda.is_available", lambda: True),
+            mock.patch("torch.cuda.is_current_stream_capturing", lambda: True),
+            torch.compiler.set_stance("fail_on_recompile"),
+        ):
+            captured = model(pixel_values=PIXELS).logits
+    torch._dynamo.reset()
+    torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+    torch.testing.assert_close(captured, running(tiny)(PIXELS), rtol=0, atol=1e-5)
+
+
+def test_only_a_capture_changes_how_plain_attention_is_known() -> None:
+    assert implementation("sdpa", "auto") == "sdpa"
+    assert implementation("eager", "auto", captured=True) == "eager"
+    assert implementation("flash_attention_2", "auto", captured=True) == "flash_attention_2"

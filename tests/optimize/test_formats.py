@@ -6,7 +6,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from vitopt import environment
-from vitopt.optimize.formats import format_of, live_formats, quantization_config
+from vitopt.optimize.formats import QUANTIZES, format_of, live_formats, quantization_config
 from vitopt.optimize.plan import LayerPlan, plan_layers
 from vitopt.recipe import VariantSpec
 
@@ -64,6 +64,18 @@ def test_torchao_is_told_each_weight_by_its_parameter_name(model: nn.Module) -> 
     kinds = {name: type(config).__name__ for name, config in told.items()}
     assert kinds.pop("vit.layers.1.mlp.fc1.weight") == "Float8DynamicActivationFloat8WeightConfig"
     assert set(kinds.values()) == {"Int8DynamicActivationInt8WeightConfig"}
+    assert str(told["vit.layers.1.mlp.fc1.weight"].kernel_preference) == "KernelPreference.TORCH"
+
+
+def test_no_format_changes_how_other_variants_are_compiled(model: nn.Module) -> None:
+    from torchao.quantization import quantize_
+
+    before = torch._inductor.config.save_config_portable()
+    for format in ("w8a8", "fp8", "int4"):
+        for config in quantization_config(plan(model, format=format), torch.bfloat16).quant_type.fqn_to_config.values():
+            assert config.set_inductor_config is False
+    quantize_(nn.Sequential(nn.Linear(64, 64, dtype=torch.bfloat16)), QUANTIZES["w8a8"]())
+    assert torch._inductor.config.save_config_portable() == before
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ class FakeCuda:
         return self.graphs[-1]
 
     @contextlib.contextmanager
-    def graph(self, graph: FakeGraph, pool: Any, capture_error_mode: str) -> Iterator[None]:
-        assert (pool, capture_error_mode) == ((0, 1), "thread_local")
+    def graph(self, graph: FakeGraph, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert (pool, stream, capture_error_mode) == ((0, 1), self, "thread_local")
         self.events.append("capture")
         self.capturing = graph
         yield
@@ -66,6 +66,9 @@ class FakeCuda:
 
     def stream(self, stream: object) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def set_stream(self, stream: object) -> None:
+        self.events.append("back")
 
     def synchronize(self, device: torch.device) -> None:
         self.events.append("synchronize")
@@ -194,7 +197,7 @@ def test_undoing_leaves_blocks_uncompiled(graphed: tuple[GraphedModel, nn.Module
 
 def test_torch_takes_what_it_is_given() -> None:
     assert "capture_error_mode" in inspect.signature(torch.cuda.graph.__init__).parameters
-    assert {"pool", "cuda_graph"} <= set(inspect.signature(torch.cuda.graph.__init__).parameters)
+    assert {"pool", "cuda_graph", "stream"} <= set(inspect.signature(torch.cuda.graph.__init__).parameters)
     for name in ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit"):
         assert hasattr(torch._dynamo.config, name)
     assert "max-autotune-no-cudagraphs" in torch._inductor.list_mode_options()

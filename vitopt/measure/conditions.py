@@ -1,9 +1,9 @@
 """Conditions of a measurement that make its figures deserve less trust: a busy CPU, a shared or throttled GPU."""
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -12,7 +12,7 @@ import torch
 _BUSY_CPU_PERCENT = 15
 
 
-@contextmanager
+@contextlib.contextmanager
 def watched(device: torch.device) -> Iterator[list[str]]:
     """Yield a list that holds, once the block is done, a sentence for every condition that disturbs timing."""
     warnings: list[str] = []
@@ -36,8 +36,15 @@ def _system_busy_seconds() -> float:
 
 
 def _own_seconds() -> float:
-    times = psutil.Process().cpu_times()
-    return float(times.user + times.system)
+    """CPU time of this process and of those it started, such as a compiler's."""
+    own = psutil.Process()
+    seconds = 0.0
+    for process in [own, *own.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            times = process.cpu_times()
+            seconds += times.user + times.system
+            seconds += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
+    return float(seconds)
 
 
 class Gpu:

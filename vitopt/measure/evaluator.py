@@ -75,7 +75,7 @@ def evaluate(
         if subject.name in failures:
             measured.append(Measured(Record(**common, failure=failures[subject.name]), None))
             continue
-        fields = _speed_fields(subject, spec, timings, baseline)
+        fields = _speed_fields(subject, spec, timings, baseline, common["model"].flops_per_image)
         if images is not None and preprocess is not None and spec.end_to_end:
             fields["end_to_end"] = _end_to_end(subject, images, preprocess, fields["latency"])
         predictions = outcome.predictions[subject.name] if outcome else None
@@ -92,7 +92,7 @@ def evaluate(
 
 
 def _speed_fields(
-    subject: Subject, spec: EvaluateSpec, timings: dict[int, dict[str, Timing]], baseline: str | None
+    subject: Subject, spec: EvaluateSpec, timings: dict[int, dict[str, Timing]], baseline: str | None, flops: int
 ) -> dict[str, Any]:
     latency, latency_failures = _latency_rows(subject.name, baseline, timings)
     size = _size(subject)
@@ -107,19 +107,18 @@ def _speed_fields(
         with progress.task(f"throughput of {subject.name}", None):
             fields["throughput"] = find_throughput(lambda size: _call(subject, size), clock_for(subject.device))
     rates = roofline(_format(subject), subject.device) if spec.roofline else None
-    limits = [_limits(row, subject, size, rates) for row in latency]
+    limits = [_limits(row, subject, size, rates, flops) for row in latency]
     rows = tuple(row.model_copy(update=limit) for row, limit in zip(latency, limits, strict=True))
     return fields | {"roofline": rates, "latency": rows}
 
 
-def _limits(row: Latency, subject: Subject, size: Size, rates: Roofline | None) -> dict[str, Any]:
+def _limits(row: Latency, subject: Subject, size: Size, rates: Roofline | None, flops: int) -> dict[str, Any]:
     """What a batch size takes of the device: its memory, and against its rates the floor and the utilisation."""
     limits: dict[str, Any] = {}
     if subject.device.type == "cuda":
         peak = peak_memory(subject, row.batch_size)
         limits["peak_bytes"] = peak.peak_bytes if peak else None
     if rates is not None:
-        flops = flops_per_image(subject.checkpoint)
         limits["floor_ms"] = floor_ms(row.batch_size, flops, size.weight_bytes, rates)
         reached = utilisation_percent(row.batch_size, flops, row.p50_ms, rates)
         limits["model_flop_utilisation_percent"] = reached
@@ -216,6 +215,7 @@ def _time_all(subjects: Sequence[Subject], batch_size: int, spec: LatencySpec) -
         return {}
     calls = {subject.name: _call(subject, batch_size) for subject in subjects}
     timings = time_interleaved(calls, spec, clock_for(subjects[0].device), f"latency at batch {batch_size}")
+    calls.clear()  # and with them pixels that may be what did not fit
     for subject in subjects:
         timing = timings[subject.name]
         if timing.out_of_memory:

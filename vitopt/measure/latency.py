@@ -104,15 +104,13 @@ def _guarded(timing: Timing, work: Call) -> None:
 
 
 def _warm_up(call: Call, timing: Timing, spec: LatencySpec, clock: Clock) -> None:
-    """Call until the running median is stable, at most `warmup_seconds`; the first call is always made."""
+    """Call until the running median is stable, at most `warmup_seconds` after the first call, which may compile."""
     started = clock.now()
-    samples: list[float] = []
-    while True:
+    samples = [clock.time(call)[0]]
+    compiled = clock.now()
+    while not _is_stable(samples) and clock.now() - compiled < spec.warmup_seconds:
         samples.append(clock.time(call)[0])
-        spent = clock.now() - started
-        if _is_stable(samples) or (spent >= spec.warmup_seconds):
-            break
-    timing.warmup_ms, timing.warmup_iterations = 1000 * spent, len(samples)
+    timing.warmup_ms, timing.warmup_iterations = 1000 * (clock.now() - started), len(samples)
 
 
 def _is_stable(samples: list[float]) -> bool:

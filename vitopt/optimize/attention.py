@@ -24,6 +24,8 @@ _KERNELS: dict[SdpaKernel, tuple[str, SDPBackend]] = {
     "math": ("sdpa_math", SDPBackend.MATH),
 }
 
+_UNMASKED = "sdpa_any"
+
 # What a profile calls a kernel, most telling first: operators of torch, then GPU kernels, which are all that a
 # replayed CUDA graph shows.
 _SIGNS: tuple[tuple[str, SdpaKernel], ...] = (
@@ -32,19 +34,26 @@ _SIGNS: tuple[tuple[str, SdpaKernel], ...] = (
     ("_scaled_dot_product_efficient_attention", "efficient"),
     ("_scaled_dot_product_attention_math", "math"),
     ("cudnn_generated_fort_native_sdpa", "cudnn"),
+    ("cudnn_generated_oss_sdpa", "cudnn"),
     ("flash_fwd", "flash"),
     ("fmha_cutlass", "efficient"),
 )
 
 
-def implementation(attention: Attention, kernel: SdpaKernel) -> str:
+def implementation(attention: Attention, kernel: SdpaKernel, captured: bool = False) -> str:
     """Name under which transformers knows an attention; one that is held to a kernel runs that or raises.
 
     The choice is made inside the attention function, where a compiler sees it: around the model it would be part
     of no guard, and code that was compiled for one kernel would serve all.
+
+    `captured` tells that the model will be captured as a CUDA graph. During a capture transformers (5.17 for one)
+    makes a mask for its own sdpa, which it makes at no other time; for a function of ours it never makes any.
     """
-    if kernel == "auto":
+    if attention != "sdpa" or (kernel == "auto" and not captured):
         return attention
+    if kernel == "auto":
+        AttentionInterface.register(_UNMASKED, _sdpa)
+        return _UNMASKED
     name, backend = _KERNELS[kernel]
     AttentionInterface.register(name, functools.partial(_held_to, backend))
     return name
@@ -52,7 +61,11 @@ def implementation(attention: Attention, kernel: SdpaKernel) -> str:
 
 def attention_of(implementation: str) -> str:
     """The attention behind a name that `implementation` gave."""
-    return "sdpa" if implementation in {name for name, _ in _KERNELS.values()} else implementation
+    return "sdpa" if implementation in (_UNMASKED, *(name for name, _ in _KERNELS.values())) else implementation
+
+
+def _sdpa(*args: Any, **options: Any) -> Any:
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **options)
 
 
 def _held_to(backend: SDPBackend, *args: Any, **options: Any) -> Any:

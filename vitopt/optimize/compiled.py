@@ -107,6 +107,7 @@ class GraphedModel:
         self._model, self._blocks = model, blocks
         self._captured: dict[torch.Size, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream: torch.cuda.Stream | None = None
         mode = "max-autotune-no-cudagraphs" if autotune else None
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False, mode=mode)
@@ -137,19 +138,25 @@ class GraphedModel:
     def _capture(self, pixel_values: torch.Tensor) -> _Captured:
         device = pixel_values.device
         pixels = pixel_values.clone()
-        # Compilation, autotuning and the libraries' workspaces must be done before: a capture allows none of them.
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
+        current = torch.cuda.current_stream(device)
+        # One stream for all captures of this model: libraries keep a workspace for each that they meet.
+        side = self._stream = self._stream or torch.cuda.Stream(device)
+        # Compilation, autotuning and those workspaces must be done before: a capture allows none of them.
+        side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(_CALLS_BEFORE_CAPTURE):
                 self._model(pixel_values=pixels)
-        torch.cuda.current_stream(device).wait_stream(side)
+        current.wait_stream(side)
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as the one that reads images into pinned memory, may go on using the device.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._model(pixel_values=pixels).logits
+        capture = torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local")
+        try:
+            with torch.compiler.set_stance("fail_on_recompile"), capture:
+                logits = self._model(pixel_values=pixels).logits
+        finally:
+            torch.cuda.set_stream(current)  # a capture that broke off has not gone back to it
         peak = torch.cuda.max_memory_allocated(device) - before
         return _Captured(graph, pixels, logits, peak)

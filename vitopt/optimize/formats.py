@@ -70,22 +70,27 @@ def _torchao(plan: LayerPlan, half: torch.dtype) -> Any:
 def _torchao_w8a8() -> Any:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
-    return Int8DynamicActivationInt8WeightConfig()
+    return Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
 
 
 def _torchao_fp8() -> Any:
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+    from torchao.quantization.quantize_.common import KernelPreference
 
-    return Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    # Left to itself torchao asks in every call which packages are installed, which a compiler cannot follow.
+    return Float8DynamicActivationFloat8WeightConfig(
+        granularity=PerRow(), kernel_preference=KernelPreference.TORCH, set_inductor_config=False
+    )
 
 
 def _torchao_int4() -> Any:
     from torchao.quantization import Int4WeightOnlyConfig
 
     # The one packing that runs with torch's own kernels; groups of 64 divide the widths of all ViTs.
-    return Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")
+    return Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
 
 
+# Without `set_inductor_config=False` each of these would change how all variants of the process are compiled.
 # format -> the configuration with which torchao quantizes one layer to it
 QUANTIZES: dict[str, Callable[[], Any]] = {"int4": _torchao_int4, "w8a8": _torchao_w8a8, "fp8": _torchao_fp8}
 _BUILDERS: dict[Format, Callable[[LayerPlan, torch.dtype], Any]] = {

@@ -145,7 +145,9 @@ def prepare(
     if kernel_reason:
         _fall_back(name, f"sdpa kernel {run.sdpa_kernel}", kernel_reason, "the one torch chooses", strict)
     attention = implementation(
-        "sdpa" if attention_reason else run.attention, "auto" if kernel_reason else run.sdpa_kernel
+        "sdpa" if attention_reason else run.attention,
+        "auto" if kernel_reason else run.sdpa_kernel,
+        captured=run.compile and device.type == "cuda",
     )
     model = load_model(checkpoint, device=device, attention=attention)
     if run.run_as is not None:
