@@ -275,3 +275,21 @@ def test_a_pattern_that_matches_nothing_lists_what_exists(pattern):
 def test_a_model_without_a_head_does_not_list_one():
     with pytest.raises(PatternError, match=r"in each of them query, key, value, output, fc1, fc2$"):
         select(["classifier"], twelve_blocks()[:-1])
+
+
+def test_names_of_dinov2_in_earlier_versions_of_transformers() -> None:
+    names = [f"attention.attention.{leaf}" for leaf in ("query", "key", "value")]
+    names += ["attention.output.dense", "mlp.fc1", "mlp.fc2"]
+    model = nn.Module()
+    for name in [f"dinov2.encoder.layer.{block}.{name}" for block in (0, 1) for name in names]:
+        *parents, leaf = name.split(".")
+        at = model
+        for parent in parents:
+            if not hasattr(at, parent):
+                at.add_module(parent, nn.Module())
+            at = getattr(at, parent)
+        at.add_module(leaf, nn.Linear(8, 8))
+    layers = linear_layers(model, "dinov2")
+    linears = ("query", "key", "value", "output", "fc1", "fc2")
+    assert [layer.logical for layer in layers] == [f"block.{block}.{linear}" for block in (0, 1) for linear in linears]
+    assert layers[3].module == "dinov2.encoder.layer.0.attention.output.dense"

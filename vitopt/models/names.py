@@ -29,6 +29,10 @@ FUSED_LEAF = "qkv_proj"  # query, key and value stacked into one layer while run
 
 # The last part of a module's name -> its logical names, over all families and transformers versions known.
 _LINEARS_OF_LEAF: dict[str, tuple[Linear, ...]] = {
+    "query": ("query",),  # DINOv2 in transformers before its modules were renamed, as the next two and `dense`
+    "key": ("key",),
+    "value": ("value",),
+    "dense": ("output",),
     "q_proj": ("query",),
     "k_proj": ("key",),
     "v_proj": ("value",),
