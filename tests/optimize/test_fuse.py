@@ -113,8 +113,11 @@ def test_live_formats_name_query_key_and_value_as_before(format: str, make: Call
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_weights_packed_across_rows_are_left_alone(format: str, make: Callable[..., Checkpoint]) -> None:
+def test_weights_packed_across_rows_are_left_alone(
+    format: str, make: Callable[..., Checkpoint], caplog: pytest.LogCaptureFixture
+) -> None:
     plain, fused = both(make(format))
+    assert any("no query, key and value here can be fused" in message for message in caplog.messages)
     assert fused.fused_attentions == 0 and fused.layers == plain.layers
     torch.testing.assert_close(fused(PIXELS), plain(PIXELS), rtol=0, atol=0)
 

@@ -153,8 +153,8 @@ def prepare(
     if run.run_as is not None:
         expand(model, checkpoint.config.model_type, run.run_as)
     model.requires_grad_(False)
-    if run.fuse_qkv:
-        fuse_projections(model)
+    if run.fuse_qkv and fuse_projections(model) == 0:
+        logger.warning("%s: no query, key and value here can be fused (packed, eager, or another attention)", name)
     if run.channels_last:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
