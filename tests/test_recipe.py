@@ -275,7 +275,7 @@ def test_what_needs_data_is_listed_with_all_other_mistakes():
     ]
     content = changed(data=None, finetune={}, variants=variants, baseline="e")
     assert mistakes(content) == [
-        "recipe: finetune needs `data`; `skip: auto` of b needs `data`; `skip: auto` of d needs `data`; "
+        "finetune needs `data`; `skip: auto` of b needs `data`; `skip: auto` of d needs `data`; "
         "baseline names 'e', which is no variant; known: a, b, c, d"
     ]
     content["data"], content["baseline"] = "digits", "a"
@@ -286,7 +286,7 @@ def test_names_must_agree():
     variants = [{"name": name, "format": "fp32"} for name in ("one", "two", "two", "one")]
     content = changed(variants=variants, baseline="tow", export="none-of-them")
     assert mistakes(content) == [
-        "recipe: two variants are named 'one'; two variants are named 'two'; "
+        "two variants are named 'one'; two variants are named 'two'; "
         "baseline names 'tow', which is no variant; did you mean 'two'?; "
         "export names 'none-of-them', which is no variant; known: one, two, two, one"
     ]

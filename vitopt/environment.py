@@ -267,6 +267,7 @@ def quiet_libraries() -> None:
         "torchao",
         "bitsandbytes",
         "torch.utils._pytree",
+        "torch._inductor",
         "transformers",
         "accelerate",
         "peft",

@@ -269,13 +269,15 @@ def validate(model: type[S], content: Any, where: str) -> S:
 
 
 def _describe(model: type[Spec], mistake: Any) -> str:
-    where = ".".join(str(part) for part in mistake["loc"]) or "recipe"
+    where = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         *parents, key = mistake["loc"]
         known = list(_section(model, parents).model_fields)
         return f"{where}: unknown key; {_suggest(str(key), known)}"
     message = mistake["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if not where:
+        return message  # a rule of the whole
     if mistake["type"] in ("value_error", "missing"):
         return f"{where}: {message}"
     return f"{where}: {message}, not {mistake['input']!r}"

@@ -106,7 +106,9 @@ class Runnable:
         except Exception as error:  # compilers raise whatever they run into
             compiled.undo()
             logits = self._eager(pixel_values)  # an error of the model itself is not the compiler's
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            # What follows is advice to those who work on the compiler.
+            text = " ".join(str(error).partition("Set TORCHDYNAMO_VERBOSE")[0].split())
+            reason = f"{type(error).__name__}: {text[:200]}"
             if self._has_compiled:
                 reason = f"batch {len(pixel_values)}: {reason}"
             else:
