@@ -6,43 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification
 
 from vitopt.measure import rates
 from vitopt.measure.rates import copy_rate, floor_ms, flops_per_image, gemm_rate, roofline, utilisation_percent
-from vitopt.models.checkpoint import Checkpoint, open_checkpoint
+from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.models.names import families
 from vitopt.records import Roofline
 
 CPU = torch.device("cpu")
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
-STAGES = {
-    "image_size": 32,
-    "patch_size": 4,
-    "embed_dim": 16,
-    "depths": [2, 2],
-    "num_heads": [2, 2],
-    "window_size": 4,
-}
-ARCHITECTURES = {
-    "vit": "ViT",
-    "deit": "DeiT",
-    "vit_msn": "ViTMSN",
-    "ijepa": "IJepa",
-    "beit": "Beit",
-    "dinov2": "Dinov2",
-    "dinov2_with_registers": "Dinov2WithRegisters",
-    "siglip": "Siglip",
-    "clip": "CLIP",
-    "swin": "Swin",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -83,17 +54,6 @@ def test_a_large_vit_takes_123_billion_flops() -> None:
     assert vit_flops(1024, 24, 4096, 16, 224, 1000) == pytest.approx(123e9, rel=0.005)
 
 
-def checkpoint_of(family: str) -> Checkpoint:
-    settings: dict[str, Any] = SMALL
-    if family in ("siglip", "clip"):
-        settings = {"vision_config": SMALL}
-    elif family == "swin":
-        settings = STAGES
-    config = AutoConfig.for_model(family, num_labels=4, **settings)
-    config.architectures = [f"{ARCHITECTURES[family]}ForImageClassification"]
-    return Checkpoint(family, family, config)
-
-
 class Watched:
     """Counts what a running model multiplies, by its layers and its calls of attention."""
 
@@ -117,9 +77,11 @@ class Watched:
 
 
 @pytest.mark.parametrize("family", families())
-def test_flops_of_every_family_are_those_that_its_layers_do(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = checkpoint_of(family)
-    model = AutoModelForImageClassification.from_config(checkpoint.config).eval()
+def test_flops_of_every_family_are_those_that_its_layers_do(
+    family: str, make_family: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_family(family)
+    model = load_model(checkpoint)
     watched = Watched(model, monkeypatch)
     with torch.no_grad():
         model(pixel_values=torch.zeros(1, 3, 32, 32))
