@@ -283,6 +283,11 @@ def test_what_the_fastest_format_cannot_be_chosen_without(tiny_checkpoint: Path,
     options = ["quantize", tiny_checkpoint, "--format", "auto", "--output", tmp_path / "out"]
     assert "--format auto needs --data" in refusal(*options)
     assert "--format auto compares whole formats" in refusal(*options, "--data", shapes, "--skip", "block.0")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    taken = ["quantize", tiny_checkpoint, "--format", "auto", "--data", shapes, "--output", mine]
+    assert "thesis.txt, which is no earlier result" in refusal(*taken)
     assert not (tmp_path / "out").exists()
 
 
@@ -889,7 +894,7 @@ THREADED = ["run", "evaluate", "benchmark", "predict"]
 
 def test_only_commands_that_compute_on_the_cpu_bind_threads() -> None:
     offering = {command for command in OPTIONS if "--threads" in done(command, "--help").stdout}
-    assert offering == set(THREADED)
+    assert offering == {*THREADED, "quantize"}  # which measures with --format auto
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system cannot bind threads")

@@ -303,12 +303,20 @@ def quantize(
     granularity: GranularityOption = "block",
     limit: LimitOption = None,
     half: Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are not quantized.")] = "bf16",
+    threads: ThreadsOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another format; it opens with plain transformers."""
     if format == "auto":
-        _quantize_to_fastest(checkpoint, output, skip, data, limit, min_agreement, half, compile, device, as_json)
+        if data is None:
+            raise RecipeError("--format auto needs --data: images on which the formats are compared with fp32")
+        if skip:
+            raise RecipeError("--format auto compares whole formats: choose one, then --skip keeps layers in 16 bit")
+        source = validate(DataSpec, {"source": data, "limit": limit}, where="data")
+        _start(as_json, threads)
+        options = {"min_agreement_percent": min_agreement, "half": half, "compile": compile, "device": device}
+        _quantize_to_fastest(checkpoint, source, output, options, as_json)
         return
     content: dict[str, Any] = {"name": "variant", "format": format, "skip": skip or [], "half": half}
     goal = {"max_top1_drop": max_top1_drop, "max_kl_share": max_kl_share}
@@ -318,7 +326,7 @@ def quantize(
     variant = validate(VariantSpec, content, where="quantize")
     if variant.skips_automatically and data is None:
         raise RecipeError("--skip auto needs --data: calibration images on which the skip list is chosen")
-    _start(as_json)
+    _start(as_json, threads)
     from vitopt.models.checkpoint import disk_bytes, open_checkpoint
     from vitopt.optimize.quantize import quantize as write
     from vitopt.report.table import human_bytes
@@ -338,35 +346,18 @@ def quantize(
     _say(f"checkpoint: {output}")
 
 
-def _quantize_to_fastest(
-    checkpoint: str,
-    output: Path,
-    skip: list[str] | None,
-    data: str | None,
-    limit: int | None,
-    min_agreement: float,
-    half: HalfFormat,
-    compile: bool,
-    device: str,
-    as_json: bool,
-) -> None:
-    if data is None:
-        raise RecipeError("--format auto needs --data: images on which the formats are compared with fp32")
-    if skip:
-        raise RecipeError("--format auto compares whole formats: choose one, then --skip keeps layers in 16 bit")
-    source = validate(DataSpec, {"source": data, "limit": limit}, where="data")
-    _start(as_json)
+def _quantize_to_fastest(checkpoint: str, data: DataSpec, output: Path, options: dict[str, Any], as_json: bool) -> None:
+    from vitopt import storage
     from vitopt.data.images import open_images
-    from vitopt.models.checkpoint import disk_bytes, open_checkpoint
+    from vitopt.models.checkpoint import CONFIG_FILE, disk_bytes, open_checkpoint
     from vitopt.optimize.quantize import quantize as write
     from vitopt.search.fastest import find_fastest
 
+    storage.require_replaceable(output, {CONFIG_FILE})  # now, not after minutes of measuring
     opened = open_checkpoint(checkpoint)
-    images = open_images(source, None if ":" in data else "train")
-    spec = EvaluateSpec(end_to_end=False)
-    options: dict[str, Any] = {"min_agreement_percent": min_agreement, "half": half, "compile": compile}
-    choice = find_fastest(opened, images, spec, **options, device=device)
-    plan = write(opened, choice.variant, output, device)
+    images = open_images(data, None if ":" in data.source else "train")
+    choice = find_fastest(opened, images, EvaluateSpec(end_to_end=False), **options)
+    plan = write(opened, choice.variant, output, options["device"])
     if as_json:
         found: dict[str, Any] = {"checkpoint": str(output), "chosen": choice.variant.name}
         found |= {"run": choice.variant.run.model_dump(mode="json"), "layer_plan": plan.counts()}
