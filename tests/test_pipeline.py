@@ -801,3 +801,20 @@ def test_without_the_packages_of_the_report_it_is_left_out_in_one_line(
     assert result.report is None
     assert not (folder / "report.html").exists() and not (folder / "report.md").exists()
     assert {path.name for path in (folder / "variants" / "fp32").iterdir()} == CHECKPOINT | {"record.json"}
+
+
+def test_a_starting_recipe_for_a_gpu_has_the_fast_rows(
+    tiny_checkpoint: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "resolve_device", lambda requested="auto": torch.device("cuda", 0))
+    lacking = {"fp8": "compute capability 8.0 is below 8.9"}
+    monkeypatch.setattr(environment, "why_not_format", lambda format, device: lacking.get(format))
+    monkeypatch.setattr(environment, "why_not_attention", lambda attention, device, dtype: None)
+    text = pipeline.starting_recipe(str(tiny_checkpoint), str(shapes), "mine")
+    variants = {variant["name"]: variant for variant in yaml.safe_load(text)["variants"]}
+    assert list(variants)[:4] == ["fp32", "bf16", "bf16-compiled", "nf4"]
+    assert variants["bf16-compiled"] == {"name": "bf16-compiled", "format": "bf16", "compile": True, "fuse_qkv": True}
+    assert variants["nf4-as-bf16"]["run_as"] == "bf16"
+    assert variants["nf4-fa2"]["attention"] == "flash_attention_2"
+    assert "w8a8-compiled" in variants and not any(name.startswith("fp8") for name in variants)
+    assert "# Left out: fp8-compiled (compute capability 8.0 is below 8.9)" in text

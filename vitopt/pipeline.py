@@ -502,6 +502,7 @@ def starting_recipe(model: str, data: str, name: str) -> str:
         {"name": "fp32", "format": "fp32"},
         {"name": "bf16", "format": "bf16"},
         {"name": "nf4", "format": "nf4"},
+        {"name": "nf4-fa2", "format": "nf4", "attention": "flash_attention_2"},
         {"name": "nf4-as-bf16", "format": "nf4", "run_as": "bf16"},
         {"name": "nf4-skip-0", "format": "nf4", "skip": ["block.0"]},
         {"name": "int8", "format": "int8"},
@@ -512,10 +513,12 @@ def starting_recipe(model: str, data: str, name: str) -> str:
         fast = {"compile": True, "fuse_qkv": True}
         wanted[2:2] = [{"name": "bf16-compiled", "format": "bf16"} | fast]
         wanted += [{"name": f"{format}-compiled", "format": format} | fast for format in ("w8a8", "fp8")]
-    reasons = {v["name"]: environment.why_not_format(v["format"], device) for v in wanted}
+    reasons = {
+        variant["name"]: environment.why_not_format(variant["format"], device)
+        or environment.why_not_attention(variant.get("attention", "sdpa"), device, torch.bfloat16)
+        for variant in wanted
+    }
     content["variants"] = [variant for variant in wanted if reasons[variant["name"]] is None]
-    if environment.why_not_attention("flash_attention_2", device, torch.bfloat16) is None:
-        content["variants"].insert(2, {"name": "nf4-fa2", "format": "nf4", "attention": "flash_attention_2"})
     content |= {"baseline": "fp32", "export": "nf4", "evaluate": {"latency": {"batch_sizes": [1, 8]}}}
     recipe = validate(Recipe, content, where="recipe")
     plans(recipe)
