@@ -43,7 +43,7 @@ STEPS = {
     "cpu": ("waterfall-cpu-vit-l", "imagenet-vit-tiny"),
 }
 # What a recipe needs beside torch and transformers for any of its rows.
-NEEDS = {"packed-vit-l": ("bitsandbytes",), "imagenet-vit-tiny": ("PIL", "pyarrow")}
+NEEDS = {"packed-vit-l": ("bitsandbytes",), "imagenet-vit-tiny": ("PIL",)}
 LEAST_SECONDS = 45  # a step that cannot have so much is not begun
 
 

@@ -328,10 +328,14 @@ def test_options_of_running_that_do_not_fit(tiny_checkpoint: Path) -> None:
     )
 
 
-def test_measuring_speed_needs_no_library_of_data_or_reports(tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_data", [False, True])
+def test_measuring_needs_no_library_of_data_sets_or_reports(
+    with_data: bool, tiny_checkpoint: Path, shapes: Path, tmp_path: Path
+) -> None:
     absent = ["datasets", "evaluate", "pyarrow", "matplotlib", "sklearn", "jinja2", "peft"]
     recipe = tmp_path / "recipe.yaml"
     content = {"name": "speed", "model": str(tiny_checkpoint), "variants": [{"name": "bf16", "format": "bf16"}]}
+    content |= {"data": str(shapes), "export": "bf16"} if with_data else {}
     timing = {"latency": {"batch_sizes": [1], "iterations": 2, "rounds": 1}}
     recipe.write_text(yaml.safe_dump(content | {"evaluate": timing}))
     code = (
@@ -348,9 +352,11 @@ def test_measuring_speed_needs_no_library_of_data_or_reports(tiny_checkpoint: Pa
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert "report: left out, jinja2 and matplotlib and pyarrow not installed" in ran.stderr
+    left_out = "report and predictions" if with_data else "report"
+    assert f"{left_out}: left out, jinja2 and matplotlib and pyarrow not installed" in ran.stderr
     assert "report.html" not in ran.stdout
-    assert load_record(tmp_path / "run" / "variants" / "bf16").latency
+    record = load_record(tmp_path / "run" / "variants" / "bf16")
+    assert record.latency and (record.accuracy is not None) == with_data
 
 
 def test_benchmark_tells_the_highest_rate(tiny_checkpoint: Path) -> None:

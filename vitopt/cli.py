@@ -200,10 +200,12 @@ def run(
         if result.report is not None:
             out.print(f"\nreport: {result.report}", highlight=False)
         if result.export is not None:
+            out.print(f"export: {result.export}", highlight=False)
+        if result.export is not None and result.report is not None:
             from vitopt.report.card import loading_code
 
             chosen = next(record for record in result.records if record.variant.name == resolved.export)
-            out.print(f"export: {result.export}\n\nIt opens with plain transformers:\n", highlight=False)
+            out.print("\nIt opens with plain transformers:\n", highlight=False)
             out.print(escape(loading_code(chosen, str(result.export))), highlight=False)
 
 

@@ -323,7 +323,7 @@ def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str 
     for one in measured:
         folder = folders[one.record.variant.name]
         save_record(one.record, folder)
-        if one.predictions is not None:
+        if one.predictions is not None and environment.installed("pyarrow"):
             save_predictions(one.predictions, folder)
         if one.record.failure:
             current.say(f"evaluate: {one.record.variant.name} failed: {one.record.failure}")
@@ -442,7 +442,8 @@ def _write_report(current: _Run, records: list[Record]) -> Path | None:
     if missing:
         # Measuring alone needs none of them; the records are complete, so the report can be written elsewhere.
         packages = " and ".join(missing)
-        current.say(f"report: left out, {packages} not installed; `vitopt report {current.folder}` writes it")
+        kept = "" if "pyarrow" in missing and current.recipe.data else f"; `vitopt report {current.folder}` writes it"
+        current.say(f"report{' and predictions' if not kept else ''}: left out, {packages} not installed{kept}")
         return None
     from vitopt.report.card import write_card
     from vitopt.report.page import write_report
