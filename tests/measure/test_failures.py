@@ -9,6 +9,7 @@ FULL = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nGPU 0"),
     MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ]
 
 

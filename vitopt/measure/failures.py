@@ -4,8 +4,8 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a batch did not fit: torch has no class of it for the CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Whether an error says that a batch did not fit: torch has no class of it for the CPU, nor for cuBLAS."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "alloc" in str(error).lower()
 
 
 def explain_failure(error: Exception) -> str:

@@ -42,6 +42,7 @@ _LINEARS_OF_LEAF: dict[str, tuple[Linear, ...]] = {
     "fc1": ("fc1",),
     "fc2": ("fc2",),
 }
+assert {linear for linears in _LINEARS_OF_LEAF.values() for linear in linears} == set(LINEARS)
 
 # Layers of the giant DINOv2. Left out of a plan, they would be quantized without anybody having said so.
 _GATED_MLP = ("gate_proj", "up_proj", "down_proj")

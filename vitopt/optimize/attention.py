@@ -52,7 +52,7 @@ def implementation(attention: Attention, kernel: SdpaKernel, captured: bool = Fa
     if attention != "sdpa" or (kernel == "auto" and not captured):
         return attention
     if kernel == "auto":
-        AttentionInterface.register(_UNMASKED, _sdpa)
+        AttentionInterface.register(_UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
         return _UNMASKED
     name, backend = _KERNELS[kernel]
     AttentionInterface.register(name, functools.partial(_held_to, backend))
@@ -62,10 +62,6 @@ def implementation(attention: Attention, kernel: SdpaKernel, captured: bool = Fa
 def attention_of(implementation: str) -> str:
     """The attention behind a name that `implementation` gave."""
     return "sdpa" if implementation in (_UNMASKED, *(name for name, _ in _KERNELS.values())) else implementation
-
-
-def _sdpa(*args: Any, **options: Any) -> Any:
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **options)
 
 
 def _held_to(backend: SDPBackend, *args: Any, **options: Any) -> Any:

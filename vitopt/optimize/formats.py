@@ -90,8 +90,8 @@ def _torchao_int4() -> Any:
     return Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
 
 
-# Without `set_inductor_config=False` each of these would change how all variants of the process are compiled.
-# format -> the configuration with which torchao quantizes one layer to it
+# format -> the configuration with which torchao quantizes one layer to it; without `set_inductor_config=False` each
+# would change how all variants of the process are compiled
 QUANTIZES: dict[str, Callable[[], Any]] = {"int4": _torchao_int4, "w8a8": _torchao_w8a8, "fp8": _torchao_fp8}
 _BUILDERS: dict[Format, Callable[[LayerPlan, torch.dtype], Any]] = {
     "nf4": _nf4,
