@@ -109,8 +109,7 @@ def _tests(deadline: float) -> Step:
 
 def _recipe(name: str, device: str, threads: int | None, deadline: float) -> Step:
     missing = _missing(NEEDS.get(name, ()))
-    shared = Path(os.environ.get("VITOPT_SHARED", ROOT.parent / "shared"))
-    if name == "imagenet-vit-tiny" and not shared.is_dir():
+    if name == "imagenet-vit-tiny" and not _shared().is_dir():
         missing = "its model and images are not there: name their folder in VITOPT_SHARED"
     if missing:
         return Step(name, skipped=missing)
@@ -137,7 +136,7 @@ def _run(name: str, command: list[str], deadline: float) -> Step:
     print(f"{name} ...", flush=True)
     started = time.monotonic()
     environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environ |= {"VITOPT_SHARED": os.environ.get("VITOPT_SHARED", str(ROOT.parent / "shared")), "HF_HUB_OFFLINE": "1"}
+    environ |= {"VITOPT_SHARED": str(_shared()), "HF_HUB_OFFLINE": "1"}
     step = Step(name, " ".join(["python", *command[1:]]))
     try:
         done = subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True, timeout=left)
@@ -149,6 +148,10 @@ def _run(name: str, command: list[str], deadline: float) -> Step:
             step.failure = f"exit code {done.returncode}: {step.summary[-2000:]}"
     step.seconds = round(time.monotonic() - started, 1)
     return step
+
+
+def _shared() -> Path:
+    return Path(os.environ.get("VITOPT_SHARED", ROOT.parent / "shared"))
 
 
 def _missing(packages: tuple[str, ...]) -> str | None:

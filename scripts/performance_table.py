@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from vitopt.recipe import load_recipe
 from vitopt.records import Record
-from vitopt.report.table import HEADINGS, cautions, device_name, human_bytes, markdown_text, milliseconds, rate, row
+from vitopt.report.table import HEADINGS, UNKNOWN, cautions, device_name, markdown_text, row
 
 SCHEMA = "vitopt.device/1"
 BEGIN, END = "<!-- performance tables: scripts/performance_table.py -->", "<!-- end of performance tables -->"
@@ -115,8 +115,8 @@ def _fidelity(records: list[Record], where: str, path: Path) -> Iterator[str]:
     lines = [f"| variant | {' | '.join(_FIDELITY)} | KL, nats |", "|---|" + "---:|" * (len(_FIDELITY) + 1)]
     for record in records:
         if record.latency:
-            versus, cells = record.versus_baseline, dict(zip(HEADINGS, row(record, 1), strict=True))
-            kl = "–" if versus is None else f"{versus.mean_kl_divergence:.4f}"
+            versus, cells = record.versus_baseline, _named(record, 1)
+            kl = UNKNOWN if versus is None else f"{versus.mean_kl_divergence:.4f}"
             lines.append(f"| {record.variant.name} | {' | '.join(cells[name] for name in _FIDELITY)} | {kl} |")
     yield "\n".join(lines)
     yield from _cautions(records)
@@ -148,20 +148,16 @@ def _table(recipe: str, records: list[Record], sizes: list[int]) -> Iterator[str
 
 
 def _cells(record: Record, sizes: list[int]) -> list[str]:
-    rows = {row.batch_size: row for row in record.latency}
-    first, last = rows.get(sizes[0]), rows.get(sizes[-1])
-    memory = first.peak_bytes if first and first.peak_bytes else record.memory.peak_bytes if record.memory else None
-    speedup = first.speedup_vs_baseline if first else None
-    used = last.model_flop_utilisation_percent if last else None
-    return [
-        milliseconds(first.p50_ms if first else None),
-        milliseconds(first.p99_ms if first else None),
-        f"{speedup:.2f}x" if speedup else "–",
-        milliseconds(first.floor_ms if first else None),
-        *(rate(rows[size].images_per_second) if size in rows else "–" for size in sizes),
-        f"{used:.0f}" if used else "–",
-        human_bytes(memory),
-    ]
+    first = _named(record, sizes[0])
+    rates = [_named(record, size)["images/s"] for size in sizes]
+    used = next((r.model_flop_utilisation_percent for r in record.latency if r.batch_size == sizes[-1]), None)
+    speed = [first[name] for name in ("p50 ms", "p99 ms", "speed-up", "floor ms")]
+    return [*speed, *rates, f"{used:.0f}" if used else UNKNOWN, first["peak memory"]]
+
+
+def _named(record: Record, batch_size: int) -> dict[str, str]:
+    """The cells of the report's table by their heading."""
+    return dict(zip(HEADINGS, row(record, batch_size), strict=True))
 
 
 def _rates(records: list[Record], copy_bytes_per_second: float) -> str:
