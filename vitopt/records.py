@@ -87,10 +87,15 @@ class VersusBaseline(Part):
     top1_delta_points: float
     top1_delta_ci95_points: tuple[float, float] = Field(description="Tango's score interval for paired proportions")
     agreement_percent: float = Field(description="images on which both give the same class")
+    agreement_ci95_percent: tuple[float, float] | None = Field(None, description="Wilson interval")
     right_to_wrong: int
     wrong_to_right: int
     mcnemar_p: float
+    mcnemar_holm_p: float | None = Field(
+        None, description="the same, adjusted for all variants that were compared with this baseline (Holm 1979)"
+    )
     mean_kl_divergence: float = Field(description="nats, KL(baseline || variant) of the softmax outputs")
+    kl_ci95: tuple[float, float] | None = Field(None, description="nats, bootstrap over images")
     normalised_logit_error: float = Field(description="norm of the difference over norm of the baseline's logits")
     smallest_visible_loss_points: float = Field(description="a smaller true loss would likely go unseen here")
     verdict: str
@@ -108,6 +113,13 @@ class Latency(Part):
     p50_ms: float
     p95_ms: float | None = Field(description="null under 20 samples")
     p99_ms: float | None = Field(description="null under 100 samples")
+    p50_ci95_ms: tuple[float | None, float | None] | None = Field(
+        None, description="by order statistics, as the next two; a limit that so few samples cannot give is null"
+    )
+    p95_ci95_ms: tuple[float | None, float | None] | None = None
+    p99_ci95_ms: tuple[float | None, float | None] | None = Field(
+        None, description="a service level is judged by the upper limit"
+    )
     device_p50_ms: float | None = Field(None, description="CUDA event time; null on the CPU")
     images_per_second: float = Field(description="batch size over the median")
     speedup_vs_baseline: float | None = None
@@ -117,6 +129,8 @@ class Latency(Part):
     peak_bytes: int | None = Field(None, description="CUDA: as `memory.peak_bytes`, at this batch size")
     warmup_ms: float = Field(description="first calls, compilation included; in no other figure")
     warmup_iterations: int
+    settled: bool | None = Field(None, description="whether the warm-up ended because calls took a steady time")
+    discarded_calls: int = Field(0, description="first calls after a switch between variants; in no other figure")
     samples_ms: tuple[float, ...] = Field(description="in order of time; equal shares per round")
     device_samples_ms: tuple[float, ...] | None = None
 
@@ -170,6 +184,15 @@ class Memory(Part):
     batch_size: int
 
 
+class BatchInvariance(Part):
+    """Whether an image gets the same answer alone and among other images."""
+
+    images: int
+    batch_size: int = Field(description="compared with a batch of one")
+    agreement_percent: float
+    max_logit_difference: float
+
+
 class Roofline(Part):
     """What the device gave in the same run, by the formats of vitopt; utilisation and floor are against it."""
 
@@ -207,10 +230,15 @@ class Record(Part):
     size: Size | None = None
     memory: Memory | None = None
     energy_joules_per_image: float | None = None
+    batch_invariance: BatchInvariance | None = None
     roofline: Roofline | None = Field(None, description="the device's rates in the same run; null if not measured")
     environment: dict[str, Any] = Field(default_factory=dict)
     dataset: Dataset | None = None
     warnings: tuple[str, ...] = Field((), description="conditions under which the figures deserve less trust")
+    unmeasured: dict[str, str] = Field(default_factory=dict, description="figure that is null -> why")
+    measured_together: str | None = Field(
+        None, description="the same in all records whose calls were interleaved; only those have comparable times"
+    )
     command: str | None = None
     created: str | None = Field(None, description="ISO 8601, UTC")
 
