@@ -190,7 +190,7 @@ class BatchInvariance(Part):
     images: int
     batch_size: int = Field(description="compared with a batch of one")
     agreement_percent: float
-    max_logit_difference: float
+    max_logit_difference: float = Field(description="largest over all images and classes")
 
 
 class Roofline(Part):
@@ -230,7 +230,7 @@ class Record(Part):
     size: Size | None = None
     memory: Memory | None = None
     energy_joules_per_image: float | None = None
-    batch_invariance: BatchInvariance | None = None
+    batch_invariance: BatchInvariance | None = Field(None, description="null if not measured")
     roofline: Roofline | None = Field(None, description="the device's rates in the same run; null if not measured")
     environment: dict[str, Any] = Field(default_factory=dict)
     dataset: Dataset | None = None
