@@ -292,6 +292,12 @@ def test_names_must_agree():
     ]
 
 
+def test_a_waterfall_names_variants():
+    named = changed(waterfall=["one", "fuor"], variants=[{"name": name, "format": "bf16"} for name in ("one", "four")])
+
+    assert mistakes(named) == ["waterfall names 'fuor', which is no variant; did you mean 'four'?"]
+
+
 def test_bare_values_become_lists_and_sections():
     content = changed(
         data="photos:test",

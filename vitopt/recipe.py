@@ -199,6 +199,9 @@ class Recipe(Spec):
     baseline: str | None = Field(None, description="name of the variant to compare with; null is the first")
     evaluate: EvaluateSpec = EvaluateSpec()
     export: str | None = Field(None, description="name of the variant to copy to `export/`")
+    waterfall: tuple[Name, ...] = Field(
+        (), description="variants each of which adds one technique to the one before, for a figure in the report"
+    )
 
     @model_validator(mode="after")
     def _names_agree(self) -> "Recipe":
@@ -208,8 +211,9 @@ class Recipe(Spec):
             needy = ["finetune"] if self.finetune is not None else []
             needy += [f"`skip: auto` of {variant.name}" for variant in self.variants if variant.skips_automatically]
             mistakes += [f"{what} needs `data`" for what in needy]
-        for key in ("baseline", "export"):
-            wanted = getattr(self, key)
+        for key, wanted in [("baseline", self.baseline), ("export", self.export)] + [
+            ("waterfall", name) for name in self.waterfall
+        ]:
             if wanted is not None and wanted not in names:
                 mistakes.append(f"{key} names {wanted!r}, which is no variant; {_suggest(wanted, names)}")
         if mistakes:

@@ -132,8 +132,15 @@ def _limits(floor_ms: float, p50_ms: float) -> dict[str, float]:
     return {"floor_ms": floor_ms, "model_flop_utilisation_percent": 100 * floor_ms / p50_ms}
 
 
-def write_run(folder: Path, records: Sequence[Record], predictions: dict[str, Predictions] | None = None) -> Path:
-    """A run's folder as the pipeline leaves it, without weights."""
+def write_run(
+    folder: Path, records: Sequence[Record], predictions: dict[str, Predictions] | None = None, waterfall: bool = False
+) -> Path:
+    """A run's folder as the pipeline leaves it, without weights; with `waterfall`, its recipe names all variants so."""
+    if waterfall:
+        names = [record.variant.name for record in records]
+        variants = [{"name": name, "format": "bf16"} for name in names]
+        recipe = {"name": "x", "model": "x", "variants": variants, "waterfall": names}
+        (folder / "recipe.yaml").write_text(json.dumps(recipe))
     for index, record in enumerate(records):
         # Names of folders follow the recipe's rules, names in records come from anywhere.
         place = folder / "variants" / f"{index:02d}"

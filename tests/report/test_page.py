@@ -121,7 +121,7 @@ def test_failed_variants_are_rows_with_their_reason(comparison, make: SimpleName
 
 
 def test_all_parts_are_there(comparison, make: SimpleNamespace, tmp_path):
-    page = read(make.run(tmp_path, *comparison))
+    page = read(make.run(tmp_path, *comparison, waterfall=True))
 
     sections = [name for name in page.ids if "-" not in name]
     assert sections == [
@@ -199,7 +199,7 @@ def speed_alone(make: SimpleNamespace, **more):
 
 
 def test_what_the_device_allows_is_said_on_both_pages(make: SimpleNamespace, tmp_path):
-    page = read(make.run(tmp_path, speed_alone(make)))
+    page = read(make.run(tmp_path, speed_alone(make), waterfall=True))
 
     text = (tmp_path / "report.md").read_text()
     assert "What the device allows" in page.words

@@ -28,7 +28,7 @@ from vitopt.report.table import (
     markdown_text,
     notes,
 )
-from vitopt.report.waterfall import chain_words, find_chain, floor_words
+from vitopt.report.waterfall import chain_of, floor_words
 
 PAGE_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
@@ -44,6 +44,7 @@ class Run:
     folders: dict[str, Path]  # of the variants, by name
     baseline: Record | None
     recipe_text: str | None
+    chain: list[Record]  # of the waterfall
 
     @property
     def title(self) -> str:
@@ -77,7 +78,7 @@ def write_report(folder: Path) -> Path:
     """
     run = _open_run(folder)
     name = run.baseline.variant.name if run.baseline else None
-    plots = save_plots(run.records, name, folder / PLOTS_FOLDER)
+    plots = save_plots(run.records, name, folder / PLOTS_FOLDER, run.chain)
     analyses = _analyses(run, folder / PLOTS_FOLDER)
     storage.write_text(folder / MARKDOWN_FILE, _markdown(run, plots, analyses))
     path = folder / PAGE_FILE
@@ -97,7 +98,8 @@ def _open_run(folder: Path) -> Run:
     ordered = [records[name] for name in order if name in records] or [records[name] for name in sorted(records)]
     baseline = summary.baseline_of(ordered, recipe.baseline_name if recipe else None)
     folders = {record.variant.name: folder / "variants" / name for name, record in records.items()}
-    return Run(folder, ordered, folders, baseline, path.read_text(encoding="utf-8") if recipe else None)
+    chain = chain_of(ordered, recipe.waterfall if recipe else ())
+    return Run(folder, ordered, folders, baseline, path.read_text(encoding="utf-8") if recipe else None, chain)
 
 
 def _analyses(run: Run, folder: Path) -> Analyses:
@@ -114,7 +116,6 @@ def _context(run: Run, plots: Sequence[Plot], analyses: Analyses) -> dict[str, A
     layer_strips = strips(records)
     found_flips, unreadable, has_pictures = _flips(run)
     first = next((record for record in records if record.model), None)
-    chain = find_chain(records, baseline.variant.name if baseline else None)
     return {
         "title": run.title,
         "records": records,
@@ -139,8 +140,8 @@ def _context(run: Run, plots: Sequence[Plot], analyses: Analyses) -> dict[str, A
         "untimed": _untimed(records),
         "strips": layer_strips,
         "strip_formats": formats_in(layer_strips),
-        "chain": chain_words(chain),
-        "floor": floor_words(chain),
+        "chain": [record.variant.name for record in run.chain],
+        "floor": floor_words(run.chain),
         "roofline": roofline.facts(records),
         "roofline_title": roofline.TITLE,
         "sensitivity_title": sensitivity.TITLE,

@@ -22,7 +22,7 @@ from vitopt.report.palette import colour_of
 from vitopt.report.svg import INK
 from vitopt.report.table import batch_sizes, human_bytes, milliseconds
 from vitopt.report.timing import latency_at
-from vitopt.report.waterfall import Step, find_chain, says, steps
+from vitopt.report.waterfall import Step, steps
 
 MOST_DOTS = 80  # per variant; evenly thinned by rank, which leaves the distribution as it is
 _OWN_FILE = re.compile(r"((accuracy-latency|latency|waterfall)-\d+|weights|memory)\.(svg|png)")
@@ -32,13 +32,16 @@ _ROW = 40.0  # points per variant
 _BAR = 0.34  # of a row
 
 
-def save_plots(records: Sequence[Record], baseline: str | None, folder: Path) -> list[Plot]:
+def save_plots(
+    records: Sequence[Record], baseline: str | None, folder: Path, chain: Sequence[Record] = ()
+) -> list[Plot]:
     """Draw every figure the records have data for, write each as SVG and PNG into `folder`, and return them.
 
-    Figures that an earlier report left in `folder` are removed. Raises StorageError where it cannot be written.
+    `chain`: the variants of the waterfall. Figures that an earlier report left in `folder` are removed.
+    Raises StorageError where it cannot be written.
     """
     with styled():
-        plots = rendered(_figures(records, baseline), folder)
+        plots = rendered(_figures(records, baseline, chain), folder)
     remove_others(folder, _OWN_FILE, plots)
     return plots
 
@@ -152,21 +155,16 @@ def waterfall(bars: Sequence[Step], batch_size: int) -> Figure:
                 text += f" · {_ratio_words(step.speedup)}"
             if step.latency.floor_ms is not None:
                 axes.plot([step.latency.floor_ms] * 2, [place - 0.22, place + 0.22], color=INK, linewidth=1.4)
-            name = step.record.variant.name
-            explained = f"{name}: {step.change}"
-            told = not step.change or says(name, step.change)
-            fits = len(explained) + len(text) < _LONGEST_LINE
-            _row_text(axes, place, explained if fits and not told else name, text)
+            _row_text(axes, place, step.record.variant.name, text)
         floors = [step.latency.floor_ms for step in bars if step.latency.floor_ms is not None]
         axes.set_xlim(0, 1.02 * max([*(step.latency.p50_ms for step in bars), *floors]))
         axes.set_xlabel(f"median latency at batch {batch_size}, ms" + ("; tick: floor" if floors else ""))
         return figure
 
 
-def _figures(records: Sequence[Record], baseline: str | None) -> list[Drawable]:
+def _figures(records: Sequence[Record], baseline: str | None, chain: Sequence[Record]) -> list[Drawable]:
     """Everything that might be drawn."""
     found: list[Drawable] = []
-    chain = find_chain(records, baseline)
     for size in batch_sizes(records):
         words = _say(records, functools.partial(_accuracy_words, batch_size=size))
         figure = accuracy_latency(records, size, baseline)
