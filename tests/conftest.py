@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from vitopt import environment
+from vitopt.formats import AMPERE
 
 environment.quiet_libraries()
 
@@ -36,7 +37,7 @@ IMAGE_SIZE = 32
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= environment.AMPERE
+    able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= AMPERE
     for item in items:
         if "gpu" in item.keywords and not able:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device of compute capability 8.0 or higher"))

@@ -13,7 +13,8 @@ import torch
 import vitopt
 from vitopt import environment
 from vitopt.errors import UnsupportedError
-from vitopt.recipe import Attention, Format, SdpaKernel
+from vitopt.formats import Format
+from vitopt.recipe import Attention, SdpaKernel
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from vitopt import __version__, progress
 from vitopt.errors import MeasurementError, RecipeError, VitoptError
+from vitopt.formats import Format, HalfFormat, RunAs
 from vitopt.recipe import (
     LINEARS,
     Attention,
@@ -28,10 +29,7 @@ from vitopt.recipe import (
     DataSpec,
     EvaluateSpec,
     FinetuneSpec,
-    Format,
-    HalfFormat,
     Recipe,
-    RunAs,
     RunSpec,
     SdpaKernel,
     VariantSpec,

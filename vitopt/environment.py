@@ -9,14 +9,14 @@ import os
 import platform
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import torch
 
 from vitopt.errors import UnsupportedError
-from vitopt.recipe import Attention, Format, SdpaKernel
+from vitopt.formats import AMPERE, FORMATS, Format
+from vitopt.recipe import Attention, SdpaKernel
 from vitopt.threads import are_bound
 
 T = TypeVar("T")
@@ -38,8 +38,6 @@ LIBRARIES = (
     "numpy",
     "pillow",
 )
-AMPERE = (8, 0)
-ADA = (8, 9)
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -102,34 +100,13 @@ def _capability_below(device: torch.device, least: tuple[int, int]) -> str | Non
     return f"compute capability {has} is below {wants}"
 
 
-def _why_not_fp8(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "fp8 arithmetic needs a CUDA device of compute capability 8.9"
-    return _needs("torchao") or _capability_below(device, ADA)
-
-
-def _why_not_int4(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "torchao's packed int4 weights need a CUDA device of compute capability 8.0"
-    return _needs("torchao") or _capability_below(device, AMPERE)
-
-
-# format -> why it cannot run on a device (None when it can), and the nearest format that runs everywhere
-_FORMAT_CHECKS: dict[Format, tuple[Callable[[torch.device], str | None], Format]] = {
-    "fp32": (lambda device: None, "fp32"),
-    "fp16": (lambda device: None, "fp32"),
-    "bf16": (lambda device: _capability_below(device, AMPERE), "fp16"),
-    "nf4": (lambda device: _needs("bitsandbytes"), "bf16"),
-    "int4": (_why_not_int4, "nf4"),
-    "int8": (lambda device: _needs("bitsandbytes"), "bf16"),
-    "w8a8": (lambda device: _needs("torchao") or _capability_below(device, AMPERE), "int8"),
-    "fp8": (_why_not_fp8, "w8a8"),
-}
-
-
 def why_not_format(format: Format, device: torch.device) -> str | None:
     """Why `format` cannot run on `device`, or None when it can."""
-    return _FORMAT_CHECKS[format][0](device)
+    facts = FORMATS[format]
+    if device.type != "cuda" and facts.not_on_cpu:
+        return facts.not_on_cpu
+    missing = _needs(facts.library) if facts.library else None
+    return missing or (_capability_below(device, facts.capability) if facts.capability else None)
 
 
 def require_format(format: Format, device: torch.device) -> None:
@@ -137,7 +114,7 @@ def require_format(format: Format, device: torch.device) -> None:
     if reason := why_not_format(format, device):
         nearest = format
         while why_not_format(nearest, device) is not None:
-            nearest = _FORMAT_CHECKS[nearest][1]
+            nearest = FORMATS[nearest].nearest
         raise UnsupportedError(f"format {format} cannot run on {device}: {reason}; the nearest that can is {nearest}")
 
 

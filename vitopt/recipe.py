@@ -15,15 +15,12 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vitopt.errors import RecipeError
+from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat, RunAs
 
-Format = Literal["fp32", "fp16", "bf16", "nf4", "int4", "int8", "w8a8", "fp8"]
-HalfFormat = Literal["fp16", "bf16"]
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 SdpaKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
-RunAs = Literal["bf16", "w8a8", "fp8"]
 Linear = Literal["query", "key", "value", "output", "fc1", "fc2"]
 
-QUANTIZED_FORMATS: tuple[Format, ...] = ("nf4", "int4", "int8", "w8a8", "fp8")
 AUTO = "auto"
 LINEARS: tuple[Linear, ...] = get_args(Linear)
 

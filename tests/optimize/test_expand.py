@@ -165,7 +165,7 @@ def test_w8a8_does_not_expand(run_as: str, stored: dict[str, Checkpoint]) -> Non
         running(stored["w8a8"], run_as)
     assert str(caught.value) == (
         f"{stored['w8a8'].source} is stored in w8a8, which does not expand to {run_as}; "
-        "run_as takes nf4, int8, fp32, fp16, bf16"
+        "run_as takes fp32, fp16, bf16, nf4, int8"
     )
 
 

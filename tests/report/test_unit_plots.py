@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 from matplotlib.colors import to_hex, to_rgba
 
+from vitopt.formats import colour_of
 from vitopt.report import unit_plots
 from vitopt.report.figures import rendered
-from vitopt.report.palette import colour_of
 from vitopt.search.skiplist import Goal
 
 

@@ -12,19 +12,15 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitopt.formats import FORMATS
 from vitopt.measure.latency import clock_for
 from vitopt.models.checkpoint import Checkpoint, empty_model
-from vitopt.recipe import Format
 from vitopt.records import Roofline
 
 _GEMM_SIDE = {"cuda": 8192, "cpu": 2048}
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
 _CALLS = 15
 _FP8_MAX = 448.0
-
-# format of a layer -> format of the matrix product that it computes with; weights that are only stored smaller
-# are expanded to bf16
-_COMPUTES_IN: dict[str, Format] = {"nf4": "bf16", "int4": "bf16", "w8a8": "int8"}
 
 
 def flops_per_image(checkpoint: Checkpoint) -> int:
@@ -38,8 +34,8 @@ def flops_per_image(checkpoint: Checkpoint) -> int:
 
 def roofline(format: str, device: torch.device) -> Roofline | None:
     """The device's rates for a variant most of whose layers are held in `format`; None for a format not known here."""
-    computes_in = _COMPUTES_IN.get(format, format)
-    if computes_in not in _PRODUCTS:
+    computes_in = next((facts.computes_in for name, facts in FORMATS.items() if name == format), None)
+    if computes_in is None:
         return None
     return Roofline(
         gemm_format=computes_in,

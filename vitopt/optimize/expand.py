@@ -6,12 +6,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from vitopt.formats import FORMATS, QUANTIZED_FORMATS, Format, RunAs
 from vitopt.models.names import HEAD, linear_layers
 from vitopt.optimize.formats import QUANTIZES, format_of
-from vitopt.recipe import Format, RunAs
 
-_PACKED: tuple[Format, ...] = ("nf4", "int8")
-EXPANDABLE: tuple[Format, ...] = (*_PACKED, "fp32", "fp16", "bf16")  # formats of a checkpoint that `expand` takes
+EXPANDABLE: tuple[Format, ...] = tuple(format for format, facts in FORMATS.items() if facts.expands)
 
 
 def expand(model: PreTrainedModel, model_type: str, run_as: RunAs) -> None:
@@ -20,7 +19,7 @@ def expand(model: PreTrainedModel, model_type: str, run_as: RunAs) -> None:
     A model without packed layers gives all its linear layers but the head.
     """
     layers = linear_layers(model, model_type)
-    packed = [layer.module for layer in layers if format_of(model.get_submodule(layer.module)) in _PACKED]
+    packed = [layer.module for layer in layers if format_of(model.get_submodule(layer.module)) in QUANTIZED_FORMATS]
     if packed:
         model.dequantize(dtype=torch.bfloat16)
     model.to(torch.bfloat16)

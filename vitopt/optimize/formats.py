@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from vitopt import environment
+from vitopt.formats import Format
 from vitopt.models.names import linear_layers
 from vitopt.optimize.plan import LayerPlan
-from vitopt.recipe import Format
 
 _OF_DTYPE: dict[torch.dtype, Format] = {dtype: name for name, dtype in environment.DTYPES.items()}  # type: ignore[misc]
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitopt.errors import RecipeError
+from vitopt.formats import FORMATS, QUANTIZED_FORMATS, Format
 from vitopt.models.names import HEAD, Layer, linear_layers, select
-from vitopt.recipe import QUANTIZED_FORMATS, Format, VariantSpec
+from vitopt.recipe import VariantSpec
 
-_MIXABLE: set[Format] = {"fp8", "int4", "w8a8"}  # torchao chooses per layer, bitsandbytes per checkpoint
+# torchao chooses per layer, bitsandbytes per checkpoint
+_MIXABLE: set[Format] = {format for format, facts in FORMATS.items() if facts.mixes}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from vitopt import environment, storage
 from vitopt.environment import DTYPES
 from vitopt.errors import CheckpointError
+from vitopt.formats import QUANTIZED_FORMATS
 from vitopt.models.checkpoint import (
     CONFIG_FILE,
     Checkpoint,
@@ -18,7 +19,7 @@ from vitopt.models.checkpoint import (
 )
 from vitopt.optimize.formats import live_formats, quantization_config
 from vitopt.optimize.plan import LayerPlan, plan_layers
-from vitopt.recipe import QUANTIZED_FORMATS, VariantSpec
+from vitopt.recipe import VariantSpec
 
 
 def plan_for(checkpoint: Checkpoint, variant: VariantSpec) -> LayerPlan:

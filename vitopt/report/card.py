@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitopt import storage
+from vitopt.formats import FORMATS
 from vitopt.records import Record, Variant
 from vitopt.report.rendering import templates
 from vitopt.report.summary import listed
@@ -20,11 +21,11 @@ from vitopt.report.table import (
 )
 
 CARD_FILE = "README.md"
-_PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int4": "torchao", "w8a8": "torchao", "fp8": "torchao"}
 
 
 def write_card(record: Record, folder: Path, records: Sequence[Record]) -> None:
     """Write `README.md` into the checkpoint folder of `record`; `records` are all rows of its comparison."""
+    on_disk = _formats_on_disk(record)
     text = templates.get_template("card.md").render(
         record=record,
         format=describe_format(record),
@@ -32,7 +33,7 @@ def write_card(record: Record, folder: Path, records: Sequence[Record]) -> None:
         device=describe_device(record),
         table=markdown_table(records),
         notes=notes(records),
-        packages=sorted({_PACKAGES[format] for format in _formats_on_disk(record) if format in _PACKAGES}),
+        packages=sorted({facts.library for name, facts in FORMATS.items() if name in on_disk and facts.library}),
         code=loading_code(record, "FOLDER"),
         stored=stored_as(record.variant),
         expansion=expansion(record.variant),

@@ -8,6 +8,7 @@ from typing import Any
 
 from vitopt import storage
 from vitopt.errors import RecordError
+from vitopt.formats import FORMATS
 from vitopt.measure.predictions import PREDICTIONS_FILE, load_predictions
 from vitopt.recipe import load_recipe
 from vitopt.records import RECORD_FILE, Record, load_record
@@ -149,6 +150,7 @@ def _context(run: Run, plots: Sequence[Plot], analyses: Analyses) -> dict[str, A
         "class_changes": [(changes, details.changed_classes(changes)) for changes in _class_changes(run)],
         "flips": found_flips,
         "has_pictures": has_pictures,
+        "formats": FORMATS,
         "most_affected": _most_affected(records),
         "commands": list(dict.fromkeys(record.command for record in records if record.command)),
         "recipe": run.recipe_text,

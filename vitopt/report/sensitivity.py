@@ -8,12 +8,12 @@ from typing import Any
 
 from vitopt import storage
 from vitopt.errors import RecordError
+from vitopt.formats import FORMATS, OTHER_COLOUR
 from vitopt.measure import statistics
 from vitopt.recipe import LINEARS
 from vitopt.report import unit_plots, units
 from vitopt.report.details import environment_facts
 from vitopt.report.figures import Plot, rendered
-from vitopt.report.palette import FORMAT_COLOURS, OTHER_COLOUR
 from vitopt.report.rendering import inlined, templates
 from vitopt.report.strip import HEAD, Strip, formats_in, strip_of
 from vitopt.report.table import UNKNOWN, Table, delta_words, device_name, human_bytes, markdown_text, percent
@@ -126,7 +126,8 @@ def cautions(parts: Sequence[Part]) -> list[str]:
 
 def page_context() -> dict[str, Any]:
     """What the shared macros of the templates take from the page."""
-    return {"baseline": None, "colours": {**FORMAT_COLOURS, "other": OTHER_COLOUR}, "linears": LINEARS}
+    colours = {format: facts.colour for format, facts in FORMATS.items()}
+    return {"baseline": None, "colours": {**colours, "other": OTHER_COLOUR}, "linears": LINEARS}
 
 
 def markdown(part: Part, plots_folder: str) -> str:

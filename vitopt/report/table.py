@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vitopt.recipe import QUANTIZED_FORMATS
+from vitopt.formats import QUANTIZED_FORMATS
 from vitopt.records import Latency, Record, Variant, VersusBaseline
 from vitopt.report.timing import latency_at
 

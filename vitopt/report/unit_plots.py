@@ -9,12 +9,12 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
+from vitopt.formats import colour_of
 from vitopt.measure.statistics import pareto_front
 from vitopt.recipe import LINEARS
 from vitopt.report import units
 from vitopt.report.figures import Drawable, canvas, styled
 from vitopt.report.labels import label_points
-from vitopt.report.palette import colour_of
 from vitopt.report.svg import INK
 from vitopt.report.table import human_bytes
 from vitopt.search.results import Loss, Point, Sensitivity

@@ -14,6 +14,7 @@ from vitopt.data.images import ImageSet, fit_labels
 from vitopt.data.pixels import Preprocessor, batches
 from vitopt.environment import DTYPES
 from vitopt.errors import CheckpointError, DataError, RecipeError
+from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
 from vitopt.measure import statistics
 from vitopt.measure.accuracy import compare
 from vitopt.measure.latency import clock_for, time_interleaved
@@ -22,7 +23,7 @@ from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, wei
 from vitopt.models.names import block_names, linear_layers
 from vitopt.optimize.formats import quantization_config
 from vitopt.optimize.quantize import plan_for
-from vitopt.recipe import QUANTIZED_FORMATS, Format, HalfFormat, LatencySpec, VariantSpec
+from vitopt.recipe import LatencySpec, VariantSpec
 from vitopt.search.hybrid import Hybrid
 from vitopt.search.results import Loss, SearchResult, Sensitivity, UnitScores, save_sensitivity
 from vitopt.search.sensitivity import (

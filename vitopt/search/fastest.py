@@ -16,17 +16,17 @@ from vitopt import environment
 from vitopt.data.images import ImageSet, fit_labels
 from vitopt.data.pixels import Preprocessor
 from vitopt.errors import CheckpointError, UnsupportedError
+from vitopt.formats import FORMATS, HalfFormat
 from vitopt.measure.evaluator import evaluate
 from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import Runnable, prepare
-from vitopt.recipe import EvaluateSpec, Format, HalfFormat, VariantSpec
+from vitopt.recipe import EvaluateSpec, VariantSpec
 from vitopt.records import Record
 
 logger = logging.getLogger(__name__)
 
 REFERENCE = "fp32"
-_FORMATS: tuple[Format, ...] = ("fp32", "fp16", "bf16", "w8a8", "fp8")  # those that can be faster than fp32
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,12 @@ class Choice:
 def candidates(device: torch.device, half: HalfFormat, compile: bool) -> list[VariantSpec]:
     """Ways to run that may be the fastest on a device: fp32 as it is, then each format, plain and compiled."""
     found = [VariantSpec(name=REFERENCE, format="fp32")]
-    for format in _FORMATS:
-        if environment.why_not_format(format, device) is not None or (format == "fp16" and device.type == "cpu"):
+    for format, facts in FORMATS.items():
+        if (
+            not facts.can_be_fast
+            or environment.why_not_format(format, device) is not None
+            or (format == "fp16" and device.type == "cpu")
+        ):
             continue
         if format != "fp32":
             found.append(VariantSpec(name=format, format=format, half=half))
