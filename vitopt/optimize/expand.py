@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from vitopt.models.names import HEAD, linear_layers
+from vitopt.models.names import linear_layers
 from vitopt.optimize.formats import QUANTIZES, format_of
 from vitopt.recipe import Format, RunAs
 
@@ -26,7 +26,7 @@ def expand(model: PreTrainedModel, model_type: str, run_as: RunAs) -> None:
     model.to(torch.bfloat16)
     if run_as == "bf16":
         return
-    _quantize(model, set(packed or [layer.module for layer in layers if layer.logical != HEAD]), QUANTIZES[run_as]())
+    _quantize(model, set(packed or [layer.module for layer in layers if not layer.is_head]), QUANTIZES[run_as]())
 
 
 def _quantize(model: nn.Module, modules: set[str], config: Any) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitopt.errors import CheckpointError
+from vitopt.models import forward
 from vitopt.models.checkpoint import image_size
 from vitopt.models.names import Layer
 
@@ -48,7 +49,7 @@ class Hybrid:
     @torch.inference_mode()
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, classes), float32 on the CPU, from images: (batch, 3, height, width)."""
-        return _to_host(self.base(pixel_values=pixel_values).logits)
+        return _to_host(forward.logits(self.base, pixel_values))
 
     @torch.inference_mode()
     def block_input(self, pixel_values: torch.Tensor, block: int) -> torch.Tensor:
@@ -71,7 +72,7 @@ class Hybrid:
 
         handle = self.base.get_submodule(self.blocks[block]).register_forward_pre_hook(stop)
         try:
-            self.base(pixel_values=pixel_values)
+            forward.logits(self.base, pixel_values)
         except _Reached as reached:
             return reached.value
         finally:
@@ -80,11 +81,11 @@ class Hybrid:
 
     def _run_from(self, block: int, hidden: torch.Tensor, stop: int | None) -> Any:
         """Run the host's own forward pass with the blocks before `block` passing on what they are given."""
-        outputs = self._probe.outputs
+        others = self._probe.others
 
         def pass_on(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            # Some families' blocks return (hidden states, attention weights), which nobody asked for here.
-            return hidden if outputs == 1 else (hidden, *[None] * (outputs - 1))
+            # Some families' blocks return a tuple, with attention weights for which nobody asked here.
+            return hidden if others is None else (hidden, *[None] * others)
 
         # What the embeddings give is thrown away, so the patches need not be computed.
         replaced = {name: _zeros(shape) for name, shape in self._probe.convolutions.items()}
@@ -108,12 +109,12 @@ class Hybrid:
 
     @functools.cached_property
     def _probe(self) -> "_Probe":
-        """What one call shows: how many values a block returns, and what convolutions before the blocks give."""
-        outputs: list[int] = []
+        """What one call shows: what a block returns, and what convolutions before the blocks give."""
+        others: list[int | None] = []
         shapes: dict[str, torch.Size] = {}
 
         def see_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            outputs.append(len(output) if isinstance(output, tuple) else 1)
+            others.append(len(output) - 1 if isinstance(output, tuple) else None)
 
         def see_convolution(name: str) -> Any:
             return lambda module, args, output: shapes.__setitem__(name, output.shape[1:])
@@ -123,10 +124,10 @@ class Hybrid:
         for name, module in self.base.named_modules():
             if isinstance(module, nn.Conv2d) and not name.startswith(inside):
                 hooks.append(module.register_forward_hook(see_convolution(name)))
-        self.base(pixel_values=self._placeholder(1, next(self.base.parameters())))
+        forward.logits(self.base, self._placeholder(1, next(self.base.parameters())))
         for hook in hooks:
             hook.remove()
-        return _Probe(outputs[0], shapes)
+        return _Probe(others[0], shapes)
 
     def _placeholder(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         # One zero seen as many: neither memory nor a cast is spent on pixels that nobody looks at.
@@ -135,7 +136,7 @@ class Hybrid:
 
 @dataclass(frozen=True)
 class _Probe:
-    outputs: int  # values that a block returns
+    others: int | None  # values that a block returns beside the hidden states; None where it returns no tuple
     convolutions: dict[str, torch.Size]  # name of a convolution outside the blocks -> shape of its output
 
 
