@@ -19,10 +19,19 @@ from vitopt import environment, progress, storage
 from vitopt.data.images import ALL, ImageSet, fit_labels, image_files, open_images
 from vitopt.data.pixels import Preprocessor
 from vitopt.environment import DTYPES
-from vitopt.errors import CheckpointError, DataError, PatternError, RecipeError, RecordError, UnsupportedError
+from vitopt.errors import (
+    CheckpointError,
+    DataError,
+    MeasurementError,
+    PatternError,
+    RecipeError,
+    RecordError,
+    UnsupportedError,
+)
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
 from vitopt.models.checkpoint import Checkpoint, empty_model, load_processor, open_checkpoint
+from vitopt.models.classes import why_not_trained
 from vitopt.models.names import linear_layers, select
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import plan_for, quantize
@@ -107,8 +116,10 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
         try:
             known = variant.skipping(()) if variant.skips_automatically else variant
             resolved[variant.name] = plan_for(checkpoint, known)
-        except (PatternError, RecipeError) as error:
+        except (PatternError, RecipeError, UnsupportedError) as error:
             mistakes.append(f"variant {variant.name}: {error}")
+    if recipe.finetune is not None and (reason := why_not_trained(checkpoint.config)):
+        mistakes.append(f"finetune: {reason}")
     if recipe.finetune is not None and recipe.finetune.method == "lora":
         mistakes += _target_mistakes(recipe, checkpoint)
     if mistakes:
@@ -286,7 +297,7 @@ def _make_variant(current: _Run, base: Checkpoint, variant: VariantSpec, fingerp
         return None
     try:
         plan = quantize(base, variant, output, device=current.recipe.device)
-    except (UnsupportedError, CheckpointError) as error:
+    except (CheckpointError, MeasurementError, UnsupportedError) as error:
         # This row fails with its reason; the others still tell something.
         if _holds_weights(output):  # of an earlier recipe, which this variant no longer is
             shutil.rmtree(output, ignore_errors=True)

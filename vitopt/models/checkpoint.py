@@ -247,8 +247,9 @@ def load_model(
 ) -> PreTrainedModel:
     """Load weights into a model in evaluation mode.
 
-    `dtype` None keeps the type of the file, `attention` None takes sdpa where the family has it. `quantization` is a transformers quantization config that is
-    applied while loading. `label_names` rename the head's outputs; a head of another width is a fresh one.
+    `dtype` None keeps the type of the file, `attention` None takes sdpa where the family has it. `quantization` is
+    a transformers quantization config that is applied while loading. `label_names` rename the head's outputs; a head
+    of another width is a fresh one.
 
     Raises:
         CheckpointError: the weights do not fit the configuration or cannot be read.

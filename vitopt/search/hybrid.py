@@ -5,7 +5,7 @@ their output is kept at the block boundary and only the rest runs.
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,15 @@ class Hybrid:
     @torch.inference_mode()
     def block_input(self, pixel_values: torch.Tensor, block: int) -> torch.Tensor:
         """What block `block` of `base` is given for these images: (batch, tokens, width)."""
-        return self._stopping_before(block, pixel_values)
+        hidden: torch.Tensor = self._given(block, pixel_values)[0][0]
+        return hidden
+
+    @torch.inference_mode()
+    def block_call(self, pixel_values: torch.Tensor, block: int) -> Callable[[], object]:
+        """A call of block `block` of `base` alone, given all that the whole model gives it for these images."""
+        args, options = self._given(block, pixel_values)
+        module = self.base.get_submodule(self.blocks[block])
+        return lambda: module(*args, **options)
 
     @torch.inference_mode()
     def advance(self, hidden: torch.Tensor, block: int) -> torch.Tensor:
@@ -66,15 +74,16 @@ class Hybrid:
         """(batch, classes), float32 on the CPU, from the input `hidden` of block `block` on."""
         return _to_host(self._run_from(block, hidden, stop=None).logits)
 
-    def _stopping_before(self, block: int, pixel_values: torch.Tensor) -> torch.Tensor:
-        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-            raise _Reached(args[0])
+    def _given(self, block: int, pixel_values: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def stop(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            raise _Reached((args, options))
 
-        handle = self.base.get_submodule(self.blocks[block]).register_forward_pre_hook(stop)
+        handle = self.base.get_submodule(self.blocks[block]).register_forward_pre_hook(stop, with_kwargs=True)
         try:
             forward.logits(self.base, pixel_values)
         except _Reached as reached:
-            return reached.value
+            given: tuple[tuple[Any, ...], dict[str, Any]] = reached.value
+            return given
         finally:
             handle.remove()
         raise CheckpointError(f"{self.blocks[block]} was never called, so its input cannot be kept")
@@ -145,7 +154,7 @@ def _zeros(shape: torch.Size) -> Any:
 
 
 class _Reached(Exception):
-    """Carries a tensor out of a forward pass that need not go on."""
+    """Carries what was found out of a forward pass that need not go on."""
 
     def __init__(self, value: Any):
         super().__init__()
