@@ -2,10 +2,11 @@
 
 import inspect
 
-import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+import torch
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PretrainedConfig, PreTrainedModel
 
-from vitopt.recipe import Attention
+from vitopt import environment
+from vitopt.recipe import Attention, SdpaKernel
 
 # How the names of image classifiers end.
 CLASSIFIERS = ("ForImageClassification", "ForImageClassificationWithTeacher")
@@ -14,14 +15,32 @@ _SUPPORT: dict[Attention, str] = {"sdpa": "_supports_sdpa", "flash_attention_2":
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that a checkpoint of an image classifier opens with."""
-    name = next(name for name in config.architectures or () if name.endswith(CLASSIFIERS))
-    found: type[PreTrainedModel] = getattr(transformers, name)
-    return found
+    """The class that a checkpoint of an image classifier opens with: of several, as DeiT has, the one it names."""
+    found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    by_name = {one.__name__: one for one in (found if isinstance(found, tuple) else (found,))}
+    return next((by_name[name] for name in config.architectures or () if name in by_name), next(iter(by_name.values())))
 
 
-def why_not_attention(config: PretrainedConfig, attention: Attention) -> str | None:
-    """Why a family cannot run an attention implementation on any machine, or None when it can."""
+def why_not_attention(
+    config: PretrainedConfig, attention: Attention, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why a checkpoint cannot run an attention implementation here, or None when it can."""
+    return _lacks(config, attention) or environment.why_not_attention(attention, device, dtype)
+
+
+def why_not_kernel(
+    config: PretrainedConfig, kernel: SdpaKernel, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why a checkpoint cannot run a kernel of scaled dot product attention here, or None when it can."""
+    return (_lacks(config, "sdpa") if kernel != "auto" else None) or environment.why_not_kernel(kernel, device, dtype)
+
+
+def best_attention(config: PretrainedConfig) -> Attention:
+    """What runs on every machine: sdpa where the family has it."""
+    return "eager" if _lacks(config, "sdpa") else "sdpa"
+
+
+def _lacks(config: PretrainedConfig, attention: Attention) -> str | None:
     found = model_class(config)
     if attention not in _SUPPORT or getattr(found, _SUPPORT[attention]):
         return None

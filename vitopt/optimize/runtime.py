@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from vitopt import environment
 from vitopt.errors import UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, load_model
-from vitopt.models.classes import why_not_attention
+from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel
 from vitopt.models.forward import input_dtype
 from vitopt.models.names import block_names
 from vitopt.optimize.attention import attention_of, implementation, kernel_used
@@ -19,7 +19,7 @@ from vitopt.optimize.compiled import Compiled, compiled
 from vitopt.optimize.expand import EXPANDABLE, expand
 from vitopt.optimize.formats import live_formats, stored_formats
 from vitopt.optimize.fuse import FusedAttention, fuse_projections
-from vitopt.recipe import Attention, RunSpec
+from vitopt.recipe import RunSpec
 
 logger = logging.getLogger(__name__)
 
@@ -141,19 +141,14 @@ def prepare(
     _require_formats(checkpoint, run, device)
     dtype = torch.bfloat16 if run.run_as else checkpoint.config.dtype or torch.float32
     config = checkpoint.config
-    no_sdpa = why_not_attention(config, "sdpa")
-    fallback: Attention = "eager" if no_sdpa else "sdpa"
-    attention_reason = why_not_attention(config, run.attention)
-    attention_reason = attention_reason or environment.why_not_attention(run.attention, device, dtype)
-    kernel_reason = environment.why_not_kernel(run.sdpa_kernel, device, dtype)
-    if run.sdpa_kernel != "auto":
-        kernel_reason = no_sdpa or kernel_reason
+    attention_reason = why_not_attention(config, run.attention, device, dtype)
+    kernel_reason = why_not_kernel(config, run.sdpa_kernel, device, dtype)
     if attention_reason:
-        _fall_back(name, run.attention, attention_reason, fallback, strict)
+        _fall_back(name, run.attention, attention_reason, best_attention(config), strict)
     if kernel_reason:
         _fall_back(name, f"sdpa kernel {run.sdpa_kernel}", kernel_reason, "the one torch chooses", strict)
     attention = implementation(
-        fallback if attention_reason else run.attention,
+        best_attention(config) if attention_reason else run.attention,
         "auto" if kernel_reason else run.sdpa_kernel,
         captured=run.compile and device.type == "cuda",
     )

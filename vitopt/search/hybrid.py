@@ -66,8 +66,12 @@ class Hybrid:
 
     @torch.inference_mode()
     def advance(self, hidden: torch.Tensor, block: int) -> torch.Tensor:
-        """Output of block `block` of `base` for its input `hidden`, which is the input of the next."""
-        return _first(self._run_from(block, hidden, stop=block))
+        """The input of the block after `block` of `base`, for the input `hidden` of `block`.
+
+        It is the block's output, but where a family merges patches between two stages.
+        """
+        found: torch.Tensor = self._run_from(block, hidden, stop=block + 1)
+        return found
 
     @torch.inference_mode()
     def logits_from(self, hidden: torch.Tensor, block: int) -> torch.Tensor:
@@ -89,7 +93,10 @@ class Hybrid:
         raise CheckpointError(f"{self.blocks[block]} was never called, so its input cannot be kept")
 
     def _run_from(self, block: int, hidden: torch.Tensor, stop: int | None) -> Any:
-        """Run the host's own forward pass with the blocks before `block` passing on what they are given."""
+        """Run the host's own forward pass with the blocks before `block` passing on what they are given.
+
+        Returns the host's output, or the input of block `stop`.
+        """
         others = self._probe.others
 
         def pass_on(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +110,7 @@ class Hybrid:
         originals = {name: module.forward for name, module in modules.items()}
         hooks = [self.base.get_submodule(self.blocks[block]).register_forward_pre_hook(_giving(hidden))]
         if stop is not None:
-            hooks.append(self.base.get_submodule(self.blocks[stop]).register_forward_hook(_stop_after))
+            hooks.append(self.base.get_submodule(self.blocks[stop]).register_forward_pre_hook(_stop_before))
         for name, module in modules.items():
             module.forward = replaced[name]
         try:
@@ -168,12 +175,8 @@ def _giving(hidden: torch.Tensor) -> Any:
     return replace
 
 
-def _stop_after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    raise _Reached(output)
-
-
-def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def _stop_before(module: nn.Module, args: tuple[Any, ...]) -> None:
+    raise _Reached(args[0])
 
 
 def _to_host(logits: torch.Tensor) -> torch.Tensor:
