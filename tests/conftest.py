@@ -123,17 +123,18 @@ def shared() -> Path:
 
 
 _SMALL = {
-    "hidden_size": 32,
+    "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "intermediate_size": 64,
+    "intermediate_size": 128,
     "image_size": 32,
     "patch_size": 8,
 }
+# The first stage is too narrow for NF4, the second is not.
 _STAGES = {
     "image_size": 32,
     "patch_size": 4,
-    "embed_dim": 16,
+    "embed_dim": 32,
     "depths": [2, 2],
     "num_heads": [2, 2],
     "window_size": 4,
@@ -151,17 +152,22 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "siglip": ("Siglip", {"vision_config": _SMALL}),
     "clip": ("CLIP", {"vision_config": _SMALL}),
     "swin": ("Swin", _STAGES),
+    "swinv2": ("Swinv2", _STAGES),
 }
 
 
 @pytest.fixture(scope="session")
 def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]:
-    """Makes a model of 32 x 32 pixels and 4 classes whose biases and norms are random too, so that none is idle."""
+    """Makes a model of 32 x 32 pixels and the 4 classes, biases and norms random too, so that none is idle.
 
-    def make(model_type: str, **changes: Any) -> Checkpoint:
+    `with_teacher` gives DeiT the distillation head.
+    """
+
+    def make(model_type: str, *, with_teacher: bool = False, **changes: Any) -> Checkpoint:
         architecture, settings = FAMILIES[model_type]
-        config = AutoConfig.for_model(model_type, num_labels=4, **settings | changes)
-        config.architectures = [f"{architecture}ForImageClassification"]
+        labels = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
+        config = AutoConfig.for_model(model_type, **settings | labels | changes)
+        config.architectures = [f"{architecture}ForImageClassification{'WithTeacher' if with_teacher else ''}"]
         torch.manual_seed(0)
         model = AutoModelForImageClassification.from_config(config)
         with torch.no_grad():

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from vitopt import __version__
 from vitopt.cli import app
 from vitopt.measure import evaluator
+from vitopt.models.checkpoint import Checkpoint
 from vitopt.recipe import load_recipe
 from vitopt.records import Memory, load_record
 
@@ -493,6 +494,11 @@ def test_quantize_and_finetune_say_what_they_made(tiny_checkpoint: Path, shapes:
     assert re.search(r"top-1 on 24 images of the test split: [\d.]+ %", result.stderr)
     result = done("quantize", tmp_path / "ft", "--format", "int8", "--output", tmp_path / "q")
     assert result.stdout == "" and "18 layers int8, 1 layers bf16" in result.stderr
+
+
+def test_quantize_says_which_layers_it_could_not(make_family: Callable[..., Checkpoint], tmp_path: Path) -> None:
+    result = done("quantize", make_family("swin").source, "--format", "nf4", "--output", tmp_path / "q")
+    assert "10 layers stay in bf16: in_features 32 is no multiple of 64, as nf4 needs" in result.stderr
 
 
 def test_fallback_of_attention_is_a_note(tiny_checkpoint: Path) -> None:

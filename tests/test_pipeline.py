@@ -21,7 +21,7 @@ from vitopt import environment, pipeline
 from vitopt.errors import BadImageError, CheckpointError, DataError, RecipeError, UnsupportedError
 from vitopt.measure import evaluator
 from vitopt.measure.predictions import load_predictions
-from vitopt.models.checkpoint import open_checkpoint
+from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.pipeline import RunResult
 from vitopt.recipe import Recipe, load_recipe
 from vitopt.records import Memory, load_record
@@ -818,3 +818,36 @@ def test_a_starting_recipe_for_a_gpu_has_the_fast_rows(
     assert variants["nf4-fa2"]["attention"] == "flash_attention_2"
     assert "w8a8-compiled" in variants and not any(name.startswith("fp8") for name in variants)
     assert "# Left out: fp8-compiled (compute capability 8.0 is below 8.9)" in text
+
+
+def test_a_variant_that_overflows_fails_alone(
+    content: dict[str, Any], copy_of: Callable[[Path], Path], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(tiny_checkpoint)
+    model = load_model(open_checkpoint(str(folder)))
+    with torch.no_grad():
+        model.vit.layers[0].mlp.fc2.weight.mul_(3e5)
+    model.save_pretrained(folder)
+    variants = [{"name": format, "format": format} for format in ("fp32", "fp16")]
+    bare = changed(content, model=str(folder), variants=variants, finetune=None, export=None)
+    result, _ = run(bare, tmp_path / "run")
+    assert result.records[0].failure is None
+    assert "in fp16 gives logits that are not finite" in str(result.records[1].failure)
+    assert not (tmp_path / "run" / "variants" / "fp16" / "model.safetensors").exists()
+
+
+def test_a_model_that_cannot_be_trained_is_refused_with_the_plan(
+    content: dict[str, Any], make_family: Callable[..., Checkpoint]
+) -> None:
+    with_teacher = make_family("deit", with_teacher=True)
+    with pytest.raises(RecipeError, match=r"finetune: .*WithTeacher for inference only"):
+        pipeline.plans(Recipe.model_validate(changed(content, model=with_teacher.source)))
+
+
+def test_strict_refuses_an_attention_that_the_family_lacks(
+    content: dict[str, Any], make_family: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    strict = changed(content, model=make_family("swinv2").source, strict=True)
+    with pytest.raises(UnsupportedError, match=r"fp32: sdpa cannot run: .*Swinv2.*drop --strict to use eager"):
+        run(strict, tmp_path / "run")
+    assert not (tmp_path / "run" / "finetune").exists()

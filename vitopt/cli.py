@@ -342,6 +342,8 @@ def quantize(
         return
     before = f", was {human_bytes(disk_bytes(opened.folder))}" if opened.folder else ""
     _say(f"{', '.join(f'{count} layers {name}' for name, count in plan.counts().items())}")
+    for reason, count in plan.misfits().items():
+        _say(f"{count} layers stay in {half}: {reason}")
     _say(f"{human_bytes(size)} on disk{before}")
     _say(f"checkpoint: {output}")
 

@@ -24,7 +24,8 @@ class FormatFacts:
     nothing is quantized. `capability`: least compute capability on CUDA. `not_on_cpu`: why it needs a GPU. `nearest`:
     what to take where it cannot run. `expands`: whether `run_as` can expand a checkpoint stored in it. `mixes`: whether
     one checkpoint can hold other such formats beside it. `can_be_fast`: whether it can beat fp32 in time and not only
-    in bytes.
+    in bytes. `multiples`: what a layer's in_features and out_features must be multiples of, the same on every device,
+    so that a checkpoint runs wherever its format does.
     """
 
     words: str
@@ -37,6 +38,7 @@ class FormatFacts:
     expands: bool = False
     mixes: bool = False
     can_be_fast: bool = False
+    multiples: tuple[int, int] = (1, 1)
 
 
 # Colours after Okabe and Ito ("Color universal design", 2008): told apart by colour-blind readers. Blue and orange are
@@ -53,7 +55,15 @@ FORMATS: dict[Format, FormatFacts] = {
         expands=True,
         can_be_fast=True,
     ),
-    "nf4": FormatFacts("4-bit weights", "#d55e00", "bf16", "bf16", library="bitsandbytes", expands=True),
+    "nf4": FormatFacts(
+        "4-bit weights",
+        "#d55e00",
+        "bf16",
+        "bf16",
+        library="bitsandbytes",
+        expands=True,
+        multiples=(64, 32),  # packed in blocks of 64 along a row and, on a CPU, 32 rows at a time
+    ),
     "int4": FormatFacts(
         "4-bit weights",
         "#a8672f",
@@ -63,6 +73,7 @@ FORMATS: dict[Format, FormatFacts] = {
         capability=AMPERE,
         not_on_cpu="torchao's packed int4 weights need a CUDA device of compute capability 8.0",
         mixes=True,
+        multiples=(64, 8),  # groups of 64
     ),
     "int8": FormatFacts(
         "8-bit weights, outliers in 16 bit", "#009e73", "int8", "bf16", library="bitsandbytes", expands=True
@@ -87,6 +98,7 @@ FORMATS: dict[Format, FormatFacts] = {
         not_on_cpu="fp8 arithmetic needs a CUDA device of compute capability 8.9",
         mixes=True,
         can_be_fast=True,
+        multiples=(16, 16),  # of its matrix product
     ),
 }
 assert tuple(FORMATS) == get_args(Format)

@@ -19,10 +19,19 @@ from vitopt import environment, progress, storage
 from vitopt.data.images import ALL, ImageSet, fit_labels, image_files, open_images
 from vitopt.data.pixels import Preprocessor
 from vitopt.environment import DTYPES
-from vitopt.errors import CheckpointError, DataError, PatternError, RecipeError, RecordError, UnsupportedError
+from vitopt.errors import (
+    CheckpointError,
+    DataError,
+    MeasurementError,
+    PatternError,
+    RecipeError,
+    RecordError,
+    UnsupportedError,
+)
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
 from vitopt.models.checkpoint import Checkpoint, empty_model, load_processor, open_checkpoint
+from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel, why_not_trained
 from vitopt.models.names import linear_layers, select
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import plan_for, quantize
@@ -107,8 +116,10 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
         try:
             known = variant.skipping(()) if variant.skips_automatically else variant
             resolved[variant.name] = plan_for(checkpoint, known)
-        except (PatternError, RecipeError) as error:
+        except (PatternError, RecipeError, UnsupportedError) as error:
             mistakes.append(f"variant {variant.name}: {error}")
+    if recipe.finetune is not None and (reason := why_not_trained(checkpoint.config)):
+        mistakes.append(f"finetune: {reason}")
     if recipe.finetune is not None and recipe.finetune.method == "lora":
         mistakes += _target_mistakes(recipe, checkpoint)
     if mistakes:
@@ -140,7 +151,7 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
     if images is not None and recipe.finetune is None:
         fit_labels(images, source.label_names)
     if recipe.strict:
-        _require_attention(recipe, device)
+        _require_attention(recipe, source, device)
     current = _Run(folder, recipe, say, _read_stages(folder))
     environment.wait_for_all()  # before the main process changes what the others have yet to read
     if environment.is_main_process():
@@ -167,16 +178,17 @@ def _test_images(recipe: Recipe, data: DataSpec) -> ImageSet:
     return images
 
 
-def _require_attention(recipe: Recipe, device: torch.device) -> None:
+def _require_attention(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> None:
     """Refuse, before the first long stage, what `strict` would refuse after it."""
     for variant in recipe.variants:
         dtype = DTYPES["bf16"] if variant.run_as else DTYPES.get(variant.format, DTYPES[variant.half])
-        reason = environment.why_not_attention(variant.attention, device, dtype)
+        reason = why_not_attention(checkpoint.config, variant.attention, device, dtype)
         if reason is not None:
             raise UnsupportedError(
-                f"{variant.name}: {variant.attention} cannot run: {reason}; drop --strict to use sdpa"
+                f"{variant.name}: {variant.attention} cannot run: {reason}; "
+                f"drop --strict to use {best_attention(checkpoint.config)}"
             )
-        reason = environment.why_not_kernel(variant.sdpa_kernel, device, dtype)
+        reason = why_not_kernel(checkpoint.config, variant.sdpa_kernel, device, dtype)
         if reason is not None:
             kernel = f"sdpa kernel {variant.sdpa_kernel}"
             raise UnsupportedError(f"{variant.name}: {kernel} cannot run: {reason}; drop --strict to let torch choose")
@@ -286,7 +298,7 @@ def _make_variant(current: _Run, base: Checkpoint, variant: VariantSpec, fingerp
         return None
     try:
         plan = quantize(base, variant, output, device=current.recipe.device)
-    except (UnsupportedError, CheckpointError) as error:
+    except (CheckpointError, MeasurementError, UnsupportedError) as error:
         # This row fails with its reason; the others still tell something.
         if _holds_weights(output):  # of an earlier recipe, which this variant no longer is
             shutil.rmtree(output, ignore_errors=True)

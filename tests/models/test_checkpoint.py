@@ -523,3 +523,23 @@ def test_disk_bytes_are_those_of_the_files_that_are_needed(folder):
     (folder / "model-2.safetensors").write_bytes(bytes(10))
     (folder / "model.safetensors.index.json").write_bytes(bytes(5))
     assert disk_bytes(folder) == expected + 15
+
+
+def test_each_of_two_heads_is_fresh(make_family):
+    checkpoint = make_family("deit", with_teacher=True)
+    assert len(checkpoint.label_names) == 4
+    old, new = load_model(checkpoint), load_model(checkpoint, label_names=["cat", "dog"])
+    assert (new.cls_classifier.out_features, new.distillation_classifier.out_features) == (2, 2)
+    assert torch.equal(old.deit.layers[1].mlp.fc2.weight, new.deit.layers[1].mlp.fc2.weight)
+    with torch.inference_mode():
+        assert new(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 2)
+
+
+def test_a_missing_head_of_two_is_refused_where_none_is_fresh(make_family):
+    checkpoint = make_family("deit", with_teacher=True)
+    file = checkpoint.weights[0]
+    tensors = load_file(file)
+    del tensors["distillation_classifier.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks weights .* first distillation_classifier\.weight"):
+        load_model(open_checkpoint(checkpoint.source))

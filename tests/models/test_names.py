@@ -12,6 +12,7 @@ from transformers import (
     PretrainedConfig,
     SiglipConfig,
     SwinConfig,
+    Swinv2Config,
     ViTConfig,
     ViTMSNConfig,
 )
@@ -62,18 +63,24 @@ FAMILIES = {
         "vision_model.encoder.layers.1.self_attn.q_proj",
         "vision_model.encoder.layers.1.self_attn.out_proj",
     ),
-    # one block in the first stage, two in the second
+    # one block in the first stage, two in the second, of both Swins
     "swin": (
         SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[1, 2], window_size=4),
         "Swin",
         "swin.encoder.layers.1.blocks.0.attention.q_proj",
         "swin.encoder.layers.1.blocks.0.attention.o_proj",
     ),
+    "swinv2": (
+        Swinv2Config(image_size=16, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[1, 2], window_size=4),
+        "Swinv2",
+        "swinv2.encoder.layers.1.blocks.0.attention.self.query",
+        "swinv2.encoder.layers.1.blocks.0.attention.output.dense",
+    ),
 }
 
 
-def on_meta(config: PretrainedConfig, architecture: str) -> nn.Module:
-    config.architectures = [f"{architecture}ForImageClassification"]
+def on_meta(config: PretrainedConfig, architecture: str, ending: str = "ForImageClassification") -> nn.Module:
+    config.architectures = [f"{architecture}{ending}"]
     with torch.device("meta"):
         return AutoModelForImageClassification.from_config(config)
 
@@ -87,7 +94,7 @@ def test_logical_names_of(family):
     config, architecture, query, output = FAMILIES[family]
     model = on_meta(config, architecture)
     layers = linear_layers(model, family)
-    blocks = 3 if family == "swin" else 2
+    blocks = 3 if family.startswith("swin") else 2
     expected = {f"block.{block}.{linear}" for block in range(blocks) for linear in LINEARS} | {"classifier"}
     assert {layer.logical for layer in layers} == expected
     assert len(layers) == len(expected)
@@ -102,7 +109,7 @@ def test_logical_names_of(family):
         assert module.weight.device.type == "meta"
 
 
-def test_only_the_pooling_head_and_the_downsampling_have_no_name():
+def test_only_the_pooling_head_the_downsampling_and_the_position_bias_have_no_name():
     unnamed = {}
     for family, (config, architecture, *_) in FAMILIES.items():
         model = on_meta(config, architecture)
@@ -113,7 +120,39 @@ def test_only_the_pooling_head_and_the_downsampling_have_no_name():
     assert unnamed == {
         "siglip": ["vision_model.head.attention.out_proj", "vision_model.head.mlp.fc1", "vision_model.head.mlp.fc2"],
         "swin": ["swin.encoder.layers.0.downsample.reduction"],
+        "swinv2": sorted(
+            [
+                f"swinv2.encoder.layers.{block}.attention.self.continuous_position_bias_mlp.{index}"
+                for block in ("0.blocks.0", "1.blocks.0", "1.blocks.1")
+                for index in (0, 2)
+            ]
+            + ["swinv2.encoder.layers.0.downsample.reduction"]
+        ),
     }
+
+
+def test_swin_v2_calls_three_layers_of_a_block_dense():
+    config, architecture, *_ = FAMILIES["swinv2"]
+    modules = {layer.logical: layer.module for layer in linear_layers(on_meta(config, architecture), "swinv2")}
+    block = "swinv2.encoder.layers.0.blocks.0"
+    assert modules["block.0.output"] == f"{block}.attention.output.dense"
+    assert modules["block.0.fc1"] == f"{block}.intermediate.dense"
+    assert modules["block.0.fc2"] == f"{block}.output.dense"
+
+
+def test_deit_with_a_teacher_has_two_heads_that_one_pattern_names():
+    model = on_meta(FAMILIES["deit"][0], "DeiT", "ForImageClassificationWithTeacher")
+    layers = linear_layers(model, "deit")
+    heads = {layer.logical: layer.module for layer in layers if layer.is_head}
+    assert heads == {
+        "classifier.class": "cls_classifier",
+        "classifier.distillation": "distillation_classifier",
+    }
+    assert [layer.logical for layer in layers[-2:]] == list(heads)
+    assert list(select(["classifier"], layers)) == list(heads)
+    assert list(select(["classifier.distillation"], layers)) == ["classifier.distillation"]
+    with pytest.raises(PatternError, match=r"fc2, and classifier.class and classifier.distillation$"):
+        select(["head"], layers)
 
 
 def test_an_unknown_family_lists_the_known_ones():
@@ -160,7 +199,7 @@ def test_blocks_of(family):
     config, architecture, query, _ = FAMILIES[family]
     model = on_meta(config, architecture)
     blocks = block_names(model, family)
-    assert len(blocks) == (3 if family == "swin" else 2)
+    assert len(blocks) == (3 if family.startswith("swin") else 2)
     assert query.startswith(f"{blocks[1]}.")
     for layer in linear_layers(model, family):
         holding = [number for number, name in enumerate(blocks) if layer.module.startswith(f"{name}.")]

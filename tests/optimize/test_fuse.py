@@ -17,8 +17,8 @@ from vitopt.recipe import RunSpec, VariantSpec
 
 CPU = torch.device("cpu")
 PIXELS = random_pixels(3, (32, 32))
-# Their weights can be stacked; Swin's attention also adds a bias of its own.
-STACKED = [family for family in families() if family != "swin"]
+# Their weights can be stacked; both Swins add a bias of their own.
+STACKED = [family for family in families() if not family.startswith("swin")]
 
 
 def both(checkpoint: Checkpoint, **run: object) -> tuple[Runnable, Runnable]:
@@ -50,8 +50,9 @@ def test_every_attention_of_a_family_is_fused_and_answers_the_same(
     assert block_names(fused.model, family) == block_names(plain.model, family)
 
 
-def test_attention_with_a_bias_of_its_own_is_left_alone(make_family: Callable[..., Checkpoint]) -> None:
-    plain, fused = both(make_family("swin"))
+@pytest.mark.parametrize("family", ["swin", "swinv2"])
+def test_attention_with_a_bias_of_its_own_is_left_alone(family: str, make_family: Callable[..., Checkpoint]) -> None:
+    plain, fused = both(make_family(family))
     assert fused.fused_attentions == 0
     torch.testing.assert_close(fused(PIXELS), plain(PIXELS), rtol=0, atol=0)
 
@@ -80,7 +81,7 @@ def test_a_key_without_a_bias_gets_zeros(make_family: Callable[..., Checkpoint])
     assert host.k_proj.bias is None
     stacked = fused.model.get_submodule(f"beit.layers.1.attention.{FUSED_LEAF}")
     torch.testing.assert_close(
-        stacked.bias, torch.cat([host.q_proj.bias, torch.zeros(32), host.v_proj.bias]), rtol=0, atol=0
+        stacked.bias, torch.cat([host.q_proj.bias, torch.zeros(64), host.v_proj.bias]), rtol=0, atol=0
     )
 
 
@@ -166,4 +167,4 @@ def test_a_family_is_as_large_as_before(family: str, make_family: Callable[..., 
 
 def test_the_zeros_for_a_key_without_a_bias_are_held(make_family: Callable[..., Checkpoint]) -> None:
     plain, fused = both(make_family("beit"))
-    assert weight_bytes(fused.model) == weight_bytes(plain.model) + 2 * 32 * 4
+    assert weight_bytes(fused.model) == weight_bytes(plain.model) + 2 * 64 * 4

@@ -3,9 +3,16 @@
 import pytest
 import torch
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
-from vitopt.errors import PatternError, RecipeError
+from vitopt.errors import PatternError, RecipeError, UnsupportedError
 from vitopt.optimize.plan import LayerPlan, plan_layers
 from vitopt.recipe import VariantSpec
 
@@ -157,3 +164,68 @@ def test_one_checkpoint_has_one_floating_point_type(model: nn.Module, variant: d
     half = variant.get("half", "bf16")
     with pytest.raises(RecipeError, match=rf"layers in {wrong} cannot be mixed .* held in {half} \(`half`\)"):
         plan(model, **variant)
+
+
+def swin(width: int) -> nn.Module:
+    with torch.device("meta"):
+        return SwinForImageClassification(SwinConfig(embed_dim=width, depths=[1, 1], num_heads=[2, 4]))
+
+
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_layers_too_narrow_for_groups_of_64_stay_in_16_bit_and_say_why(format: str) -> None:
+    # Swin tiny: 96 wide, then 192; fc2 takes 4 x 96.
+    got = plan_layers(swin(96), "swin", VariantSpec(name="v", format=format))
+    kept = {planned.layer.logical: planned.reason for planned in got.layers if planned.misfit}
+    assert set(kept) == {f"block.0.{linear}" for linear in LINEARS if linear != "fc2"}
+    assert set(kept.values()) == {f"in_features 96 is no multiple of 64, as {format} needs"}
+    assert got.counts() == {"bf16": 6, format: 7}
+    assert got.misfits() == {next(iter(kept.values())): 5}
+
+
+@pytest.mark.parametrize("format", ["int8", "w8a8"])
+def test_eight_bits_have_no_groups_along_a_row(format: str) -> None:
+    assert plan_layers(swin(96), "swin", VariantSpec(name="v", format=format)).counts() == {format: 12, "bf16": 1}
+
+
+@pytest.mark.parametrize(
+    ("format", "intermediate", "reasons"),
+    [
+        # SigLIP's shape-optimised model: NF4 takes rows 32 at a time on a CPU, so fc1 is no more possible than fc2
+        ("nf4", 4304, ["out_features 4304 is no multiple of 32", "in_features 4304 is no multiple of 64"]),
+        ("int4", 4304, ["in_features 4304 is no multiple of 64"]),
+        ("fp8", 4304, []),
+        ("fp8", 72, ["out_features 72 is no multiple of 16", "in_features 72 is no multiple of 16"]),
+    ],
+)
+def test_both_widths_of_a_layer_count(format: str, intermediate: int, reasons: list[str]) -> None:
+    config = ViTConfig(hidden_size=128, num_hidden_layers=1, num_attention_heads=2, intermediate_size=intermediate)
+    with torch.device("meta"):
+        model = ViTForImageClassification(config)
+    assert list(plan(model, format=format).misfits()) == [f"{reason}, as {format} needs" for reason in reasons]
+
+
+def test_a_layer_that_is_excepted_must_fit_too() -> None:
+    got = plan_layers(swin(96), "swin", VariantSpec(name="v", format="bf16", layers={"fc1": "nf4"}))
+    assert [(planned.layer.logical, planned.format) for planned in got.layers if "fc1" in planned.layer.logical] == [
+        ("block.0.fc1", "bf16"),
+        ("block.1.fc1", "nf4"),
+    ]
+
+
+def test_a_model_of_which_nothing_fits_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"no layer .* in_features 24 is no multiple of 64, as nf4 needs.*int8"):
+        plan_layers(swin(24), "swin", VariantSpec(name="v", format="nf4", skip=["fc2", "block.1"]))
+    # Where the user skipped all, nothing is amiss.
+    assert plan_layers(swin(24), "swin", VariantSpec(name="v", format="nf4", skip=["*"])).counts() == {"bf16": 13}
+
+
+def test_all_heads_stay_in_16_bit() -> None:
+    config = DeiTConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128)
+    with torch.device("meta"):
+        model = DeiTForImageClassificationWithTeacher(config)
+    got = plan_layers(model, "deit", VariantSpec(name="v", format="int8", layers={"classifier": "int8"}))
+    heads = [(planned.layer.logical, planned.format, planned.reason) for planned in got.layers[-2:]]
+    assert heads == [
+        ("classifier.class", "bf16", "the head stays in 16 bit"),
+        ("classifier.distillation", "bf16", "the head stays in 16 bit"),
+    ]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from vitopt.data.pixels import random_pixels
-from vitopt.errors import CheckpointError, PatternError, RecipeError, StorageError, UnsupportedError
+from vitopt.errors import CheckpointError, MeasurementError, PatternError, RecipeError, StorageError, UnsupportedError
 from vitopt.models.checkpoint import disk_bytes, load_model, open_checkpoint
 from vitopt.optimize import quantize as module
 from vitopt.optimize.plan import LayerPlan
@@ -355,3 +356,40 @@ def test_failing_half_way_leaves_what_was_there_before(
             quantize(open_checkpoint(str(tiny_checkpoint)), variant, tmp_path / output, "cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["earlier"]
     assert (tmp_path / "earlier" / "model.safetensors").read_bytes() == before
+
+
+def test_what_does_not_run_is_not_written(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kernel(model: object, pixels: torch.Tensor) -> torch.Tensor:
+        assert pixels.shape == (1, 3, 32, 32)
+        raise AssertionError("N must be divisible by block_n")
+
+    monkeypatch.setattr(module, "logits", kernel)
+    with pytest.raises(UnsupportedError, match="nf4 does not run on cpu: AssertionError: N must be divisible"):
+        quantize(open_checkpoint(str(tiny_checkpoint)), VariantSpec(name="v", format="nf4"), tmp_path / "out", "cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logits_that_are_not_finite_are_not_written(copy_of: Callable[[Path], Path], tiny_checkpoint: Path) -> None:
+    folder = copy_of(tiny_checkpoint)
+    model = load_model(open_checkpoint(str(folder)))
+    with torch.no_grad():
+        model.vit.layers[1].mlp.fc2.weight.mul_(3e5)  # within the range of bf16, beyond that of fp16
+    model.save_pretrained(folder)
+    checkpoint = open_checkpoint(str(folder))
+    quantize(checkpoint, VariantSpec(name="v", format="bf16"), folder.parent / "bf16", "cpu")
+    with pytest.raises(MeasurementError, match=r"in fp16 gives logits that are not finite.*bf16"):
+        quantize(checkpoint, VariantSpec(name="v", format="fp16"), folder.parent / "fp16", "cpu")
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["bf16", folder.name]
+
+
+def test_the_proof_that_it_runs_leaves_the_file_as_it_was(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    # bitsandbytes repacks weights in the first call on a CPU, and packs them back with rounded scales.
+    from bitsandbytes.functional import quantize_4bit
+
+    quantize(open_checkpoint(str(tiny_checkpoint)), VariantSpec(name="v", format="nf4"), tmp_path / "out", "cpu")
+    held = load_file(tmp_path / "out" / "model.safetensors")["vit.encoder.layer.0.attention.attention.query.weight"]
+    exact = load_model(open_checkpoint(str(tiny_checkpoint)), dtype=torch.bfloat16).vit.layers[0].attention.q_proj
+    packed, _ = quantize_4bit(exact.weight.detach(), quant_type="nf4", compress_statistics=True)
+    assert torch.equal(held.view(-1), packed.view(-1))

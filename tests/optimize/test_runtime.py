@@ -170,3 +170,21 @@ def test_a_missing_library_is_named_before_loading(
         UnsupportedError, match=rf"format {format} cannot run on cpu: {package} is not installed .*is {nearest}"
     ):
         prepare(open_checkpoint(str(tmp_path / "v")), name="v", device=CPU)
+
+
+def test_a_family_without_sdpa_runs_eager_and_says_so_once(
+    make_family: Callable[..., Checkpoint], caplog: pytest.LogCaptureFixture
+) -> None:
+    reason = "transformers has no sdpa for Swinv2ForImageClassification"
+    with caplog.at_level(logging.WARNING):
+        runnable = prepare(make_family("swinv2"), name="mine", device=CPU, run=RunSpec(sdpa_kernel="math"))
+    assert caplog.messages == [
+        f"mine: sdpa cannot run ({reason}); using eager",
+        f"mine: sdpa kernel math cannot run ({reason}); using the one torch chooses",
+    ]
+    assert (runnable.attention_used, runnable.attention_reason, runnable.kernel_reason) == ("eager", reason, reason)
+    with pytest.raises(UnsupportedError, match="falls back to eager"):
+        prepare(runnable.checkpoint, name="mine", device=CPU, strict=True)
+    caplog.clear()
+    prepare(runnable.checkpoint, name="mine", device=CPU, run=RunSpec(attention="eager"), strict=True)
+    assert caplog.messages == []

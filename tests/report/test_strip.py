@@ -47,3 +47,14 @@ def test_legend_lists_the_formats_that_occur_once(make: SimpleNamespace):
     found = strips([make.record("fp32"), make.record("nf4", "nf4"), make.record("int8", "int8")])
 
     assert formats_in(found) == ["fp32", "nf4", "bf16", "int8"]
+
+
+def test_two_heads_share_one_cell(make: SimpleNamespace):
+    layers = make.layers("nf4", blocks=1)
+    half = layers.pop("classifier")
+    layers |= {"classifier.class": half, "classifier.distillation": half}
+
+    (strip,) = strips([make.record("nf4", "nf4", layers=layers)])
+
+    assert strip.head == half
+    assert strip.words == f"all 1 blocks nf4; head {half}"

@@ -275,16 +275,20 @@ def test_a_quantized_checkpoint_is_refused(fragile: Checkpoint, images: ImageSet
         analyse(open_checkpoint(str(tmp_path / "nf4")), images, "nf4", tmp_path / "s.json")
 
 
-@pytest.mark.parametrize("model_type", ["dinov2", "siglip", "swin"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["beit", "dinov2", "siglip", "swin", "swinv2"])
 def test_other_families_run_from_any_block(
-    model_type: str, make_family: Callable[..., Checkpoint], tmp_path: Path
+    model_type: str, dtype: torch.dtype, make_family: Callable[..., Checkpoint]
 ) -> None:
     checkpoint = make_family(model_type)
-    exact = load_model(checkpoint)
-    hybrid = Hybrid(exact, load_model(checkpoint), block_names(exact, model_type))
+    exact = load_model(checkpoint, dtype=dtype)
+    hybrid = Hybrid(exact, load_model(checkpoint, dtype=dtype), block_names(exact, model_type))
     size = checkpoint.image_size
     pixels = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     whole = hybrid.logits(pixels)
     for block in range(len(hybrid.blocks)):
         hidden = hybrid.block_input(pixels, block)
         assert torch.equal(hybrid.logits_from(hidden, block), whole)
+        if block + 1 < len(hybrid.blocks):
+            # Also past the patches that Swin merges between two stages.
+            assert torch.equal(hybrid.advance(hidden, block), hybrid.block_input(pixels, block + 1))

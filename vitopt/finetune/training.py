@@ -28,7 +28,8 @@ from vitopt.models.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from vitopt.models.names import HEAD, linear_layers, select
+from vitopt.models.classes import why_not_trained
+from vitopt.models.names import linear_layers, select
 from vitopt.recipe import FinetuneSpec
 
 REPORT_FILE = "training.json"
@@ -73,7 +74,8 @@ def finetune(
 
     Raises:
         PatternError: a LoRA target matches no layer.
-        CheckpointError: the checkpoint is quantized: merging into packed weights would lose accuracy.
+        CheckpointError: the checkpoint is quantized, and merging into packed weights would lose accuracy; or
+            transformers cannot train its class.
         DataError: the classes of `test` are not those of `train`.
         BadImageError: a training image cannot be decoded.
         MeasurementError: the GPU's memory is full; or the loss or a weight is no longer a number, and then
@@ -83,6 +85,8 @@ def finetune(
         raise CheckpointError(
             f"{checkpoint.source} is quantized; fine-tune the 16- or 32-bit checkpoint, then quantize"
         )
+    if reason := why_not_trained(checkpoint.config):
+        raise CheckpointError(f"{checkpoint.source} cannot be fine-tuned: {reason}; take a model with one head")
     storage.require_replaceable(output, {CONFIG_FILE})
     set_seed(seed)
     target = environment.resolve_device(device)
@@ -160,9 +164,9 @@ def _with_lora(model: PreTrainedModel, model_type: str, spec: FinetuneSpec) -> A
         r=spec.rank,
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
-        target_modules=[layer.module for layer in layers if layer.logical in chosen and layer.logical != HEAD],
+        target_modules=[layer.module for layer in layers if layer.logical in chosen and not layer.is_head],
         # The head is trained whole; peft has no task type for image classification to do this by itself.
-        modules_to_save=[HEAD],
+        modules_to_save=[layer.module for layer in layers if layer.is_head],
     )
     return get_peft_model(model, config)
 

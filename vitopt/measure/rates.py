@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vitopt.formats import FORMATS
 from vitopt.measure.latency import clock_for
 from vitopt.models.checkpoint import Checkpoint, empty_model
+from vitopt.models.forward import logits
 from vitopt.records import Roofline
 
 _GEMM_SIDE = {"cuda": 8192, "cpu": 2048}
@@ -28,7 +29,7 @@ def flops_per_image(checkpoint: Checkpoint) -> int:
     model = empty_model(checkpoint)
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(pixel_values=torch.empty(1, 3, *checkpoint.image_size, device="meta"))
+        logits(model, torch.empty(1, 3, *checkpoint.image_size, device="meta"))
     return int(counter.get_total_flops())
 
 

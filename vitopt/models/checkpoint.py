@@ -29,7 +29,8 @@ from transformers import (
 from vitopt import environment, storage
 from vitopt.errors import CheckpointError
 from vitopt.models.architectures import RANDOM_PREFIX, architecture_names, known_architecture
-from vitopt.models.names import families
+from vitopt.models.classes import CLASSIFIERS, name_input_embeddings
+from vitopt.models.names import HEADS, families
 
 BUILT_IN = "vit-quickstart"
 CONFIG_FILE = "config.json"
@@ -196,7 +197,7 @@ def _read_config(source: str, read: Callable[[], Any]) -> PretrainedConfig:
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise CheckpointError(_explain_load_failure(source, error)) from error
     architectures = config.architectures or []
-    if not any(name.endswith("ForImageClassification") for name in architectures):
+    if not any(name.endswith(CLASSIFIERS) for name in architectures):
         found = ", ".join(architectures) or f"{config.model_type} without a head"
         raise CheckpointError(
             f"{source} is not an image classifier (it is {found}); vitopt needs an ...ForImageClassification model"
@@ -240,14 +241,15 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-    attention: str = "sdpa",
+    attention: str | None = None,
     quantization: Any = None,
     label_names: list[str] | None = None,
 ) -> PreTrainedModel:
     """Load weights into a model in evaluation mode.
 
-    `dtype` None keeps the type of the file. `quantization` is a transformers quantization config that is
-    applied while loading. `label_names` rename the head's outputs; a head of another width is a fresh one.
+    `dtype` None keeps the type of the file, `attention` None takes sdpa where the family has it. `quantization` is
+    a transformers quantization config that is applied while loading. `label_names` rename the head's outputs; a head
+    of another width is a fresh one.
 
     Raises:
         CheckpointError: the weights do not fit the configuration or cannot be read.
@@ -259,6 +261,7 @@ def load_model(
         return _random_model(checkpoint, options, device, quantization, label_names)
     if quantization is not None:
         options["quantization_config"] = quantization
+        name_input_embeddings(checkpoint.config)
     if device is not None and device.type != "cpu":
         options["device_map"] = {"": device}
     if label_names is not None:
@@ -290,7 +293,7 @@ def _labels(names: list[str]) -> dict[str, Any]:
 
 def _require_all_weights(source: str, report: dict[str, Any], fresh_head: bool) -> None:
     """Refuse a model of which transformers has drawn some weights at random, other than a fresh head's."""
-    head = {"classifier.weight", "classifier.bias"} if fresh_head else set()
+    head = {f"{name}.{part}" for name in HEADS for part in ("weight", "bias")} if fresh_head else set()
     missing = sorted(set(report["missing_keys"]) - head)
     if missing:
         raise CheckpointError(

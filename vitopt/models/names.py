@@ -14,6 +14,14 @@ from vitopt.recipe import LINEARS, Linear
 
 HEAD = "classifier"
 
+# Module of a head -> its logical name, over all families. DeiT with a teacher has two heads, whose logits it averages;
+# the pattern `classifier` names both.
+HEADS = {
+    "classifier": HEAD,
+    "cls_classifier": f"{HEAD}.class",
+    "distillation_classifier": f"{HEAD}.distillation",
+}
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -24,15 +32,23 @@ class Layer:
     parameters: int
     block: int | None
 
+    @property
+    def is_head(self) -> bool:
+        """Whether it gives the logits, or one of two that are averaged."""
+        return self.module in HEADS
+
 
 FUSED_LEAF = "qkv_proj"  # query, key and value stacked into one layer while running
 
-# The last part of a module's name -> its logical names, over all families and transformers versions known.
-_LINEARS_OF_LEAF: dict[str, tuple[Linear, ...]] = {
-    "query": ("query",),  # DINOv2 in transformers before its modules were renamed, as the next two and `dense`
+# How a module's name ends -> its logical names, over all families and transformers versions known; the longest
+# ending that is listed counts.
+_LINEARS_OF_ENDING: dict[str, tuple[Linear, ...]] = {
+    "query": ("query",),  # Swin v2, and DINOv2 in transformers before its modules were renamed, as all that follow
     "key": ("key",),
     "value": ("value",),
-    "dense": ("output",),
+    "attention.output.dense": ("output",),
+    "intermediate.dense": ("fc1",),
+    "output.dense": ("fc2",),
     "q_proj": ("query",),
     "k_proj": ("key",),
     "v_proj": ("value",),
@@ -42,7 +58,7 @@ _LINEARS_OF_LEAF: dict[str, tuple[Linear, ...]] = {
     "fc1": ("fc1",),
     "fc2": ("fc2",),
 }
-assert {linear for linears in _LINEARS_OF_LEAF.values() for linear in linears} == set(LINEARS)
+assert {linear for linears in _LINEARS_OF_ENDING.values() for linear in linears} == set(LINEARS)
 
 # Layers of the giant DINOv2. Left out of a plan, they would be quantized without anybody having said so.
 _GATED_MLP = ("gate_proj", "up_proj", "down_proj")
@@ -63,6 +79,7 @@ _BLOCK_OF_FAMILY = {
     "clip": rf"vision_model\.{_ENCODER}",
     # Stages are flattened: block.0 is the first block of the first stage.
     "swin": r"swin\.encoder\.layers\.\d+\.blocks\.\d+",
+    "swinv2": r"swinv2\.encoder\.layers\.\d+\.blocks\.\d+",
 }
 
 
@@ -75,30 +92,30 @@ def linear_layers(model: nn.Module, model_type: str) -> list[Layer]:
     """All linear layers that have a logical name, in order of execution, the head last.
 
     Works on live, quantized and meta-device models alike. Linear layers outside the blocks other than the
-    head (a pooling head, say) are not listed: they stay in 16 bit.
+    head (a pooling head, say) and those that only make a position bias are not listed: they stay in 16 bit.
 
     Raises:
         CheckpointError: the family is not supported, or its modules are not those that are expected.
     """
     if model_type not in _BLOCK_OF_FAMILY:
         raise CheckpointError(f"model type {model_type!r} is not supported; supported: {', '.join(families())}")
-    pattern = re.compile(rf"({_BLOCK_OF_FAMILY[model_type]})\.(?:.*\.)?(\w+)")
+    pattern = re.compile(rf"({_BLOCK_OF_FAMILY[model_type]})\.(.+)")
     blocks: dict[str, int] = {}
     layers: list[Layer] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        if name == HEAD:
-            layers.append(Layer(HEAD, name, _element_count(module), None))
+        if name in HEADS:
+            layers.append(Layer(HEADS[name], name, _element_count(module), None))
         elif match := pattern.fullmatch(name):
-            prefix, leaf = match.groups()
+            prefix, inside = match.groups()
             block = blocks.setdefault(prefix, len(blocks))
-            if leaf in _GATED_MLP:
+            if inside.endswith(_GATED_MLP):
                 raise CheckpointError(
                     f"this {model_type} model has a gated MLP ({name}), which vitopt does not know: "
                     "use a size of the model whose MLP is fc1 and fc2"
                 )
-            linears = _LINEARS_OF_LEAF.get(leaf, ())
+            linears = _linears_of(inside)
             for linear in linears:
                 layers.append(Layer(f"block.{block}.{linear}", name, _element_count(module) // len(linears), block))
     if not blocks:
@@ -107,6 +124,13 @@ def linear_layers(model: nn.Module, model_type: str) -> list[Layer]:
             "use a transformers version from 5.9 on"
         )
     return layers
+
+
+def _linears_of(inside: str) -> tuple[Linear, ...]:
+    """Logical names of a module by its name inside the block, none for one that vitopt leaves alone."""
+    parts = inside.split(".")
+    endings = (".".join(parts[start:]) for start in range(len(parts)))
+    return next((_LINEARS_OF_ENDING[ending] for ending in endings if ending in _LINEARS_OF_ENDING), ())
 
 
 def block_names(model: nn.Module, model_type: str) -> tuple[str, ...]:
@@ -157,5 +181,6 @@ def _part_matches(wanted: str, actual: str) -> bool:
 def _what_exists(layers: list[Layer]) -> str:
     blocks = [layer.block for layer in layers if layer.block is not None]
     linears = list(dict.fromkeys(layer.logical.split(".")[2] for layer in layers if layer.block is not None))
-    head = f", and {HEAD}" if any(layer.logical == HEAD for layer in layers) else ""
+    heads = [layer.logical for layer in layers if layer.block is None]
+    head = f", and {' and '.join(heads)}" if heads else ""
     return f"block.0 to block.{max(blocks)}, in each of them {', '.join(linears)}{head}"

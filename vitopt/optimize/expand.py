@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vitopt.formats import FORMATS, QUANTIZED_FORMATS, Format, RunAs
-from vitopt.models.names import HEAD, linear_layers
+from vitopt.models.names import linear_layers
 from vitopt.optimize.formats import QUANTIZES, format_of
 
 EXPANDABLE: tuple[Format, ...] = tuple(format for format, facts in FORMATS.items() if facts.expands)
@@ -25,7 +25,7 @@ def expand(model: PreTrainedModel, model_type: str, run_as: RunAs) -> None:
     model.to(torch.bfloat16)
     if run_as == "bf16":
         return
-    _quantize(model, set(packed or [layer.module for layer in layers if layer.logical != HEAD]), QUANTIZES[run_as]())
+    _quantize(model, set(packed or [layer.module for layer in layers if not layer.is_head]), QUANTIZES[run_as]())
 
 
 def _quantize(model: nn.Module, modules: set[str], config: Any) -> None:

@@ -1,12 +1,16 @@
-"""Checkpoint in, quantized checkpoint out."""
+"""Checkpoint in, quantized checkpoint out, proven to run before it takes its place."""
 
 import tempfile
+import textwrap
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 from vitopt import environment, storage
+from vitopt.data.pixels import random_pixels
 from vitopt.environment import DTYPES
-from vitopt.errors import CheckpointError
+from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.formats import QUANTIZED_FORMATS
 from vitopt.models.checkpoint import (
     CONFIG_FILE,
@@ -17,6 +21,7 @@ from vitopt.models.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
+from vitopt.models.forward import logits
 from vitopt.optimize.formats import live_formats, quantization_config
 from vitopt.optimize.plan import LayerPlan, plan_layers
 from vitopt.recipe import VariantSpec
@@ -30,11 +35,15 @@ def plan_for(checkpoint: Checkpoint, variant: VariantSpec) -> LayerPlan:
 def quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device: str = "auto") -> LayerPlan:
     """Write `checkpoint` in the formats that `variant` asks for and return the plan that was carried out.
 
-    The folder at `output` opens with plain transformers. It is complete or absent.
+    The folder at `output` opens with plain transformers and gives finite logits on this device. It is complete or
+    absent.
 
     Raises:
         PatternError: a skip pattern matches nothing.
-        UnsupportedError: a format cannot be made on this device.
+        RecipeError: the formats cannot be held in one checkpoint.
+        UnsupportedError: no layer has a shape that the formats hold, they cannot be made on this device, or what
+            was made does not run on it.
+        MeasurementError: what was made gives logits that are not finite.
         CheckpointError: the checkpoint is quantized already, or the libraries did not follow the plan.
     """
     if checkpoint.is_quantized:
@@ -57,9 +66,27 @@ def quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device:
     _check(plan, live_formats(model, checkpoint.config.model_type))
     with storage.staged_folder(output) as folder:
         save_checkpoint(model, processor, folder)
-        # What is about to be promised must open: a save that lost the quantization is caught here.
-        open_checkpoint(str(folder))
+        del model  # not in memory twice
+        _require_finite_logits(folder, variant, target)
     return plan
+
+
+def _require_finite_logits(folder: Path, variant: VariantSpec, device: torch.device) -> None:
+    """Open what was written and run it on one random image: what does not open or run is not promised."""
+    written = open_checkpoint(str(folder))
+    model = load_model(written, device=device)
+    pixels = random_pixels(1, written.image_size).to(device)
+    try:
+        with torch.inference_mode():
+            found = logits(model, pixels)
+    except Exception as error:  # kernels raise whatever they run into
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        raise UnsupportedError(f"this model in {variant.format} does not run on {device}: {reason}") from error
+    if not torch.isfinite(found).all():
+        raise MeasurementError(
+            f"this model in {variant.format} gives logits that are not finite: its weights are not, or the 16-bit type "
+            "overflows; try bf16 (`half`) or keep layers in 16 bit"
+        )
 
 
 def _check(plan: LayerPlan, live: dict[str, str]) -> None:

@@ -9,9 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vitopt import environment
-from vitopt.environment import DTYPES
 from vitopt.errors import UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, load_model
+from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel
+from vitopt.models.forward import input_dtype
 from vitopt.models.names import block_names
 from vitopt.optimize.attention import attention_of, implementation, kernel_used
 from vitopt.optimize.compiled import Compiled, compiled
@@ -38,8 +39,7 @@ class Runnable:
     layers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Some families do not cast their input themselves.
-        self._dtype = next(p.dtype for p in self.model.parameters() if p.dtype in DTYPES.values())
+        self._dtype = input_dtype(self.model)
         self._compiled: Compiled | None = None
         self._has_compiled = False
         if self.run.compile:
@@ -130,8 +130,8 @@ def prepare(
 ) -> Runnable:
     """Load a checkpoint so that it can be called.
 
-    FlashAttention-2 falls back to SDPA where it cannot run, and a kernel of SDPA to torch's own choice; each says
-    so once, and the reason is kept.
+    An attention that cannot run falls back to SDPA, that to eager where a family has none, and a kernel of SDPA to
+    torch's own choice; each says so once, and the reason is kept.
 
     Raises:
         UnsupportedError: with `strict`, the attention or its kernel cannot run; or the formats cannot.
@@ -140,14 +140,15 @@ def prepare(
     run = run or RunSpec()
     _require_formats(checkpoint, run, device)
     dtype = torch.bfloat16 if run.run_as else checkpoint.config.dtype or torch.float32
-    attention_reason = environment.why_not_attention(run.attention, device, dtype)
-    kernel_reason = environment.why_not_kernel(run.sdpa_kernel, device, dtype)
+    config = checkpoint.config
+    attention_reason = why_not_attention(config, run.attention, device, dtype)
+    kernel_reason = why_not_kernel(config, run.sdpa_kernel, device, dtype)
     if attention_reason:
-        _fall_back(name, run.attention, attention_reason, "sdpa", strict)
+        _fall_back(name, run.attention, attention_reason, best_attention(config), strict)
     if kernel_reason:
         _fall_back(name, f"sdpa kernel {run.sdpa_kernel}", kernel_reason, "the one torch chooses", strict)
     attention = implementation(
-        "sdpa" if attention_reason else run.attention,
+        best_attention(config) if attention_reason else run.attention,
         "auto" if kernel_reason else run.sdpa_kernel,
         captured=run.compile and device.type == "cuda",
     )

@@ -61,7 +61,9 @@ def strip_of(name: str, layers: Mapping[str, str]) -> Strip:
     blocks = tuple(
         Block(number, tuple(layers.get(f"block.{number}.{linear}") for linear in LINEARS)) for number in numbers
     )
-    return Strip(name, blocks, layers.get(HEAD))
+    # A model with two heads holds them alike.
+    head = next((format for logical, format in layers.items() if _parts(logical)[0] == HEAD), None)
+    return Strip(name, blocks, head)
 
 
 def formats_in(found: Sequence[Strip]) -> list[str]:

@@ -20,7 +20,7 @@ from vitopt.measure.accuracy import compare
 from vitopt.measure.latency import clock_for, time_interleaved
 from vitopt.measure.predictions import Predictions
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, weight_bytes
-from vitopt.models.names import block_names, linear_layers
+from vitopt.models.names import block_names
 from vitopt.optimize.formats import quantization_config
 from vitopt.optimize.quantize import plan_for
 from vitopt.recipe import LatencySpec, VariantSpec
@@ -164,10 +164,11 @@ class _Analysis:
         memory_bytes: int,
     ):
         variant = VariantSpec(name=format, format=format, half=half)
-        config = quantization_config(plan_for(checkpoint, variant), DTYPES[half])
+        plan = plan_for(checkpoint, variant)
+        config = quantization_config(plan, DTYPES[half])
         exact = load_model(checkpoint, dtype=DTYPES[half], device=device)
         packed = load_model(checkpoint, dtype=DTYPES[half], device=device, quantization=config)
-        layers = linear_layers(exact, checkpoint.config.model_type)
+        layers = [planned.layer for planned in plan.layers if planned.format == format]
         blocks = block_names(exact, checkpoint.config.model_type)
         self.from_exact = Hybrid(exact, packed, blocks)
         self.from_packed = Hybrid(packed, exact, blocks)
@@ -272,12 +273,11 @@ class _Analysis:
 
     def _time_unit(self, unit: Unit) -> float | None:
         hybrid = self.from_packed
-        hidden = hybrid.block_input(self.calibration.batches[0][:1], unit.block)
-        block = hybrid.base.get_submodule(hybrid.blocks[unit.block])
+        call = hybrid.block_call(self.calibration.batches[0][:1], unit.block)
 
         @torch.inference_mode()
         def packed() -> object:
-            return block(hidden)
+            return call()
 
         def kept() -> object:
             with hybrid.lending(unit.layers):

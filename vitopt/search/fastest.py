@@ -15,7 +15,7 @@ import torch
 from vitopt import environment
 from vitopt.data.images import ImageSet, fit_labels
 from vitopt.data.pixels import Preprocessor
-from vitopt.errors import CheckpointError, UnsupportedError
+from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.formats import FORMATS, HalfFormat
 from vitopt.measure.evaluator import evaluate
 from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
@@ -123,7 +123,7 @@ def _prepared(
             if not made.exists():
                 quantize(checkpoint, variant, made, str(device))
             subject = prepare(open_checkpoint(str(made)), name=variant.name, device=device, run=variant.run)
-        except (CheckpointError, UnsupportedError) as error:
+        except (CheckpointError, MeasurementError, UnsupportedError) as error:
             if variant.name == REFERENCE:
                 raise
             logger.warning("%s is left out: %s", variant.name, error)

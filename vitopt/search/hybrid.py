@@ -5,7 +5,7 @@ their output is kept at the block boundary and only the rest runs.
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from vitopt.errors import CheckpointError
+from vitopt.models import forward
 from vitopt.models.checkpoint import image_size
 from vitopt.models.names import Layer
 
@@ -48,43 +49,59 @@ class Hybrid:
     @torch.inference_mode()
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, classes), float32 on the CPU, from images: (batch, 3, height, width)."""
-        return _to_host(self.base(pixel_values=pixel_values).logits)
+        return _to_host(forward.logits(self.base, pixel_values))
 
     @torch.inference_mode()
     def block_input(self, pixel_values: torch.Tensor, block: int) -> torch.Tensor:
         """What block `block` of `base` is given for these images: (batch, tokens, width)."""
-        return self._stopping_before(block, pixel_values)
+        hidden: torch.Tensor = self._given(block, pixel_values)[0][0]
+        return hidden
+
+    @torch.inference_mode()
+    def block_call(self, pixel_values: torch.Tensor, block: int) -> Callable[[], object]:
+        """A call of block `block` of `base` alone, given all that the whole model gives it for these images."""
+        args, options = self._given(block, pixel_values)
+        module = self.base.get_submodule(self.blocks[block])
+        return lambda: module(*args, **options)
 
     @torch.inference_mode()
     def advance(self, hidden: torch.Tensor, block: int) -> torch.Tensor:
-        """Output of block `block` of `base` for its input `hidden`, which is the input of the next."""
-        return _first(self._run_from(block, hidden, stop=block))
+        """The input of the block after `block` of `base`, for the input `hidden` of `block`.
+
+        It is the block's output, but where a family merges patches between two stages.
+        """
+        found: torch.Tensor = self._run_from(block, hidden, stop=block + 1)
+        return found
 
     @torch.inference_mode()
     def logits_from(self, hidden: torch.Tensor, block: int) -> torch.Tensor:
         """(batch, classes), float32 on the CPU, from the input `hidden` of block `block` on."""
         return _to_host(self._run_from(block, hidden, stop=None).logits)
 
-    def _stopping_before(self, block: int, pixel_values: torch.Tensor) -> torch.Tensor:
-        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-            raise _Reached(args[0])
+    def _given(self, block: int, pixel_values: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def stop(module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            raise _Reached((args, options))
 
-        handle = self.base.get_submodule(self.blocks[block]).register_forward_pre_hook(stop)
+        handle = self.base.get_submodule(self.blocks[block]).register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.base(pixel_values=pixel_values)
+            forward.logits(self.base, pixel_values)
         except _Reached as reached:
-            return reached.value
+            given: tuple[tuple[Any, ...], dict[str, Any]] = reached.value
+            return given
         finally:
             handle.remove()
         raise CheckpointError(f"{self.blocks[block]} was never called, so its input cannot be kept")
 
     def _run_from(self, block: int, hidden: torch.Tensor, stop: int | None) -> Any:
-        """Run the host's own forward pass with the blocks before `block` passing on what they are given."""
-        outputs = self._probe.outputs
+        """Run the host's own forward pass with the blocks before `block` passing on what they are given.
+
+        Returns the host's output, or the input of block `stop`.
+        """
+        others = self._probe.others
 
         def pass_on(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            # Some families' blocks return (hidden states, attention weights), which nobody asked for here.
-            return hidden if outputs == 1 else (hidden, *[None] * (outputs - 1))
+            # Some families' blocks return a tuple, with attention weights for which nobody asked here.
+            return hidden if others is None else (hidden, *[None] * others)
 
         # What the embeddings give is thrown away, so the patches need not be computed.
         replaced = {name: _zeros(shape) for name, shape in self._probe.convolutions.items()}
@@ -93,7 +110,7 @@ class Hybrid:
         originals = {name: module.forward for name, module in modules.items()}
         hooks = [self.base.get_submodule(self.blocks[block]).register_forward_pre_hook(_giving(hidden))]
         if stop is not None:
-            hooks.append(self.base.get_submodule(self.blocks[stop]).register_forward_hook(_stop_after))
+            hooks.append(self.base.get_submodule(self.blocks[stop]).register_forward_pre_hook(_stop_before))
         for name, module in modules.items():
             module.forward = replaced[name]
         try:
@@ -108,12 +125,12 @@ class Hybrid:
 
     @functools.cached_property
     def _probe(self) -> "_Probe":
-        """What one call shows: how many values a block returns, and what convolutions before the blocks give."""
-        outputs: list[int] = []
+        """What one call shows: what a block returns, and what convolutions before the blocks give."""
+        others: list[int | None] = []
         shapes: dict[str, torch.Size] = {}
 
         def see_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            outputs.append(len(output) if isinstance(output, tuple) else 1)
+            others.append(len(output) - 1 if isinstance(output, tuple) else None)
 
         def see_convolution(name: str) -> Any:
             return lambda module, args, output: shapes.__setitem__(name, output.shape[1:])
@@ -123,10 +140,10 @@ class Hybrid:
         for name, module in self.base.named_modules():
             if isinstance(module, nn.Conv2d) and not name.startswith(inside):
                 hooks.append(module.register_forward_hook(see_convolution(name)))
-        self.base(pixel_values=self._placeholder(1, next(self.base.parameters())))
+        forward.logits(self.base, self._placeholder(1, next(self.base.parameters())))
         for hook in hooks:
             hook.remove()
-        return _Probe(outputs[0], shapes)
+        return _Probe(others[0], shapes)
 
     def _placeholder(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         # One zero seen as many: neither memory nor a cast is spent on pixels that nobody looks at.
@@ -135,7 +152,7 @@ class Hybrid:
 
 @dataclass(frozen=True)
 class _Probe:
-    outputs: int  # values that a block returns
+    others: int | None  # values that a block returns beside the hidden states; None where it returns no tuple
     convolutions: dict[str, torch.Size]  # name of a convolution outside the blocks -> shape of its output
 
 
@@ -144,7 +161,7 @@ def _zeros(shape: torch.Size) -> Any:
 
 
 class _Reached(Exception):
-    """Carries a tensor out of a forward pass that need not go on."""
+    """Carries what was found out of a forward pass that need not go on."""
 
     def __init__(self, value: Any):
         super().__init__()
@@ -158,12 +175,8 @@ def _giving(hidden: torch.Tensor) -> Any:
     return replace
 
 
-def _stop_after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    raise _Reached(output)
-
-
-def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def _stop_before(module: nn.Module, args: tuple[Any, ...]) -> None:
+    raise _Reached(args[0])
 
 
 def _to_host(logits: torch.Tensor) -> torch.Tensor:

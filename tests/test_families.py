@@ -1,0 +1,225 @@
+"""Every supported family in every format that runs on a CPU: quantize, evaluate, sensitivity, predict.
+
+A small random model of each family is held in each format; what is measured is compared with plain transformers.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from vitopt import pipeline
+from vitopt.data.images import ImageSet, open_images
+from vitopt.data.pixels import Preprocessor, random_pixels
+from vitopt.environment import why_not_format
+from vitopt.errors import CheckpointError
+from vitopt.finetune.training import finetune
+from vitopt.measure import evaluator
+from vitopt.measure.rates import flops_per_image
+from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
+from vitopt.models.names import families
+from vitopt.optimize.plan import LayerPlan
+from vitopt.optimize.quantize import quantize
+from vitopt.optimize.runtime import prepare
+from vitopt.pipeline import Candidate
+from vitopt.recipe import (
+    QUANTIZED_FORMATS,
+    DataSpec,
+    EvaluateSpec,
+    FinetuneSpec,
+    Format,
+    LatencySpec,
+    RunSpec,
+    VariantSpec,
+)
+from vitopt.search import analysis
+
+CPU = torch.device("cpu")
+FORMATS: list[Format] = [format for format in get_args(Format) if why_not_format(format, CPU) is None]
+WITH_TEACHER = "deit-with-teacher"
+MODELS = [*families(), WITH_TEACHER]
+BRIEFLY = LatencySpec(iterations=2, rounds=2, warmup_seconds=0)
+
+# Opens every folder with nothing but transformers and saves its logits for the same images.
+PLAIN = """
+import sys, numpy, torch
+from pathlib import Path
+sys.modules["kernels"] = None  # bitsandbytes would ask the network for CPU kernels
+from transformers import AutoModelForImageClassification
+torch.set_num_threads(int(sys.argv[2]))
+pixels, logits = torch.from_numpy(numpy.load(Path(sys.argv[1]) / "pixels.npy")), {}
+for folder in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir()):
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    with torch.inference_mode():
+        logits[folder.name] = model(pixels.to(model.dtype)).logits.float().numpy()
+assert not [name for name in sys.modules if name.split(".")[0] == "vitopt"], "vitopt was imported"
+numpy.savez(Path(sys.argv[1]) / "plain.npz", **logits)
+"""
+
+
+@pytest.fixture(scope="module")
+def images(shapes: Path) -> ImageSet:
+    return open_images(DataSpec(source=str(shapes), limit=4), "test")
+
+
+@pytest.fixture(scope="module")
+def originals(make_family: Callable[..., Checkpoint]) -> dict[str, Checkpoint]:
+    made = {family: make_family(family) for family in families()}
+    return made | {WITH_TEACHER: make_family("deit", with_teacher=True)}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("held")
+
+
+@pytest.fixture(scope="module")
+def plans(originals: dict[str, Checkpoint], root: Path) -> dict[tuple[str, Format], LayerPlan]:
+    """Every model in every format, as the folder MODEL-FORMAT below `root`."""
+    return {
+        (name, format): quantize(checkpoint, VariantSpec(name=format, format=format), root / f"{name}-{format}", "cpu")
+        for name, checkpoint in originals.items()
+        for format in FORMATS
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(
+    plans: dict[tuple[str, Format], LayerPlan], originals: dict[str, Checkpoint], images: ImageSet, root: Path
+) -> dict[str, np.ndarray]:
+    """Logits of all images from plain transformers, by name of the folder."""
+    preprocess = Preprocessor(load_processor(originals["vit"]))
+    np.save(root / "pixels.npy", np.stack([preprocess(images.image(index)).numpy() for index in range(len(images))]))
+    command = [sys.executable, "-c", PLAIN, str(root), str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, HF_HUB_OFFLINE="1"), cwd=root)
+    assert done.returncode == 0, done.stderr
+    return dict(np.load(root / "plain.npz"))
+
+
+def test_all_formats_but_those_that_need_a_gpu_are_tested() -> None:
+    assert set(get_args(Format)) - set(FORMATS) <= {"int4", "fp8"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_is_held_as_planned_and_keeps_its_heads(name: str, plans: dict[tuple[str, Format], LayerPlan]) -> None:
+    for format in FORMATS:
+        plan = plans[name, format]
+        heads = [planned for planned in plan.layers if planned.layer.is_head]
+        assert len(heads) == (2 if name == WITH_TEACHER else 1)
+        if format not in QUANTIZED_FORMATS:
+            assert plan.counts() == {format: len(plan.layers)}
+            continue
+        assert {planned.format for planned in heads} == {"bf16"}
+        narrow = name.startswith("swin") and format == "nf4"
+        inside = [planned for planned in plan.layers if not planned.layer.is_head]
+        assert {planned.format for planned in inside} == ({format, "bf16"} if narrow else {format})
+        assert list(plan.misfits()) == (["in_features 32 is no multiple of 64, as nf4 needs"] if narrow else [])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluates_in_every_format_to_the_logits_of_plain_transformers(
+    name: str,
+    plain: dict[str, np.ndarray],
+    originals: dict[str, Checkpoint],
+    images: ImageSet,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: None)  # a process for each
+    candidates = [
+        Candidate(name=format, source=str(root / f"{name}-{format}"), run=RunSpec(), asked=None) for format in FORMATS
+    ]
+    spec = EvaluateSpec(batch_size=len(images), latency=BRIEFLY, end_to_end=False)
+    measured = pipeline.measure(candidates, spec, images=images, baseline="fp32", device="cpu")
+    flops = flops_per_image(originals[name])
+    exact = plain[f"{name}-fp32"]
+    for format, one in zip(FORMATS, measured, strict=True):
+        assert one.record.failure is None and one.predictions is not None
+        expected = plain[f"{name}-{format}"]
+        assert np.isfinite(expected).all()
+        np.testing.assert_array_equal(one.predictions.logits, expected)
+        loss = np.linalg.norm(expected - exact) / np.linalg.norm(exact)
+        assert loss < (0.75 if format == "nf4" else 0.2), format  # unrelated logits would give 1.4
+        assert one.record.accuracy is not None and one.record.accuracy.images == len(images)
+        correct = (expected.argmax(axis=1) == np.array(images.labels)).mean()
+        assert one.record.accuracy.top1_percent == pytest.approx(100 * correct)
+        assert [row.iterations for row in one.record.latency] == [BRIEFLY.iterations]
+        assert one.record.model.flops_per_image == flops > 0
+        assert one.record.variant.attention_used == ("eager" if name == "swinv2" else "sdpa")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_predicts_in_every_format_what_plain_transformers_does(
+    name: str, plain: dict[str, np.ndarray], images: ImageSet, shapes: Path, root: Path
+) -> None:
+    file = shapes / images.ids[0] if (shapes / images.ids[0]).is_file() else shapes / "test" / images.ids[0]
+    for format in FORMATS:
+        (found,) = pipeline.predict(str(root / f"{name}-{format}"), [file], top=4, device="cpu")
+        logits = torch.from_numpy(plain[f"{name}-{format}"][0])
+        best = found["classes"][0]
+        assert best["index"] == int(logits.argmax())
+        # LLM.int8 looks for outliers over the whole batch, which is one image here.
+        near = 5 if format == "int8" else 0.5
+        assert best["percent"] == pytest.approx(100 * float(logits.softmax(-1).max()), abs=near)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_block_is_scored_in_every_quantized_format(
+    name: str, originals: dict[str, Checkpoint], images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(analysis, "_LATENCY", BRIEFLY)
+    for format in set(FORMATS) & set(QUANTIZED_FORMATS):
+        found = analysis.analyse(originals[name], images, format, tmp_path / f"{format}.json", device="cpu")
+        blocks = 4 if name.startswith("swin") else 2
+        assert [unit.unit for unit in found.units] == [f"block.{block}" for block in range(blocks)]
+        assert found.quantized.kl > 0
+        for unit in found.units:
+            assert unit.damage.kl > 0 and unit.recovery.kl >= 0
+            assert unit.extra_bytes > 0
+            assert unit.extra_ms is not None  # the block itself could be called
+
+
+def test_a_linear_layer_that_stays_in_16_bit_anyway_is_no_unit(
+    originals: dict[str, Checkpoint], images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(analysis, "_LATENCY", BRIEFLY)
+    found = analysis.analyse(originals["swin"], images, "nf4", tmp_path / "s.json", granularity="linear", device="cpu")
+    # Of the first stage only fc2, 128 wide, is quantized.
+    first_stage = [unit.unit for unit in found.units if unit.unit.startswith(("block.0.", "block.1."))]
+    assert first_stage == ["block.0.fc2", "block.1.fc2"]
+    assert len(found.units) == 2 + 2 * 6
+
+
+@pytest.mark.parametrize(
+    ("family", "one_block", "format"),
+    [
+        ("swinv2", {"depths": [1], "num_heads": [2]}, "bf16"),
+        ("deit", {"with_teacher": True, "num_hidden_layers": 1}, "w8a8"),
+    ],
+)
+def test_compiled_it_answers_the_same(
+    family: str, one_block: dict[str, Any], format: Format, make_family: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
+    variant = VariantSpec(name="v", format=format)
+    quantize(make_family(family, **one_block), variant, tmp_path / "held", device="cpu")
+    checkpoint = open_checkpoint(str(tmp_path / "held"))
+    plain = prepare(checkpoint, name="plain", device=CPU)
+    compiled = prepare(checkpoint, name="compiled", device=CPU, run=RunSpec(compile=True))
+    pixels = random_pixels(2, (32, 32))
+    found, expected = compiled(pixels).float(), plain(pixels).float()
+    assert compiled.compile_reason is None and compiled.compiled
+    assert (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_head_with_a_teacher_is_not_trained(
+    originals: dict[str, Checkpoint], images: ImageSet, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="DeiTForImageClassificationWithTeacher for inference only"):
+        finetune(originals[WITH_TEACHER], images, FinetuneSpec(), tmp_path / "out", device="cpu")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,64 @@
+"""What transformers' own class of a checkpoint can do: it differs from family to family."""
+
+import inspect
+
+import torch
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PretrainedConfig, PreTrainedModel
+
+from vitopt import environment
+from vitopt.recipe import Attention, SdpaKernel
+
+# How the names of image classifiers end.
+CLASSIFIERS = ("ForImageClassification", "ForImageClassificationWithTeacher")
+
+_SUPPORT: dict[Attention, str] = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn"}
+
+
+def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that a checkpoint of an image classifier opens with: of several, as DeiT has, the one it names."""
+    found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    by_name = {one.__name__: one for one in (found if isinstance(found, tuple) else (found,))}
+    return next((by_name[name] for name in config.architectures or () if name in by_name), next(iter(by_name.values())))
+
+
+def why_not_attention(
+    config: PretrainedConfig, attention: Attention, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why a checkpoint cannot run an attention implementation here, or None when it can."""
+    return _lacks(config, attention) or environment.why_not_attention(attention, device, dtype)
+
+
+def why_not_kernel(
+    config: PretrainedConfig, kernel: SdpaKernel, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why a checkpoint cannot run a kernel of scaled dot product attention here, or None when it can."""
+    return (_lacks(config, "sdpa") if kernel != "auto" else None) or environment.why_not_kernel(kernel, device, dtype)
+
+
+def best_attention(config: PretrainedConfig) -> Attention:
+    """What runs on every machine: sdpa where the family has it."""
+    return "eager" if _lacks(config, "sdpa") else "sdpa"
+
+
+def _lacks(config: PretrainedConfig, attention: Attention) -> str | None:
+    found = model_class(config)
+    if attention not in _SUPPORT or getattr(found, _SUPPORT[attention]):
+        return None
+    return f"transformers has no {attention} for {found.__name__}"
+
+
+def why_not_trained(config: PretrainedConfig) -> str | None:
+    """Why a model cannot be trained, or None when it can."""
+    found = model_class(config)
+    if "labels" in inspect.signature(found.forward).parameters:
+        return None
+    return f"transformers has {found.__name__} for inference only, without a loss"
+
+
+def name_input_embeddings(config: PretrainedConfig) -> None:
+    """Tell transformers where a model's input embeddings are, which its loader asks before torchao quantizes.
+
+    CLIP's classifier is the one class that does not know (transformers 5.23): the loader raises NotImplementedError.
+    """
+    if config.model_type == "clip":
+        model_class(config)._input_embed_layer = "vision_model"
