@@ -87,6 +87,19 @@ def test_code_is_refused_where_only_shapes_are_wanted_too(repository, config_onl
     assert "auto_map" in refusal(config_only=config_only)
 
 
+def test_a_hub_that_refuses_a_file_is_one_clear_line(repository, monkeypatch):
+    repository()
+    fetch = module.cached_file
+
+    def gated(source: str, name: str, **options: object) -> str | None:
+        if name == INDEX_FILE:
+            raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
+        return fetch(source, name, **options)
+
+    monkeypatch.setattr(module, "cached_file", gated)
+    assert "`hf auth login`" in refusal()
+
+
 def test_a_repository_without_weights_in_the_cache(repository):
     repository("model.safetensors")
     with pytest.raises(CheckpointError, match=SOURCE):

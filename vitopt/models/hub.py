@@ -30,14 +30,21 @@ def fetch_config(source: str, name: str) -> Path:
 
 
 def fetch(source: str, name: str, revision: str) -> Path | None:
-    """Another file of that commit, None where it has no such file."""
-    path = cached_file(
-        source,
-        name,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    """Another file of that commit, None where it has no such file, or neither the hub nor the cache gives it.
+
+    Raises:
+        CheckpointError: the hub refuses.
+    """
+    try:
+        path = cached_file(
+            source,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError as error:
+        raise CheckpointError(f"the hub refuses {name} of {source}: log in with `hf auth login`") from error
     return None if path is None else Path(path)
 
 
