@@ -1,6 +1,6 @@
 """How much slower is evaluating image files than a bare loop over tensors that are already in memory?
 
-    python scripts/evaluation_overhead.py CHECKPOINT DATA [--batch-size 32] [--rounds 5] [--json FILE]
+    python scripts/evaluation_overhead.py CHECKPOINT DATA [--batch-size 32] [--rounds 5] [--labels index] [--json FILE]
 
 Both run the same forward passes, in turn, round by round. Decoding and preprocessing happen in a background
 thread while the model computes; where they need the same cores, they cannot hide, and the arithmetic says so:
@@ -20,7 +20,8 @@ from vitopt import environment
 
 environment.quiet_libraries()
 
-from vitopt.data.images import fit_labels, open_images
+from vitopt.data.images import open_images
+from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor, batches
 from vitopt.measure.accuracy import predict
 from vitopt.models.checkpoint import load_processor, open_checkpoint
@@ -35,13 +36,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--labels", default="name", choices=("name", "index"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     device = environment.resolve_device(arguments.device)
 
     checkpoint = open_checkpoint(arguments.checkpoint)
-    images = fit_labels(open_images(DataSpec(source=arguments.data), None), checkpoint.label_names)
+    data = DataSpec(source=arguments.data, labels=arguments.labels)
+    images = fit_labels(open_images(data, None), checkpoint.label_names)
     preprocess = Preprocessor(load_processor(checkpoint))
     model = prepare(checkpoint, name="model", device=device)
     in_memory = [batch.pixel_values.to(device) for batch in batches(images, preprocess, arguments.batch_size)]

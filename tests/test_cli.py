@@ -611,7 +611,7 @@ def drop_a_weight(folder: Path) -> None:
     ("spoil", "expected"),
     [
         (cut_weights, r"model.safetensors is not a complete safetensors file .*: copy it again"),
-        (break_config, r"cannot read the checkpoint .*tiny-vit"),
+        (break_config, r"tiny-vit: config.json is not a valid JSON file"),
         (pickle_weights, r"pytorch_model.bin is a pickle, which can run code .* convert it with: python -c"),
         (delete_config, r"has no config.json, so it is not a Hugging Face checkpoint"),
         (delete_preprocessor, r"has no preprocessor_config.json: copy it from the model it was made from"),
@@ -724,8 +724,65 @@ def test_labels_that_do_not_fit(tiny_checkpoint: Path, shapes: Path, copy_of: Ca
     text = refusal("evaluate", tiny_checkpoint, "--data", folder)
     assert "has the class 'plus', which the model's head does not know (4 classes: circle, cross, square" in text
     (folder / "test" / "metadata.csv").write_text("file_name,label\nplus/00.png,3\nplus/01.png,4\n")
-    text = refusal("evaluate", tiny_checkpoint, "--data", folder)
+    text = refusal("evaluate", tiny_checkpoint, "--data", folder, "--labels", "index")
     assert "has label 4, but the model's head has 4 classes (0 to 3)" in text
+
+
+@pytest.fixture
+def numbers(shapes: Path, copy_of: Callable[[Path], Path]) -> Path:
+    """The test images with the positions of their classes as labels."""
+    folder = copy_of(shapes / "test")
+    names = ("circle", "cross", "square", "stripe")
+    rows = [f"{name}/{index:02d}.png,{number}" for number, name in enumerate(names) for index in range(6)]
+    (folder / "metadata.csv").write_text("\n".join(["file_name,label", *rows]))
+    return folder
+
+
+def test_numbers_are_positions_only_where_that_is_said(tiny_checkpoint: Path, numbers: Path, tmp_path: Path) -> None:
+    evaluation = ("evaluate", tiny_checkpoint, "--data", f"{numbers}:all", *QUICK)
+    sensitivity = ("sensitivity", tiny_checkpoint, "--data", numbers, "--format", "nf4", "--output", tmp_path / "out")
+    for command in (evaluation, sensitivity):
+        assert "--labels index" in refusal(*command)
+    record = printed(*evaluation, "--labels", "index")
+    assert [row["name"] for row in record["accuracy"]["classes"]] == ["circle", "cross", "square", "stripe"]
+    recipe = write_recipe(tmp_path, tiny_checkpoint, numbers)
+    assert "--labels index" in refusal("run", recipe, "--output", tmp_path / "run")
+    records = printed("run", recipe, "--output", tmp_path / "run", "--set", "data.labels=index")
+    assert [record["accuracy"]["images"] for record in records] == [24, 24]
+
+
+def test_init_asks_what_numbers_mean(tiny_checkpoint: Path, numbers: Path) -> None:
+    asking = done("init", tiny_checkpoint, numbers).stdout
+    assert "--labels index" in asking.splitlines()[0]
+    assert "finetune" in yaml.safe_load(asking)
+    told = done("init", tiny_checkpoint, numbers, "--labels", "index").stdout
+    assert yaml.safe_load(told)["data"] == {"source": str(numbers), "labels": "index"}
+    assert "nothing is fine-tuned" in told.splitlines()[0]
+
+
+@pytest.mark.parametrize("command", ["run", "quantize", "evaluate", "predict", "finetune"])
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_code_of_a_checkpoint_never_runs(
+    tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path], tmp_path: Path, command: str, file: str
+) -> None:
+    folder, trace = copy_of(tiny_checkpoint), tmp_path / "it-ran"
+    (folder / "code.py").write_text(f"open({str(trace)!r}, 'w').close()\nclass Any: ...\n")
+    own = {
+        "auto_map": dict.fromkeys(("AutoConfig", "AutoModelForImageClassification", "AutoImageProcessor"), "code.Any")
+    }
+    own |= {"model_type": "strange"} if file == "config.json" else {"image_processor_type": "StrangeProcessor"}
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | own))
+    arguments = {
+        "run": [write_recipe(tmp_path, folder, shapes), *(["--dry-run"] if file == "config.json" else [])],
+        "quantize": [folder, "--format", "bf16", "--output", tmp_path / "out"],
+        "evaluate": [folder, "--data", shapes, *QUICK],
+        "predict": [folder, next(shapes.rglob("*.png"))],
+        "finetune": [folder, "--data", shapes, "--output", tmp_path / "out"],
+    }[command]
+    result = CliRunner().invoke(app, [command, *map(str, arguments)], input="y\n" * 20)
+    assert result.exit_code == 1 and "auto_map" in result.stderr, result.output
+    assert "[y/N]" not in result.output
+    assert not trace.exists()
 
 
 def truncate(path: Path) -> None:

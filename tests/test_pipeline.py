@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from vitopt import environment, pipeline
-from vitopt.errors import BadImageError, CheckpointError, DataError, RecipeError, UnsupportedError
+from vitopt.errors import BadImageError, CheckpointError, DataError, MeasurementError, RecipeError, UnsupportedError
 from vitopt.measure import evaluator
 from vitopt.measure.predictions import load_predictions
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
@@ -664,6 +664,37 @@ def test_a_first_recipe_needs_a_model_and_images(tiny_checkpoint: Path, shapes: 
         pipeline.starting_recipe("/nowhere", str(shapes), "mine")
     with pytest.raises(DataError, match="no data at /nowhere"):
         pipeline.starting_recipe(str(tiny_checkpoint), "/nowhere", "mine")
+
+
+def test_classes_of_other_names_are_trained_again(
+    content: dict[str, Any], shapes: Path, copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    folder = copy_of(shapes)
+    one = changed(content, data=str(folder), variants=content["variants"][:1], export=None)
+    run(one, tmp_path / "run")
+    for split in ("train", "test"):
+        (folder / split / "stripe").rename(folder / split / "stripes")  # the same images in the same order
+    result, said = run(one, tmp_path / "run")
+    assert "finetune: up to date, skipped" not in said
+    assert open_checkpoint(str(result.folder / "finetune")).label_names[3] == "stripes"
+
+
+def test_random_weights_may_guess_and_a_model_of_theirs_may_not(tmp_path: Path) -> None:
+    content = {
+        "name": "guess",
+        "model": "random:vit-tiny-patch16-32",
+        "data": {"source": "digits", "labels": "index", "limit": 40},
+        "device": "cpu",
+        "variants": [{"name": "fp32", "format": "fp32"}],
+        "evaluate": {"latency": {"iterations": 2, "rounds": 2, "warmup_seconds": 0}, "end_to_end": False},
+    }
+    result, _ = run(content, tmp_path / "run")
+    assert any("no better than guessing" in line for line in result.records[0].warnings)
+    saved = str(result.folder / "variants" / "fp32")
+    with pytest.raises(MeasurementError, match=r"^fp32 is right on \d of 40 images, no better than guessing"):
+        run(content | {"model": saved}, tmp_path / "again")
+    speed = run(content | {"model": saved, "data": None}, tmp_path / "speed")[0]
+    assert speed.records[0].latency and speed.records[0].accuracy is None
 
 
 # Skip lists that are chosen

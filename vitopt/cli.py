@@ -29,6 +29,7 @@ from vitopt.recipe import (
     DataSpec,
     EvaluateSpec,
     FinetuneSpec,
+    Labels,
     Recipe,
     RunSpec,
     SdpaKernel,
@@ -64,6 +65,9 @@ CheckpointArgument = Annotated[
     str, typer.Argument(help="Folder, hub id, [b]vit-quickstart[/b], or random:vit-large-patch16-224.")
 ]
 DataOption = Annotated[str, typer.Option(help="Image folder, hub data set id, or digits; NAME:SPLIT names a split.")]
+LabelsOption = Annotated[
+    Labels, typer.Option(help="name, or index: labels are numbers that count the head's outputs from 0.")
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Only JSON on standard output, no bars.")]
 AttentionOption = Annotated[Attention, typer.Option(help="Attention implementation.")]
@@ -229,6 +233,7 @@ def finetune(
     flip: Annotated[bool, typer.Option(help="Mirror images; wrong for digits and text.")] = True,
     workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
     seed: Annotated[int, typer.Option()] = 0,
+    labels: LabelsOption = "name",
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -258,7 +263,7 @@ def finetune(
     from vitopt.models.checkpoint import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
-    source = DataSpec(source=data)
+    source = DataSpec(source=data, labels=labels)
     training = open_images(source, "train")
     try:
         test = None if ":" in data else open_images(source, "test" if training.split == "train" else None)
@@ -302,6 +307,7 @@ def quantize(
     objective: ObjectiveOption = "size",
     granularity: GranularityOption = "block",
     limit: LimitOption = None,
+    labels: LabelsOption = "name",
     half: Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are not quantized.")] = "bf16",
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
@@ -313,7 +319,7 @@ def quantize(
             raise RecipeError("--format auto needs --data: images on which the formats are compared with fp32")
         if skip:
             raise RecipeError("--format auto compares whole formats: choose one, then --skip keeps layers in 16 bit")
-        source = validate(DataSpec, {"source": data, "limit": limit}, where="data")
+        source = validate(DataSpec, {"source": data, "limit": limit, "labels": labels}, where="data")
         _start(as_json, threads)
         options = {"min_agreement_percent": min_agreement, "half": half, "compile": compile, "device": device}
         _quantize_to_fastest(checkpoint, source, output, options, as_json)
@@ -333,7 +339,8 @@ def quantize(
 
     opened = open_checkpoint(checkpoint)
     if variant.skips_automatically:
-        variant = _choose_skip_list(opened, variant, DataSpec(source=str(data), limit=limit), output, device)
+        calibration = DataSpec(source=str(data), limit=limit, labels=labels)
+        variant = _choose_skip_list(opened, variant, calibration, output, device)
     with progress.task(f"quantizing to {format}", None):
         plan = write(opened, variant, output, device)
     size = disk_bytes(output)
@@ -396,6 +403,7 @@ def sensitivity(
     granularity: GranularityOption = "block",
     half: Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are kept.")] = "bf16",
     limit: LimitOption = None,
+    labels: LabelsOption = "name",
     sample: Annotated[
         int | None, typer.Option(min=1, help="First rank by KL on so many images, then score only the best exactly.")
     ] = None,
@@ -408,7 +416,7 @@ def sensitivity(
     as_json: JsonOption = False,
 ) -> None:
     """Score every block or linear layer: what quantizing it breaks, what keeping it brings back and costs."""
-    source = validate(DataSpec, {"source": data, "limit": limit}, where="data")
+    source = validate(DataSpec, {"source": data, "limit": limit, "labels": labels}, where="data")
     wanted = max_top1_drop is not None or max_kl_share is not None
     floors = {"max_top1_drop": max_top1_drop, "max_kl_share": max_kl_share} if wanted else {}
     validate(AutoSkipSpec, floors, where="sensitivity")
@@ -461,6 +469,7 @@ def evaluate(
     rounds: RoundsOption = 10,
     workers: Annotated[int, typer.Option(help="Processes that decode images; 0 uses a thread.")] = 0,
     limit: LimitOption = None,
+    labels: LabelsOption = "name",
     skip_bad_images: SkipBadOption = False,
     strict: StrictOption = False,
     device: DeviceOption = "auto",
@@ -471,7 +480,8 @@ def evaluate(
     """Measure accuracy, latency, size and memory of a checkpoint."""
     spec = _evaluate_spec(batch_size, workers, latency_batch_size, iterations, rounds)
     run = _run_spec(attention, sdpa_kernel, run_as, fuse_qkv, channels_last, compile, autotune)
-    source = validate(DataSpec, {"source": data, "limit": limit, "skip_bad_images": skip_bad_images}, where="data")
+    content = {"source": data, "limit": limit, "labels": labels, "skip_bad_images": skip_bad_images}
+    source = validate(DataSpec, content, where="data")
     _start(as_json, threads)
     from vitopt import pipeline
     from vitopt.data.images import open_images
@@ -638,12 +648,13 @@ def init(
     model: Annotated[str, typer.Argument(help="Checkpoint to start from.")],
     data: Annotated[str, typer.Argument(help="Images to fine-tune and measure on.")],
     name: Annotated[str, typer.Option(help="Name of the run.")] = "my-run",
+    labels: LabelsOption = "name",
 ) -> None:
     """Print a recipe for a model and a data set, fitted to this machine."""
     _start(as_json=False)
     from vitopt import pipeline
 
-    sys.stdout.write(pipeline.starting_recipe(model, data, name))
+    sys.stdout.write(pipeline.starting_recipe(model, data, name, labels))
     sys.stdout.flush()
 
 

@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from vitopt import environment, progress, storage
-from vitopt.data.images import ALL, ImageSet, fit_labels, image_files, open_images
+from vitopt.data.images import ALL, ImageSet, image_files, open_images
+from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor
 from vitopt.environment import DTYPES
 from vitopt.errors import (
@@ -30,13 +31,14 @@ from vitopt.errors import (
 )
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
+from vitopt.models.architectures import RANDOM_PREFIX
 from vitopt.models.checkpoint import Checkpoint, empty_model, load_processor, open_checkpoint
 from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel, why_not_trained
 from vitopt.models.names import linear_layers, select
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import plan_for, quantize
 from vitopt.optimize.runtime import Runnable, prepare
-from vitopt.recipe import DataSpec, EvaluateSpec, Recipe, RunSpec, VariantSpec, dump_yaml, validate
+from vitopt.recipe import DataSpec, EvaluateSpec, Labels, Recipe, RunSpec, VariantSpec, dump_yaml, validate
 from vitopt.records import RECORD_FILE, Record, load_record, save_record
 
 logger = logging.getLogger(__name__)
@@ -218,11 +220,13 @@ def _finetune_stage(current: _Run, source: Checkpoint, data: DataSpec, test: Ima
 
     output = current.folder / "finetune"
     train = open_images(data.model_copy(update={"limit": None}), data.train)
-    fit_labels(test, head_labels(source, train))  # before the training, not after it
+    labels = head_labels(source, train)
+    fit_labels(test, labels)  # before the training, not after it
     overlap = set(train.image_hashes) & set(test.image_hashes)
     if overlap:
         logger.warning("%d test images are also training images; accuracy will look better than it is", len(overlap))
-    fingerprint = _fingerprint(source.fingerprint(), train.sha256, recipe.finetune.model_dump(mode="json"), recipe.seed)
+    spec = recipe.finetune.model_dump(mode="json")
+    fingerprint = _fingerprint(source.fingerprint(), train.sha256, labels, spec, recipe.seed)
     if not current.stands("finetune", fingerprint, output):
         current.say(f"finetune: {recipe.finetune.method} on {len(train)} images of {train.name}")
         report = finetune(source, train, recipe.finetune, output, device=recipe.device, seed=recipe.seed)
@@ -363,6 +367,7 @@ def _measure(current: _Run, images: ImageSet | None, made: dict[str, str | None]
         baseline=recipe.baseline_name,
         device=recipe.device,
         strict=recipe.strict,
+        untrained=recipe.finetune is None and recipe.model.startswith(RANDOM_PREFIX),
     )
 
 
@@ -375,12 +380,14 @@ def measure(
     baseline: str | None = None,
     device: str = "auto",
     strict: bool = False,
+    untrained: bool = False,
 ) -> list[Measured]:
     """Prepare checkpoints and measure them together; results in the order of `candidates`.
 
     Raises:
         UnsupportedError: none of them can run here, or, with `strict`, one of them cannot.
         DataError: the labels do not fit a model's head.
+        MeasurementError: the baseline or first only guesses, and its weights are not `untrained` or `random:`.
     """
     target = environment.resolve_device(device)
     subjects: list[Runnable] = []
@@ -415,6 +422,7 @@ def measure(
         preprocess=None if images is None else Preprocessor(load_processor(first)),
         skip_bad=skip_bad,
         baseline=baseline,
+        untrained=untrained or any(subject.checkpoint.is_random for subject in subjects),
     )
     results = {one.record.variant.name: one for one in measured}
     for candidate in candidates:
@@ -491,7 +499,7 @@ def predict(
     return results
 
 
-def starting_recipe(model: str, data: str, name: str) -> str:
+def starting_recipe(model: str, data: str, name: str, labels: Labels = "name") -> str:
     """A recipe in YAML for a model and a data set: fine-tuning where the head does not fit, and the variants
     that this machine can run.
 
@@ -500,15 +508,16 @@ def starting_recipe(model: str, data: str, name: str) -> str:
     """
     device = environment.resolve_device()
     checkpoint = open_checkpoint(model)
-    spec = validate(DataSpec, {"source": data}, where="data")
-    images = open_images(spec, None)
-    content: dict[str, Any] = {"name": name, "model": model, "data": {"source": data}}
+    source = {"source": data} | ({"labels": labels} if labels != "name" else {})
+    images = open_images(validate(DataSpec, source, where="data"), None)
+    content: dict[str, Any] = {"name": name, "model": model, "data": source}
     try:
         fit_labels(images, checkpoint.label_names)
         why = f"The model's head fits the {len(images)} test images, so nothing is fine-tuned."
-    except DataError:
+    except DataError as error:
         content["finetune"] = {"method": "lora", "rank": 8, "alpha": 32, "dropout": 0.1, "epochs": 3}
-        why = "The model's head does not know these classes: LoRA fine-tunes the layers and a new head."
+        reason = " ".join(str(error).split())  # it quotes names, and a name with a line break would end the comment
+        why = f"LoRA fine-tunes the layers and a new head, because the model's does not fit: {reason}."
     if images.split == ALL and "finetune" in content:
         why += " The folder has no splits: 80 % of each class trains, 20 % tests."
     wanted: list[dict[str, Any]] = [

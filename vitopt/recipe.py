@@ -19,6 +19,7 @@ from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat, RunAs
 
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 SdpaKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
+Labels = Literal["name", "index"]
 Linear = Literal["query", "key", "value", "output", "fc1", "fc2"]
 
 AUTO = "auto"
@@ -47,6 +48,7 @@ class DataSpec(Spec):
     test: str | None = Field(None, description="split to evaluate on; null takes test, else validation")
     image_column: str | None = Field(None, description="column of a hub data set; null finds it")
     label_column: str | None = Field(None, description="column of a hub data set; null finds it")
+    labels: Labels = Field("name", description="`index`: the labels are numbers that count the head's outputs from 0")
     limit: int | None = Field(None, ge=1, description="evaluate on the first so many images, spread over classes")
     skip_bad_images: bool = Field(False, description="leave out images that cannot be decoded, and count them")
 

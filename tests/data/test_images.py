@@ -1,5 +1,6 @@
 import hashlib
 import io
+import os
 import shutil
 import struct
 from collections import Counter
@@ -11,15 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitopt.data.images import (
-    IMAGE_ENDINGS,
-    MAX_PIXELS,
-    ArrayReader,
-    ImageSet,
-    fit_labels,
-    image_files,
-    open_images,
-)
+from vitopt.data.decoding import IMAGE_ENDINGS, MAX_PIXELS, ArrayReader
+from vitopt.data.images import ImageSet, image_files, open_images
 from vitopt.errors import BadImageError, DataError
 from vitopt.recipe import DataSpec
 
@@ -152,12 +146,38 @@ def test_a_file_or_nothing_instead_of_a_folder(tmp_path):
 # metadata.csv
 
 
-def test_numeric_labels_of_a_table_are_taken_as_they_are(table):
-    images = opened(table("file_name,label\nc.png,7\na.png,2\n"))
-    assert images.class_names is None
-    assert images.ids == ("c.png", "a.png")
-    assert images.labels == (7, 2)
+def test_numbers_of_a_table_are_names_of_classes_in_order_of_value(table):
+    images = opened(table("file_name,label\nc.png,10\na.png,2\nb.png,10\nd.png,007\n"))
+    assert images.class_names == ("2", "007", "10")
+    assert images.ids == ("c.png", "a.png", "b.png", "d.png")
+    assert images.labels == (2, 0, 2, 1)
     assert images.image(0).getpixel((0, 0)) == (2, 2, 2)
+
+
+def test_numbers_count_outputs_where_the_user_says_so(table):
+    images = opened(table("file_name,label\nc.png,7\na.png,2\n"), labels="index")
+    assert images.class_names is None
+    assert images.labels == (7, 2)
+
+
+def test_numbered_class_folders_count_outputs_too(classes):
+    folder = classes(**{"7": 1, "10": 2, "003": 1})
+    assert opened(folder).class_names == ("003", "10", "7")
+    assert opened(folder, labels="index").labels == (3, 10, 10, 7)
+
+
+def test_words_cannot_count_outputs(classes):
+    line = refusal(classes(cat=1, **{"3": 1}), labels="index")
+    assert "'cat'" in line
+    assert "--labels index" in line
+
+
+def test_counted_labels_divide_and_limit_as_named_ones_do(classes):
+    folder = classes(**{"7": 10, "10": 10})
+    for split, limit in (("train", None), ("test", 3)):
+        named, counted = (opened(folder, split, labels=labels, limit=limit) for labels in ("name", "index"))
+        assert counted.ids == named.ids
+        assert [str(label) for label in counted.labels] == [named.class_names[label] for label in named.labels]
 
 
 def test_names_of_a_table_are_classes_in_order_of_name(table):
@@ -411,11 +431,19 @@ def test_hub_columns_are_found_or_named(hub):
         "owner/set: cannot tell which column is meant (picture, kind); set data.label_column in the recipe"
     )
     images = opened("owner/set", label_column="kind")
+    assert (images.labels, images.class_names) == ((0, 1), ("3", "5"))
+    images = opened("owner/set", label_column="kind", labels="index")
     assert (images.labels, images.class_names) == ((3, 5), None)
     assert refusal("owner/set", label_column="x") == "owner/set has no column 'x'; it has picture, kind"
     assert refusal("owner/set", label_column="kind", image_column="kind") == (
         "column 'kind' of owner/set holds no images; set data.image_column in the recipe"
     )
+
+
+def test_the_numbers_behind_a_hubs_names_may_count_outputs(hub):
+    hub(hub_splits({"test": [1, 0]}))
+    images = opened("owner/set", labels="index")
+    assert (images.labels, images.class_names) == ((1, 0), None)
 
 
 def test_hub_labels_may_be_words(hub):
@@ -587,6 +615,64 @@ def test_image_files(tmp_path):
         image_files([tmp_path])
 
 
+# formats
+
+
+@pytest.fixture
+def fake_ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `gs` that comes first on the path and leaves a trace, whose place is given."""
+    from PIL import EpsImagePlugin
+
+    trace = tmp_path / "it-ran"
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {trace}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return trace
+
+
+def postscript(path: Path) -> Path:
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(stream, "EPS")
+    path.write_bytes(stream.getvalue())
+    return path
+
+
+def test_postscript_never_starts_ghostscript(tmp_path, fake_ghostscript, hub):
+    import datasets
+
+    path = postscript(tmp_path / "x.jpg")
+    with pytest.raises(OSError):
+        Image.open(path).load()
+    assert fake_ghostscript.exists()  # Pillow by itself does start it
+    fake_ghostscript.unlink()
+    assert "not an image" in bad(path)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    cell = {"bytes": path.read_bytes(), "path": None}
+    rows = datasets.Dataset.from_dict({"image": [cell, cell], "label": [0, 1]}, features=features)
+    hub(datasets.DatasetDict({"test": rows}))
+    with pytest.raises(BadImageError, match="not an image"):
+        opened("owner/set").image(0)
+    assert not fake_ghostscript.exists()
+
+
+@pytest.mark.parametrize("format", ["ICNS", "TGA", "PCX", "SGI", "IM"])
+def test_formats_that_no_listed_ending_stands_for_are_not_decoded(tmp_path, format):
+    path = tmp_path / "x.png"
+    with path.open("wb") as stream:
+        Image.new("RGB", (16, 16)).save(stream, format)
+    Image.open(path).load()  # Pillow by itself does decode it
+    assert "not an image" in bad(path)
+
+
+def test_a_listed_format_under_another_listed_ending_is_fine(tmp_path):
+    with (tmp_path / "x.png").open("wb") as stream:
+        Image.new("RGB", (5, 4)).save(stream, "JPEG")
+    assert decode(tmp_path / "x.png").shape == (4, 5, 3)
+
+
 # hashes
 
 
@@ -620,53 +706,3 @@ def test_equal_images_with_other_labels_have_another_hash():
 def test_a_subset_has_the_hash_of_its_own_images():
     images = numbered([0, 1, 2])
     assert images.subset([2, 0]).image_hashes == (images.image_hashes[2], images.image_hashes[0])
-
-
-# labels and heads
-
-
-def test_named_classes_are_matched_by_name():
-    images = numbered([0, 1, 2], ("African_elephant", "Zebra", "sea-lion"))
-    fitted = fit_labels(images, ["zebra", "Sea Lion", "unused", "african elephant"])
-    assert fitted.labels == (3, 0, 1)
-    assert fitted.class_names == ("zebra", "Sea Lion", "unused", "african elephant")
-    assert fitted.sha256 != images.sha256
-
-
-def test_an_unknown_class_is_named():
-    with pytest.raises(DataError) as caught:
-        fit_labels(numbered([0, 1], ("cat", "yeti")), ["cat", "dog", "emu", "fox"])
-    assert str(caught.value) == (
-        "set has the class 'yeti', which the model's head does not know (4 classes: cat, dog, emu, ...): "
-        "name the class folders as the model does, or fine-tune the model on these classes first"
-    )
-
-
-def test_a_head_with_placeholder_names_takes_classes_by_position():
-    fitted = fit_labels(numbered([1, 0], ("cat", "dog")), ["LABEL_0", "LABEL_1"])
-    assert fitted.labels == (1, 0)
-    with pytest.raises(DataError, match="has the class 'cat', which the model's head does not know"):
-        fit_labels(numbered([1, 0], ("cat", "dog")), ["LABEL_0", "LABEL_1", "LABEL_2"])
-
-
-def test_classes_named_like_placeholders_are_matched_by_name():
-    heads = [f"LABEL_{index}" for index in range(11)]
-    folders = tuple(sorted(heads))  # LABEL_10 stands before LABEL_2
-    fitted = fit_labels(numbered(list(range(11)), folders), heads)
-    assert [heads[label] for label in fitted.labels] == list(folders)
-
-
-def test_numeric_labels_are_positions_of_the_head():
-    names = [f"class {index}" for index in range(8)]
-    fitted = fit_labels(numbered([7, 0, 3]), names)
-    assert fitted.labels == (7, 0, 3)
-    assert fitted.class_names == tuple(names)
-
-
-def test_numeric_labels_beyond_the_head():
-    with pytest.raises(DataError) as caught:
-        fit_labels(numbered([0, 4]), ["a", "b", "c", "d"])
-    assert str(caught.value) == (
-        "set has label 4, but the model's head has 4 classes (0 to 3): "
-        "use a model trained for these labels, or fine-tune one"
-    )

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, Trainer
 
 from vitopt.data.images import ImageSet, open_images
+from vitopt.data.labels import as_indices
 from vitopt.data.pixels import random_pixels
 from vitopt.errors import BadImageError, CheckpointError, DataError, MeasurementError, PatternError, StorageError
 from vitopt.finetune import training
@@ -302,14 +303,41 @@ def numbered(folder: Path, shapes: Path, labels: list[int]) -> ImageSet:
     return open_images(DataSpec(source=str(folder)), "all")
 
 
-def test_numeric_labels_keep_a_head_that_has_them_and_replace_one_that_has_not(
+def test_numbers_are_classes_and_only_those_that_the_images_have(
     tiny: Checkpoint, shapes: Path, tmp_path: Path
 ) -> None:
     spec = SHORT.model_copy(update={"epochs": 1})
-    finetune(tiny, numbered(tmp_path / "few", shapes, [0, 3, 1, 2]), spec, tmp_path / "kept", device="cpu")
+    for labels, names in (([0, 3, 1, 2], ["0", "1", "2", "3"]), ([0, 60, 7, 60], ["0", "7", "60"])):
+        output = tmp_path / f"out-{len(names)}"
+        finetune(tiny, numbered(tmp_path / f"in-{len(names)}", shapes, labels), spec, output, device="cpu")
+        assert open_checkpoint(str(output)).label_names == names
+
+
+def test_numbers_that_count_the_heads_outputs_keep_the_head(tiny: Checkpoint, shapes: Path, tmp_path: Path) -> None:
+    spec = SHORT.model_copy(update={"epochs": 1})
+    few, more = (
+        as_indices(numbered(tmp_path / name, shapes, labels))
+        for name, labels in (("few", [0, 3, 1, 3]), ("more", [0, 6, 1, 6]))
+    )
+    finetune(tiny, few, spec, tmp_path / "kept", device="cpu")
     assert open_checkpoint(str(tmp_path / "kept")).label_names == ["circle", "cross", "square", "stripe"]
-    finetune(tiny, numbered(tmp_path / "more", shapes, [0, 6, 1, 6]), spec, tmp_path / "new", device="cpu")
-    assert open_checkpoint(str(tmp_path / "new")).label_names == [str(number) for number in range(7)]
+    with pytest.raises(DataError, match="has label 6, but the model's head has 4 classes"):
+        finetune(tiny, more, spec, tmp_path / "new", device="cpu")
+
+
+def test_a_training_that_ends_in_guessing_says_so_and_is_kept(
+    tiny: Checkpoint, train: ImageSet, shapes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The test images' labels count in another order."""
+    for number, name in enumerate(("circle", "cross", "square", "stripe")):
+        other = ("circle", "cross", "square", "stripe")[(number + 1) % 4]
+        shutil.copytree(shapes / "train" / name, tmp_path / "other" / "test" / other)
+    wrong = open_images(DataSpec(source=str(tmp_path / "other")), "test")
+    spec = SHORT.model_copy(update={"method": "full", "epochs": 30, "learning_rate": 1e-3, "augment": False})
+    report = finetune(tiny, train, spec, tmp_path / "out", test=wrong, device="cpu")
+    assert report.test_top1_percent is not None and report.test_top1_percent < 15
+    assert any("no better than guessing" in record.message for record in caplog.records)
+    assert open_checkpoint(str(tmp_path / "out"))
 
 
 def test_test_images_of_another_class_are_refused(

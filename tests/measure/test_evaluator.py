@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from vitopt.data.images import ImageSet, fit_labels, open_images
+from vitopt.data.images import ImageSet, open_images
+from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor
+from vitopt.errors import MeasurementError
 from vitopt.measure import evaluator, rates
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint
@@ -460,3 +463,49 @@ def test_floor_and_utilisation_are_against_the_rates_in_the_record(subjects: lis
             assert row.model_flop_utilisation_percent == pytest.approx(100 * share)
             assert row.peak_bytes is None  # of a GPU only
         assert [row.batch_size for row in record.latency] == [1, 3]
+
+
+# Guessing
+
+
+def mislabelled(images: ImageSet, measured: list[Measured]) -> ImageSet:
+    """The same images with labels of which the first subject gets none right."""
+    predictions = measured[0].predictions
+    assert predictions is not None and predictions.ids == images.ids
+    return replace(images, labels=tuple((predictions.classes + 1) % 4))
+
+
+@pytest.mark.parametrize("baseline", ["base", None])
+def test_a_baseline_that_guesses_ends_before_it_is_timed(
+    subjects: list[Runnable],
+    images: ImageSet,
+    preprocess: Preprocessor,
+    measured: list[Measured],
+    monkeypatch: pytest.MonkeyPatch,
+    baseline: str | None,
+) -> None:
+    monkeypatch.setattr(evaluator, "_time_all", lambda *_: pytest.fail("it was timed"))
+    wrong = mislabelled(images, measured)
+    with pytest.raises(
+        MeasurementError, match=r"^base is right on 0 of 24 images.*order.*`vitopt benchmark`"
+    ) as caught:
+        evaluate(subjects, VARIANTS, QUICK, images=wrong, preprocess=preprocess, baseline=baseline)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_variant_may_guess_beside_a_baseline_that_does_not(
+    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor, measured: list[Measured]
+) -> None:
+    right = replace(images, labels=tuple(measured[0].predictions.classes.tolist()))
+    guessing = Spoiled(subjects[1], "small", lambda _, logits: -logits)
+    found = evaluate([subjects[0], guessing], VARIANTS, QUICK, images=right, preprocess=preprocess, baseline="base")
+    assert [one.record.failure for one in found] == [None, None]
+    assert found[0].record.accuracy.top1_percent == 100
+
+
+def test_untrained_weights_guess_with_a_warning(
+    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor, measured: list[Measured]
+) -> None:
+    wrong = mislabelled(images, measured)
+    found = evaluate(subjects[:1], VARIANTS[:1], QUICK, images=wrong, preprocess=preprocess, untrained=True)
+    assert sum("no better than guessing" in line for line in found[0].record.warnings) == 1

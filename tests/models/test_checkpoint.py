@@ -5,11 +5,9 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, Dinov2Config, SiglipConfig
 
@@ -193,42 +191,22 @@ def test_a_family_that_vitopt_does_not_know(folder):
     [
         ("{", "is not a valid JSON file"),
         ("", "is not a valid JSON file"),
-        ("[1]", "Should have a `model_type` key in its config.json"),
-        ("{}", "Should have a `model_type` key in its config.json"),
-        ('{"model_type": "no-such-type"}', "has model type `no-such-type` but Transformers does not recognize"),
-        ('{"model_type": "vit", "hidden_size": "wide"}', "Field 'hidden_size' expected int, got str (value: 'wide')"),
+        ("[1]", "config.json is not a mapping"),
+        ("{}", "config.json has no model_type"),
+        ('{"model_type": ["vit"]}', "config.json has no model_type"),
+        ('{"model_type": "no-such-type"}', "is of model type 'no-such-type', which is not supported"),
+        ('{"model_type": "vit", "architectures": {"a": 1}}', "architectures in config.json is not a list of names"),
+        (
+            '{"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": "wide"}',
+            "Field 'hidden_size' expected int, got str (value: 'wide')",
+        ),
     ],
 )
 def test_broken_configurations(folder, content, words):
     (folder / "config.json").write_text(content)
     line = refusal(folder)
-    assert line.startswith(f"cannot read the checkpoint {folder}: ")
+    assert str(folder) in line
     assert words in line
-
-
-def test_a_hub_id_without_a_network():
-    source = "some-owner/no-such-vit"
-    assert refusal(source) == (
-        f"cannot fetch '{source}' from the Hugging Face hub: no network, and it is not in the local cache; "
-        f"on a connected machine run `hf download {source} --local-dir FOLDER`, then pass that folder"
-    )
-
-
-def test_a_hub_id_that_does_not_exist(monkeypatch):
-    def absent(*_: object, **__: object) -> None:
-        raise OSError("owner/typo is not a local folder and is not a valid model identifier listed on\nthe hub")
-
-    class Hub:
-        def model_info(self, source: str, timeout: float) -> None:
-            assert timeout <= 10
-            # The client's HTTP library changes between versions; of its response only these are read.
-            raise HfHubHTTPError("404 Client Error", response=SimpleNamespace(headers={}, request=None))
-
-    monkeypatch.setattr(module, "HfApi", Hub)
-    monkeypatch.setattr(module.AutoConfig, "from_pretrained", absent)
-    assert refusal("owner/typo") == (
-        "no folder and no hub model named 'owner/typo': check the spelling, or log in with `hf auth login`"
-    )
 
 
 def test_a_hub_id_whose_shape_is_known_can_be_planned_without_a_network():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import make_checkpoint
 
-from vitopt.data.images import ImageSet, fit_labels, open_images
+from vitopt.data.images import ImageSet, open_images
+from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor, batches
 from vitopt.errors import CheckpointError, DataError, RecipeError, UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint

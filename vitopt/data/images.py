@@ -9,44 +9,31 @@ was trained on.
 import csv
 import functools
 import hashlib
-import io
 import os
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vitopt.data.decoding import IMAGE_ENDINGS, MAX_PIXELS, ArrayReader, FileReader, HubReader, Reader, as_rgb
+from vitopt.data.labels import as_indices, classes_of
 from vitopt.errors import BadImageError, DataError
 from vitopt.recipe import DataSpec
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "calibration")
 EVALUATION_SPLITS = ("test", "testing", "validation", "val", "valid")
 ALL = "all"
-MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 _TEST_SHARE = 0.2
-
-# ImageSet.image refuses such images with a clear line of its own.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-class Reader(Protocol):
-    """Gives the encoded or decoded content of image `index`."""
-
-    def content(self, index: int) -> bytes: ...
-
-    def image(self, index: int) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
 class ImageSet:
     """Images with labels, in a fixed order.
 
-    `labels` index `class_names`; without names they are the indices of the model's own head.
+    `labels` index `class_names`; where the user says that labels count a head's outputs, there are no names.
     """
 
     name: str
@@ -75,7 +62,7 @@ class ImageSet:
                     f"image {name} has {megapixels:.0f} megapixels, more than the {MAX_PIXELS / 1e6:.0f} that are "
                     "safe to decode: shrink it, or leave it out with --skip-bad-images"
                 )
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return as_rgb(ImageOps.exif_transpose(image))
         except BadImageError:
             raise
         except Image.DecompressionBombError as error:
@@ -128,66 +115,12 @@ class ImageSet:
         return self.subset(sorted(index for _, index in sorted(order)[:count]))
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # Pillow would cut 16 bits off at 255, which leaves a white image.
-        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError("its pixels are 32-bit numbers of unknown range; save it with 8 or 16 bits")
-    return image.convert("RGB")
-
-
-@dataclass(frozen=True)
-class FileReader:
-    """Images in files."""
-
-    paths: tuple[Path, ...]
-
-    def content(self, index: int) -> bytes:
-        return self.paths[index].read_bytes()
-
-    def image(self, index: int) -> Image.Image:
-        image = Image.open(self.paths[index])
-        if image.width * image.height <= MAX_PIXELS:
-            image.load()
-        return image
-
-
-@dataclass(frozen=True)
-class ArrayReader:
-    """Images in memory: (count, height, width) bytes."""
-
-    pixels: np.ndarray
-
-    def content(self, index: int) -> bytes:
-        return self.pixels[index].tobytes()
-
-    def image(self, index: int) -> Image.Image:
-        return Image.fromarray(self.pixels[index])
-
-
-@dataclass(frozen=True)
-class HubReader:
-    """Rows of a Hugging Face data set whose image column is not decoded yet."""
-
-    rows: Any
-    column: str
-
-    def content(self, index: int) -> bytes:
-        value = self.rows[index][self.column]
-        if value is None:
-            return b""  # an empty cell, which cannot be decoded
-        return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-
-    def image(self, index: int) -> Image.Image:
-        return Image.open(io.BytesIO(self.content(index)))
-
-
 def open_images(spec: DataSpec, split: str | None) -> ImageSet:
     """Open one split of a data set. `split` None takes the one meant for testing.
 
     Raises:
-        DataError: no such folder or split, no images, fewer than two classes, a hub that cannot be reached.
+        DataError: no such folder or split, no images, fewer than two classes, labels that are no indices where the
+            spec says they are, a hub that cannot be reached.
     """
     source, _, named = spec.source.partition(":") if not Path(spec.source).exists() else (spec.source, "", "")
     split = named or split
@@ -208,7 +141,7 @@ def open_images(spec: DataSpec, split: str | None) -> ImageSet:
             f"all {len(images)} images of {spec.source} are of one class; accuracy needs at least two: "
             "give the folder that holds the class folders"
         )
-    return images.limited(spec.limit)
+    return (as_indices(images) if spec.labels == "index" else images).limited(spec.limit)
 
 
 def image_files(paths: Sequence[Path]) -> ImageSet:
@@ -340,7 +273,7 @@ def _is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
 
 
-def _read_metadata(path: Path) -> tuple[list[Path], list[int], tuple[str, ...] | None]:
+def _read_metadata(path: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
     table = path / "metadata.csv"
     try:
         with table.open(newline="", encoding="utf-8-sig") as stream:
@@ -357,11 +290,7 @@ def _read_metadata(path: Path) -> tuple[list[Path], list[int], tuple[str, ...] |
         if not (path / name).is_file():
             raise DataError(f"{table} line {line}: {name} does not exist")
     files = [path / name for name, _ in entries]
-    if all(label.isdecimal() for _, label in entries):
-        return files, [int(label) for _, label in entries], None
-    names = tuple(sorted({label for _, label in entries}))
-    index = {name: position for position, name in enumerate(names)}
-    return files, [index[label] for _, label in entries], names
+    return files, *classes_of([label for _, label in entries])
 
 
 def _hub(source: str, spec: DataSpec, split: str | None) -> ImageSet:
@@ -386,19 +315,21 @@ def _hub(source: str, spec: DataSpec, split: str | None) -> ImageSet:
     if not isinstance(rows.features[image_column], datasets.Image):
         raise DataError(f"column {image_column!r} of {source} holds no images; set data.image_column in the recipe")
     labels, names = _hub_labels(rows, label_column, f"{source}:{chosen}")
+    if spec.labels == "index" and hasattr(rows.features[label_column], "names"):
+        names = None  # its names are given up for its numbers
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     return ImageSet(
         name=source,
         split=chosen,
         ids=tuple(f"{chosen}-{index:06d}" for index in range(len(rows))),
-        labels=labels,
+        labels=tuple(labels),
         class_names=names,
         reader=HubReader(rows, image_column),
         rows=tuple(range(len(rows))),
     )
 
 
-def _hub_labels(rows: Any, column: str, source: str) -> tuple[tuple[int, ...], tuple[str, ...] | None]:
+def _hub_labels(rows: Any, column: str, source: str) -> tuple[Sequence[int], tuple[str, ...] | None]:
     values = list(rows[column])
     # The hub marks the images of a split without labels with -1.
     if any(value in (None, -1) for value in values):
@@ -406,13 +337,11 @@ def _hub_labels(rows: Any, column: str, source: str) -> tuple[tuple[int, ...], t
             f"{source} has images without a label in column {column!r}; take a split whose labels are known"
         )
     names = getattr(rows.features[column], "names", None)
-    if names is None and all(isinstance(value, str) for value in values):
-        names = sorted(set(values))
-        index = {name: position for position, name in enumerate(names)}
-        values = [index[value] for value in values]
-    if not all(isinstance(value, int) and value >= 0 for value in values):
+    if names is not None:
+        return values, tuple(names)
+    if not all(isinstance(value, str) or (isinstance(value, int) and value >= 0) for value in values):
         raise DataError(f"column {column!r} of {source} holds no classes; set data.label_column in the recipe")
-    return tuple(values), None if names is None else tuple(names)
+    return classes_of(list(map(str, values)))
 
 
 def _column(features: Any, kind: type, key: str, source: str) -> str:
@@ -422,42 +351,3 @@ def _column(features: Any, kind: type, key: str, source: str) -> str:
             f"{source}: cannot tell which column is meant ({', '.join(features)}); set data.{key} in the recipe"
         )
     return found[0]
-
-
-def fit_labels(images: ImageSet, label_names: Sequence[str]) -> ImageSet:
-    """Express the labels as indices of a head with outputs `label_names`.
-
-    Named classes are matched by name (case, spaces, `_` and `-` aside); a head with placeholder names
-    (`LABEL_0`) of the same count takes them by position; numeric labels are taken as they are.
-
-    Raises:
-        DataError: the labels do not fit; the message names the first that does not.
-    """
-    if images.class_names is None:
-        highest = max(images.labels)
-        if highest >= len(label_names):
-            raise DataError(
-                f"{images.name} has label {highest}, but the model's head has {len(label_names)} classes "
-                f"(0 to {len(label_names) - 1}): use a model trained for these labels, or fine-tune one"
-            )
-        return replace(images, class_names=tuple(label_names))
-    positions = _positions(images, label_names)
-    return replace(images, labels=tuple(positions[label] for label in images.labels), class_names=tuple(label_names))
-
-
-def _positions(images: ImageSet, label_names: Sequence[str]) -> list[int]:
-    assert images.class_names is not None
-    normalise: Callable[[str], str] = lambda name: name.casefold().replace("_", " ").replace("-", " ").strip()  # noqa: E731
-    of_head = {normalise(name): index for index, name in enumerate(label_names)}
-    unknown = [name for name in images.class_names if normalise(name) not in of_head]
-    generic = all(name.startswith("LABEL_") for name in label_names)
-    if unknown and generic and len(label_names) == len(images.class_names):
-        return list(range(len(label_names)))
-    if unknown:
-        examples = ", ".join(label_names[:3])
-        raise DataError(
-            f"{images.name} has the class {unknown[0]!r}, which the model's head does not know "
-            f"({len(label_names)} classes: {examples}, ...): name the class folders as the model does, "
-            "or fine-tune the model on these classes first"
-        )
-    return [of_head[normalise(name)] for name in images.class_names]

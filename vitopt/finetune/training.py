@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import logging
 import math
 import shutil
 import time
@@ -17,9 +18,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback
 
 from vitopt import environment, progress, storage
-from vitopt.data.images import ImageSet, fit_labels
+from vitopt.data.images import ImageSet
+from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Augmentation, PixelDataset, Preprocessor
 from vitopt.errors import CheckpointError, MeasurementError, StorageError
+from vitopt.measure.chance import explain_guessing, is_guessing
 from vitopt.models.checkpoint import (
     CONFIG_FILE,
     Checkpoint,
@@ -31,6 +34,8 @@ from vitopt.models.checkpoint import (
 from vitopt.models.classes import why_not_trained
 from vitopt.models.names import linear_layers, select
 from vitopt.recipe import FinetuneSpec
+
+logger = logging.getLogger(__name__)
 
 REPORT_FILE = "training.json"
 _SAVE_EVERY_SECONDS = 300
@@ -122,6 +127,10 @@ def finetune(
     seconds = time.perf_counter() - started
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     top1 = None if test is None else _top1_percent(trainer, PixelDataset(test, preprocess))
+    if test is not None and top1 is not None:
+        right = round(top1 * len(test) / 100)
+        if is_guessing(right, len(test), len(labels)):
+            logger.warning("%s", explain_guessing("the fine-tuned model", right, len(test), len(labels)))
     report = TrainingReport(
         images=len(train),
         classes=len(labels),
@@ -146,13 +155,8 @@ def finetune(
 
 
 def head_labels(checkpoint: Checkpoint, train: ImageSet) -> list[str]:
-    """Names of the head's outputs after a fine-tuning on `train`."""
-    if train.class_names is not None:
-        return list(train.class_names)
-    highest = max(train.labels)
-    if highest < checkpoint.config.num_labels:
-        return checkpoint.label_names
-    return [str(index) for index in range(highest + 1)]
+    """Names of the head's outputs after a fine-tuning on `train`: its classes, or the head's own if it counts those."""
+    return checkpoint.label_names if train.class_names is None else list(train.class_names)
 
 
 def _with_lora(model: PreTrainedModel, model_type: str, spec: FinetuneSpec) -> Any:

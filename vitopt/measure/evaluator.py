@@ -14,7 +14,9 @@ import torch
 from vitopt import environment, progress
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor, random_pixels
+from vitopt.errors import MeasurementError
 from vitopt.measure import accuracy, statistics
+from vitopt.measure.chance import explain_guessing, is_guessing
 from vitopt.measure.conditions import watched
 from vitopt.measure.end_to_end import time_end_to_end
 from vitopt.measure.failures import explain_failure, is_out_of_memory
@@ -46,13 +48,18 @@ def evaluate(
     preprocess: Preprocessor | None = None,
     skip_bad: bool = False,
     baseline: str | None = None,
+    untrained: bool = False,
 ) -> list[Measured]:
     """Measure accuracy (where `images` are given), latency, size and memory of all subjects together.
 
     `specs` tell what was asked for, None for a checkpoint that came from elsewhere. A subject that cannot be
     measured gets a record with a `failure`; the others finish. In processes other than the main one only the
     share of accuracy is done, and the list is empty.
-    Without the baseline's own figures the others are measured and compared with nothing.
+    Without the baseline's own figures the others are measured and compared with nothing. `untrained` weights are
+    expected to guess, which is a warning then.
+
+    Raises:
+        MeasurementError: the baseline, or without one the first subject, only guesses the images' classes.
     """
     outcome = None
     if images is not None and preprocess is not None:
@@ -60,6 +67,7 @@ def evaluate(
             subjects, images, preprocess, batch_size=spec.batch_size, workers=spec.workers, skip_bad=skip_bad
         )
         images = images.without(outcome.skipped)
+        _refuse_guessing(outcome, baseline or subjects[0].name, untrained)
     if not environment.is_main_process():
         environment.wait_for_all()
         return []
@@ -89,6 +97,20 @@ def evaluate(
     measured = [_with_kernel(one, subject) for one, subject in zip(measured, subjects, strict=True)]
     environment.wait_for_all()
     return measured
+
+
+def _refuse_guessing(outcome: accuracy.Outcome, name: str, untrained: bool) -> None:
+    """Stop before minutes of timing where images and model do not belong together."""
+    predictions = outcome.predictions.get(name)
+    if predictions is None:
+        return
+    right, classes = int(predictions.correct.sum()), predictions.logits.shape[1]
+    if not is_guessing(right, len(predictions.labels), classes):
+        return
+    line = explain_guessing(name, right, len(predictions.labels), classes)
+    if not untrained:
+        raise MeasurementError(f"{line}; `vitopt benchmark` measures speed without images")
+    outcome.notes.setdefault(name, []).append(line)
 
 
 def _speed_fields(

@@ -7,19 +7,18 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
-    AutoConfig,
+    CONFIG_MAPPING,
     AutoImageProcessor,
     AutoModelForImageClassification,
+    ImageProcessingMixin,
     PretrainedConfig,
     PreTrainedModel,
     ViTImageProcessor,
@@ -28,16 +27,16 @@ from transformers import (
 
 from vitopt import environment, storage
 from vitopt.errors import CheckpointError
+from vitopt.models import gate, hub
 from vitopt.models.architectures import RANDOM_PREFIX, architecture_names, known_architecture
-from vitopt.models.classes import CLASSIFIERS, name_input_embeddings
-from vitopt.models.names import HEADS, families
+from vitopt.models.classes import name_input_embeddings
+from vitopt.models.names import HEADS
 
 BUILT_IN = "vit-quickstart"
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
-_PICKLE_ENDINGS = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_ADAPTER_FILE = "adapter_config.json"
 _RANDOM_SEED = 0
-_HUB_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Checkpoint:
     location: str  # a folder or a hub id; `random:` sources have none
     config: PretrainedConfig
     weights: tuple[Path, ...] = ()  # of a local folder
+    revision: str | None = None  # of a hub id: the commit that was checked, and so the one to load from
 
     @property
     def is_random(self) -> bool:
@@ -127,19 +127,12 @@ def _looks_like_hub_id(source: str) -> bool:
 
 
 def _open_folder(source: str, path: Path) -> Checkpoint:
+    if (path / _ADAPTER_FILE).is_file():
+        raise gate.refuse_adapter(source)
     if not (path / CONFIG_FILE).is_file():
-        if (path / "adapter_config.json").is_file():
-            raise CheckpointError(
-                f"{source} holds a peft adapter, not a whole model: merge it first (`vitopt finetune` does)"
-            )
         raise CheckpointError(f"{source} has no config.json, so it is not a Hugging Face checkpoint")
-    weights = tuple(sorted(path.glob("*.safetensors")))
-    if not weights:
-        pickled = sorted(file.name for file in path.iterdir() if file.name.endswith(_PICKLE_ENDINGS))
-        if pickled:
-            raise CheckpointError(_refuse_pickle(source, pickled[0]))
-        raise CheckpointError(f"{source} has no .safetensors file, so there are no weights to load")
-    config = _read_config(source, lambda: AutoConfig.from_pretrained(path, local_files_only=True))
+    weights = gate.weight_files(source, path)
+    config = _read_config(source, path / CONFIG_FILE)
     for file in weights:
         try:
             with safe_open(file, framework="pt"):
@@ -149,73 +142,38 @@ def _open_folder(source: str, path: Path) -> Checkpoint:
     return Checkpoint(source, str(path), config, weights)
 
 
-def _refuse_pickle(source: str, name: str) -> str:
-    code = (
-        "from transformers import AutoModelForImageClassification as M; "
-        f"M.from_pretrained('{source}', use_safetensors=False).save_pretrained('converted')"
-    )
-    return (
-        f"{source}: {name} is a pickle, which can run code when it is opened, so vitopt refuses it; "
-        f'if you trust its origin, convert it with: python -c "{code}"'
-    )
-
-
 def _open_hub(source: str, config_only: bool) -> Checkpoint:
     try:
-        _require_hub(source)
-        config = _read_config(source, lambda: AutoConfig.from_pretrained(source))
+        path = hub.fetch_config(source, CONFIG_FILE)
     except CheckpointError:
         shape = known_architecture(source) if config_only else None
         if shape is None:
             raise
         return Checkpoint(source, source, shape)
-    return Checkpoint(source, source, config)
+    revision = path.parent.name
+    config = _read_config(source, path)
+    # Small files that say which weights are opened; the weights themselves are fetched when they are loaded.
+    if hub.fetch(source, _ADAPTER_FILE, revision) is not None:
+        raise gate.refuse_adapter(source)
+    index = hub.fetch(source, gate.INDEX_FILE, revision)
+    if index is not None:
+        gate.shards(source, index)
+    return Checkpoint(source, source, config, revision=revision)
 
 
-def _require_hub(source: str) -> None:
-    """Ask once whether the hub answers: transformers would try again for half a minute before it gives up."""
-    if isinstance(try_to_load_from_cache(source, CONFIG_FILE), str):
-        return
+def _read_config(source: str, path: Path) -> PretrainedConfig:
+    content = gate.read_config(source, path)
     try:
-        HfApi().model_info(source, timeout=_HUB_SECONDS)
-    except HfHubHTTPError:
-        return  # it answers; what it says is told when the configuration is read
-    except Exception as error:  # each version of the client wraps the refusals of the network in its own way
-        raise CheckpointError(_no_network(source)) from error
-
-
-def _no_network(source: str) -> str:
-    return (
-        f"cannot fetch {source!r} from the Hugging Face hub: no network, and it is not in the local cache; "
-        f"on a connected machine run `hf download {source} --local-dir FOLDER`, then pass that folder"
-    )
-
-
-def _read_config(source: str, read: Callable[[], Any]) -> PretrainedConfig:
-    try:
-        config: PretrainedConfig = read()
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        config: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(_explain_load_failure(source, error)) from error
-    architectures = config.architectures or []
-    if not any(name.endswith(CLASSIFIERS) for name in architectures):
-        found = ", ".join(architectures) or f"{config.model_type} without a head"
-        raise CheckpointError(
-            f"{source} is not an image classifier (it is {found}); vitopt needs an ...ForImageClassification model"
-        )
-    if config.model_type not in families():
-        raise CheckpointError(
-            f"{source} is of model type {config.model_type!r}, which is not supported; supported: "
-            + ", ".join(families())
-        )
     return config
 
 
-def _explain_load_failure(source: str, error: Exception) -> str:
+def _explain_load_failure(source: str, error: Exception, on_hub: bool = False) -> str:
+    if on_hub and isinstance(error, OSError):
+        return hub.explain_no_network(source)
     text = " ".join(str(error).split())
-    if not Path(source).expanduser().exists() and source != BUILT_IN:
-        if "not a valid model identifier" in text or "404" in text:
-            return f"no folder and no hub model named {source!r}: check the spelling, or log in with `hf auth login`"
-        return _no_network(source)
     return f"cannot read the checkpoint {source}: {textwrap.shorten(text, 300, placeholder=' ...')}"
 
 
@@ -225,7 +183,7 @@ def empty_model(checkpoint: Checkpoint, classes: int | None = None) -> PreTraine
     if classes is not None:
         config.num_labels = classes
     with torch.device("meta"):
-        return AutoModelForImageClassification.from_config(config)
+        return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
 
 
 def _without_quantization(config: PretrainedConfig) -> PretrainedConfig:
@@ -264,31 +222,34 @@ def load_model(
         name_input_embeddings(checkpoint.config)
     if device is not None and device.type != "cpu":
         options["device_map"] = {"": device}
-    if label_names is not None:
-        options |= _labels(label_names)
     try:
         model, report = AutoModelForImageClassification.from_pretrained(
-            # Weights that do not fit are left out here and refused below, where it can be said which.
             checkpoint.location,
+            config=_with_labels(checkpoint.config, label_names),
+            revision=checkpoint.revision,
+            trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            # Weights that do not fit are left out here and refused below, where it can be said which.
             ignore_mismatched_sizes=True,
             **options,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if "safetensors" in str(error) and checkpoint.folder is None:
-            raise CheckpointError(_refuse_pickle(checkpoint.source, "the only weight file")) from error
-        raise CheckpointError(_explain_load_failure(checkpoint.source, error)) from error
+            raise CheckpointError(gate.explain_pickle(checkpoint.source, "the only weight file")) from error
+        raise CheckpointError(
+            _explain_load_failure(checkpoint.source, error, on_hub=checkpoint.revision is not None)
+        ) from error
     _require_all_weights(checkpoint.source, report, fresh_head=label_names is not None)
     return model.eval()
 
 
-def _labels(names: list[str]) -> dict[str, Any]:
-    return {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
+def _with_labels(config: PretrainedConfig, names: list[str] | None) -> PretrainedConfig:
+    config = copy.deepcopy(config)
+    if names is not None:
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+        config.update({"num_labels": len(names), **labels})
+    return config
 
 
 def _require_all_weights(source: str, report: dict[str, Any], fresh_head: bool) -> None:
@@ -319,11 +280,10 @@ def _random_model(
         raise CheckpointError(f"{checkpoint.source} must be saved before it is quantized")
     set_seed(_RANDOM_SEED)
     dtype = torch.float32 if options["dtype"] == "auto" else options["dtype"]
-    config = copy.deepcopy(checkpoint.config)
-    if label_names is not None:
-        config.update(_labels(label_names))
+    config = _with_labels(checkpoint.config, label_names)
     # Drawn in fp32 and rounded, so that the same source has the same weights in every type.
-    model = AutoModelForImageClassification.from_config(config, **options | {"dtype": torch.float32})
+    options |= {"dtype": torch.float32, "trust_remote_code": False}
+    model = AutoModelForImageClassification.from_config(config, **options)
     model.config.dtype = dtype
     return model.to(device or "cpu", dtype).eval()
 
@@ -332,24 +292,30 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     """The checkpoint's own image processor; a plain ViT one for random weights.
 
     Raises:
-        CheckpointError: preprocessor_config.json is missing or unreadable.
+        CheckpointError: preprocessor_config.json is missing, unreadable, or names code.
     """
     if checkpoint.is_random:
         height, width = checkpoint.image_size
         return ViTImageProcessor(size={"height": height, "width": width}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     try:
-        return AutoImageProcessor.from_pretrained(checkpoint.location)
+        content, _ = ImageProcessingMixin.get_image_processor_dict(checkpoint.location, revision=checkpoint.revision)
+        gate.refuse_code(checkpoint.source, content)
+        return AutoImageProcessor.from_pretrained(
+            checkpoint.location, config=checkpoint.config, revision=checkpoint.revision, trust_remote_code=False
+        )
     except ImportError as error:
         raise CheckpointError(
             f"the installed transformers reads {PREPROCESSOR_FILE} with torchvision only: install torchvision, "
             "or a newer transformers"
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if checkpoint.folder and not (checkpoint.folder / PREPROCESSOR_FILE).is_file():
             raise CheckpointError(
                 f"{checkpoint.source} has no {PREPROCESSOR_FILE}: copy it from the model it was made from"
             ) from error
-        raise CheckpointError(_explain_load_failure(checkpoint.source, error)) from error
+        raise CheckpointError(
+            _explain_load_failure(checkpoint.source, error, on_hub=checkpoint.revision is not None)
+        ) from error
 
 
 def save_checkpoint(model: PreTrainedModel, processor: Any, folder: Path) -> None:

@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 
 from vitopt import environment, progress, storage
-from vitopt.data.images import ImageSet, fit_labels
+from vitopt.data.images import ImageSet
+from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor, batches
 from vitopt.environment import DTYPES
 from vitopt.errors import CheckpointError, DataError, RecipeError

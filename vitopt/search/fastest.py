@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from vitopt import environment
-from vitopt.data.images import ImageSet, fit_labels
+from vitopt.data.images import ImageSet
+from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.formats import FORMATS, HalfFormat
@@ -106,6 +107,7 @@ def find_fastest(
             images=fit_labels(images, checkpoint.label_names),
             preprocess=Preprocessor(load_processor(checkpoint)),
             baseline=REFERENCE,
+            untrained=checkpoint.is_random,
         )
     records = [one.record for one in measured]
     if records[0].failure or not records[0].latency:

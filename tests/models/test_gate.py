@@ -1,0 +1,250 @@
+"""A stranger's checkpoint: its code never runs, nothing is asked, and its weights are safetensors of its own folder."""
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from vitopt.errors import CheckpointError
+from vitopt.models import gate
+from vitopt.models.checkpoint import empty_model, load_model, load_processor, open_checkpoint
+from vitopt.optimize.quantize import quantize
+from vitopt.pipeline import plans, predict
+from vitopt.recipe import Recipe, VariantSpec
+
+ENTRIES = {
+    "AutoConfig": "code.Config",
+    "AutoModelForImageClassification": "code.Model",
+    "AutoImageProcessor": "code.Processor",
+}
+
+
+def change(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def folder(tiny_checkpoint: Path, copy_of: Callable[[Path], Path]) -> Path:
+    """A checkpoint folder that the test may change."""
+    return copy_of(tiny_checkpoint)
+
+
+@pytest.fixture
+def armed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """Code in `folder` that leaves a trace, and `y` on standard input; tells whether either was touched."""
+    trace = tmp_path / "it-ran"
+    (folder / "code.py").write_text(
+        f"open({str(trace)!r}, 'w').close()\n"
+        "from transformers import PretrainedConfig as Config, ViTForImageClassification as Model\n"
+        "from transformers import ViTImageProcessor as Processor\n"
+    )
+    typed = io.StringIO("y\n" * 20)
+    monkeypatch.setattr(sys, "stdin", typed)
+    return lambda: trace.exists() or typed.tell() > 0
+
+
+def one_line(call: Callable[[], object]) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def recipe(folder: Path) -> Recipe:
+    return Recipe(name="r", model=str(folder), variants=(VariantSpec(name="fp32", format="fp32"),))
+
+
+USES: dict[str, Callable[[Path, Path], Any]] = {
+    "dry run": lambda folder, tmp: plans(recipe(folder)),
+    "quantize": lambda folder, tmp: quantize(
+        open_checkpoint(str(folder)), VariantSpec(name="bf16", format="bf16"), tmp / "out", device="cpu"
+    ),
+    "predict": lambda folder, tmp: predict(str(folder), [tmp / "x.png"], top=1, device="cpu"),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_code_of_an_unknown_model_type_is_refused_unasked(folder, armed, tmp_path, use):
+    change(folder / "config.json", auto_map=ENTRIES, model_type="strange-vit")
+    line = one_line(lambda: USES[use](folder, tmp_path))
+    assert "'strange-vit'" in line
+    assert "auto_map" in line
+    assert not armed()
+
+
+def test_code_of_a_preprocessor_is_refused_unasked(folder, armed):
+    for name in ("ViTImageProcessor", "StrangeProcessor", None):
+        change(folder / "preprocessor_config.json", auto_map=ENTRIES, image_processor_type=name)
+        line = one_line(lambda: load_processor(open_checkpoint(str(folder))))
+        assert "preprocessor" in line
+        assert "auto_map" in line
+        assert not armed()
+
+
+def test_code_of_a_nested_preprocessor_is_refused_too(folder, armed):
+    content = {"image_processor": {"image_processor_type": "StrangeProcessor", "auto_map": ENTRIES}}
+    (folder / "processor_config.json").write_text(json.dumps(content))
+    assert "auto_map" in one_line(lambda: load_processor(open_checkpoint(str(folder))))
+    assert not armed()
+
+
+def test_a_preprocessor_that_is_no_mapping(folder):
+    (folder / "preprocessor_config.json").write_text("[1]")
+    assert str(folder) in one_line(lambda: load_processor(open_checkpoint(str(folder))))
+
+
+def test_code_beside_a_known_model_type_is_left_out(folder, armed, tmp_path, caplog):
+    change(folder / "config.json", auto_map=ENTRIES)
+    checkpoint = open_checkpoint(str(folder))
+    model = load_model(checkpoint)
+    assert type(model) is transformers.ViTForImageClassification
+    assert type(empty_model(checkpoint)) is transformers.ViTForImageClassification
+    assert type(load_processor(checkpoint)).__module__.startswith("transformers.")
+    quantize(checkpoint, VariantSpec(name="bf16", format="bf16"), tmp_path / "out", device="cpu")
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not armed()
+    assert [record.message for record in caplog.records if "code of its own" in record.message] == [
+        f"{folder} names code of its own, which vitopt never runs: opened as transformers' vit"
+    ]
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("place", ["vit", "clip"])
+def test_a_kernel_of_a_configuration_is_not_fetched(make_family, copy_of, monkeypatch, key, place):
+    """transformers fetches an attention by this name from the hub and imports it."""
+    folder = copy_of(make_family(place).folder)
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    content.get("vision_config", content)[key] = "owner/kernel"
+    path.write_text(json.dumps(content))
+    asked: list[str] = []
+    monkeypatch.setattr("transformers.modeling_utils.is_kernel", lambda name: asked.append(name) or False)
+    checkpoint = open_checkpoint(str(folder))
+    load_model(checkpoint)
+    empty_model(checkpoint)
+    assert "owner/kernel" not in asked
+
+
+def test_weights_of_another_packing_are_refused(folder):
+    change(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    line = one_line(lambda: open_checkpoint(str(folder)))
+    assert "'gptq'" in line
+    assert "bitsandbytes and torchao" in line
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_beside_a_model_is_refused(folder, whole):
+    """transformers would load its weights too, pickles among them, or another base model."""
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
+    if not whole:
+        (folder / "config.json").unlink()
+    assert "adapter" in one_line(lambda: open_checkpoint(str(folder)))
+
+
+# weights
+
+
+@pytest.fixture
+def sharded(folder: Path) -> Callable[..., Path]:
+    """Divides the weights of `folder` between two files; the head lies where the test says."""
+
+    def divide(head: object = "model-00002-of-00002.safetensors", metadata: bool = True) -> Path:
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        first = {name: tensor for name, tensor in weights.items() if not name.startswith("classifier.")}
+        second = {name: tensor for name, tensor in weights.items() if name.startswith("classifier.")}
+        save_file(first, folder / "model-00001-of-00002.safetensors", metadata={"format": "pt"})
+        save_file(second, folder / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
+        torch.save(second, folder / "model-00002-of-00002.bin")
+        save_file(second, folder.parent / "outside.safetensors", metadata={"format": "pt"})
+        weight_map = dict.fromkeys(first, "model-00001-of-00002.safetensors") | dict.fromkeys(second, head)
+        (folder / gate.INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        return folder
+
+    return divide
+
+
+def test_weights_in_several_files(sharded, tiny_checkpoint):
+    checkpoint = open_checkpoint(str(sharded()))
+    assert [file.name for file in checkpoint.weights] == [f"model-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    expected = load_model(open_checkpoint(str(tiny_checkpoint))).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_model(checkpoint).state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-00002-of-00002.bin",
+        "../outside.safetensors",
+        "ABSOLUTE/outside.safetensors",
+        "sub/model.safetensors",
+        ".safetensors",
+        "..safetensors",
+        "model-00002-of-00002.safetensors\n",
+        "",
+        7,
+        None,
+        ["model-00002-of-00002.safetensors"],
+    ],
+)
+def test_an_index_names_safetensors_of_its_own_folder_only(sharded, folder, name):
+    name = name.replace("ABSOLUTE", str(folder.parent)) if isinstance(name, str) else name
+    line = one_line(lambda: open_checkpoint(str(sharded(name))))
+    assert repr(name) in line
+    assert gate.INDEX_FILE in line
+
+
+def test_a_weight_file_that_is_not_there(sharded):
+    line = one_line(lambda: open_checkpoint(str(sharded("model-00009-of-00002.safetensors"))))
+    assert "lacks model-00009-of-00002.safetensors" in line
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["model.safetensors"]}'])
+def test_a_broken_index(sharded, content):
+    folder = sharded()
+    (folder / gate.INDEX_FILE).write_text(content)
+    line = one_line(lambda: open_checkpoint(str(folder)))
+    assert gate.INDEX_FILE in line
+    assert "copy" in line
+
+
+def test_an_index_that_nothing_reads_may_be_stale(folder):
+    (folder / gate.INDEX_FILE).write_text('{"weight_map": {"head": "gone.safetensors"}}')
+    assert load_model(open_checkpoint(str(folder))) is not None
+
+
+def test_a_link_that_leaves_the_folder_is_refused(folder):
+    outside = (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
+    (folder / "model.safetensors").symlink_to(outside)
+    line = one_line(lambda: open_checkpoint(str(folder)))
+    assert str(folder / "model.safetensors") in line
+    assert "link" in line
+
+
+def test_links_within_the_folder_and_to_it_are_fine(folder, tmp_path):
+    (folder / "model.safetensors").rename(folder / "weights.data")
+    (folder / "model.safetensors").symlink_to("weights.data")
+    (tmp_path / "link").symlink_to(folder)
+    assert load_model(open_checkpoint(str(tmp_path / "link"))) is not None
+
+
+def test_a_snapshot_of_the_hubs_cache_links_to_its_own_blobs(folder, tmp_path):
+    repository = tmp_path / "models--owner--vit"
+    snapshot = repository / "snapshots" / "0a1b2c"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (repository / "blobs").mkdir()
+    (snapshot / "model.safetensors").rename(repository / "blobs" / "abc")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/abc")
+    assert load_model(open_checkpoint(str(snapshot))) is not None
+    (repository / "blobs" / "abc").rename(tmp_path / "abc")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to("../../../abc")
+    assert "link" in one_line(lambda: open_checkpoint(str(snapshot)))

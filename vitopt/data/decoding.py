@@ -1,0 +1,89 @@
+"""Image content: where it is read from, and which formats are decoded at all.
+
+Pillow knows formats whose decoder is another program (PostScript starts Ghostscript) and tells them by their first
+bytes, whatever the file is called. Only the formats below are ever tried.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
+
+# ImageSet.image refuses such images with a clear line of its own.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class Reader(Protocol):
+    """Gives the encoded or decoded content of image `index`."""
+
+    def content(self, index: int) -> bytes: ...
+
+    def image(self, index: int) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Images in files."""
+
+    paths: tuple[Path, ...]
+
+    def content(self, index: int) -> bytes:
+        return self.paths[index].read_bytes()
+
+    def image(self, index: int) -> Image.Image:
+        image = Image.open(self.paths[index], formats=FORMATS)
+        if image.width * image.height <= MAX_PIXELS:
+            image.load()
+        return image
+
+
+@dataclass(frozen=True)
+class ArrayReader:
+    """Images in memory: (count, height, width) bytes."""
+
+    pixels: np.ndarray
+
+    def content(self, index: int) -> bytes:
+        return self.pixels[index].tobytes()
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+
+@dataclass(frozen=True)
+class HubReader:
+    """Rows of a Hugging Face data set whose image column is not decoded yet."""
+
+    rows: Any
+    column: str
+
+    def content(self, index: int) -> bytes:
+        value = self.rows[index][self.column]
+        if value is None:
+            return b""  # an empty cell, which cannot be decoded
+        return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+
+    def image(self, index: int) -> Image.Image:
+        return Image.open(io.BytesIO(self.content(index)), formats=FORMATS)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image with three channels of 8 bits.
+
+    Raises:
+        ValueError: its pixels are 32-bit numbers.
+    """
+    if image.mode.startswith("I;16"):
+        # Pillow would cut 16 bits off at 255, which leaves a white image.
+        return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit numbers of unknown range; save it with 8 or 16 bits")
+    return image.convert("RGB")
