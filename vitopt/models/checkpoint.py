@@ -128,7 +128,7 @@ def _looks_like_hub_id(source: str) -> bool:
 
 def _open_folder(source: str, path: Path) -> Checkpoint:
     if (path / _ADAPTER_FILE).is_file():
-        raise gate.refuse_adapter(source)
+        raise gate.adapter_error(source)
     if not (path / CONFIG_FILE).is_file():
         raise CheckpointError(f"{source} has no config.json, so it is not a Hugging Face checkpoint")
     weights = gate.weight_files(source, path)
@@ -154,7 +154,7 @@ def _open_hub(source: str, config_only: bool) -> Checkpoint:
     config = _read_config(source, path)
     # Small files that say which weights are opened; the weights themselves are fetched when they are loaded.
     if hub.fetch(source, _ADAPTER_FILE, revision) is not None:
-        raise gate.refuse_adapter(source)
+        raise gate.adapter_error(source)
     index = hub.fetch(source, gate.INDEX_FILE, revision)
     if index is not None:
         gate.shards(source, index)

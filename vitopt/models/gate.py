@@ -111,7 +111,7 @@ def refuse_code(source: str, preprocessor: Any) -> None:
         )
 
 
-def refuse_adapter(source: str) -> CheckpointError:
+def adapter_error(source: str) -> CheckpointError:
     """The error for a folder or repository with an adapter_config.json, which would have transformers open another."""
     return CheckpointError(f"{source} holds a peft adapter, not a whole model: merge it first (`vitopt finetune` does)")
 
