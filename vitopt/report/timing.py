@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from vitopt.measure import statistics
-from vitopt.measure.statistics import Speedup
+from vitopt.measure import latency_statistics as statistics
+from vitopt.measure.latency_statistics import Speedup
 from vitopt.records import Latency, Record
 
 

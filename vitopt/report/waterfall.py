@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vitopt.measure.statistics import Speedup
+from vitopt.measure.latency_statistics import Speedup
 from vitopt.records import Latency, Record, Variant
 from vitopt.report.summary import listed
 from vitopt.report.table import batch_sizes, expansion, kernel_chosen, milliseconds, stored_as
