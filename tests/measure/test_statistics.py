@@ -13,6 +13,7 @@ from vitopt.measure.statistics import (
     Interval,
     PairedCounts,
     agreement,
+    calibration_noise,
     expected_calibration_error,
     images_needed,
     mcnemar_exact_p,
@@ -338,6 +339,48 @@ class TestExpectedCalibrationError:
     def test_rejects_zero_bins(self):
         with pytest.raises(ValueError, match="at least one bin, got 0"):
             expected_calibration_error([[0.0, 1.0]], [0], bins=0)
+
+
+def calibrated(images, generator, temperature=1.0):
+    """Logits and labels of a model whose confidences are true; divided by a temperature they are not."""
+    logits = generator.normal(0, 3, (images, 10))
+    chances = scipy.special.softmax(logits, axis=1).cumsum(axis=1)
+    labels = (generator.random((images, 1)) > chances).sum(axis=1).clip(max=9)
+    return logits / temperature, labels
+
+
+class TestCalibrationNoise:
+    def test_a_calibrated_model_has_no_error_above_it(self):
+        generator = np.random.default_rng(20)
+        models = [calibrated(400, generator) for _ in range(60)]
+        errors = [expected_calibration_error(*model) for model in models]
+        above = [error - calibration_noise(model[0]) for error, model in zip(errors, models, strict=True)]
+        assert np.mean(errors) > 0.04
+        assert abs(np.mean(above)) < 0.005
+
+    @pytest.mark.parametrize("temperature", [0.5, 2.0])
+    def test_the_error_of_others_stays(self, temperature):
+        generator = np.random.default_rng(21)
+        truth = expected_calibration_error(*calibrated(200_000, generator, temperature))
+        models = [calibrated(400, generator, temperature) for _ in range(60)]
+        above = np.mean([expected_calibration_error(*model) - calibration_noise(model[0]) for model in models])
+        noise = np.mean([calibration_noise(model[0]) for model in models])
+        assert truth - noise - 0.01 < above < truth + 0.01 and above > 2 * noise
+
+    def test_equals_the_sum_over_every_outcome(self):
+        chances = np.array([0.97, 0.9, 0.62, 0.55, 0.51])
+        logits = np.stack([np.log(chances), np.log(1 - chances)], axis=1)
+        expected = 0.0
+        for outcome in itertools.product([0, 1], repeat=5):
+            probability = np.prod(np.where(np.array(outcome) == 0, chances, 1 - chances))
+            expected += probability * calibration_error_by_loops(logits, np.array(outcome), 4)
+        assert calibration_noise(logits, 4, draws=10_000) == pytest.approx(expected, abs=0.002)
+
+    def test_is_the_same_every_time_and_rejects_zero_bins(self):
+        logits = np.random.default_rng(22).normal(0, 2, (50, 4))
+        assert calibration_noise(logits) == calibration_noise(logits)
+        with pytest.raises(ValueError, match="at least one bin, got 0"):
+            calibration_noise(logits, bins=0)
 
 
 class TestTopkCorrect:

@@ -166,6 +166,7 @@ def summarise(predictions: Predictions, class_names: Sequence[str]) -> Accuracy:
         top1_ci95_percent=(100 * interval.low, 100 * interval.high),
         top5_percent=None if top5 is None else 100 * float(top5.mean()),
         expected_calibration_error=statistics.expected_calibration_error(predictions.logits, predictions.labels),
+        calibration_noise=statistics.calibration_noise(predictions.logits),
         classes=tuple(rows),
     )
 

@@ -28,7 +28,8 @@ def agreement(records: Sequence[Record]) -> Table | None:
                 f"{versus.mean_kl_divergence:.4f}",
                 f"{versus.normalised_logit_error:.3f}",
             ]
-        calibration = f"{accuracy.expected_calibration_error:.3f}"
+        noise = accuracy.calibration_noise
+        calibration = f"{accuracy.expected_calibration_error:.3f}" + ("" if noise is None else f" ({noise:.3f})")
         rows.append(
             (
                 record.variant.name,
@@ -48,7 +49,7 @@ def agreement(records: Sequence[Record]) -> Table | None:
         "McNemar p",
         "KL, nats",
         "logit error",
-        "calibration error",
+        "calibration error (by chance)",
     )
     return Table("Accuracy and agreement in detail", headings, tuple(rows)).known() if rows else None
 
