@@ -12,7 +12,7 @@ import torch
 
 from vitopt.data.images import ImageSet, fit_labels, open_images
 from vitopt.data.pixels import Preprocessor
-from vitopt.measure import evaluator, rates
+from vitopt.measure import evaluator, latency_rows, rates
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
@@ -361,7 +361,7 @@ def test_a_batch_whose_pixels_do_not_fit_fails_alone(tiny_checkpoint: Path, monk
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.zeros(batch_size, 3, *size)
 
-    monkeypatch.setattr(evaluator, "random_pixels", small_memory)
+    monkeypatch.setattr(latency_rows, "random_pixels", small_memory)
     monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: None)
     spec = EvaluateSpec(latency=LatencySpec(batch_sizes=(1, 8), iterations=4, rounds=2))
     (measured,) = pipeline.measure([pipeline.Candidate("v", str(tiny_checkpoint))], spec, device="cpu")
