@@ -123,6 +123,14 @@ def test_too_few_rounds_are_told() -> None:
     assert (found.ratio, found.interval) == (pytest.approx(2), None) and "rounds" in found.caution
 
 
+@pytest.mark.parametrize("change", [{"rounds": 7}, {"samples_ms": ()}, {"rounds": 5}])
+def test_without_matching_rounds_there_is_a_ratio_only(change: dict[str, Any]) -> None:
+    fields = {"measured_together": "x"}
+    other = timed(rounds_of(4, 1), 10).model_copy(update=change)
+    found = speed_ratio(result("a", timed(rounds_of(12, 0), 10), **fields), result("b", other, **fields), 1)
+    assert found.ratio == pytest.approx(3, rel=0.1) and found.interval is None and "samples" in found.caution
+
+
 CPU_TWO = {"processor": "AMD EPYC", "device": "cpu", "torch_threads": 2, "threads_bound": True, "gpu": None}
 
 

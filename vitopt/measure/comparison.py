@@ -90,16 +90,24 @@ def speed_ratio(baseline: Record, variant: Record, batch_size: int) -> SpeedRati
     )
     if before is None or after is None:
         return None
-    if baseline.measured_together is not None and baseline.measured_together == variant.measured_together:
+    together = baseline.measured_together is not None and baseline.measured_together == variant.measured_together
+    if together and _in_same_rounds(before, after):
         paired = paired_speedup(before, after)
         caution = None if paired.interval else "too few rounds for an interval"
         return SpeedRatio(paired.ratio, paired.interval, batch_size, caution)
     devices = _device(baseline), _device(variant)
-    if devices[0] == devices[1]:
+    if together:
+        caution = "the samples were not kept: no interval"
+    elif devices[0] == devices[1]:
         caution = "not timed together: no interval"
     else:
         caution = f"timed on different devices ({devices[0]}; {devices[1]}): no comparison of the variants alone"
     return SpeedRatio(before.p50_ms / after.p50_ms, None, batch_size, caution)
+
+
+def _in_same_rounds(before: Latency, after: Latency) -> bool:
+    counts = len(before.samples_ms), len(after.samples_ms)
+    return before.rounds == after.rounds and all(count > 0 and count % before.rounds == 0 for count in counts)
 
 
 def paired_speedup(baseline: Latency, variant: Latency) -> Speedup:

@@ -4,11 +4,12 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vitopt.measure.comparison import speed_ratio
 from vitopt.measure.latency_statistics import Speedup
 from vitopt.records import Latency, Record, Variant
 from vitopt.report.summary import listed
 from vitopt.report.table import batch_sizes, expansion, kernel_chosen, milliseconds, stored_as
-from vitopt.report.timing import latency_at, speedup_between
+from vitopt.report.timing import latency_at
 
 FEWEST_STEPS = 3
 
@@ -49,7 +50,8 @@ def steps(chain: Sequence[Record], batch_size: int) -> list[Step]:
             return []
         before = found[-1] if found else None
         change = _changes(before.record, record)[0] if before else ""
-        found.append(Step(record, change, latency, speedup_between(before.latency, latency) if before else None))
+        speedup = speed_ratio(before.record, record, batch_size) if before else None
+        found.append(Step(record, change, latency, speedup))
     return found
 
 
