@@ -818,3 +818,24 @@ def test_a_starting_recipe_for_a_gpu_has_the_fast_rows(
     assert variants["nf4-fa2"]["attention"] == "flash_attention_2"
     assert "w8a8-compiled" in variants and not any(name.startswith("fp8") for name in variants)
     assert "# Left out: fp8-compiled (compute capability 8.0 is below 8.9)" in text
+
+
+def test_an_interrupted_evaluation_keeps_what_was_measured_and_counts_as_undone(
+    content: dict[str, Any], again: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {name: load_record(again / "variants" / name) for name in NAMES}
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluator, "peak_memory", interrupted)
+    latency = {"iterations": 8, "rounds": 2, "warmup_seconds": 0}
+    other = changed(content, evaluate={"latency": latency, "end_to_end": False})
+    with pytest.raises(KeyboardInterrupt):
+        run(other, again)
+    for name in NAMES:
+        record = load_record(again / "variants" / name)
+        assert record.measured_together != before[name].measured_together
+        assert record.accuracy == before[name].accuracy and record.latency[0].iterations == 8
+    # Neither recipe may take these records for its own.
+    assert "evaluate" not in json.loads((again / "stages.json").read_text())
