@@ -882,3 +882,24 @@ def test_strict_refuses_an_attention_that_the_family_lacks(
     with pytest.raises(UnsupportedError, match=r"fp32: sdpa cannot run: .*Swinv2.*drop --strict to use eager"):
         run(strict, tmp_path / "run")
     assert not (tmp_path / "run" / "finetune").exists()
+
+
+def test_an_interrupted_evaluation_keeps_what_was_measured_and_counts_as_undone(
+    content: dict[str, Any], again: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {name: load_record(again / "variants" / name) for name in NAMES}
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluator, "peak_memory", interrupted)
+    latency = {"iterations": 8, "rounds": 2, "warmup_seconds": 0}
+    other = changed(content, evaluate={"latency": latency, "end_to_end": False})
+    with pytest.raises(KeyboardInterrupt):
+        run(other, again)
+    for name in NAMES:
+        record = load_record(again / "variants" / name)
+        assert record.measured_together != before[name].measured_together
+        assert record.accuracy == before[name].accuracy and record.latency[0].iterations == 8
+    # Neither recipe may take these records for its own.
+    assert "evaluate" not in json.loads((again / "stages.json").read_text())

@@ -92,6 +92,11 @@ class _Run:
         if environment.is_main_process():
             storage.write_json(self.folder / STAGES_FILE, self.stages)
 
+    def incomplete(self, stage: str) -> None:
+        """The stage stands no more, whatever becomes of the work on it."""
+        if self.stages.pop(stage, None) is not None and environment.is_main_process():
+            storage.write_json(self.folder / STAGES_FILE, self.stages)
+
     def variant_folder(self, name: str) -> Path:
         return self.folder / "variants" / name
 
@@ -335,19 +340,26 @@ def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str 
         return [load_record(folder) for folder in folders.values()]
     on = f"{len(images)} images of {images.name}" if images else "random pixels"
     current.say(f"evaluate: {len(made)} variants on {on}")
-    measured = _measure(current, images, made)
-    for one in measured:
+    current.incomplete("evaluate")  # the records on disk are replaced one by one from now on
+
+    def save(one: Measured) -> None:
         folder = folders[one.record.variant.name]
         save_record(one.record, folder)
         if one.predictions is not None and environment.installed("pyarrow"):
             save_predictions(one.predictions, folder)
+
+    measured = _measure(current, images, made, save)
+    for one in measured:
+        save(one)
         if one.record.failure:
             current.say(f"evaluate: {one.record.variant.name} failed: {one.record.failure}")
     current.complete("evaluate", fingerprint)
     return [one.record for one in measured]
 
 
-def _measure(current: _Run, images: ImageSet | None, made: dict[str, str | None]) -> list[Measured]:
+def _measure(
+    current: _Run, images: ImageSet | None, made: dict[str, str | None], ready: Callable[[Measured], None]
+) -> list[Measured]:
     recipe = current.recipe
     candidates = [
         Candidate(
@@ -368,6 +380,7 @@ def _measure(current: _Run, images: ImageSet | None, made: dict[str, str | None]
         device=recipe.device,
         strict=recipe.strict,
         untrained=recipe.finetune is None and recipe.model.startswith(RANDOM_PREFIX),
+        ready=ready,
     )
 
 
@@ -381,8 +394,11 @@ def measure(
     device: str = "auto",
     strict: bool = False,
     untrained: bool = False,
+    ready: Callable[[Measured], None] = lambda one: None,
 ) -> list[Measured]:
     """Prepare checkpoints and measure them together; results in the order of `candidates`.
+
+    `ready` gets each result as soon as there is something in it, and again with more, see `evaluate`.
 
     Raises:
         UnsupportedError: none of them can run here, or, with `strict`, one of them cannot.
@@ -423,6 +439,7 @@ def measure(
         skip_bad=skip_bad,
         baseline=baseline,
         untrained=untrained or any(subject.checkpoint.is_random for subject in subjects),
+        ready=ready,
     )
     results = {one.record.variant.name: one for one in measured}
     for candidate in candidates:

@@ -68,6 +68,9 @@ class Accuracy(Part):
     top1_ci95_percent: tuple[float, float] = Field(description="Wilson interval")
     top5_percent: float | None = Field(description="null with fewer than six classes")
     expected_calibration_error: float = Field(description="15 bins of equal width, 0 to 1")
+    calibration_noise: float | None = Field(
+        None, description="mean of the former on so many images if every confidence were true"
+    )
     classes: tuple["ClassAccuracy", ...] = ()
 
 
@@ -187,8 +190,10 @@ class Memory(Part):
 class BatchInvariance(Part):
     """Whether an image gets the same answer alone and among other images."""
 
-    images: int
-    batch_size: int = Field(description="compared with a batch of one")
+    images: int = Field(description="spread over the data set")
+    batch_size: int = Field(
+        description="compared with a batch of one; where that is not compiled, with one of copies of the image"
+    )
     agreement_percent: float
     max_logit_difference: float = Field(description="largest over all images and classes")
 

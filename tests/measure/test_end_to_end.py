@@ -34,10 +34,16 @@ def preprocess(image: Image.Image) -> torch.Tensor:
 class SlowModel:
     device = torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "slow", fails_at: int | None = None, log: list[str] | None = None) -> None:
+        self.name = name
         self.batches: list[int] = []
+        self.fails_at = fails_at
+        self.log = [] if log is None else log
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.log.append(self.name)
+        if len(self.batches) == self.fails_at:
+            raise RuntimeError("no kernel")
         self.batches.append(len(pixels))
         time.sleep(0.008)
         return torch.zeros(len(pixels), 5)
@@ -45,12 +51,13 @@ class SlowModel:
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_parts_and_total(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(end_to_end, "_MOST_CALLS", 6)
+    monkeypatch.setattr(end_to_end, "_TURNS", 2)
     images, model = SlowImages(), SlowModel()
-    row = time_end_to_end(model, images, preprocess, batch_size)
-    assert row.iterations == 6
-    assert model.batches == [batch_size] * 7  # the first is not counted
-    assert images.asked == [index % 2 for index in range(7 * batch_size)]
+    rows, failures = time_end_to_end([model], images, preprocess, batch_size)
+    row = rows["slow"]
+    assert failures == {} and row.iterations == 6
+    assert model.batches == [batch_size] * 8  # the first of each turn is not counted
+    assert images.asked == [index % 2 for index in range(8 * batch_size)]
     # Sleeping never takes less than asked for.
     assert row.decode_ms >= 4 * batch_size
     assert row.preprocess_ms >= 2 * batch_size
@@ -61,16 +68,30 @@ def test_parts_and_total(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert row.total_p95_ms is None
 
 
+def test_variants_take_turns_over_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(end_to_end, "_TURNS", 2)
+    images, log = SlowImages(), []
+    time_end_to_end([SlowModel("a", log=log), SlowModel("b", log=log)], images, preprocess, 1)
+    assert "".join(log) == "aaaabbbb" + "bbbbaaaa"
+    assert images.asked == [0, 1, 0, 1] * 4
+
+
+def test_a_variant_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(end_to_end, "_TURNS", 2)
+    rows, failures = time_end_to_end([SlowModel("a", fails_at=5), SlowModel("b")], SlowImages(), preprocess, 1)
+    assert failures == {"a": "RuntimeError: no kernel"}
+    assert list(rows) == ["b"] and rows["b"].iterations == 6
+
+
 def test_is_bounded_in_time_but_not_below_three_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(end_to_end, "_SECONDS", 0.0)
-    row = time_end_to_end(SlowModel(), SlowImages(), preprocess, 1)
-    assert row.iterations == 3
+    rows, _ = time_end_to_end([SlowModel()], SlowImages(), preprocess, 1)
+    assert rows["slow"].iterations == 3
 
 
 def test_first_call_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(end_to_end, "_MOST_CALLS", 3)
+    monkeypatch.setattr(end_to_end, "_TURNS", 1)
     clock = iter([0.0, *[0, 50, 50, 50, 50, 50], *[0, 1, 2, 3, 4, 5] * 3, 0])
     monkeypatch.setattr(end_to_end, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(end_to_end, "_SECONDS", float("inf"))
-    row = time_end_to_end(SlowModel(), SlowImages(), preprocess, 1)
-    assert (row.decode_ms, row.total_p50_ms) == (1000, 5000)
+    rows, _ = time_end_to_end([SlowModel()], SlowImages(), preprocess, 1)
+    assert (rows["slow"].decode_ms, rows["slow"].total_p50_ms) == (1000, 5000)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from vitopt.data.images import ImageSet, open_images
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor
 from vitopt.errors import MeasurementError
-from vitopt.measure import evaluator, rates
+from vitopt.measure import evaluator, latency_rows, rates, throughput
+from vitopt.measure.comparison import speed_ratio
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
@@ -177,6 +179,9 @@ def test_latency_rows_agree_with_their_samples(records: list[Record]) -> None:
             assert row.min_ms <= row.p50_ms <= row.p95_ms <= row.p99_ms
             assert row.images_per_second == pytest.approx(1000 * row.batch_size / row.p50_ms)
             assert row.warmup_iterations >= 1 and row.warmup_ms > 0
+            assert row.p50_ci95_ms[0] <= row.p50_ms <= row.p50_ci95_ms[1]
+            assert row.p95_ms <= row.p95_ci95_ms[1] and row.p99_ci95_ms[1] is None  # p99 takes 368 samples
+            assert row.discarded_calls >= 2 and row.settled in (True, False)
             assert row.device_p50_ms is None and row.device_samples_ms is None
 
 
@@ -364,7 +369,7 @@ def test_a_batch_whose_pixels_do_not_fit_fails_alone(tiny_checkpoint: Path, monk
             raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.zeros(batch_size, 3, *size)
 
-    monkeypatch.setattr(evaluator, "random_pixels", small_memory)
+    monkeypatch.setattr(latency_rows, "random_pixels", small_memory)
     monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: None)
     spec = EvaluateSpec(latency=LatencySpec(batch_sizes=(1, 8), iterations=4, rounds=2))
     (measured,) = pipeline.measure([pipeline.Candidate("v", str(tiny_checkpoint))], spec, device="cpu")
@@ -484,7 +489,7 @@ def test_a_baseline_that_guesses_ends_before_it_is_timed(
     monkeypatch: pytest.MonkeyPatch,
     baseline: str | None,
 ) -> None:
-    monkeypatch.setattr(evaluator, "_time_all", lambda *_: pytest.fail("it was timed"))
+    monkeypatch.setattr(evaluator, "time_rows", lambda *_: pytest.fail("it was timed"))
     wrong = mislabelled(images, measured)
     with pytest.raises(
         MeasurementError, match=r"^base is right on 0 of 24 images.*order.*`vitopt benchmark`"
@@ -509,3 +514,157 @@ def test_untrained_weights_guess_with_a_warning(
     wrong = mislabelled(images, measured)
     found = evaluate(subjects[:1], VARIANTS[:1], QUICK, images=wrong, preprocess=preprocess, untrained=True)
     assert sum("no better than guessing" in line for line in found[0].record.warnings) == 1
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("no such\ncounter")
+
+
+@pytest.mark.parametrize(
+    ("broken", "figure"),
+    [
+        ("peak_memory", "memory"),
+        ("energy_per_image", "energy_joules_per_image"),
+        ("find_throughput", "throughput"),
+        ("roofline", "roofline"),
+        ("flops_per_image", "flops_per_image"),
+        ("batch_invariance", "batch_invariance"),
+    ],
+)
+def test_a_figure_that_fails_loses_only_itself(
+    broken: str,
+    figure: str,
+    subjects: list[Runnable],
+    images: ImageSet,
+    preprocess: Preprocessor,
+    monkeypatch: pytest.MonkeyPatch,
+    small_rates: None,
+) -> None:
+    monkeypatch.setattr(evaluator, broken, fail)
+    monkeypatch.setattr(throughput, "_LARGEST_BATCH", 1)
+    spec = QUICK.model_copy(update={"throughput": True, "roofline": True})
+    got = evaluate(subjects, VARIANTS, spec, images=images, preprocess=preprocess, baseline="base")
+    for one in (measured.record for measured in got):
+        assert one.unmeasured == {figure: "RuntimeError: no such counter"} and one.failure is None
+        known = {"memory": one.memory, "throughput": one.throughput, "roofline": one.roofline}
+        known |= {"flops_per_image": one.model.flops_per_image, "batch_invariance": one.batch_invariance}
+        assert {name for name, value in known.items() if value is None} == {figure} & set(known)
+        assert one.accuracy is not None and len(one.latency) == 1 and one.variant.sdpa_kernel_used == "flash"
+
+
+@pytest.mark.parametrize(("broken", "figure"), [("summarise", "accuracy"), ("compare", "versus_baseline")])
+def test_predictions_that_cannot_be_summed_up_are_kept(
+    broken: str,
+    figure: str,
+    subjects: list[Runnable],
+    images: ImageSet,
+    preprocess: Preprocessor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluator.accuracy, broken, fail)
+    got = evaluate(subjects, VARIANTS, QUICK, images=images, preprocess=preprocess, baseline="base")
+    assert figure in got[1].record.unmeasured and getattr(got[1].record, figure) is None
+    assert got[1].record.latency and got[1].predictions is not None
+
+
+def test_a_profiler_that_fails_and_a_row_that_fails_lose_only_their_own(
+    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
+) -> None:
+    class Odd(Spoiled):
+        kernel_used = fail
+
+    calls = {"count": 0}
+
+    def after_timing(pixels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        calls["count"] += 1
+        if len(pixels) == 2 and calls["count"] > 12:
+            raise RuntimeError("no kernel for two")
+        return logits
+
+    odd = Odd(subjects[0], "base", after_timing)
+    spec = at(1, 2).model_copy(update={"end_to_end": True})
+    base, small = (
+        one.record
+        for one in evaluate([odd, subjects[1]], VARIANTS, spec, images=images, preprocess=preprocess, baseline="base")
+    )
+    assert base.unmeasured["sdpa_kernel_used"] == "RuntimeError: no such counter"
+    assert [row.batch_size for row in base.latency] == [1]
+    assert [row.batch_size for row in base.end_to_end] == [1]
+    assert small.unmeasured == {} and [row.batch_size for row in small.end_to_end] == [1, 2]
+
+
+def test_a_checkpoint_that_cannot_be_described_is_a_failed_row(
+    subjects: list[Runnable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Odd(Spoiled):
+        @property
+        def checkpoint(self) -> Any:
+            return SimpleNamespace(folder=None, image_size=(32, 32), source="odd", fingerprint=fail)
+
+    odd = Odd(subjects[0], "base", lambda pixels, logits: logits)
+    base, small = (one.record for one in evaluate([odd, subjects[1]], VARIANTS, QUICK, baseline="base"))
+    assert base.failure is not None and base.variant.name == "base"
+    assert small.failure is None and small.latency
+
+
+def test_results_are_handed_out_as_soon_as_there_is_something_in_them(
+    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Record] = []
+
+    def interrupted(*_: Any) -> Memory:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluator, "peak_memory", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            subjects,
+            VARIANTS,
+            QUICK,
+            images=images,
+            preprocess=preprocess,
+            baseline="base",
+            ready=lambda one: seen.append(one.record),
+        )
+    last = {record.variant.name: record for record in seen}
+    assert set(last) == {"base", "small"}
+    for record in last.values():
+        assert record.accuracy is not None and record.latency and record.batch_invariance is not None
+    assert last["small"].versus_baseline is not None and last["small"].latency[0].speedup_vs_baseline is not None
+
+
+def test_the_last_result_handed_out_is_the_one_returned(subjects: list[Runnable]) -> None:
+    seen: dict[str, Measured] = {}
+    got = evaluate(subjects, VARIANTS, QUICK, ready=lambda one: seen.update({one.record.variant.name: one}))
+    assert list(seen.values()) == got
+
+
+def test_records_timed_together_say_so_and_compare_to_the_same_figure(measured: list[Measured]) -> None:
+    base, small = (one.record for one in measured)
+    assert base.measured_together == small.measured_together is not None
+    for row in small.latency:
+        found = speed_ratio(base, small, row.batch_size)
+        assert found.ratio == row.speedup_vs_baseline and found.caution is None
+        assert (found.interval.low, found.interval.high) == row.speedup_ci95
+
+
+def test_sessions_have_names_of_their_own(subjects: list[Runnable]) -> None:
+    names = {evaluate(subjects[:1], VARIANTS[:1], QUICK)[0].record.measured_together for _ in range(2)}
+    assert len(names) == 2 and None not in names
+
+
+def test_an_answer_that_depends_on_its_batch_is_a_warning(
+    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
+) -> None:
+    def swayed(pixels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        return logits.flip(1) if len(pixels) > 1 else logits
+
+    odd = Spoiled(subjects[0], "base", swayed)
+    base, small = (
+        one.record for one in evaluate([odd, subjects[1]], VARIANTS, QUICK, images=images, preprocess=preprocess)
+    )
+    assert base.batch_invariance.agreement_percent < 100 == small.batch_invariance.agreement_percent
+    assert [any("depends on the others of its batch" in line for line in one.warnings) for one in (base, small)] == [
+        True,
+        False,
+    ]

@@ -1,24 +1,30 @@
 """Timing on a machine that we control: a clock whose calls take as long as the test says."""
 
 import functools
+import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from vitopt.measure.latency import Clock, Timing, clock_for, time_interleaved
-from vitopt.measure.statistics import speedup_interval
+from vitopt.measure.latency import Clock, Timing, balanced_orders, clock_for, time_interleaved
+from vitopt.measure.latency_statistics import speedup_interval
 from vitopt.recipe import LatencySpec
 
 
 class Machine(Clock):
-    """A clock that only calls move forward; `slowdown` of the time so far stretches them."""
+    """A clock that only calls move forward; `slowdown` of the time so far stretches them.
 
-    def __init__(self, slowdown: Callable[[float], float] = lambda seconds: 1.0):
+    `after_switch` stretches the first calls after a call of another name.
+    """
+
+    def __init__(self, slowdown: Callable[[float], float] = lambda seconds: 1.0, after_switch: tuple[float, ...] = ()):
         self.seconds = 0.0
         self.slowdown = slowdown
+        self.after_switch = after_switch
         self.log: list[str] = []
 
     def now(self) -> float:
@@ -29,8 +35,10 @@ class Machine(Clock):
 
         def run() -> None:
             number = self.log.count(name)
+            since = len(list(itertools.takewhile(lambda other: other == name, reversed(self.log))))
+            stretch = self.after_switch[since] if since < len(self.after_switch) else 1
             self.log.append(name)
-            self.seconds += cost_ms(number) / 1000 * self.slowdown(self.seconds)
+            self.seconds += cost_ms(number) / 1000 * self.slowdown(self.seconds) * stretch
 
         return run
 
@@ -86,11 +94,79 @@ def test_without_time_for_warm_up_one_call_is_made_all_the_same() -> None:
     assert timing.warmup_iterations == 1 and timing.samples_ms == pytest.approx([11, 12])
 
 
-def test_variants_take_turns_and_every_other_round_is_reversed() -> None:
+@pytest.mark.parametrize("warmup_seconds, settled", [(0, False), (60, True)])
+def test_whether_the_warm_up_settled_is_kept(warmup_seconds: float, settled: bool) -> None:
+    machine = Machine()
+    spec = LatencySpec(iterations=1, rounds=1, warmup_seconds=warmup_seconds)
+    timing = time_interleaved({"a": machine.call("a", lambda number: 10)}, spec, machine)["a"]
+    assert timing.settled is settled
+
+
+def test_variants_take_turns_in_balanced_order_with_two_calls_to_settle_in() -> None:
     machine = Machine()
     calls = {name: machine.call(name, lambda number: 1) for name in "abc"}
-    time_interleaved(calls, LatencySpec(iterations=8, rounds=4, warmup_seconds=0), machine)
-    assert "".join(machine.log) == "abc" + "aabbcc" + "ccbbaa" + "aabbcc" + "ccbbaa"
+    timings = time_interleaved(calls, LatencySpec(iterations=6, rounds=6, warmup_seconds=0), machine)
+    # Forwards and backwards: where the order turns, the same variant goes on and needs not settle.
+    rounds = ["aaabbbccc", "cbbbaaa", "bbbcccaaa", "acccbbb", "cccaaabbb", "baaaccc"]
+    assert "".join(machine.log) == "abc" + "".join(rounds)
+    assert all(len(timing.samples_ms) == 6 for timing in timings.values())
+    assert sum(timing.discarded_calls for timing in timings.values()) == len(machine.log) - 3 - 18
+
+
+def test_a_switch_is_in_no_sample() -> None:
+    machine = Machine(after_switch=(1.37, 1.10, 1.04))
+    calls = {name: machine.call(name, lambda number, cost=cost: cost) for name, cost in (("a", 10), ("b", 4))}
+    timings = time_interleaved(calls, LatencySpec(iterations=40, rounds=4, warmup_seconds=1), machine)
+    assert timings["a"].samples_ms == pytest.approx([10] * 40)
+    assert timings["b"].samples_ms == pytest.approx([4] * 40)
+    # Orders ab ba ab ba after the warm-up of b: three switches to a, two to b; 1.37, 1.10, 1.04, 1, 1 to settle.
+    assert (timings["a"].discarded_calls, timings["b"].discarded_calls) == (15, 10)
+
+
+def test_calls_that_never_settle_are_discarded_five_at_a_time() -> None:
+    machine = Machine(after_switch=tuple(0.9**number for number in range(30)))
+    calls = {name: machine.call(name, lambda number: 10) for name in "ab"}
+    timings = time_interleaved(calls, LatencySpec(iterations=4, rounds=2, warmup_seconds=0), machine)
+    assert [timing.discarded_calls for timing in timings.values()] == [10, 5]  # switches: a, b, a
+    assert [len(timing.samples_ms) for timing in timings.values()] == [4, 4]
+
+
+def test_a_variant_alone_is_never_switched_to() -> None:
+    machine = Machine(after_switch=(1.5,))
+    timing = time_interleaved(
+        {"a": machine.call("a", lambda number: 1)}, LatencySpec(iterations=12, rounds=4, warmup_seconds=0), machine
+    )["a"]
+    assert timing.discarded_calls == 0 and len(machine.log) == 1 + 12
+
+
+def test_discarding_does_not_choose_the_samples_that_follow() -> None:
+    noise = np.random.default_rng(0).lognormal(0, 0.2, 100_000)
+    machine = Machine()
+    calls = {
+        name: machine.call(name, lambda number, start=start: noise[start + number])
+        for start, name in ((0, "a"), (50_000, "b"))
+    }
+    timings = time_interleaved(calls, LatencySpec(iterations=2_000, rounds=1_000, warmup_seconds=0), machine)
+    for timing in timings.values():
+        assert np.median(timing.samples_ms) == pytest.approx(1, rel=0.02)
+        first = [samples[0] for samples in timing.rounds_ms]
+        assert np.median(first) == pytest.approx(1, rel=0.03)
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_each_place_and_each_predecessor_is_equally_frequent(count: int) -> None:
+    names = list(range(count))
+    orders = balanced_orders(names)
+    assert len(orders) == (1 if count == 1 else count if count % 2 == 0 else 2 * count)
+    places = Counter((place, name) for order in orders for place, name in enumerate(order))
+    assert set(places) == set(itertools.product(names, names)) and len(set(places.values())) == 1
+    followed = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert set(followed) == set(itertools.permutations(names, 2)) and len(set(followed.values())) <= 1
+    assert all(backward == forward[::-1] for forward, backward in zip(orders[::2], orders[1::2], strict=False))
+
+
+def test_no_names_have_no_order_to_take() -> None:
+    assert balanced_orders([]) == [[]]
 
 
 @pytest.mark.parametrize(("iterations", "rounds", "per_round"), [(100, 10, 10), (10, 4, 3), (5, 5, 1)])
@@ -125,6 +201,16 @@ def test_a_machine_that_slows_down_twofold_keeps_the_ratio() -> None:
         for name, cost in (("base", 10), ("fast", 4))
     )
     assert abs(np.median(first.samples_ms) / np.median(second.samples_ms) / 2.5 - 1) > 0.1
+
+
+def test_a_drifting_machine_favours_none_of_many() -> None:
+    costs = {"a": 10.0, "b": 8.0, "c": 5.0, "d": 4.0, "e": 2.0}
+    machine = Machine(drift(to=2, over_seconds=5))
+    calls = {name: machine.call(name, lambda number, cost=cost: cost) for name, cost in costs.items()}
+    timings = time_interleaved(calls, LatencySpec(iterations=100, rounds=10, warmup_seconds=0), machine)
+    for name, cost in costs.items():
+        found = speedup_interval(timings["a"].rounds_ms, timings[name].rounds_ms)
+        assert found.ratio == pytest.approx(10 / cost, rel=0.02)
 
 
 def test_a_machine_with_slow_spells_keeps_the_ratio() -> None:

@@ -1,12 +1,16 @@
 """Peak memory of a variant alone."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from vitopt.errors import MeasurementError
+from vitopt.measure import memory
 from vitopt.measure.memory import peak_memory
 from vitopt.models.checkpoint import open_checkpoint, weight_bytes
 from vitopt.optimize.runtime import prepare
@@ -22,24 +26,46 @@ def test_peak_is_that_of_a_process_of_its_own(tiny_checkpoint: Path, monkeypatch
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     ballast = np.ones(int(1.5 * GIGABYTE), np.uint8)  # would show if the peak were this process's or inherited
-    memory = peak_memory(subject, 3)
+    found = peak_memory(subject, 3)
     assert ballast.nbytes == 1.5 * GIGABYTE
-    assert memory is not None
-    assert weight_bytes(subject.model) < memory.peak_bytes < 1.5 * GIGABYTE
-    assert memory.peak_bytes > 100e6  # torch and transformers alone take more
-    assert (memory.kind, memory.batch_size, memory.reserved_bytes) == ("resident_set", 3, None)
+    assert weight_bytes(subject.model) < found.peak_bytes < 1.5 * GIGABYTE
+    assert found.peak_bytes > 100e6  # torch and transformers alone take more
+    assert (found.kind, found.batch_size, found.reserved_bytes) == ("resident_set", 3, None)
 
 
 def test_random_weights_are_drawn_and_run_in_that_process_as_the_variant_says() -> None:
     run = RunSpec(run_as="w8a8", fuse_qkv=True, compile=True)
     subject = prepare(open_checkpoint("random:vit-tiny-patch16-32"), name="v", device=CPU, run=run)
-    memory = peak_memory(subject, 1)
-    assert memory is not None and (memory.kind, memory.batch_size) == ("resident_set", 1)
-    assert 100e6 < memory.peak_bytes < 1.5 * GIGABYTE
+    found = peak_memory(subject, 1)
+    assert (found.kind, found.batch_size) == ("resident_set", 1)
+    assert 100e6 < found.peak_bytes < 1.5 * GIGABYTE
 
 
-def test_a_process_that_fails_gives_no_figure(tiny_checkpoint: Path, copy_of: Callable[[Path], Path]) -> None:
+def test_a_process_that_fails_says_why(tiny_checkpoint: Path, copy_of: Callable[[Path], Path]) -> None:
     folder = copy_of(tiny_checkpoint)
     subject = prepare(open_checkpoint(str(folder)), name="v", device=CPU)
     (folder / "config.json").unlink()
-    assert peak_memory(subject, 1) is None
+    with pytest.raises(MeasurementError, match="CheckpointError"):
+        peak_memory(subject, 1)
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL.*memory"),
+        ("import sys; sys.exit(7)", "status 7"),
+        ("print('no figure')", "did not say"),
+        ("import time; time.sleep(60)", "not done after 0.5 s"),
+    ],
+)
+def test_every_way_to_fail_has_its_words(program: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_TIME_LIMIT_SECONDS", 0.5 if "sleep" in program else 60)
+    subject = SimpleNamespace(device=CPU, alone=lambda batch_size: [sys.executable, "-c", program])
+    with pytest.raises(MeasurementError, match=reason):
+        peak_memory(subject, 1)
+
+
+def test_a_program_that_is_not_there_is_told() -> None:
+    subject = SimpleNamespace(device=CPU, alone=lambda batch_size: ["/no/such/program"])
+    with pytest.raises(MeasurementError, match="/no/such/program"):
+        peak_memory(subject, 1)

@@ -9,14 +9,13 @@ import scipy.stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.proportion import proportion_confint
 
-from vitopt.measure import statistics
 from vitopt.measure.statistics import (
     Interval,
     PairedCounts,
     agreement,
+    calibration_noise,
     expected_calibration_error,
     images_needed,
-    latency_summary,
     mcnemar_exact_p,
     mean_kl_divergence,
     normalised_error,
@@ -25,7 +24,6 @@ from vitopt.measure.statistics import (
     pareto_front,
     smallest_visible_loss,
     spearman,
-    speedup_interval,
     topk_correct,
     wilson_interval,
 )
@@ -343,6 +341,48 @@ class TestExpectedCalibrationError:
             expected_calibration_error([[0.0, 1.0]], [0], bins=0)
 
 
+def calibrated(images, generator, temperature=1.0):
+    """Logits and labels of a model whose confidences are true; divided by a temperature they are not."""
+    logits = generator.normal(0, 3, (images, 10))
+    chances = scipy.special.softmax(logits, axis=1).cumsum(axis=1)
+    labels = (generator.random((images, 1)) > chances).sum(axis=1).clip(max=9)
+    return logits / temperature, labels
+
+
+class TestCalibrationNoise:
+    def test_a_calibrated_model_has_no_error_above_it(self):
+        generator = np.random.default_rng(20)
+        models = [calibrated(400, generator) for _ in range(60)]
+        errors = [expected_calibration_error(*model) for model in models]
+        above = [error - calibration_noise(model[0]) for error, model in zip(errors, models, strict=True)]
+        assert np.mean(errors) > 0.04
+        assert abs(np.mean(above)) < 0.005
+
+    @pytest.mark.parametrize("temperature", [0.5, 2.0])
+    def test_the_error_of_others_stays(self, temperature):
+        generator = np.random.default_rng(21)
+        truth = expected_calibration_error(*calibrated(200_000, generator, temperature))
+        models = [calibrated(400, generator, temperature) for _ in range(60)]
+        above = np.mean([expected_calibration_error(*model) - calibration_noise(model[0]) for model in models])
+        noise = np.mean([calibration_noise(model[0]) for model in models])
+        assert truth - noise - 0.01 < above < truth + 0.01 and above > 2 * noise
+
+    def test_equals_the_sum_over_every_outcome(self):
+        chances = np.array([0.97, 0.9, 0.62, 0.55, 0.51])
+        logits = np.stack([np.log(chances), np.log(1 - chances)], axis=1)
+        expected = 0.0
+        for outcome in itertools.product([0, 1], repeat=5):
+            probability = np.prod(np.where(np.array(outcome) == 0, chances, 1 - chances))
+            expected += probability * calibration_error_by_loops(logits, np.array(outcome), 4)
+        assert calibration_noise(logits, 4, draws=10_000) == pytest.approx(expected, abs=0.002)
+
+    def test_is_the_same_every_time_and_rejects_zero_bins(self):
+        logits = np.random.default_rng(22).normal(0, 2, (50, 4))
+        assert calibration_noise(logits) == calibration_noise(logits)
+        with pytest.raises(ValueError, match="at least one bin, got 0"):
+            calibration_noise(logits, bins=0)
+
+
 class TestTopkCorrect:
     @pytest.mark.parametrize("k", [1, 3, 5])
     def test_equals_a_stable_sort(self, k):
@@ -374,101 +414,6 @@ class TestTopkCorrect:
     def test_rejects(self, logits, labels, k, message):
         with pytest.raises(ValueError, match=message):
             topk_correct(logits, labels, k)
-
-
-class TestLatencySummary:
-    def test_equals_numpy(self):
-        samples = np.random.default_rng(7).lognormal(2, 0.3, 150)
-        summary = latency_summary(samples)
-        assert summary.count == 150
-        assert summary.mean_ms == pytest.approx(samples.mean())
-        assert summary.std_ms == pytest.approx(samples.std())
-        assert summary.min_ms == samples.min()
-        percentiles = (summary.p50_ms, summary.p95_ms, summary.p99_ms)
-        assert percentiles == pytest.approx(tuple(np.percentile(samples, [50, 95, 99])))
-
-    @pytest.mark.parametrize(
-        ("count", "has_p95", "has_p99"), [(1, 0, 0), (19, 0, 0), (20, 1, 0), (99, 1, 0), (100, 1, 1)]
-    )
-    def test_a_percentile_needs_samples(self, count, has_p95, has_p99):
-        summary = latency_summary(np.ones(count))
-        assert (summary.p95_ms is not None, summary.p99_ms is not None) == (has_p95, has_p99)
-
-    @pytest.mark.parametrize(
-        ("samples", "message"),
-        [
-            ([], r"flat array and not empty, got shape \(0,\)"),
-            ([1.0, 0.0], "positive and finite"),
-            ([1.0, math.nan], "positive and finite"),
-        ],
-    )
-    def test_rejects(self, samples, message):
-        with pytest.raises(ValueError, match=message):
-            latency_summary(samples)
-
-
-class TestStudentTQuantile:
-    @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 30, 201])
-    @pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
-    def test_equals_scipy(self, confidence, freedom):
-        expected = scipy.stats.t.ppf((1 + confidence) / 2, freedom)
-        assert statistics._student_t_quantile(confidence, freedom) == pytest.approx(expected, rel=1e-9)
-
-
-class TestSpeedupInterval:
-    def test_equals_a_t_interval_of_the_logarithms(self):
-        generator = np.random.default_rng(8)
-        baseline, variant = generator.lognormal(2, 0.1, (6, 9)), generator.lognormal(1.5, 0.1, (6, 9))
-        logs = np.log(np.median(baseline, axis=1) / np.median(variant, axis=1))
-        expected = scipy.stats.t.interval(0.9, 5, logs.mean(), scipy.stats.sem(logs))
-        speedup = speedup_interval(list(baseline), list(variant), confidence=0.9)
-        assert speedup.ratio == pytest.approx(math.exp(logs.mean()))
-        assert limits(speedup.interval) == pytest.approx(np.exp(expected))
-
-    @pytest.mark.parametrize("rounds", [1, 2])
-    def test_few_rounds_give_no_interval(self, rounds):
-        speedup = speedup_interval([[8.0, 9.0, 7.0]] * rounds, [[4.0, 4.5]] * rounds)
-        assert speedup.ratio == pytest.approx(8 / 4.25)
-        assert speedup.interval is None
-
-    def test_covers_the_true_ratio_on_a_drifting_machine(self):
-        generator = np.random.default_rng(9)
-        rounds, samples, truth = 8, 11, 1.68
-        # Per case and round: the machine's speed, a random walk that both models see ...
-        machine = np.cumsum(generator.normal(0, 0.2, (CASES, rounds, 1)), axis=1)
-        # ... and what differs between one block of samples and the next, and within it.
-        block = generator.normal(0, 0.02, (2, CASES, rounds, 1))
-        noise = generator.exponential(0.05, (2, CASES, rounds, samples))
-        baseline, variant = np.exp(machine + block + noise) * np.array([truth, 1]).reshape(2, 1, 1, 1)
-        speedups = [speedup_interval(list(a), list(b)) for a, b in zip(baseline, variant, strict=True)]
-        covered = np.mean([covers(speedup.interval, truth) for speedup in speedups])
-        assert 0.93 <= covered <= 0.97
-
-    @pytest.mark.parametrize("rounds", [7, 10])
-    @pytest.mark.parametrize("samples", [10, 30])
-    def test_is_right_while_the_machine_slows_down_twofold(self, rounds, samples):
-        generator = np.random.default_rng(10)
-        truth = 1.68
-        slowdown = np.geomspace(1, 2, 2 * rounds * samples).reshape(rounds, 2, samples)
-        # The model that goes first alternates.
-        slowdown[1::2] = slowdown[1::2, ::-1]
-        measured = slowdown * generator.lognormal(0, 0.02, slowdown.shape)
-        speedup = speedup_interval(list(10 * truth * measured[:, 0]), list(10 * measured[:, 1]))
-        assert speedup.ratio == pytest.approx(truth, rel=0.02)
-        assert covers(speedup.interval, truth)
-
-    @pytest.mark.parametrize(
-        ("baseline", "variant", "message"),
-        [
-            ([], [], "at least one round, got none"),
-            ([[1.0]], [[1.0], [2.0]], "need the same rounds, got 1 and 2"),
-            ([[1.0]], [[]], "flat array and not empty"),
-            ([[1.0]], [[-1.0]], "positive and finite"),
-        ],
-    )
-    def test_rejects(self, baseline, variant, message):
-        with pytest.raises(ValueError, match=message):
-            speedup_interval(baseline, variant)
 
 
 class TestSpearman:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from vitopt.errors import MeasurementError
 from vitopt.measure.latency import Clock
 from vitopt.measure.throughput import energy_per_image, find_throughput
 
@@ -35,7 +36,6 @@ class Device(Clock):
 def test_stops_at_the_largest_batch_that_fits() -> None:
     device = Device(lambda size: 0.001 + 0.0001 * size, fits=100)
     found = find_throughput(device.call, device)
-    assert found is not None
     assert device.sizes == [1, 2, 4, 8, 16, 32, 64, 128]
     assert (found.batch_size, found.largest_batch_size) == (64, 64)
     assert found.images_per_second == pytest.approx(64 / (0.001 + 0.0064))
@@ -44,7 +44,6 @@ def test_stops_at_the_largest_batch_that_fits() -> None:
 def test_stops_when_doubling_gains_nothing() -> None:
     device = Device(lambda size: 0.001 * max(size, 8))
     found = find_throughput(device.call, device)
-    assert found is not None
     assert found.images_per_second == pytest.approx(1000)
     assert found.batch_size == 8
     assert max(device.sizes) == 32
@@ -53,28 +52,26 @@ def test_stops_when_doubling_gains_nothing() -> None:
 def test_reports_the_best_batch_not_the_last() -> None:
     device = Device(lambda size: 0.001 * size * (1 if size <= 16 else 1.5) / min(size, 16))
     found = find_throughput(device.call, device)
-    assert found is not None
     assert found.batch_size == 16
     assert found.largest_batch_size > 16
 
 
 def test_is_bounded_in_time() -> None:
     device = Device(lambda size: 2.0 + 0.01 * size)
-    found = find_throughput(device.call, device)
-    assert found is not None
+    assert find_throughput(device.call, device).largest_batch_size < 32
     assert device.time_now < 60
 
 
 def test_nothing_fits() -> None:
     device = Device(lambda size: 1.0, fits=0)
-    assert find_throughput(device.call, device) is None
+    with pytest.raises(MeasurementError, match="not even one image fits"):
+        find_throughput(device.call, device)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_memory_of_the_cpu_runs_out_too(error: Exception) -> None:
     device = Device(lambda size: 0.001, fits=4, error=error)
     found = find_throughput(device.call, device)
-    assert found is not None
     assert found.largest_batch_size == 4
 
 

@@ -25,9 +25,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
-    with torch._dynamo.config.patch():  # what is set meanwhile is taken back
-        torch._dynamo.reset()
-        yield
+    torch._dynamo.reset()
+    yield
     torch._dynamo.reset()
 
 
@@ -69,6 +68,28 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def pixels(batch_size: int) -> torch.Tensor:
     return random_pixels(batch_size, (32, 32))
+
+
+@pytest.mark.parametrize("autotune", [False, True])
+def test_the_compilers_settings_are_as_before(
+    autotune: bool, tiny: Checkpoint, compile_with: Callable[[Backend | str], None]
+) -> None:
+    from torch._inductor import select_algorithm
+
+    def settings() -> tuple[dict[str, Any], dict[str, Any], bool]:
+        dynamo, inductor = (c.get_config_copy() for c in (torch._dynamo.config, torch._inductor.config))
+        return dynamo, inductor, select_algorithm.PRINT_AUTOTUNE
+
+    before, seen = settings(), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        seen.append(torch._dynamo.config.recompile_limit)
+        return graph.forward
+
+    compile_with(backend)
+    compiling(tiny, autotune=autotune)(pixels(1))
+    assert seen and min(seen) > 8  # dynamo's own limit
+    assert settings() == before
 
 
 @pytest.mark.parametrize(("backend", "run"), [("eager", {}), ("aot_eager", {"fuse_qkv": True, "channels_last": True})])

@@ -108,6 +108,7 @@ def make_record(
         ),
         "size": None if weight_bytes is None else Size(weight_bytes=weight_bytes, disk_bytes=weight_bytes + 70_000),
         "environment": ENVIRONMENT,
+        "measured_together": "one session",
         "command": "vitopt run recipe.yaml",
         "created": "2026-01-02T03:04:05+00:00",
     }

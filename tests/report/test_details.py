@@ -1,6 +1,6 @@
 from types import SimpleNamespace
 
-from vitopt.records import EndToEnd, Throughput
+from vitopt.records import BatchInvariance, EndToEnd, Throughput
 from vitopt.report import details
 from vitopt.report.classes import class_changes
 
@@ -34,8 +34,8 @@ def test_other_timings_give_rate_and_energy_once_per_variant(make: SimpleNamespa
     table = details.other_timings([record])
 
     assert table.rows == (
-        ("a", "1", "0.25", "100", "10", "8123 at batch 256", "0.123"),
-        ("a", "8", "0.25", "100", "10", "–", "–"),
+        ("a", "1", "0.25", "100", "10", "0", "8123 at batch 256", "0.123"),
+        ("a", "8", "0.25", "100", "10", "0", "–", "–"),
     )
     assert "device p50, ms" not in table.headings
 
@@ -66,3 +66,29 @@ def test_nothing_measured_gives_no_table(make: SimpleNamespace):
     assert details.end_to_end(records) == []
     assert details.other_timings(records) is None
     assert details.visibility(records) is None
+
+
+def test_discarded_calls_and_an_unsettled_warm_up_are_shown(make: SimpleNamespace):
+    record = make.record("a", p50_ms={1: 3.0})
+    row = record.latency[0].model_copy(update={"discarded_calls": 1_020, "settled": False})
+    table = details.other_timings([record.model_copy(update={"latency": (row,)})])
+    cells = dict(zip(table.headings, table.rows[0], strict=True))
+    assert (cells["discarded calls"], cells["warm-up settled"]) == ("1,020", "no")
+
+
+def test_single_images_have_a_table_where_they_were_tried(make: SimpleNamespace):
+    tried = BatchInvariance(images=64, batch_size=32, agreement_percent=96.875, max_logit_difference=1.2345)
+    table = details.batch_invariance([make.record("a"), make.record("int8", batch_invariance=tried)])
+    assert table.rows == (("int8", "64", "32", "96.9", "1.2"),)
+    assert details.batch_invariance([make.record("a")]) is None
+
+
+def test_calibration_error_stands_beside_what_chance_gives(make: SimpleNamespace):
+    record = make.record("a", predictions=make.predictions(wrong=range(10)))
+    found = record.accuracy
+    table = details.agreement([record])
+    cells = dict(zip(table.headings, table.rows[0], strict=True))
+    assert (
+        cells["calibration error (by chance)"]
+        == f"{found.expected_calibration_error:.3f} ({found.calibration_noise:.3f})"
+    )

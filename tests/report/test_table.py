@@ -16,6 +16,7 @@ from vitopt.report.table import (
     notes,
     percent,
     row,
+    tail,
 )
 
 
@@ -241,3 +242,31 @@ def test_device_is_the_gpu_where_there_is_one(make: SimpleNamespace):
     assert describe_device(make.record("a")) == "Test CPU"
     assert describe_device(make.record("a", environment={"gpu": {"name": "H200"}})) == "H200"
     assert describe_device(make.record("a", environment={})) == "unknown device"
+
+
+@pytest.mark.parametrize(
+    ("estimate", "limits", "text"),
+    [
+        (12.3, (11.9, 13.14), "12.30 (≤ 13.14)"),
+        (12.3, (11.9, None), "≥ 11.90"),
+        (None, (11.9, None), "≥ 11.90"),
+        (None, (None, None), "–"),
+        (12.3, None, "12.30"),  # a record without limits
+        (None, None, "–"),
+    ],
+)
+def test_a_tail_is_shown_with_its_limit(estimate, limits, text):
+    assert tail(estimate, limits) == text
+
+
+def test_a_percentile_without_an_upper_limit_says_how_many_calls_give_one(make: SimpleNamespace):
+    record = make.record("a", p50_ms={1: 3.0})
+    limits = {"p95_ci95_ms": (3.1, 3.3), "p99_ci95_ms": (3.2, None)}
+    bounded = record.model_copy(update={"latency": (record.latency[0].model_copy(update=limits),)})
+    assert cell(bounded, "p95 ms").endswith("(≤ 3.30)") and cell(bounded, "p99 ms") == "≥ 3.20"
+    assert notes([bounded, bounded]) == ["no upper bound for p99 from 100 calls: 368 give one"]
+
+
+def test_what_was_not_measured_is_told_with_its_reason(make: SimpleNamespace):
+    records = [make.record(name, unmeasured={"memory": "ended by SIGKILL"}) for name in "ab"]
+    assert notes(records) == ["a, b: memory not measured (ended by SIGKILL)"]

@@ -33,6 +33,7 @@ class Outcome:
     predictions: dict[str, Predictions]
     failures: dict[str, str]
     skipped: tuple[str, ...]  # ids of images that could not be decoded
+    batch_sizes: dict[str, int]  # by name: images per call in the end
     notes: dict[str, list[str]] = field(default_factory=dict)  # by name: what was done otherwise than asked for
 
 
@@ -73,8 +74,6 @@ def predict(
             try:
                 logits = _logits(subject, batch, sizes)
                 _refuse_nan(logits, batch, images)
-            except MeasurementError as error:
-                failures[subject.name] = str(error)
             except Exception as error:  # whatever a kernel raises is this variant's failure, not the run's
                 failures[subject.name] = explain_failure(error)
             else:
@@ -88,7 +87,7 @@ def _logits(subject: Subject, batch: Batch, sizes: dict[str, int]) -> np.ndarray
     while True:
         size = sizes[subject.name]
         try:
-            parts = [_padded_call(subject, part, size) for part in batch.pixel_values.split(size)]
+            parts = [padded_call(subject, part, size) for part in batch.pixel_values.split(size)]
             return torch.cat(parts).float().cpu().numpy()
         except Exception as error:
             if not is_out_of_memory(error):
@@ -99,7 +98,11 @@ def _logits(subject: Subject, batch: Batch, sizes: dict[str, int]) -> np.ndarray
             logger.warning("%s: batch %d does not fit the memory; going on with %d", subject.name, size, size // 2)
 
 
-def _padded_call(subject: Subject, pixels: torch.Tensor, size: int) -> torch.Tensor:
+def padded_call(subject: Subject, pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """Logits (images, classes) of `pixels` (images, 3, height, width).
+
+    A compiled subject is called with `size` images; what is missing are copies of the last one.
+    """
     images = len(pixels)
     if subject.compiled and images < size:
         # A new shape would be compiled anew: the last batch is filled up and cut back.
@@ -140,7 +143,7 @@ def _merge(shares: Sequence[_Share], images: ImageSet, batch_size: int) -> Outco
         for name, size in smallest.items()
         if size < batch_size
     }
-    return Outcome(predictions, failures, tuple(images.ids[i] for i in bad), notes)
+    return Outcome(predictions, failures, tuple(images.ids[i] for i in bad), smallest, notes)
 
 
 def summarise(predictions: Predictions, class_names: Sequence[str]) -> Accuracy:
@@ -166,6 +169,7 @@ def summarise(predictions: Predictions, class_names: Sequence[str]) -> Accuracy:
         top1_ci95_percent=(100 * interval.low, 100 * interval.high),
         top5_percent=None if top5 is None else 100 * float(top5.mean()),
         expected_calibration_error=statistics.expected_calibration_error(predictions.logits, predictions.labels),
+        calibration_noise=statistics.calibration_noise(predictions.logits),
         classes=tuple(rows),
     )
 

@@ -1,13 +1,24 @@
-"""Two stored results compared, whatever runs they come from."""
+"""Two results compared: their speed from the samples in their records, their answers image by image."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vitopt.errors import RecordError
 from vitopt.measure.accuracy import compare
+from vitopt.measure.latency_statistics import Speedup, speedup_interval
 from vitopt.measure.predictions import load_predictions
-from vitopt.records import Record, VersusBaseline, load_record
+from vitopt.records import Latency, Record, VersusBaseline, load_record
+
+
+@dataclass(frozen=True)
+class SpeedRatio(Speedup):
+    """How many times faster a variant is than a baseline; without an interval, `caution` says why."""
+
+    batch_size: int
+    caution: str | None
 
 
 @dataclass(frozen=True)
@@ -17,7 +28,7 @@ class Comparison:
     baseline: Record
     variant: Record
     versus: VersusBaseline
-    latency_ratios: dict[int, float]  # batch size -> baseline's p50 over the variant's
+    speed: tuple[SpeedRatio, ...]  # by batch size, where both were timed
 
     @property
     def records(self) -> tuple[Record, Record]:
@@ -31,19 +42,24 @@ class Comparison:
             f"{versus.right_to_wrong} images turned wrong, {versus.wrong_to_right} turned right "
             f"(McNemar's exact p = {versus.mcnemar_p:.3g}); mean KL divergence {versus.mean_kl_divergence:.4f} nats"
         ]
-        lines += [
-            f"batch {size}: {ratio:.2f}x the speed; the two were not interleaved, so no interval can be given"
-            for size, ratio in self.latency_ratios.items()
-        ]
+        lines += [f"batch {one.batch_size}: {one.ratio:.2f}x the speed{_worth(one)}" for one in self.speed]
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: names, the paired comparison, latency ratios by batch size."""
+        """Plain data: names, the paired comparison, the ratio of speeds by batch size."""
         return {
             "baseline": self.baseline.variant.name,
             "variant": self.variant.variant.name,
             "versus_baseline": self.versus.model_dump(mode="json"),
-            "latency_ratios_not_interleaved": {str(size): ratio for size, ratio in self.latency_ratios.items()},
+            "speed": [
+                {
+                    "batch_size": one.batch_size,
+                    "ratio": one.ratio,
+                    "ci95": [one.interval.low, one.interval.high] if one.interval else None,
+                    "caution": one.caution,
+                }
+                for one in self.speed
+            ],
         }
 
 
@@ -59,10 +75,58 @@ def compare_stored(baseline: Path, variant: Path) -> Comparison:
             raise RecordError(f"{path} holds a failed measurement ({record.failure}): there is nothing to compare")
     predictions = [load_predictions(path if path.is_dir() else path.parent) for path in (baseline, variant)]
     versus = compare(records[baseline].variant.name, predictions[0], predictions[1])
-    theirs = {row.batch_size: row.p50_ms for row in records[baseline].latency}
-    ratios = {
-        row.batch_size: theirs[row.batch_size] / row.p50_ms
-        for row in records[variant].latency
-        if row.batch_size in theirs
-    }
-    return Comparison(records[baseline], records[variant], versus, ratios)
+    ratios = (speed_ratio(records[baseline], records[variant], row.batch_size) for row in records[variant].latency)
+    return Comparison(records[baseline], records[variant], versus, tuple(one for one in ratios if one is not None))
+
+
+def speed_ratio(baseline: Record, variant: Record, batch_size: int) -> SpeedRatio | None:
+    """How many times faster `variant` is at one batch size; None where either was not timed at it.
+
+    Of records that were timed together it is the figure of the run's own table, see `paired_speedup`. Of others it
+    is the ratio of their medians, has no interval, and cautions in words, above all where the devices differ.
+    """
+    before, after = (
+        next((row for row in record.latency if row.batch_size == batch_size), None) for record in (baseline, variant)
+    )
+    if before is None or after is None:
+        return None
+    together = baseline.measured_together is not None and baseline.measured_together == variant.measured_together
+    if together and _in_same_rounds(before, after):
+        paired = paired_speedup(before, after)
+        caution = None if paired.interval else "too few rounds for an interval"
+        return SpeedRatio(paired.ratio, paired.interval, batch_size, caution)
+    devices = _device(baseline), _device(variant)
+    if together:
+        caution = "the samples were not kept: no interval"
+    elif devices[0] == devices[1]:
+        caution = "not timed together: no interval"
+    else:
+        caution = f"timed on different devices ({devices[0]}; {devices[1]}): no comparison of the variants alone"
+    return SpeedRatio(before.p50_ms / after.p50_ms, None, batch_size, caution)
+
+
+def _in_same_rounds(before: Latency, after: Latency) -> bool:
+    counts = len(before.samples_ms), len(after.samples_ms)
+    return before.rounds == after.rounds and all(count > 0 and count % before.rounds == 0 for count in counts)
+
+
+def paired_speedup(baseline: Latency, variant: Latency) -> Speedup:
+    """Geometric mean over rounds of baseline median / variant median, of two that were timed together.
+
+    This is what vitopt calls speed-up, everywhere. `interval` is None under three rounds.
+    """
+    before, after = (np.split(np.asarray(row.samples_ms), row.rounds) for row in (baseline, variant))
+    return speedup_interval(before, after)
+
+
+def _worth(one: SpeedRatio) -> str:
+    return f" ({one.interval.low:.2f} to {one.interval.high:.2f})" if one.interval else f"; {one.caution}"
+
+
+def _device(record: Record) -> str:
+    """What calls ran on, in words: two of the same words are one device."""
+    found = record.environment
+    if gpu := found.get("gpu"):
+        return f"{gpu['name']} ({found.get('device')})"
+    bound = "bound " if found.get("threads_bound") else ""
+    return f"{found.get('processor', 'unknown processor')}, {found.get('torch_threads', '?')} {bound}threads"

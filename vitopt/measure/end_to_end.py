@@ -1,6 +1,7 @@
 """Time from image file to class, part by part: the model is often not what a caller waits for.
 
-Servers have been measured to spend up to 56 % of a request on preprocessing (see docs/design.md).
+Servers have been measured to spend up to 56 % of a request on preprocessing (see docs/design.md). As for latency,
+variants take turns, so that a drifting machine slows all alike, and the first call after a switch is not counted.
 """
 
 import itertools
@@ -11,29 +12,50 @@ import torch
 
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor
-from vitopt.measure import statistics
+from vitopt.measure.failures import attempt
+from vitopt.measure.latency import balanced_orders
+from vitopt.measure.latency_statistics import latency_summary
 from vitopt.measure.subject import Subject
 from vitopt.records import EndToEnd
 
-_MOST_CALLS = 30
-_FEWEST_CALLS = 3
-_SECONDS = 5.0
+_TURNS = 10
+_CALLS_A_TURN = 3
+_SECONDS = 5.0  # for each variant
 
 
-def time_end_to_end(subject: Subject, images: ImageSet, preprocess: Preprocessor, batch_size: int) -> EndToEnd:
+def time_end_to_end(
+    subjects: Sequence[Subject], images: ImageSet, preprocess: Preprocessor, batch_size: int
+) -> tuple[dict[str, EndToEnd], dict[str, str]]:
     """Mean milliseconds per call of each part, one after another as a simple server does them.
 
-    Images are taken in turn from `images`, all of which must be decodable.
+    Images, all of which must be decodable, are taken in turn from `images`, the same for each subject. Returns
+    rows by the subjects' names, and by name the reason of those that failed.
     """
-    turn = itertools.cycle(range(len(images)))
+    by_name = {subject.name: subject for subject in subjects}
+    calls: dict[str, list[list[float]]] = {name: [] for name in by_name}
+    failures: dict[str, str] = {}
     started = time.perf_counter()
-    calls: list[list[float]] = []
-    # The first call warms caches and compiles shapes, so it is made and not counted.
-    while len(calls) <= _MOST_CALLS:
-        calls.append(_one_call(subject, images, preprocess, [next(turn) for _ in range(batch_size)]))
-        if len(calls) > _FEWEST_CALLS and time.perf_counter() - started > _SECONDS:
+    for number in range(_TURNS):
+        orders = balanced_orders([name for name in by_name if name not in failures])
+        for name in orders[number % len(orders)]:
+            made = attempt(name, lambda: _one_turn(by_name[name], images, preprocess, batch_size, number), failures)  # noqa: B023
+            calls[name] += made or []
+        if time.perf_counter() - started > _SECONDS * len(by_name):
             break
-    return _summary(batch_size, calls[1:])
+    return {name: _summary(batch_size, calls[name]) for name in by_name if name not in failures}, failures
+
+
+def _one_turn(
+    subject: Subject, images: ImageSet, preprocess: Preprocessor, batch_size: int, number: int
+) -> list[list[float]]:
+    """The counted calls of one turn; the one before them warms caches and, in the first turn, compiles shapes."""
+    first = number * (1 + _CALLS_A_TURN) * batch_size
+    turn = itertools.islice(itertools.cycle(range(len(images))), first % len(images), None)
+    made = [
+        _one_call(subject, images, preprocess, list(itertools.islice(turn, batch_size)))
+        for _ in range(1 + _CALLS_A_TURN)
+    ]
+    return made[1:]
 
 
 def _one_call(subject: Subject, images: ImageSet, preprocess: Preprocessor, indices: Sequence[int]) -> list[float]:
@@ -64,7 +86,7 @@ def _answer(logits: torch.Tensor) -> list[tuple[int, float]]:
 
 
 def _summary(batch_size: int, calls: Sequence[Sequence[float]]) -> EndToEnd:
-    total = statistics.latency_summary([sum(call) for call in calls])
+    total = latency_summary([sum(call) for call in calls])
     decode, preprocess, copy, model, postprocess = (sum(part) / len(calls) for part in zip(*calls, strict=True))
     return EndToEnd(
         batch_size=batch_size,

@@ -4,8 +4,9 @@ import datetime
 import functools
 import shlex
 import sys
+import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +16,22 @@ from vitopt import environment, progress
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor, random_pixels
 from vitopt.errors import MeasurementError
-from vitopt.measure import accuracy, statistics
+from vitopt.measure import accuracy
 from vitopt.measure.chance import explain_guessing, is_guessing
 from vitopt.measure.conditions import watched
 from vitopt.measure.end_to_end import time_end_to_end
-from vitopt.measure.failures import explain_failure, is_out_of_memory
-from vitopt.measure.latency import Timing, clock_for, time_interleaved
+from vitopt.measure.failures import attempt, explain_failure
+from vitopt.measure.invariance import batch_invariance
+from vitopt.measure.latency import clock_for
+from vitopt.measure.latency_rows import Rows, call_of, time_rows
 from vitopt.measure.memory import peak_memory
 from vitopt.measure.predictions import Predictions
 from vitopt.measure.rates import floor_ms, flops_per_image, roofline, utilisation_percent
 from vitopt.measure.subject import Subject
 from vitopt.measure.throughput import energy_per_image, find_throughput
 from vitopt.models.checkpoint import disk_bytes, empty_model, parameter_count, weight_bytes
-from vitopt.recipe import EvaluateSpec, LatencySpec, VariantSpec
-from vitopt.records import Dataset, EndToEnd, FailedLatency, Latency, Model, Record, Roofline, Size, Variant
+from vitopt.recipe import EvaluateSpec, VariantSpec
+from vitopt.records import Dataset, EndToEnd, Latency, Model, Record, Roofline, Size, Variant
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ def evaluate(
     skip_bad: bool = False,
     baseline: str | None = None,
     untrained: bool = False,
+    ready: Callable[[Measured], None] = lambda one: None,
 ) -> list[Measured]:
     """Measure accuracy (where `images` are given), latency, size and memory of all subjects together.
 
     `specs` tell what was asked for, None for a checkpoint that came from elsewhere. A subject that cannot be
-    measured gets a record with a `failure`; the others finish. In processes other than the main one only the
-    share of accuracy is done, and the list is empty.
+    measured gets a record with a `failure`, a figure that cannot be had a reason in `unmeasured`; all else goes on.
+    `ready` gets each result as soon as it holds accuracy and latency, and again whenever it has gained figures. In
+    processes other than the main one only the share of accuracy is done, and the list is empty.
     Without the baseline's own figures the others are measured and compared with nothing. `untrained` weights are
     expected to guess, which is a warning then.
 
@@ -74,29 +79,37 @@ def evaluate(
     failures = dict(outcome.failures) if outcome else {}
     running = [subject for subject in subjects if subject.name not in failures]
     with watched(subjects[0].device) as warnings:
-        timings = {size: _time_all(running, size, spec.latency) for size in spec.latency.batch_sizes}
+        rows = time_rows(running, spec.latency, baseline)
     dataset = _describe_dataset(images, preprocess, outcome) if outcome and images and preprocess else None
-    measured = []
+    together = uuid.uuid4().hex
+    measured = {}
     for subject, asked in zip(subjects, specs, strict=True):
-        own = outcome.notes.get(subject.name, []) if outcome else []
-        common = _common_fields(subject, asked) | {"dataset": dataset, "warnings": (*warnings, *own)}
-        if subject.name in failures:
-            measured.append(Measured(Record(**common, failure=failures[subject.name]), None))
-            continue
-        fields = _speed_fields(subject, spec, timings, baseline, common["model"].flops_per_image)
-        if images is not None and preprocess is not None and spec.end_to_end:
-            fields["end_to_end"] = _end_to_end(subject, images, preprocess, fields["latency"])
-        predictions = outcome.predictions[subject.name] if outcome else None
-        if predictions is not None and outcome is not None and images is not None:
-            fields["accuracy"] = accuracy.summarise(predictions, images.class_names or ())
-            reference = outcome.predictions.get(baseline or "") if baseline != subject.name else None
-            if baseline is not None and reference is not None:
-                fields["versus_baseline"] = accuracy.compare(baseline, reference, predictions)
-        measured.append(Measured(Record(**common, **fields), predictions))
+        notes = outcome.notes.get(subject.name, []) if outcome else []
+        own: dict[str, Any] = {"dataset": dataset, "warnings": (*warnings, *notes)}
+        if subject.name in rows:
+            own["measured_together"] = together
+        measured[subject.name] = _first_figures(subject, asked, own, outcome, images, rows.get(subject.name), baseline)
+
+    def gain(figures: Callable[[Subject, Measured], dict[str, Any]]) -> None:
+        for subject in running:
+            one = measured[subject.name]
+            if one.record.failure is None:
+                measured[subject.name] = _with(one, **figures(subject, one))
+            ready(measured[subject.name])
+
+    for one in measured.values():
+        ready(one)
+    if outcome is not None and images is not None and preprocess is not None:
+        if spec.end_to_end:
+            found = _end_to_end(running, images, preprocess, rows)
+            gain(lambda subject, one: found[subject.name])
+        sizes = outcome.batch_sizes
+        gain(functools.partial(_invariance, images=images, preprocess=preprocess, batch_sizes=sizes))
+    gain(functools.partial(_device_figures, spec=spec))
     # A profiler slows later calls down, so it comes when nothing is left to be timed.
-    measured = [_with_kernel(one, subject) for one, subject in zip(measured, subjects, strict=True)]
+    gain(_kernel)
     environment.wait_for_all()
-    return measured
+    return list(measured.values())
 
 
 def _refuse_guessing(outcome: accuracy.Outcome, name: str, untrained: bool) -> None:
@@ -113,55 +126,150 @@ def _refuse_guessing(outcome: accuracy.Outcome, name: str, untrained: bool) -> N
     outcome.notes.setdefault(name, []).append(line)
 
 
-def _speed_fields(
-    subject: Subject, spec: EvaluateSpec, timings: dict[int, dict[str, Timing]], baseline: str | None, flops: int
+def _first_figures(
+    subject: Subject,
+    asked: VariantSpec | None,
+    own: dict[str, Any],
+    outcome: accuracy.Outcome | None,
+    images: ImageSet | None,
+    rows: Rows | None,
+    baseline: str | None,
+) -> Measured:
+    """What is known once all images were seen and all calls were timed."""
+    fields = own | {"variant": _variant(subject, asked), **_provenance(subject.device)}
+    unmeasured: dict[str, str] = {}
+    try:
+        fields |= _model_fields(subject, unmeasured)
+    except Exception as error:  # the other rows go on
+        return Measured(Record(**fields, failure=explain_failure(error)), None)
+    if rows is None:  # it failed over the images, and was timed no more
+        assert outcome is not None
+        return Measured(Record(**fields, failure=outcome.failures[subject.name], unmeasured=unmeasured), None)
+    fields |= {"latency": rows.latency, "latency_failures": rows.failures, "size": _size(subject)}
+    fields["warnings"] = (*fields["warnings"], *rows.warnings)
+    predictions = outcome.predictions[subject.name] if outcome else None
+    if predictions is not None and outcome is not None and images is not None:
+        names = images.class_names or ()
+        fields["accuracy"] = attempt("accuracy", lambda: accuracy.summarise(predictions, names), unmeasured)
+        reference = outcome.predictions.get(baseline or "") if baseline != subject.name else None
+        if baseline is not None and reference is not None:
+            fields["versus_baseline"] = attempt(
+                "versus_baseline", lambda: accuracy.compare(baseline, reference, predictions), unmeasured
+            )
+    return Measured(Record(**fields, unmeasured=unmeasured), predictions)
+
+
+def _with(
+    one: Measured, *, unmeasured: dict[str, str] | None = None, warnings: Sequence[str] = (), **figures: Any
+) -> Measured:
+    """The same with more figures, more reasons why others are missing, and more warnings."""
+    record = one.record
+    more = {"unmeasured": record.unmeasured | (unmeasured or {}), "warnings": (*record.warnings, *warnings)}
+    return Measured(record.model_copy(update=figures | more), one.predictions)
+
+
+def _end_to_end(
+    subjects: Sequence[Subject], images: ImageSet, preprocess: Preprocessor, rows: Mapping[str, Rows]
+) -> dict[str, dict[str, Any]]:
+    """Rows of all subjects, those of one batch size in turns; name -> figures."""
+    found: dict[str, list[EndToEnd]] = {subject.name: [] for subject in subjects}
+    unmeasured: dict[str, dict[str, str]] = {subject.name: {} for subject in subjects}
+    # At batch sizes that are known to run.
+    timed = {name: [row.batch_size for row in rows[name].latency] for name in found}
+    for size in sorted({size for sizes in timed.values() for size in sizes}):
+        able = [subject for subject in subjects if size in timed[subject.name]]
+        with progress.task(f"end to end at batch {size}", None):
+            ended, failures = time_end_to_end(able, images, preprocess, size)
+        for name, row in ended.items():
+            found[name].append(row)
+        for name, reason in failures.items():
+            unmeasured[name][f"end_to_end at batch {size}"] = reason
+    return {name: {"end_to_end": tuple(found[name]), "unmeasured": unmeasured[name]} for name in found}
+
+
+def _invariance(
+    subject: Subject, one: Measured, *, images: ImageSet, preprocess: Preprocessor, batch_sizes: Mapping[str, int]
 ) -> dict[str, Any]:
-    latency, latency_failures = _latency_rows(subject.name, baseline, timings)
-    size = _size(subject)
-    fields: dict[str, Any] = {"latency_failures": latency_failures, "size": size}
-    if latency:
-        # At a batch size that is known to fit.
+    """Whether single images get the answers that they got in batches."""
+    predictions = one.predictions
+    assert predictions is not None
+    timed_at = [row.batch_size for row in one.record.latency]
+    unmeasured: dict[str, str] = {}
+    with progress.task(f"single images of {subject.name}", None):
+        found = attempt(
+            "batch_invariance",
+            lambda: batch_invariance(
+                subject, images, preprocess, predictions, batch_sizes[subject.name], timed_at=timed_at
+            ),
+            unmeasured,
+        )
+    warnings = []
+    if found is not None and found.agreement_percent < 100:
+        warnings.append(
+            f"an image's class depends on the others of its batch: {100 - found.agreement_percent:.1f} % of "
+            f"{found.images} images have another one alone than in batches of {found.batch_size}"
+        )
+    return {"batch_invariance": found, "unmeasured": unmeasured, "warnings": warnings}
+
+
+def _device_figures(subject: Subject, one: Measured, *, spec: EvaluateSpec) -> dict[str, Any]:
+    """Memory, energy, throughput, and what the latency is of what the device can give."""
+    record, unmeasured = one.record, dict[str, str]()
+    fields: dict[str, Any] = {"unmeasured": unmeasured}
+    if record.latency:
+        # At batch sizes that are known to fit.
+        smallest, largest = record.latency[0].batch_size, record.latency[-1].batch_size
         with progress.task(f"memory of {subject.name}", None):
-            fields["memory"] = peak_memory(subject, latency[0].batch_size)
-        call = _call(subject, latency[-1].batch_size)
-        fields["energy_joules_per_image"] = energy_per_image(call, latency[-1].batch_size, subject.device)
+            fields["memory"] = attempt("memory", lambda: peak_memory(subject, smallest), unmeasured)
+        fields["energy_joules_per_image"] = attempt(
+            "energy_joules_per_image",
+            lambda: energy_per_image(call_of(subject, largest), largest, subject.device),
+            unmeasured,
+        )
     if spec.throughput:
         with progress.task(f"throughput of {subject.name}", None):
-            fields["throughput"] = find_throughput(lambda size: _call(subject, size), clock_for(subject.device))
-    rates = roofline(_format(subject), subject.device) if spec.roofline else None
-    limits = [_limits(row, subject, size, rates, flops) for row in latency]
-    rows = tuple(row.model_copy(update=limit) for row, limit in zip(latency, limits, strict=True))
+            fields["throughput"] = attempt(
+                "throughput",
+                lambda: find_throughput(lambda size: call_of(subject, size), clock_for(subject.device)),
+                unmeasured,
+            )
+    rates = None
+    if spec.roofline:
+        rates = attempt("roofline", lambda: roofline(_format(subject), subject.device), unmeasured)
+    limits = [_limits(row, subject, record, rates, unmeasured) for row in record.latency]
+    rows = tuple(row.model_copy(update=limit) for row, limit in zip(record.latency, limits, strict=True))
     return fields | {"roofline": rates, "latency": rows}
 
 
-def _limits(row: Latency, subject: Subject, size: Size, rates: Roofline | None, flops: int) -> dict[str, Any]:
+def _limits(
+    row: Latency, subject: Subject, record: Record, rates: Roofline | None, unmeasured: dict[str, str]
+) -> dict[str, Any]:
     """What a batch size takes of the device: its memory, and against its rates the floor and the utilisation."""
     limits: dict[str, Any] = {}
     if subject.device.type == "cuda":
-        peak = peak_memory(subject, row.batch_size)
+        figure = f"peak_bytes at batch {row.batch_size}"
+        peak = attempt(figure, lambda: peak_memory(subject, row.batch_size), unmeasured)
         limits["peak_bytes"] = peak.peak_bytes if peak else None
-    if rates is not None:
-        limits["floor_ms"] = floor_ms(row.batch_size, flops, size.weight_bytes, rates)
+    flops = record.model.flops_per_image if record.model else None
+    if rates is not None and flops is not None and record.size is not None:
+        limits["floor_ms"] = floor_ms(row.batch_size, flops, record.size.weight_bytes, rates)
         reached = utilisation_percent(row.batch_size, flops, row.p50_ms, rates)
         limits["model_flop_utilisation_percent"] = reached
     return limits
 
 
-def _with_kernel(one: Measured, subject: Subject) -> Measured:
-    """The same with the attention kernel that ran, read from a profile at a batch size that has run before."""
+def _kernel(subject: Subject, one: Measured) -> dict[str, Any]:
+    """The attention kernel that ran, read from a profile at a batch size that has run before."""
     if not one.record.latency:
-        return one
-    pixels = random_pixels(one.record.latency[0].batch_size, subject.checkpoint.image_size).to(subject.device)
-    variant = one.record.variant.model_copy(update={"sdpa_kernel_used": subject.kernel_used(pixels)})
-    return Measured(one.record.model_copy(update={"variant": variant}), one.predictions)
+        return {}
+    unmeasured: dict[str, str] = {}
 
+    def profiled() -> str | None:
+        pixels = random_pixels(one.record.latency[0].batch_size, subject.checkpoint.image_size)
+        return subject.kernel_used(pixels.to(subject.device))
 
-def _end_to_end(
-    subject: Subject, images: ImageSet, preprocess: Preprocessor, latency: Sequence[Latency]
-) -> tuple[EndToEnd, ...]:
-    sizes = [row.batch_size for row in latency]
-    with progress.task(f"end to end of {subject.name}", None):
-        return tuple(time_end_to_end(subject, images, preprocess, size) for size in sizes)
+    kernel = attempt("sdpa_kernel_used", profiled, unmeasured)
+    return {"variant": one.record.variant.model_copy(update={"sdpa_kernel_used": kernel}), "unmeasured": unmeasured}
 
 
 def failed(name: str, asked: VariantSpec, reason: str, device: torch.device) -> Measured:
@@ -182,28 +290,31 @@ def failed(name: str, asked: VariantSpec, reason: str, device: torch.device) -> 
     return Measured(Record(variant=variant, failure=reason, **_provenance(device)), None)
 
 
-def _common_fields(subject: Subject, asked: VariantSpec | None) -> dict[str, Any]:
+def _variant(subject: Subject, asked: VariantSpec | None) -> Variant:
+    return Variant(
+        name=subject.name,
+        format=_format(subject),
+        half=asked.half if asked else None,
+        skip=asked.skip if asked else (),
+        layers=dict(asked.layers) if asked else {},
+        attention_requested=subject.run.attention,
+        attention_used=subject.attention_used,
+        attention_reason=subject.attention_reason,
+        sdpa_kernel_requested=subject.run.sdpa_kernel,
+        sdpa_kernel_reason=subject.kernel_reason,
+        stored_format=subject.stored_format,
+        fused_attentions=subject.fused_attentions,
+        channels_last=subject.run.channels_last,
+        compile_requested=subject.run.compile,
+        compile_used=subject.compiled,
+        compile_reason=subject.compile_reason,
+        autotune=subject.run.autotune,
+    )
+
+
+def _model_fields(subject: Subject, unmeasured: dict[str, str]) -> dict[str, Any]:
     checkpoint = subject.checkpoint
     return {
-        "variant": Variant(
-            name=subject.name,
-            format=_format(subject),
-            half=asked.half if asked else None,
-            skip=asked.skip if asked else (),
-            layers=dict(asked.layers) if asked else {},
-            attention_requested=subject.run.attention,
-            attention_used=subject.attention_used,
-            attention_reason=subject.attention_reason,
-            sdpa_kernel_requested=subject.run.sdpa_kernel,
-            sdpa_kernel_reason=subject.kernel_reason,
-            stored_format=subject.stored_format,
-            fused_attentions=subject.fused_attentions,
-            channels_last=subject.run.channels_last,
-            compile_requested=subject.run.compile,
-            compile_used=subject.compiled,
-            compile_reason=subject.compile_reason,
-            autotune=subject.run.autotune,
-        ),
         "model": Model(
             source=checkpoint.source,
             sha256=checkpoint.fingerprint() if checkpoint.folder else None,
@@ -211,11 +322,10 @@ def _common_fields(subject: Subject, asked: VariantSpec | None) -> dict[str, Any
             parameters=parameter_count(empty_model(checkpoint)),
             image_size=checkpoint.image_size,
             classes=checkpoint.config.num_labels,
-            flops_per_image=flops_per_image(checkpoint),
+            flops_per_image=attempt("flops_per_image", lambda: flops_per_image(checkpoint), unmeasured),
         ),
         "layer_plan": dict(Counter(subject.layers.values())),
         "layers": subject.layers,
-        **_provenance(subject.device),
     }
 
 
@@ -230,86 +340,6 @@ def _provenance(device: torch.device) -> dict[str, Any]:
         "command": shlex.join(["vitopt", *sys.argv[1:]]),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-
-
-def _time_all(subjects: Sequence[Subject], batch_size: int, spec: LatencySpec) -> dict[str, Timing]:
-    if not subjects:
-        return {}
-    calls = {subject.name: _call(subject, batch_size) for subject in subjects}
-    timings = time_interleaved(calls, spec, clock_for(subjects[0].device), f"latency at batch {batch_size}")
-    calls.clear()  # and with them pixels that may be what did not fit
-    for subject in subjects:
-        timing = timings[subject.name]
-        if timing.out_of_memory:
-            timing.failure = f"out of memory; {_largest_that_fits(subject, batch_size // 2)}"
-    return timings
-
-
-def _largest_that_fits(subject: Subject, batch_size: int) -> str:
-    """The batch halved until it fits, in words."""
-    while batch_size >= 1:
-        try:
-            _call(subject, batch_size)()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                return f"at batch {batch_size}: {explain_failure(error)}"
-            batch_size //= 2
-        else:
-            return f"batch {batch_size} fits"
-    return "not even one image fits"
-
-
-def _call(subject: Subject, batch_size: int) -> Callable[[], object]:
-    @functools.cache
-    def pixels() -> torch.Tensor:
-        # Made by the first call, where a batch that does not fit is this row's failure and not the run's.
-        return random_pixels(batch_size, subject.checkpoint.image_size).to(subject.device)
-
-    return lambda: subject(pixels())
-
-
-def _latency_rows(
-    name: str, baseline: str | None, timings: dict[int, dict[str, Timing]]
-) -> tuple[tuple[Latency, ...], tuple[FailedLatency, ...]]:
-    rows, failures = [], []
-    for batch_size, by_name in timings.items():
-        timing = by_name[name]
-        if timing.failure is not None:
-            failures.append(FailedLatency(batch_size=batch_size, reason=timing.failure))
-            continue
-        reference = by_name.get(baseline or "") if baseline != name else None
-        rows.append(_latency_row(batch_size, timing, reference))
-    return tuple(rows), tuple(failures)
-
-
-def _latency_row(batch_size: int, timing: Timing, baseline: Timing | None) -> Latency:
-    samples = timing.samples_ms
-    summary = statistics.latency_summary(samples)
-    speedup = interval = None
-    if baseline is not None and baseline.failure is None:
-        compared = statistics.speedup_interval(baseline.rounds_ms, timing.rounds_ms)
-        speedup = compared.ratio
-        interval = (compared.interval.low, compared.interval.high) if compared.interval else None
-    device = statistics.latency_summary(timing.device_ms) if timing.device_ms else None
-    return Latency(
-        batch_size=batch_size,
-        iterations=summary.count,
-        rounds=len(timing.rounds_ms),
-        mean_ms=summary.mean_ms,
-        std_ms=summary.std_ms,
-        min_ms=summary.min_ms,
-        p50_ms=summary.p50_ms,
-        p95_ms=summary.p95_ms,
-        p99_ms=summary.p99_ms,
-        device_p50_ms=device.p50_ms if device else None,
-        images_per_second=1000 * batch_size / summary.p50_ms,
-        speedup_vs_baseline=speedup,
-        speedup_ci95=interval,
-        warmup_ms=timing.warmup_ms,
-        warmup_iterations=timing.warmup_iterations,
-        samples_ms=tuple(round(sample, 4) for sample in samples),
-        device_samples_ms=tuple(round(sample, 4) for sample in timing.device_ms) or None,
-    )
 
 
 def _size(subject: Subject) -> Size:

@@ -1,13 +1,14 @@
 """Latency: what a caller waits for one call, variants interleaved so that a drifting machine cancels out.
 
-Every round times all variants one after another, and every other round in reverse order: a machine that
-slows down during the run slows the first and the last alike. Warm-up is apart and in no sample.
+Every round times all variants one after another, in an order that is balanced over the rounds. After a switch from
+one variant to another the first calls pay for caches and clocks that the other left behind: they are made, counted
+and in no sample. Neither is the warm-up.
 """
 
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +22,7 @@ Call = Callable[[], object]
 _WINDOW = 5  # calls whose median must agree with the median of as many before
 _STABLE = 0.03
 _FEWEST_WARMUP_CALLS = 2 * _WINDOW
+_MOST_DISCARDED = 5  # calls after one switch
 
 
 class Clock:
@@ -66,6 +68,8 @@ class Timing:
 
     warmup_ms: float = 0.0
     warmup_iterations: int = 0
+    settled: bool = False  # whether the warm-up ended because calls took a steady time
+    discarded_calls: int = 0  # after switches, in no other figure
     rounds_ms: list[list[float]] = field(default_factory=list)
     device_ms: list[float] = field(default_factory=list)
     failure: str | None = None
@@ -85,14 +89,39 @@ def time_interleaved(
     A call that raises gets a `failure` and leaves the rounds; the others go on.
     """
     timings = {name: Timing() for name in calls}
+    previous = None
     for name, call in calls.items():
         _guarded(timings[name], functools.partial(_warm_up, call, timings[name], spec, clock))
+        previous = name
     per_round = -(-spec.iterations // spec.rounds)
     for number in progress.track(range(spec.rounds), description, spec.rounds):
-        order = [name for name in calls if timings[name].failure is None]
-        for name in order if number % 2 == 0 else reversed(order):
-            _guarded(timings[name], functools.partial(_one_round, calls[name], timings[name], per_round, clock))
+        orders = balanced_orders([name for name in calls if timings[name].failure is None])
+        for name in orders[number % len(orders)]:
+            switched, previous = name != previous, name
+            _guarded(
+                timings[name],
+                functools.partial(_one_round, calls[name], timings[name], per_round, clock, switched=switched),
+            )
     return timings
+
+
+def balanced_orders(names: Sequence[str]) -> list[list[str]]:
+    """Orders in which `names` take turns: a Williams design, each order followed by its reverse.
+
+    Over all of them each name comes equally often at each place and equally often right after each other name, so
+    that none is favoured. An order and its reverse cancel a machine's drift. There are as many orders as an even
+    number of names, and twice as many as an odd number; one without names is empty.
+    Source: Williams 1949, "Experimental designs balanced for the estimation of residual effects of treatments".
+    """
+    count = len(names)
+    zigzag = [(place + 1) // 2 if place % 2 else -place // 2 for place in range(count)]  # 0, 1, -1, 2, -2, ...
+    # The reverse of a zigzag over an even number is the zigzag that starts half way round.
+    starts = range(max(1, count // 2 if count % 2 == 0 else count))
+    orders = []
+    for start in starts:
+        order = [names[(start + step) % count] for step in zigzag]
+        orders += [order, order[::-1]]
+    return orders if count > 1 else orders[:1]
 
 
 def _guarded(timing: Timing, work: Call) -> None:
@@ -108,8 +137,9 @@ def _warm_up(call: Call, timing: Timing, spec: LatencySpec, clock: Clock) -> Non
     started = clock.now()
     samples = [clock.time(call)[0]]
     compiled = clock.now()
-    while not _is_stable(samples) and clock.now() - compiled < spec.warmup_seconds:
+    while not (settled := _is_stable(samples)) and clock.now() - compiled < spec.warmup_seconds:
         samples.append(clock.time(call)[0])
+    timing.settled = settled
     timing.warmup_ms, timing.warmup_iterations = 1000 * (clock.now() - started), len(samples)
 
 
@@ -123,9 +153,27 @@ def _is_stable(samples: list[float]) -> bool:
     return abs(recent - before) <= _STABLE * before
 
 
-def _one_round(call: Call, timing: Timing, iterations: int, clock: Clock) -> None:
+def _one_round(call: Call, timing: Timing, iterations: int, clock: Clock, *, switched: bool) -> None:
     # All compilation belongs to the warm-up: a call that would compile anew fails here instead of being timed.
     with torch.compiler.set_stance("fail_on_recompile"):
+        if switched:
+            timing.discarded_calls += _settle(call, clock)
         samples = [clock.time(call) for _ in range(iterations)]
     timing.rounds_ms.append([wall for wall, _ in samples])
     timing.device_ms += [device for _, device in samples if device is not None]
+
+
+def _settle(call: Call, clock: Clock) -> int:
+    """Call until a call is not faster than the one before it; the number of calls, from 2 to `_MOST_DISCARDED`.
+
+    Nothing that decides is kept as a sample, so the samples that follow are not chosen by how long they took; and a
+    call is compared with its neighbour alone, so a machine that slows down meanwhile does not keep it waiting.
+    """
+    before, made = clock.time(call)[0], 1
+    while made < _MOST_DISCARDED:
+        now = clock.time(call)[0]
+        made += 1
+        if now >= (1 - _STABLE) * before:
+            break
+        before = now
+    return made

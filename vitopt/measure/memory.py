@@ -6,6 +6,7 @@ checkpoint and call it once, because one process cannot tell its variants apart.
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ import torch
 
 from vitopt import threads
 from vitopt.data.pixels import random_pixels
+from vitopt.errors import MeasurementError
 from vitopt.measure.subject import Subject
 from vitopt.models.checkpoint import weight_bytes
 from vitopt.records import Memory
@@ -20,10 +22,13 @@ from vitopt.records import Memory
 _TIME_LIMIT_SECONDS = 600
 
 
-def peak_memory(subject: Subject, batch_size: int) -> Memory | None:
-    """Peak memory of `subject` at `batch_size`; None where it cannot be measured.
+def peak_memory(subject: Subject, batch_size: int) -> Memory:
+    """Peak memory of `subject` at `batch_size`.
 
     On the CPU it is that of the model as it runs without a compiler, whose own memory would hide the model's.
+
+    Raises:
+        MeasurementError: on the CPU, the process that runs the model alone failed.
     """
     if subject.device.type == "cuda":
         return _cuda_peak(subject, batch_size)
@@ -48,14 +53,28 @@ def _cuda_peak(subject: Subject, batch_size: int) -> Memory:
     )
 
 
-def _process_peak(command: Sequence[str], batch_size: int) -> Memory | None:
+def _process_peak(command: Sequence[str], batch_size: int) -> Memory:
     alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     try:
         with threads.unbound():  # it binds its own
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=True, timeout=_TIME_LIMIT_SECONDS, env=alone
-            )
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT_SECONDS, env=alone)
+    except subprocess.TimeoutExpired as error:
+        raise MeasurementError(f"a process of its own was not done after {_TIME_LIMIT_SECONDS} s") from error
+    except OSError as error:
+        raise MeasurementError(f"a process of its own could not be started: {error}") from error
+    if done.returncode != 0:
+        raise MeasurementError(f"a process of its own {_ending(done)}")
+    try:
         peak = json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
-    except (subprocess.SubprocessError, ValueError, LookupError):
-        return None
+    except (ValueError, LookupError, TypeError) as error:
+        raise MeasurementError("a process of its own did not say how much memory it took") from error
     return Memory(peak_bytes=peak, kind="resident_set", batch_size=batch_size)
+
+
+def _ending(done: subprocess.CompletedProcess[str]) -> str:
+    """How a process ended that failed: its last words, or the signal that ended it."""
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return f"was ended by {name}" + (": the memory may have run out" if name == "SIGKILL" else "")
+    words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return f"failed: {words[-1][:300]}" if words else f"failed with status {done.returncode}"

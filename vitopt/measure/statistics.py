@@ -1,11 +1,11 @@
-"""Statistics of paired accuracy and of latency, as pure functions of numpy arrays and floats.
+"""Statistics of paired accuracy, as pure functions of numpy arrays and floats.
 
 Accuracies, losses of accuracy and rates are proportions from 0 to 1, except where a name says
 "points" (percentage points). Logits are (images, classes); labels are class indices (images,).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -30,27 +30,6 @@ class PairedCounts:
     right_to_wrong: int
     wrong_to_right: int
     both_wrong: int
-
-
-@dataclass(frozen=True)
-class LatencySummary:
-    """Latency over `count` samples, in ms; a percentile too few samples can show is None."""
-
-    count: int
-    mean_ms: float
-    std_ms: float
-    min_ms: float
-    p50_ms: float
-    p95_ms: float | None
-    p99_ms: float | None
-
-
-@dataclass(frozen=True)
-class Speedup:
-    """How many times faster the variant is; `interval` is None under three rounds."""
-
-    ratio: float
-    interval: Interval | None
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
@@ -106,7 +85,7 @@ def paired_delta_interval(
         return (gained - images * delta) ** 2 <= z**2 * variance
 
     estimate = gained / images
-    return Interval(_bisect(compatible, estimate, -1.0), _bisect(compatible, estimate, 1.0))
+    return Interval(bisect(compatible, estimate, -1.0), bisect(compatible, estimate, 1.0))
 
 
 def mcnemar_exact_p(only_baseline: int, only_variant: int) -> float:
@@ -229,20 +208,42 @@ def normalised_error(reference: ArrayLike, other: ArrayLike) -> float:
 def expected_calibration_error(logits: ArrayLike, labels: ArrayLike, bins: int = 15) -> float:
     """Mean gap, 0 to 1, between confidence and accuracy over equal-width bins of confidence.
 
-    logits (images, classes), labels (images,). Raises ValueError for logits that are empty or not
-    finite, labels that do not fit them, or fewer than one bin.
+    logits (images, classes), labels (images,). Few images leave a gap in each bin by chance alone,
+    see `calibration_noise`. Raises ValueError for logits that are empty or not finite, labels that
+    do not fit them, or fewer than one bin.
     Source: Guo et al. 2017, "On calibration of modern neural networks".
     """
-    if bins < 1:
-        raise ValueError(f"calibration needs at least one bin, got {bins}")
-    scores = _logits(logits)
-    correct = topk_correct(scores, labels, k=1)
-    confidence = np.exp(np.max(_log_softmax(scores), axis=1))
-    inner_edges = np.linspace(0, 1, bins + 1)[1:-1]
-    # right=True: a confidence on an edge belongs to the bin below it, as in the paper.
-    bin_of = np.digitize(confidence, inner_edges, right=True)
+    confidence, bin_of = _confidence_bins(logits, bins)
+    correct = topk_correct(logits, labels, k=1)
     gaps = np.bincount(bin_of, weights=correct - confidence, minlength=bins)
     return float(np.sum(np.abs(gaps)) / len(correct))
+
+
+def calibration_noise(logits: ArrayLike, bins: int = 15, draws: int = 400) -> float:
+    """Mean `expected_calibration_error` of these images if every confidence were the chance to be right.
+
+    The error of a calibrated model lies about here, so the error less this is about 0 for it; for
+    another it is between the true error and that less this. By simulation, always with the same
+    draws. Raises ValueError as `expected_calibration_error`.
+    Source: Broecker and Smith 2007, "Increasing the reliability of reliability diagrams".
+    """
+    confidence, bin_of = _confidence_bins(logits, bins)
+    generator = np.random.default_rng(0)
+    gaps = (
+        np.bincount(bin_of, weights=(generator.random(len(confidence)) < confidence) - confidence, minlength=bins)
+        for _ in range(draws)
+    )
+    return float(sum(np.abs(gap).sum() for gap in gaps) / (draws * len(confidence)))
+
+
+def _confidence_bins(logits: ArrayLike, bins: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Highest probability of each image, and its bin of equal width."""
+    if bins < 1:
+        raise ValueError(f"calibration needs at least one bin, got {bins}")
+    confidence = np.exp(np.max(_log_softmax(_logits(logits)), axis=1))
+    inner_edges = np.linspace(0, 1, bins + 1)[1:-1]
+    # right=True: a confidence on an edge belongs to the bin below it, as in the paper.
+    return confidence, np.digitize(confidence, inner_edges, right=True)
 
 
 def topk_correct(logits: ArrayLike, labels: ArrayLike, k: int) -> NDArray[np.bool_]:
@@ -267,55 +268,6 @@ def topk_correct(logits: ArrayLike, labels: ArrayLike, k: int) -> NDArray[np.boo
     own = np.take_along_axis(scores, targets, axis=1)
     ahead = (scores > own) | ((scores == own) & (np.arange(classes) < targets))
     return np.asarray(np.sum(ahead, axis=1) < k)
-
-
-def latency_summary(samples_ms: ArrayLike) -> LatencySummary:
-    """Summary of latency samples (samples,) in ms, with percentiles interpolated linearly.
-
-    The standard deviation is that of the samples themselves (divided by their count). p95 needs
-    20 samples and p99 needs 100; under that they are None, being little but the maximum.
-    Raises ValueError for no samples, or for samples that are not positive and finite.
-    """
-    samples = _latencies(samples_ms)
-    return LatencySummary(
-        count=len(samples),
-        mean_ms=float(np.mean(samples)),
-        std_ms=float(np.std(samples)),
-        min_ms=float(np.min(samples)),
-        p50_ms=float(np.percentile(samples, 50)),
-        p95_ms=float(np.percentile(samples, 95)) if len(samples) >= 20 else None,
-        p99_ms=float(np.percentile(samples, 99)) if len(samples) >= 100 else None,
-    )
-
-
-def speedup_interval(
-    baseline_rounds: Sequence[ArrayLike], variant_rounds: Sequence[ArrayLike], confidence: float = 0.95
-) -> Speedup:
-    """Speed-up of the variant: geometric mean over rounds of baseline median / variant median.
-
-    Each argument holds one array of latency samples in ms per round. Both models of a round are
-    measured back to back, so a machine that drifts slows both alike and the ratio keeps; which of
-    the two goes first should alternate from round to round, so that the drift within a round
-    cancels too. The interval is Student's t on the logarithms of the rounds' ratios.
-    Raises ValueError for no rounds, different numbers of rounds, or samples that are missing, not
-    positive or not finite.
-    Source: Student 1908, "The probable error of a mean".
-    """
-    if len(baseline_rounds) != len(variant_rounds):
-        raise ValueError(f"both models need the same rounds, got {len(baseline_rounds)} and {len(variant_rounds)}")
-    rounds = len(baseline_rounds)
-    if rounds == 0:
-        raise ValueError("a speed-up needs at least one round, got none")
-    log_ratios = [
-        math.log(np.median(_latencies(baseline)) / np.median(_latencies(variant)))
-        for baseline, variant in zip(baseline_rounds, variant_rounds, strict=True)
-    ]
-    centre = math.fsum(log_ratios) / rounds
-    if rounds < 3:
-        return Speedup(math.exp(centre), None)
-    variance = math.fsum((ratio - centre) ** 2 for ratio in log_ratios) / (rounds - 1)
-    reach = _student_t_quantile(confidence, rounds - 1) * math.sqrt(variance / rounds)
-    return Speedup(math.exp(centre), Interval(math.exp(centre - reach), math.exp(centre + reach)))
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
@@ -349,7 +301,7 @@ def pareto_front(costs: ArrayLike, scores: ArrayLike) -> list[int]:
     return front
 
 
-def _bisect(holds: Callable[[float], bool], start: float, stop: float) -> float:
+def bisect(holds: Callable[[float], bool], start: float, stop: float) -> float:
     """Where `holds`, true at `start`, turns false on the way to `stop`; `stop` where it never does."""
     if holds(stop):
         return stop
@@ -364,28 +316,8 @@ def _bisect(holds: Callable[[float], bool], start: float, stop: float) -> float:
 
 def _normal_quantile(confidence: float) -> float:
     """Standard normal quantile that leaves (1 - confidence) / 2 in the upper tail."""
-    _check_confidence(confidence)
+    check_confidence(confidence)
     return NormalDist().inv_cdf((1 + confidence) / 2)
-
-
-def _student_t_quantile(confidence: float, freedom: int) -> float:
-    """Value that |t|, with `freedom` degrees of freedom, stays below with probability `confidence`.
-
-    Source: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4, finite sums in angle = atan(t / sqrt(freedom)).
-    """
-    _check_confidence(confidence)
-    odd = freedom % 2
-
-    def below(angle: float) -> bool:
-        cosine = math.cos(angle)
-        term, total = cosine**odd, 0.0
-        for exponent in range(odd, freedom - 1, 2):
-            total += term
-            term *= cosine**2 * (exponent + 1) / (exponent + 2)
-        total *= math.sin(angle)
-        return (2 / math.pi * (angle + total) if odd else total) < confidence
-
-    return math.sqrt(freedom) * math.tan(_bisect(below, 0.0, math.pi / 2))
 
 
 def _sample_size_quantiles(discordant_rate: float, confidence: float, power: float) -> tuple[float, float]:
@@ -396,7 +328,7 @@ def _sample_size_quantiles(discordant_rate: float, confidence: float, power: flo
     return _normal_quantile(confidence), NormalDist().inv_cdf(power)
 
 
-def _check_confidence(confidence: float) -> None:
+def check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"the confidence must lie between 0 and 1, got {confidence}")
 
@@ -425,15 +357,6 @@ def _logits(logits: ArrayLike) -> NDArray[np.float64]:
 def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     shifted = logits - np.max(logits, axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.sum(np.exp(shifted), axis=1, keepdims=True)))
-
-
-def _latencies(samples_ms: ArrayLike) -> NDArray[np.float64]:
-    samples = np.asarray(samples_ms, np.float64)
-    if samples.ndim != 1 or samples.size == 0:
-        raise ValueError(f"latency samples must be a flat array and not empty, got shape {samples.shape}")
-    if not (np.isfinite(samples) & (samples > 0)).all():
-        raise ValueError("latency samples must be positive and finite")
-    return samples
 
 
 def _centred_ranks(values: NDArray[Any]) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from vitopt.errors import MeasurementError
 from vitopt.measure.conditions import Gpu
 from vitopt.measure.failures import is_out_of_memory
 from vitopt.measure.latency import Clock
@@ -20,10 +21,13 @@ _GAIN = 1.02  # a doubling that gains less than this has reached the device's ra
 _ENERGY_SECONDS = 2.0  # NVML's counter moves every 20 to 100 ms
 
 
-def find_throughput(make_call: Callable[[int], Call], clock: Clock, largest: int = _LARGEST_BATCH) -> Throughput | None:
-    """Double the batch until memory, the gain or half a minute runs out; None if not even one image runs.
+def find_throughput(make_call: Callable[[int], Call], clock: Clock, largest: int = _LARGEST_BATCH) -> Throughput:
+    """Double the batch until memory, the gain or half a minute runs out.
 
     `make_call` gives, for a batch size, what calls the model on so many images.
+
+    Raises:
+        MeasurementError: not even one image fits the memory.
     """
     best: Throughput | None = None
     fits, batch_size, started = 0, 1, clock.now()
@@ -44,7 +48,9 @@ def find_throughput(make_call: Callable[[int], Call], clock: Clock, largest: int
         if not gained and batch_size >= 4 * best.batch_size:
             break
         batch_size *= 2
-    return None if best is None else best.model_copy(update={"largest_batch_size": fits})
+    if best is None:
+        raise MeasurementError("out of memory: not even one image fits")
+    return best.model_copy(update={"largest_batch_size": fits})
 
 
 def energy_per_image(call: Call, batch_size: int, device: torch.device) -> float | None:

@@ -6,7 +6,8 @@ call costs one launch. On the CPU the whole model is compiled with its weights f
 once for the processor's matrix kernels.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,22 +37,35 @@ class Compiled(Protocol):
 
 def compiled(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, autotune: bool) -> Compiled:
     """`model`, to be compiled at each shape's first call."""
-    # Variants share the code of their classes. The compiler stops at eight versions of one code and then runs it
-    # eagerly without a word; a word is wanted, and many variants times many batch sizes are not too many.
-    torch._dynamo.config.recompile_limit = _MANY_SHAPES
-    torch._dynamo.config.accumulated_recompile_limit = 4 * _MANY_SHAPES
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    if autotune:
-        _quiet_autotuning()
     return GraphedModel(model, blocks, autotune) if device.type == "cuda" else FrozenModel(model, autotune)
 
 
-def _quiet_autotuning() -> None:
+@contextlib.contextmanager
+def _compiling(autotune: bool) -> Iterator[None]:
+    """The compiler's settings while one of these models compiles; afterwards they are as they were."""
+    # Variants share the code of their classes. The compiler stops at eight versions of one code and then runs it
+    # eagerly without a word; a word is wanted, and many variants times many batch sizes are not too many.
+    limits = torch._dynamo.config.patch(
+        recompile_limit=_MANY_SHAPES,
+        accumulated_recompile_limit=4 * _MANY_SHAPES,
+        fail_on_recompile_limit_hit=True,
+    )
+    with limits, _quiet_autotuning() if autotune else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_autotuning() -> Iterator[None]:
     """Keep the time of every kernel that is tried off the terminal."""
     from torch._inductor import select_algorithm  # slow to import
 
-    torch._inductor.config.max_autotune_report_choices_stats = False
+    printed = select_algorithm.PRINT_AUTOTUNE
     select_algorithm.PRINT_AUTOTUNE = False
+    try:
+        with torch._inductor.config.patch(max_autotune_report_choices_stats=False):
+            yield
+    finally:
+        select_algorithm.PRINT_AUTOTUNE = printed
 
 
 class FrozenModel:
@@ -70,7 +84,8 @@ class FrozenModel:
         if not self._shapes:
             self._model(pixel_values=pixel_values)  # bitsandbytes packs its weights anew in the first call
         # Freezing is not among the options of torch.compile that reach all parts of the compiler.
-        with torch._inductor.config.patch(freezing=True, max_autotune=self._autotune):
+        freezing = torch._inductor.config.patch(freezing=True, max_autotune=self._autotune)
+        with freezing, _compiling(self._autotune):
             logits = self._compiled(pixel_values=pixel_values).logits
         self._shapes.add(pixel_values.shape)
         return logits
@@ -105,6 +120,7 @@ class GraphedModel:
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], autotune: bool):
         self._model, self._blocks = model, blocks
+        self._autotune = autotune
         self._captured: dict[torch.Size, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream: torch.cuda.Stream | None = None
@@ -143,7 +159,7 @@ class GraphedModel:
         side = self._stream = self._stream or torch.cuda.Stream(device)
         # Compilation, autotuning and those workspaces must be done before: a capture allows none of them.
         side.wait_stream(current)
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), _compiling(self._autotune):
             for _ in range(_CALLS_BEFORE_CAPTURE):
                 self._model(pixel_values=pixels)
         current.wait_stream(side)

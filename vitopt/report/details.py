@@ -8,6 +8,8 @@ from vitopt.report.classes import ClassChanges
 from vitopt.report.summary import LOSSES_POINTS, visibilities
 from vitopt.report.table import UNKNOWN, Table, milliseconds, percent, rate
 
+_SETTLED = {True: "yes", False: "no", None: UNKNOWN}
+
 
 def agreement(records: Sequence[Record]) -> Table | None:
     """How close each variant stays to the baseline, image by image; None where no accuracy was measured."""
@@ -28,7 +30,8 @@ def agreement(records: Sequence[Record]) -> Table | None:
                 f"{versus.mean_kl_divergence:.4f}",
                 f"{versus.normalised_logit_error:.3f}",
             ]
-        calibration = f"{accuracy.expected_calibration_error:.3f}"
+        noise = accuracy.calibration_noise
+        calibration = f"{accuracy.expected_calibration_error:.3f}" + ("" if noise is None else f" ({noise:.3f})")
         rows.append(
             (
                 record.variant.name,
@@ -48,9 +51,26 @@ def agreement(records: Sequence[Record]) -> Table | None:
         "McNemar p",
         "KL, nats",
         "logit error",
-        "calibration error",
+        "calibration error (by chance)",
     )
     return Table("Accuracy and agreement in detail", headings, tuple(rows)).known() if rows else None
+
+
+def batch_invariance(records: Sequence[Record]) -> Table | None:
+    """Whether an image gets the same answer alone as in a batch; None where it was not tried."""
+    rows = tuple(
+        (
+            record.variant.name,
+            f"{found.images:,}",
+            str(found.batch_size),
+            percent(found.agreement_percent),
+            f"{found.max_logit_difference:.2g}",
+        )
+        for record in records
+        if (found := record.batch_invariance) is not None
+    )
+    headings = ("variant", "images", "batch", "same class alone, %", "largest difference of a logit")
+    return Table("One image alone against the same image in a batch", headings, rows) if rows else None
 
 
 def end_to_end(records: Sequence[Record]) -> list[Table]:
@@ -99,6 +119,8 @@ def other_timings(records: Sequence[Record]) -> Table | None:
                     f"{latency.warmup_ms / 1000:.2f}",
                     f"{latency.iterations:,}",
                     str(latency.rounds),
+                    f"{latency.discarded_calls:,}",
+                    _SETTLED[latency.settled],
                     milliseconds(latency.device_p50_ms),
                     f"{rate(most.images_per_second)} at batch {most.batch_size}" if most and once else UNKNOWN,
                     f"{energy:.3g}" if energy is not None and once else UNKNOWN,
@@ -110,6 +132,8 @@ def other_timings(records: Sequence[Record]) -> Table | None:
         "warm-up, s",
         "timed calls",
         "rounds",
+        "discarded calls",
+        "warm-up settled",
         "device p50, ms",
         "highest images/s",
         "joules/image",

@@ -132,6 +132,7 @@ def _context(run: Run, plots: Sequence[Plot], analyses: Analyses) -> dict[str, A
         "verdicts": summary.verdicts(records, baseline),
         "tables": [comparison(records, size) for size in _sizes(records)],
         "agreement": details.agreement(records),
+        "batch_invariance": details.batch_invariance(records),
         "end_to_end": details.end_to_end(records),
         "other_timings": details.other_timings(records),
         "visibility": details.visibility(records),

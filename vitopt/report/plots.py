@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from vitopt.formats import colour_of
-from vitopt.measure.statistics import Speedup, pareto_front
+from vitopt.measure.latency_statistics import Speedup
+from vitopt.measure.statistics import pareto_front
 from vitopt.records import Record
 from vitopt.report.figures import Drawable, Plot, blank, remove_others, rendered, styled
 from vitopt.report.labels import label_points

@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vitopt.measure import statistics
+from vitopt.measure.comparison import speed_ratio
 from vitopt.measure.verdict import speed_verdict
 from vitopt.records import Latency, Record, VersusBaseline
 from vitopt.report.table import batch_sizes, expansion, human_bytes, milliseconds, percent, stored_as
-from vitopt.report.timing import latency_at, speedup_between
+from vitopt.report.timing import latency_at
 
 LOSSES_POINTS = (1.0, 0.5)
 
@@ -174,7 +175,7 @@ def _fastest(records: Sequence[Record], baseline: Record | None, batch_size: int
         parts.append("the baseline itself")
     elif latency.speedup_vs_baseline and baseline is not None:
         parts.append(f"against {baseline.variant.name}: {_speed(latency)}")
-    close = [record.variant.name for record, other in timed if record is not best and _alike(other, latency)]
+    close = [record.variant.name for record, _ in timed if record is not best and _alike(record, best, batch_size)]
     if close:
         parts.append(f"not measurably faster than {listed(close)}")
     parts += _loss(best)
@@ -192,9 +193,9 @@ def _loses(versus: VersusBaseline) -> bool:
     return versus.top1_delta_ci95_points[1] < 0
 
 
-def _alike(slower: Latency, faster: Latency) -> bool:
-    interval = speedup_between(slower, faster).interval
-    return interval is not None and interval.low <= 1 <= interval.high
+def _alike(slower: Record, faster: Record, batch_size: int) -> bool:
+    found = speed_ratio(slower, faster, batch_size)
+    return found is not None and found.interval is not None and found.interval.low <= 1 <= found.interval.high
 
 
 def _most_faithful(records: Sequence[Record]) -> Highlight | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vitopt.formats import QUANTIZED_FORMATS
+from vitopt.measure.latency_statistics import calls_needed
 from vitopt.records import Latency, Record, Variant, VersusBaseline
 from vitopt.report.timing import latency_at
 
@@ -83,8 +84,8 @@ def row(record: Record, batch_size: int | None = None) -> list[str]:
         _delta(versus, digits),
         UNKNOWN if versus is None else percent(versus.agreement_percent),
         milliseconds(latency.p50_ms if latency else None),
-        milliseconds(latency.p95_ms if latency else None),
-        milliseconds(latency.p99_ms if latency else None),
+        tail(latency.p95_ms, latency.p95_ci95_ms) if latency else UNKNOWN,
+        tail(latency.p99_ms, latency.p99_ci95_ms) if latency else UNKNOWN,
         milliseconds(latency.floor_ms if latency else None),
         f"{latency.speedup_vs_baseline:.2f}x" if latency and latency.speedup_vs_baseline else UNKNOWN,
         rate(latency.images_per_second if latency else None),
@@ -182,6 +183,20 @@ def milliseconds(value: float | None) -> str:
     return _number(value, 1 if value is None or value >= 100 else 2 if value >= 0.1 else 3)
 
 
+def tail(estimate: float | None, limits: tuple[float | None, float | None] | None) -> str:
+    """A high percentile with its upper 95 % limit; the lower limit alone where so few calls give no upper one.
+
+    The percentile of few calls is mostly below the true one, so it is shown with its limit or not at all. Records of
+    earlier versions have no limits.
+    """
+    if limits is None:
+        return milliseconds(estimate)
+    low, high = limits
+    if high is None:
+        return UNKNOWN if low is None else f"≥ {milliseconds(low)}"
+    return f"{milliseconds(estimate)} (≤ {milliseconds(high)})"
+
+
 def percent(value: float) -> str:
     """One decimal, or as many as it takes (up to four) to tell nearly all from all."""
     digits = next((digits for digits in (1, 2, 3) if value == 100 or float(f"{value:.{digits}f}") < 100), 4)
@@ -194,8 +209,8 @@ def rate(images_per_second: float | None) -> str:
 
 
 def notes(records: Sequence[Record]) -> list[str]:
-    """Sentences that belong under the table: failures, fallbacks, warnings, then the verdicts on accuracy."""
-    return cautions(records) + verdicts(records)
+    """Sentences that belong under the table: failures, fallbacks, warnings, missing limits, verdicts on accuracy."""
+    return cautions(records) + _unbounded(records) + verdicts(records)
 
 
 def cautions(records: Sequence[Record]) -> list[str]:
@@ -215,11 +230,25 @@ def cautions(records: Sequence[Record]) -> list[str]:
         if variant.compile_reason:
             found.append((name, f": not compiled ({variant.compile_reason})"))
         found += [(name, f": batch {f.batch_size} not timed ({f.reason})") for f in record.latency_failures]
+        found += [(name, f": {figure} not measured ({why})") for figure, why in record.unmeasured.items()]
     lines = _together(found)
     skipped = next((record.dataset.skipped for record in records if record.dataset and record.dataset.skipped), ())
     if skipped:
         lines.append(f"{len(skipped)} images could not be decoded and were left out, first {skipped[0]}")
     return lines + _warnings([record for record in records if record.failure is None])
+
+
+def _unbounded(records: Sequence[Record]) -> list[str]:
+    """Which percentiles have no upper limit, and how many calls would give one."""
+    rows = [row for record in records for row in record.latency]
+    lines = []
+    for name, quantile in (("p95", 0.95), ("p99", 0.99)):
+        limits = {row.iterations: getattr(row, f"{name}_ci95_ms") for row in rows}
+        few = sorted(count for count, limit in limits.items() if limit is not None and limit[1] is None)
+        if few:
+            calls = " or ".join(map(str, few))
+            lines.append(f"no upper bound for {name} from {calls} calls: {calls_needed(quantile)} give one")
+    return lines
 
 
 def verdicts(records: Sequence[Record]) -> list[str]:

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vitopt.measure.statistics import Speedup
+from vitopt.measure.comparison import speed_ratio
+from vitopt.measure.latency_statistics import Speedup
 from vitopt.records import Latency, Record
 from vitopt.report.summary import listed
 from vitopt.report.table import batch_sizes, milliseconds
-from vitopt.report.timing import latency_at, speedup_between
+from vitopt.report.timing import latency_at
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def steps(chain: Sequence[Record], batch_size: int) -> list[Step]:
         latency = latency_at(record, batch_size)
         if latency is None:
             return []
-        found.append(Step(record, latency, speedup_between(found[-1].latency, latency) if found else None))
+        found.append(Step(record, latency, speed_ratio(found[-1].record, record, batch_size) if found else None))
     return found
 
 

@@ -1,0 +1,136 @@
+"""Latency of prepared variants, timed together, as the rows of their records."""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vitopt.data.pixels import random_pixels
+from vitopt.measure.comparison import paired_speedup
+from vitopt.measure.failures import explain_failure, is_out_of_memory
+from vitopt.measure.latency import Timing, clock_for, time_interleaved
+from vitopt.measure.latency_statistics import latency_summary
+from vitopt.measure.subject import Subject
+from vitopt.recipe import LatencySpec
+from vitopt.records import FailedLatency, Latency
+
+_UNSTEADY = 1.5  # p95 over p50; where nothing disturbs the machine it is 1.02 to 1.2
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What timing one variant gave, by batch size."""
+
+    latency: tuple[Latency, ...]
+    failures: tuple[FailedLatency, ...]
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence for each reason to trust a row less."""
+        found = []
+        for row in self.latency:
+            if not row.settled:
+                found.append(
+                    f"batch {row.batch_size}: the warm-up ended before calls took a steady time "
+                    f"({row.warmup_iterations} calls): give it more warmup_seconds"
+                )
+            if row.p95_ms is not None and row.p95_ms > _UNSTEADY * row.p50_ms:
+                found.append(
+                    f"batch {row.batch_size}: one call in twenty took {row.p95_ms / row.p50_ms:.1f} times the median "
+                    "or more, so something disturbed the machine"
+                )
+        return found
+
+
+def time_rows(subjects: Sequence[Subject], spec: LatencySpec, baseline: str | None) -> dict[str, Rows]:
+    """Time all subjects against each other at every batch size; name -> its rows.
+
+    Those of the others than the baseline tell their speed-up over it, where both could be timed.
+    """
+    rows: dict[str, list[Latency]] = {subject.name: [] for subject in subjects}
+    failures: dict[str, list[FailedLatency]] = {subject.name: [] for subject in subjects}
+    for batch_size in spec.batch_sizes:
+        timings = _time_all(subjects, batch_size, spec)
+        timed = {name: _row(batch_size, timing) for name, timing in timings.items() if timing.failure is None}
+        reference = timed.get(baseline or "")
+        for name, timing in timings.items():
+            if timing.failure is not None:
+                failures[name].append(FailedLatency(batch_size=batch_size, reason=timing.failure))
+            elif reference is None or name == baseline:
+                rows[name].append(timed[name])
+            else:
+                rows[name].append(_with_speedup(timed[name], reference))
+    return {name: Rows(tuple(rows[name]), tuple(failures[name])) for name in rows}
+
+
+def call_of(subject: Subject, batch_size: int) -> Callable[[], object]:
+    """What calls the subject on so many random images, the same in every call."""
+
+    @functools.cache
+    def pixels() -> torch.Tensor:
+        # Made by the first call, where a batch that does not fit is this row's failure and not the run's.
+        return random_pixels(batch_size, subject.checkpoint.image_size).to(subject.device)
+
+    return lambda: subject(pixels())
+
+
+def _time_all(subjects: Sequence[Subject], batch_size: int, spec: LatencySpec) -> dict[str, Timing]:
+    if not subjects:
+        return {}
+    calls = {subject.name: call_of(subject, batch_size) for subject in subjects}
+    timings = time_interleaved(calls, spec, clock_for(subjects[0].device), f"latency at batch {batch_size}")
+    calls.clear()  # and with them pixels that may be what did not fit
+    for subject in subjects:
+        timing = timings[subject.name]
+        if timing.out_of_memory:
+            timing.failure = f"out of memory; {_largest_that_fits(subject, batch_size // 2)}"
+    return timings
+
+
+def _largest_that_fits(subject: Subject, batch_size: int) -> str:
+    """The batch halved until it fits, in words."""
+    while batch_size >= 1:
+        try:
+            call_of(subject, batch_size)()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                return f"at batch {batch_size}: {explain_failure(error)}"
+            batch_size //= 2
+        else:
+            return f"batch {batch_size} fits"
+    return "not even one image fits"
+
+
+def _row(batch_size: int, timing: Timing) -> Latency:
+    samples = timing.samples_ms
+    summary = latency_summary(samples)
+    device = latency_summary(timing.device_ms) if timing.device_ms else None
+    return Latency(
+        batch_size=batch_size,
+        iterations=summary.count,
+        rounds=len(timing.rounds_ms),
+        mean_ms=summary.mean_ms,
+        std_ms=summary.std_ms,
+        min_ms=summary.min_ms,
+        p50_ms=summary.p50_ms,
+        p95_ms=summary.p95_ms,
+        p99_ms=summary.p99_ms,
+        p50_ci95_ms=summary.p50_ci95_ms,
+        p95_ci95_ms=summary.p95_ci95_ms,
+        p99_ci95_ms=summary.p99_ci95_ms,
+        device_p50_ms=device.p50_ms if device else None,
+        images_per_second=1000 * batch_size / summary.p50_ms,
+        warmup_ms=timing.warmup_ms,
+        warmup_iterations=timing.warmup_iterations,
+        settled=timing.settled,
+        discarded_calls=timing.discarded_calls,
+        samples_ms=tuple(round(sample, 4) for sample in samples),
+        device_samples_ms=tuple(round(sample, 4) for sample in timing.device_ms) or None,
+    )
+
+
+def _with_speedup(row: Latency, reference: Latency) -> Latency:
+    found = paired_speedup(reference, row)
+    interval = (found.interval.low, found.interval.high) if found.interval else None
+    return row.model_copy(update={"speedup_vs_baseline": found.ratio, "speedup_ci95": interval})
