@@ -818,3 +818,26 @@ def test_a_starting_recipe_for_a_gpu_has_the_fast_rows(
     assert variants["nf4-fa2"]["attention"] == "flash_attention_2"
     assert "w8a8-compiled" in variants and not any(name.startswith("fp8") for name in variants)
     assert "# Left out: fp8-compiled (compute capability 8.0 is below 8.9)" in text
+
+
+def test_what_a_recipe_requires_is_decided_for_every_variant_and_told_everywhere(
+    content: dict[str, Any], again: Path
+) -> None:
+    before = {name: load_record(again / "variants" / name) for name in NAMES}
+    assert all(record.requirements == () for record in before.values())
+    require = {"max_top1_drop": 0.5, "max_megabytes": 99, "max_kl": 100}
+    result, said = run(changed(content, require=require), again)
+    assert "evaluate: up to date, skipped" in said  # what is required changes no measurement
+    decided = {
+        record.variant.name: {one.name: one.decision for one in record.requirements} for record in result.records
+    }
+    few = {"max_top1_drop": "undecided", "max_kl": "undecided", "max_megabytes": "shown"}  # 24 images show nothing
+    assert decided == {"fp32": {}} | dict.fromkeys(NAMES[1:], few)
+    stored = [load_record(again / "variants" / name) for name in NAMES]
+    assert stored == result.records
+    report = (again / "report.md").read_text()
+    assert "| required |" in report.replace("  ", " ") and "not shown" in report
+    assert "loss of top-1 at most 0.5 points" in report
+    assert "loss of top-1 at most 0.5 points" in (again / "report.html").read_text()
+    run(content, again)  # without them, nothing is decided
+    assert [load_record(again / "variants" / name) for name in NAMES] == list(before.values())

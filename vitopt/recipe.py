@@ -183,6 +183,29 @@ class EvaluateSpec(Spec):
     roofline: bool = Field(False, description="also measure the device's GEMM and copy rates and what they allow")
 
 
+class RequireSpec(Spec):
+    """What a variant must be shown to be, each by its whole 95 % interval; the options of `vitopt compare`."""
+
+    max_top1_drop: float | None = Field(
+        None, gt=0, le=100, description="top-1 at most so many points below the baseline's"
+    )
+    min_agreement: float | None = Field(
+        None, gt=0, lt=100, description="the baseline's class on at least so many percent of images"
+    )
+    max_kl: float | None = Field(None, gt=0, description="mean KL divergence from the baseline in nats, at most")
+    min_speedup: float | None = Field(None, gt=0, description="so many times as fast as the baseline, at least")
+    max_p99_ms: float | None = Field(None, gt=0, description="99 % of calls take at most so many milliseconds")
+    max_megabytes: float | None = Field(
+        None, gt=0, description="weights in memory, in megabytes of a million bytes, at most"
+    )
+    batch_size: int | None = Field(None, ge=1, description="where speed is judged; without it, at the first timed")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What is required: key -> limit, in the order of the fields."""
+        return {key: value for key, value in self.model_dump(exclude={"batch_size"}).items() if value is not None}
+
+
 class Recipe(Spec):
     """A whole run: model, data, fine-tuning, variants, measurement, export."""
 
@@ -198,6 +221,7 @@ class Recipe(Spec):
     variants: Annotated[tuple[VariantSpec, ...], Field(min_length=1)]
     baseline: str | None = Field(None, description="name of the variant to compare with; null is the first")
     evaluate: EvaluateSpec = EvaluateSpec()
+    require: RequireSpec = Field(RequireSpec(), description="what every variant must be shown to be")
     export: str | None = Field(None, description="name of the variant to copy to `export/`")
 
     @model_validator(mode="after")
@@ -207,7 +231,11 @@ class Recipe(Spec):
         if self.data is None:
             needy = ["finetune"] if self.finetune is not None else []
             needy += [f"`skip: auto` of {variant.name}" for variant in self.variants if variant.skips_automatically]
+            needs_images = ("max_top1_drop", "min_agreement", "max_kl")
+            needy += [f"require.{key}" for key in self.require.limits if key in needs_images]
             mistakes += [f"{what} needs `data`" for what in needy]
+        if self.require.batch_size not in (None, *self.evaluate.latency.batch_sizes):
+            mistakes.append(f"require.batch_size {self.require.batch_size} is not in evaluate.latency.batch_sizes")
         for key in ("baseline", "export"):
             wanted = getattr(self, key)
             if wanted is not None and wanted not in names:

@@ -85,10 +85,24 @@ def evaluate(
             if baseline is not None and reference is not None:
                 fields["versus_baseline"] = accuracy.compare(baseline, reference, predictions)
         measured.append(Measured(Record(**common, **fields), predictions))
+    measured = _adjusted(measured)
     # A profiler slows later calls down, so it comes when nothing is left to be timed.
     measured = [_with_kernel(one, subject) for one, subject in zip(measured, subjects, strict=True)]
     environment.wait_for_all()
     return measured
+
+
+def _adjusted(measured: list[Measured]) -> list[Measured]:
+    """The same with p-values and verdicts that allow for the number of variants compared."""
+    compared = [one.record.versus_baseline for one in measured if one.record.versus_baseline]
+    images = next((one.record.accuracy.images for one in measured if one.record.accuracy), 0)
+    found = iter(accuracy.adjusted(compared, images))
+    return [
+        Measured(one.record.model_copy(update={"versus_baseline": next(found)}), one.predictions)
+        if one.record.versus_baseline
+        else one
+        for one in measured
+    ]
 
 
 def _speed_fields(
@@ -106,7 +120,7 @@ def _speed_fields(
     if spec.throughput:
         with progress.task(f"throughput of {subject.name}", None):
             fields["throughput"] = find_throughput(lambda size: _call(subject, size), clock_for(subject.device))
-    rates = roofline(_format(subject), subject.device) if spec.roofline else None
+    rates = roofline(_most_layers(subject), subject.device) if spec.roofline else None
     limits = [_limits(row, subject, size, rates, flops) for row in latency]
     rows = tuple(row.model_copy(update=limit) for row, limit in zip(latency, limits, strict=True))
     return fields | {"roofline": rates, "latency": rows}
@@ -146,7 +160,8 @@ def failed(name: str, asked: VariantSpec, reason: str, device: torch.device) -> 
     """The record of a variant that could not even be made or loaded."""
     variant = Variant(
         name=name,
-        format=asked.format,
+        format=asked.run_as or asked.format,
+        stored_format=asked.format if asked.run_as else None,
         half=asked.half,
         skip=asked.skip,
         layers=dict(asked.layers),
@@ -165,7 +180,7 @@ def _common_fields(subject: Subject, asked: VariantSpec | None) -> dict[str, Any
     return {
         "variant": Variant(
             name=subject.name,
-            format=_format(subject),
+            format=_asked_format(subject, asked),
             half=asked.half if asked else None,
             skip=asked.skip if asked else (),
             layers=dict(asked.layers) if asked else {},
@@ -174,7 +189,7 @@ def _common_fields(subject: Subject, asked: VariantSpec | None) -> dict[str, Any
             attention_reason=subject.attention_reason,
             sdpa_kernel_requested=subject.run.sdpa_kernel,
             sdpa_kernel_reason=subject.kernel_reason,
-            stored_format=subject.stored_format,
+            stored_format=subject.stored_format if subject.run.run_as else None,
             fused_attentions=subject.fused_attentions,
             channels_last=subject.run.channels_last,
             compile_requested=subject.run.compile,
@@ -197,8 +212,15 @@ def _common_fields(subject: Subject, asked: VariantSpec | None) -> dict[str, Any
     }
 
 
-def _format(subject: Subject) -> str:
-    """Format of most layers of the live model."""
+def _asked_format(subject: Subject, asked: VariantSpec | None) -> str:
+    """What was asked for, however many layers a skip list keeps; of a checkpoint from elsewhere, as it is stored."""
+    if subject.run.run_as is not None:
+        return subject.run.run_as
+    return asked.format if asked else subject.stored_format or _most_layers(subject)
+
+
+def _most_layers(subject: Subject) -> str:
+    """Format of most layers of the live model, which is what its arithmetic runs in."""
     return Counter(subject.layers.values()).most_common(1)[0][0]
 
 
