@@ -682,6 +682,7 @@ def test_a_skip_list_is_chosen_on_training_images_and_stands(content: dict[str, 
     assert "sensitivity auto: nf4 on 16 calibration images" in said
     record = result.records[1]
     assert record.variant.skip and "auto" not in record.variant.skip
+    assert [(one.name, one.decision) for one in record.requirements] == [("auto.max_kl_share", "undecided")]
     assert f"sensitivity auto: keeps {', '.join(record.variant.skip)} in 16 bit" in said
     kept = {name for name, format in record.layers.items() if format == "bf16"} - {"classifier"}
     assert {name.rsplit(".", 1)[0] for name in kept} == set(record.variant.skip)

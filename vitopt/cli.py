@@ -586,20 +586,24 @@ def compare(
     _start(as_json)
     from vitopt import storage
     from vitopt.measure.comparison import compare_stored
-    from vitopt.measure.gate import overall
+    from vitopt.measure.gate import judge, overall
 
-    comparison = compare_stored(baseline, variant, require)
+    comparison = compare_stored(baseline, variant)
+    before, after = comparison.records
+    required = judge(require, after, before)
+    records = before, after.model_copy(update={"requirements": required})
     if markdown is not None:
         from vitopt.report.table import pull_request
 
-        storage.write_text(markdown, pull_request(comparison.records))
+        storage.write_text(markdown, pull_request(records))
     if as_json:
-        _print_json(comparison.to_json())
+        gate = {"decision": overall(required), "requirements": [one.model_dump(mode="json") for one in required]}
+        _print_json(comparison.to_json() | (gate if required else {}))
     else:
-        _print_table(comparison.records)
+        _print_table(records)
         for line in comparison.lines():
             out.print(f"• {escape(line)}", highlight=False)
-    raise typer.Exit({"shown": 0, "failed": 3, "undecided": 4}[overall(comparison.requirements)])
+    raise typer.Exit({"shown": 0, "failed": 3, "undecided": 4}[overall(required)])
 
 
 @app.command()

@@ -41,9 +41,11 @@ def test_undecided_says_how_many_more_images_would_decide_it(make):
     assert found.reason == "about 370 more images would likely decide it"  # 765 without a change
 
 
-def test_a_loss_that_lies_on_the_limit_is_decided_by_no_number(make):
+def test_a_figure_that_lies_on_the_limit_says_what_its_number_supposes(make):
     found = one({"max_top1_drop": 1.0}, *records(make, 400, lost=4))
-    assert found.decision == "undecided" and "no number of images" in found.reason
+    assert (found.decision, found.measured) == ("undecided", pytest.approx(1.0))
+    assert found.reason == "about 710 more images would likely decide it if nothing is truly lost"
+    assert "no number of images" in one({"min_agreement": 99}, *records(make, 400, lost=4)).reason
 
 
 @pytest.mark.parametrize(("lost", "decision"), [(0, "shown"), (4, "undecided"), (30, "failed")])
@@ -88,10 +90,16 @@ def test_times_of_two_runs_decide_nothing_about_speed(make, together):
     assert (found.decision, found.measured) == ("undecided", None) and "not timed together" in found.reason
 
 
+@pytest.mark.parametrize("changed", [{"rounds": 5}, {"samples_ms": ()}])
+def test_samples_of_other_rounds_decide_nothing_about_speed(make, changed):
+    found = one({"min_speedup": 1.2}, *timed(make, ("a", "a"), **changed))
+    assert found.decision == "undecided" and "rounds" in found.reason
+
+
 def test_speed_near_the_limit_says_how_many_more_calls(make):
     noisy = np.random.default_rng(0).lognormal(np.log(20), 0.3, 100)
     baseline, variant = timed(make, ("a", "a"), noisy)
-    ratio = gate.speedup_between(baseline.latency[0], variant.latency[0]).ratio
+    ratio = gate.paired_speedup(baseline.latency[0], variant.latency[0]).ratio
     found = one({"min_speedup": 0.99 * ratio}, baseline, variant)
     assert found.decision == "undecided" and "more calls" in found.reason
 

@@ -42,4 +42,4 @@ def test_a_requirement_in_one_line(fields, text):
 
 def test_an_end_that_is_not_known_is_said():
     one = Requirement(name="max_p99_ms", limit=20, measured=18, ci95=(17.0, None), decision="undecided", reason="why")
-    assert requirement_cells(one) == ("p99 at most 20 ms", "18", "17 to ?", "not shown: why")
+    assert requirement_cells(one) == ("p99 at most 20 ms", "18", "17 to –", "not shown: why")

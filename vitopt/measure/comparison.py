@@ -1,15 +1,13 @@
 """Two stored results compared, whatever runs they come from."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vitopt.errors import RecordError
 from vitopt.measure.accuracy import compare
-from vitopt.measure.gate import judge, overall
 from vitopt.measure.predictions import load_predictions
-from vitopt.recipe import RequireSpec
-from vitopt.records import Record, Requirement, VersusBaseline, load_record
+from vitopt.records import Record, VersusBaseline, load_record
 
 
 @dataclass(frozen=True)
@@ -20,13 +18,11 @@ class Comparison:
     variant: Record
     versus: VersusBaseline
     latency_ratios: dict[int, float]  # batch size -> baseline's p50 over the variant's
-    requirements: tuple[Requirement, ...] = ()
 
     @property
     def records(self) -> tuple[Record, Record]:
         """Both records, the variant's with this comparison in place of the one that was stored."""
-        found = {"versus_baseline": self.versus, "requirements": self.requirements}
-        return self.baseline, self.variant.model_copy(update=found)
+        return self.baseline, self.variant.model_copy(update={"versus_baseline": self.versus})
 
     def lines(self) -> list[str]:
         """What the numbers say beyond the table."""
@@ -42,19 +38,17 @@ class Comparison:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: names, the paired comparison, latency ratios by batch size, what was required and decided."""
-        required = [one.model_dump(mode="json") for one in self.requirements]
-        gate = {"decision": overall(self.requirements), "requirements": required} if required else {}
+        """Plain data: names, the paired comparison, latency ratios by batch size."""
         return {
             "baseline": self.baseline.variant.name,
             "variant": self.variant.variant.name,
             "versus_baseline": self.versus.model_dump(mode="json"),
             "latency_ratios_not_interleaved": {str(size): ratio for size, ratio in self.latency_ratios.items()},
-        } | gate
+        }
 
 
-def compare_stored(baseline: Path, variant: Path, require: RequireSpec | None = None) -> Comparison:
-    """Compare two results by their `record.json` and `predictions.parquet`, and judge what is required.
+def compare_stored(baseline: Path, variant: Path) -> Comparison:
+    """Compare two results by their `record.json` and `predictions.parquet`.
 
     Raises:
         RecordError: missing, of another schema, failed, or over different images.
@@ -71,5 +65,4 @@ def compare_stored(baseline: Path, variant: Path, require: RequireSpec | None = 
         for row in records[variant].latency
         if row.batch_size in theirs
     }
-    found = Comparison(records[baseline], records[variant], versus, ratios)
-    return replace(found, requirements=judge(require or RequireSpec(), found.records[1], records[baseline]))
+    return Comparison(records[baseline], records[variant], versus, ratios)

@@ -9,12 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from vitopt.measure import power
 from vitopt.measure.claims import Decision, at_least, at_most
-from vitopt.measure.speed import latency_at, speedup_between
-from vitopt.measure.statistics import Interval
+from vitopt.measure.statistics import Interval, Speedup, speedup_interval
 from vitopt.recipe import AutoSkipSpec, RequireSpec
-from vitopt.records import Record, Requirement
+from vitopt.records import Latency, Record, Requirement
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Evidence:
     needed: float = math.inf  # images or calls that would likely decide it
     have: int = 0
     unit: str = "images"
+    supposing: str = ""  # what `needed` takes to be true, if not what was measured
     missing: str | None = None  # why there is no interval
     batch_size: int | None = None
 
@@ -78,7 +80,7 @@ def _what_would_decide(evidence: Evidence) -> str:
     if math.isinf(evidence.needed):
         return f"no number of {evidence.unit} decides it: what was measured lies on the limit"
     more = max(1, evidence.needed - evidence.have)
-    return f"about {round_up(more):,} more {evidence.unit} would likely decide it"
+    return f"about {round_up(more):,} more {evidence.unit} would likely decide it{evidence.supposing}"
 
 
 def round_up(count: float) -> int:
@@ -108,8 +110,12 @@ def _of_answers(key: str, limit: float, record: Record) -> Evidence:
     if key == "max_top1_drop":
         low, high = versus.top1_delta_ci95_points
         lost, gained = versus.right_to_wrong / images, versus.wrong_to_right / images
-        needed = power.images_to_bound_loss(limit / 100, lost, gained)
-        return Evidence(-versus.top1_delta_points, Interval(-high, -low), needed, images)
+        needed, supposing = power.images_to_bound_loss(limit / 100, lost, gained), ""
+        if math.isinf(needed):  # the estimate lies on the limit
+            needed = power.images_to_bound_loss(limit / 100, (lost + gained) / 2, (lost + gained) / 2)
+            supposing = " if nothing is truly lost"
+        loss = 0.0 - versus.top1_delta_points
+        return Evidence(loss, Interval(-high, -low), needed, images, supposing=supposing)
     if key == "min_agreement":
         if versus.agreement_ci95_percent is None:
             return Evidence(versus.agreement_percent, missing="the record has no interval: evaluate again")
@@ -131,7 +137,9 @@ def _of_speed(limit: float, record: Record, baseline: Record, batch_size: int | 
     if record.measured_together is None or record.measured_together != baseline.measured_together:
         reason = "the two were not timed together: time them in one `vitopt run` or `vitopt benchmark`"
         return Evidence(missing=reason, batch_size=at)
-    speedup = speedup_between(before, latency)
+    if before.rounds != latency.rounds or min(len(before.samples_ms), len(latency.samples_ms)) < before.rounds:
+        return Evidence(missing="the samples of the two are not of the same rounds", batch_size=at)
+    speedup = paired_speedup(before, latency)
     if speedup.interval is None:
         return Evidence(speedup.ratio, missing="too few rounds for an interval, which takes three", batch_size=at)
     logs = Interval(math.log(speedup.interval.low), math.log(speedup.interval.high))
@@ -152,6 +160,18 @@ def _of_p99(limit: float, record: Record, baseline: Record, batch_size: int | No
     over = sum(sample > limit for sample in latency.samples_ms) / latency.iterations
     needed = power.calls_to_bound_p99(over)
     return Evidence(latency.p99_ms, interval, needed, latency.iterations, "calls", batch_size=at)
+
+
+def latency_at(record: Record, batch_size: int | None) -> Latency | None:
+    """Latency at one batch size (None: the first measured); None where it was not measured."""
+    rows = (row for row in record.latency if batch_size in (None, row.batch_size))
+    return next(rows, None)
+
+
+def paired_speedup(before: Latency, after: Latency) -> Speedup:
+    """Speed-up of two that were timed together, in the same rounds."""
+    before_rounds, after_rounds = (np.array_split(np.asarray(row.samples_ms), row.rounds) for row in (before, after))
+    return speedup_interval(before_rounds, after_rounds)
 
 
 def _growth(estimate: float, interval: Interval, limit: float) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from vitopt.errors import RecordError
 from vitopt.measure import power
-from vitopt.measure.speed import latency_at
+from vitopt.measure.gate import latency_at
 from vitopt.recipe import RequireSpec
 from vitopt.records import Record, VersusBaseline
 

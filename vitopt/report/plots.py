@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from vitopt.measure.speed import latency_at
 from vitopt.measure.statistics import Speedup, pareto_front
 from vitopt.records import Record
 from vitopt.report.figures import Drawable, Plot, blank, remove_others, rendered, styled
@@ -22,6 +21,7 @@ from vitopt.report.labels import label_points
 from vitopt.report.palette import colour_of
 from vitopt.report.svg import INK
 from vitopt.report.table import batch_sizes, human_bytes, milliseconds
+from vitopt.report.timing import latency_at
 from vitopt.report.waterfall import Step, find_chain, says, steps
 
 MOST_DOTS = 80  # per variant; evenly thinned by rank, which leaves the distribution as it is

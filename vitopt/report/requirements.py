@@ -27,7 +27,7 @@ def requirement_cells(requirement: Requirement) -> tuple[str, str, str, str]:
     required = asked(requirement.name, requirement.limit)
     required += f" at batch {requirement.batch_size}" if requirement.batch_size else ""
     low, high = requirement.ci95 or (None, None)
-    interval = f"{_figure(low)} to {_figure(high)}" if low != high else "–"
+    interval = f"{_figure(low)} to {_figure(high)}" if low != high else _figure(None)
     decision = DECISIONS[requirement.decision] + (f": {requirement.reason}" if requirement.reason else "")
     return required, _figure(requirement.measured), interval, decision
 
@@ -36,9 +36,9 @@ def requirement_sentence(requirement: Requirement) -> str:
     """The same on one line."""
     required, measured, interval, decision = requirement_cells(requirement)
     within = "" if interval == "–" else f" ({interval})"
-    return f"{required}: {'' if measured == '?' else f'{measured}{within}, '}{decision}"
+    return f"{required}: {'' if measured == '–' else f'{measured}{within}, '}{decision}"
 
 
 def _figure(value: float | None) -> str:
     # Four digits tell a limit of an interval from the limit that it misses.
-    return "?" if value is None else f"{value:.4g}"
+    return "–" if value is None else f"{value:.4g}"

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vitopt.measure.gate import overall
-from vitopt.measure.speed import latency_at, speedup_between
 from vitopt.measure.verdict import loses, speed_verdict
 from vitopt.records import Latency, Record, VersusBaseline
 from vitopt.report.requirements import requirement_sentence
 from vitopt.report.table import batch_sizes, expansion, human_bytes, milliseconds, percent, stored_as
+from vitopt.report.timing import latency_at, speedup_between
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vitopt.measure.gate import overall
-from vitopt.measure.speed import latency_at
 from vitopt.recipe import QUANTIZED_FORMATS
 from vitopt.records import Latency, Record, Variant, VersusBaseline
 from vitopt.report.requirements import DECISIONS, requirement_cells, requirement_sentence
+from vitopt.report.timing import latency_at
 
 HEADINGS = (
     "variant",

@@ -4,11 +4,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vitopt.measure.speed import latency_at, speedup_between
 from vitopt.measure.statistics import Speedup
 from vitopt.records import Latency, Record, Variant
 from vitopt.report.summary import listed
 from vitopt.report.table import batch_sizes, expansion, kernel_chosen, milliseconds, stored_as
+from vitopt.report.timing import latency_at, speedup_between
 
 FEWEST_STEPS = 3
 

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vitopt.measure.speed import latency_at, speedup_between
+from vitopt.report.timing import latency_at, speedup_between
 
 
 def test_latency_is_found_by_batch_size(make: SimpleNamespace):
