@@ -200,6 +200,12 @@ class RequireSpec(Spec):
     )
     batch_size: int | None = Field(None, ge=1, description="where speed is judged; without it, at the first timed")
 
+    @model_validator(mode="after")
+    def _batch_size_has_a_use(self) -> "RequireSpec":
+        if self.batch_size is not None and self.min_speedup is None and self.max_p99_ms is None:
+            raise ValueError("batch_size is where speed is judged: give min_speedup or max_p99_ms too")
+        return self
+
     @property
     def limits(self) -> dict[str, float]:
         """What is required: key -> limit, in the order of the fields."""
