@@ -135,7 +135,14 @@ OPTIONS = {
         "--compile", "--autotune", "--threads", "--iterations", "--rounds", "--throughput", "--roofline",
         "--strict", "--device", "--output", "--json",
     ],
-    "compare": ["BASELINE", "VARIANT", "--json"],
+    "compare": [
+        "BASELINE", "VARIANT", "--max-top1-drop", "--min-agreement", "--max-kl", "--min-speedup", "--max-p99-ms",
+        "--max-megabytes", "--batch-size", "--markdown", "--json",
+    ],
+    "plan": [
+        "--max-top1-drop", "--min-agreement", "--max-kl", "--min-speedup", "--max-p99-ms", "--pilot", "--batch-size",
+        "--json",
+    ],
     "predict": [
         "CHECKPOINT", "IMAGES", "--top", "--attention", "--sdpa-kernel", "--run-as", "--threads", "--device", "--json",
     ],
@@ -148,7 +155,7 @@ OPTIONS = {
 @pytest.mark.parametrize("command", OPTIONS)
 def test_help_names_every_argument(command: str) -> None:
     text = re.sub(r"\x1b\[[0-9;]*m", "", done(command, "--help").stdout)
-    words = set(re.findall(r"[a-z-]+", text.lower()))
+    words = set(re.findall(r"[a-z0-9-]+", text.lower()))
     assert [option for option in OPTIONS[command] if option.lower() not in words] == []
 
 
@@ -210,6 +217,20 @@ def test_a_dry_run_prints_recipe_and_plans_and_writes_nothing(recipe: Path, tmp_
     assert plan["block.0.fc1"] == {"format": "nf4", "module": "vit.layers.0.mlp.fc1", "reason": "format nf4"}
     assert plan["block.2.fc1"]["format"] == plan["classifier"]["format"] == "bf16"
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_what_claims_need_and_how_long_it_takes(
+    tiny_checkpoint: Path, shapes: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_checkpoint, shapes, require={"max_top1_drop": 0.5, "max_p99_ms": 20})
+    content = printed("run", recipe, "--dry-run")
+    assert [(claim["need"]["requirement"], claim["there"]) for claim in content["claims"]] == [
+        ("max_top1_drop", 24),
+        ("max_p99_ms", 6),
+    ]
+    assert {stage["name"] for stage in content["stages"]} == {"evaluate: accuracy", "evaluate: latency"}
+    text = done("run", recipe, "--dry-run").stdout
+    assert "765 images" in text and "368 calls" in text and "estimate" in text
 
 
 def test_a_dry_run_for_people_shows_groups_of_layers(recipe: Path) -> None:
@@ -445,6 +466,59 @@ def test_report_prints_where_it_is(finished: tuple[Path, Result], tmp_path: Path
     got = printed("report", folder)
     assert got == {"report": str(folder / "report.html"), "variants": ["fp32", "nf4"]}
     assert (folder / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [
+        ([], 0),
+        (["--max-megabytes", 99], 0),
+        (["--max-megabytes", 0.01], 3),
+        (["--max-top1-drop", 0.5], 4),
+        (["--max-megabytes", 99, "--max-top1-drop", 0.5], 4),
+        (["--max-megabytes", 0.01, "--max-top1-drop", 0.5], 3),
+    ],
+)
+def test_the_gate_ends_with_its_decision(finished: tuple[Path, Result], limits: list[object], code: int) -> None:
+    variants = finished[0] / "variants"
+    result = vitopt("compare", variants / "fp32", variants / "nf4", *limits)
+    assert result.exit_code == code, result.output
+
+
+def test_the_gate_has_a_line_for_each_limit_and_writes_a_summary(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    pair = [finished[0] / "variants" / name for name in ("fp32", "nf4")]
+    limits = ["--max-top1-drop", 0.5, "--max-megabytes", 99]
+    result = vitopt("compare", *pair, *limits, "--markdown", tmp_path / "summary.md")
+    (top1,) = [line for line in result.stdout.splitlines() if "loss of top-1 at most 0.5 points" in line]
+    assert "not shown" in top1 and "more images" in top1
+    assert any("weights at most 99 MB" in line and "met" in line for line in result.stdout.splitlines())
+    summary = (tmp_path / "summary.md").read_text()
+    assert summary.startswith("### nf4 against fp32: requirements not shown")
+    assert "| loss of top-1 at most 0.5 points | " in summary and "| variant | format |" in summary
+    content = json.loads(vitopt("compare", *pair, *limits, "--json").stdout)
+    assert content["decision"] == "undecided"
+    assert [(one["name"], one["decision"]) for one in content["requirements"]] == [
+        ("max_top1_drop", "undecided"),
+        ("max_megabytes", "shown"),
+    ]
+
+
+@pytest.mark.parametrize("limit", [("--max-top1-drop", 0), ("--min-agreement", 100), ("--max-kl", -1)])
+def test_limits_that_nothing_can_show_are_refused(finished: tuple[Path, Result], limit: tuple[str, float]) -> None:
+    variants = finished[0] / "variants"
+    key = limit[0].removeprefix("--").replace("-", "_")
+    assert f"{key}: input should be" in refusal("compare", variants / "fp32", variants / "nf4", *limit)
+
+
+def test_plan_says_what_claims_need(finished: tuple[Path, Result]) -> None:
+    top1, p99 = printed("plan", "--max-top1-drop", 0.5, "--max-p99-ms", 20)
+    assert (top1["requirement"], top1["unit"], top1["least"]) == ("max_top1_drop", "images", 765)
+    assert (p99["unit"], p99["least"]) == ("calls", 368)
+    pilot = finished[0] / "variants" / "nf4"
+    text = done("plan", "--max-top1-drop", 0.5, "--pilot", pilot).stdout
+    assert "loss of top-1 at most 0.5 points" in text and "765 images" in text and "of the pilot" in text
+    assert "--max-top1-drop" in refusal("plan")
+    assert "compared with no baseline" in refusal("plan", "--max-kl", 1, "--pilot", finished[0] / "variants" / "fp32")
 
 
 def test_compare_prints_the_paired_comparison(finished: tuple[Path, Result]) -> None:

@@ -713,6 +713,7 @@ def test_a_skip_list_is_chosen_on_training_images_and_stands(content: dict[str, 
     assert "sensitivity auto: nf4 on 16 calibration images" in said
     record = result.records[1]
     assert record.variant.skip and "auto" not in record.variant.skip
+    assert [(one.name, one.decision) for one in record.requirements] == [("auto.max_kl_share", "undecided")]
     assert f"sensitivity auto: keeps {', '.join(record.variant.skip)} in 16 bit" in said
     kept = {name for name, format in record.layers.items() if format == "bf16"} - {"classifier"}
     assert {name.rsplit(".", 1)[0] for name in kept} == set(record.variant.skip)
@@ -903,3 +904,26 @@ def test_an_interrupted_evaluation_keeps_what_was_measured_and_counts_as_undone(
         assert record.accuracy == before[name].accuracy and record.latency[0].iterations == 8
     # Neither recipe may take these records for its own.
     assert "evaluate" not in json.loads((again / "stages.json").read_text())
+
+
+def test_what_a_recipe_requires_is_decided_for_every_variant_and_told_everywhere(
+    content: dict[str, Any], again: Path
+) -> None:
+    before = {name: load_record(again / "variants" / name) for name in NAMES}
+    assert all(record.requirements == () for record in before.values())
+    require = {"max_top1_drop": 0.5, "max_megabytes": 99, "max_kl": 100}
+    result, said = run(changed(content, require=require), again)
+    assert "evaluate: up to date, skipped" in said  # what is required changes no measurement
+    decided = {
+        record.variant.name: {one.name: one.decision for one in record.requirements} for record in result.records
+    }
+    few = {"max_top1_drop": "undecided", "max_kl": "undecided", "max_megabytes": "shown"}  # 24 images show nothing
+    assert decided == {"fp32": {}} | dict.fromkeys(NAMES[1:], few)
+    stored = [load_record(again / "variants" / name) for name in NAMES]
+    assert stored == result.records
+    report = (again / "report.md").read_text()
+    assert "| required |" in report.replace("  ", " ") and "not shown" in report
+    assert "loss of top-1 at most 0.5 points" in report
+    assert "loss of top-1 at most 0.5 points" in (again / "report.html").read_text()
+    run(content, again)  # without them, nothing is decided
+    assert [load_record(again / "variants" / name) for name in NAMES] == list(before.values())

@@ -266,6 +266,33 @@ def test_a_recipe_needs_no_data_to_measure_speed():
         assert validate(Recipe, given, where="r").data is None
 
 
+def test_requirements_are_limits_in_the_order_of_their_keys():
+    content = changed(require={"max_p99_ms": 20, "max_top1_drop": 0.5, "batch_size": 1})
+    recipe = validate(Recipe, content, where="r")
+    assert list(recipe.require.limits.items()) == [("max_top1_drop", 0.5), ("max_p99_ms", 20)]
+    assert validate(Recipe, changed(), where="r").require.limits == {}
+
+
+@pytest.mark.parametrize(
+    ("require", "words"),
+    [
+        ({"max_top1_dorp": 1}, "did you mean 'max_top1_drop'?"),
+        ({"max_top1_drop": 0}, "require.max_top1_drop: input should be greater than 0"),
+        ({"min_agreement": 100}, "require.min_agreement: input should be less than 100"),
+        ({"batch_size": 1, "max_kl": 1}, "give min_speedup or max_p99_ms"),
+        ({"batch_size": 8, "max_p99_ms": 1}, "require.batch_size 8 is not in evaluate.latency.batch_sizes"),
+    ],
+)
+def test_requirements_that_nothing_can_show_or_use_are_mistakes(require, words):
+    (mistake,) = mistakes(changed(require=require))
+    assert words in mistake
+
+
+def test_requirements_on_answers_need_images():
+    (mistake,) = mistakes(changed(data=None, require={"max_kl": 1, "max_p99_ms": 20}))
+    assert mistake == "require.max_kl needs `data`"
+
+
 def test_what_needs_data_is_listed_with_all_other_mistakes():
     variants = [
         {"name": "a", "format": "fp32"},

@@ -31,6 +31,7 @@ from vitopt.recipe import (
     FinetuneSpec,
     Labels,
     Recipe,
+    RequireSpec,
     RunSpec,
     SdpaKernel,
     VariantSpec,
@@ -43,8 +44,10 @@ from vitopt.threads import bind
 
 if TYPE_CHECKING:
     from vitopt.measure.evaluator import Measured
+    from vitopt.measure.planning import Need
     from vitopt.models.checkpoint import Checkpoint
     from vitopt.optimize.plan import LayerPlan
+    from vitopt.preview import Preview
     from vitopt.search.results import Sensitivity
 
 app = typer.Typer(
@@ -88,6 +91,19 @@ MaxTop1DropOption = Annotated[float | None, typer.Option(help="Largest loss of t
 MaxKlShareOption = Annotated[float | None, typer.Option(help="KL at most this share of the quantized model's.")]
 ObjectiveOption = Annotated[Literal["size", "latency"], typer.Option(help="What a kept layer costs.")]
 GranularityOption = Annotated[Literal["block", "linear"], typer.Option(help="Whole blocks or single linear layers.")]
+
+
+def _limit(key: str) -> Any:
+    return typer.Option(help=f"Required: {RequireSpec.model_fields[key].description}.")
+
+
+RequireTop1Option = Annotated[float | None, _limit("max_top1_drop")]
+RequireAgreementOption = Annotated[float | None, _limit("min_agreement")]
+RequireKlOption = Annotated[float | None, _limit("max_kl")]
+RequireSpeedupOption = Annotated[float | None, _limit("min_speedup")]
+RequireP99Option = Annotated[float | None, _limit("max_p99_ms")]
+RequireMegabytesOption = Annotated[float | None, _limit("max_megabytes")]
+RequireBatchOption = Annotated[int | None, typer.Option(help="Batch size of the limits on speed; the first without.")]
 IterationsOption = Annotated[int, typer.Option(help="Timed calls per checkpoint and batch size.")]
 RoundsOption = Annotated[int, typer.Option(help="Interleaved rounds that share the iterations.")]
 ThreadsOption = Annotated[
@@ -175,7 +191,13 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="Recipe file.")],
     output: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME without it.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE, as in finetune.epochs=1.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and layer plans only.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print the resolved recipe, the layer plans, what its claims need and about how long it takes.",
+        ),
+    ] = False,
     strict: StrictOption = False,
     skip_bad_images: SkipBadOption = False,
     threads: ThreadsOption = None,
@@ -189,7 +211,9 @@ def run(
     from vitopt import pipeline
 
     if dry_run:
-        _print_dry_run(resolved, pipeline.plans(resolved), as_json)
+        from vitopt.preview import preview
+
+        _print_dry_run(resolved, pipeline.plans(resolved), preview(resolved), as_json)
         return
     result = pipeline.run(resolved, output or Path("runs") / resolved.name, _say)
     if as_json:
@@ -553,19 +577,71 @@ def benchmark(
 def compare(
     baseline: Annotated[Path, typer.Argument(help="record.json or its folder: what to compare with.")],
     variant: Annotated[Path, typer.Argument(help="record.json or its folder: what is compared.")],
+    max_top1_drop: RequireTop1Option = None,
+    min_agreement: RequireAgreementOption = None,
+    max_kl: RequireKlOption = None,
+    min_speedup: RequireSpeedupOption = None,
+    max_p99_ms: RequireP99Option = None,
+    max_megabytes: RequireMegabytesOption = None,
+    batch_size: RequireBatchOption = None,
+    markdown: Annotated[Path | None, typer.Option(help="File for a summary, as of a pull request.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two stored results image by image; refuses results over different images."""
+    """Compare two stored results image by image; refuses results over different images.
+
+    With any limit it is a gate: it ends with 0 if the 95 % intervals show all limits met, with 3 if one is shown to
+    be missed, else with 4.
+    """
+    require = _require(max_top1_drop, min_agreement, max_kl, min_speedup, max_p99_ms, max_megabytes, batch_size)
     _start(as_json)
+    from vitopt import storage
     from vitopt.measure.comparison import compare_stored
+    from vitopt.measure.gate import judge, overall
 
     comparison = compare_stored(baseline, variant)
+    before, after = comparison.records
+    required = judge(require, after, before)
+    records = before, after.model_copy(update={"requirements": required})
+    if markdown is not None:
+        from vitopt.report.table import pull_request
+
+        storage.write_text(markdown, pull_request(records))
     if as_json:
-        _print_json(comparison.to_json())
+        gate = {"decision": overall(required), "requirements": [one.model_dump(mode="json") for one in required]}
+        _print_json(comparison.to_json() | (gate if required else {}))
+    else:
+        _print_table(records)
+        for line in comparison.lines():
+            out.print(f"• {escape(line)}", highlight=False)
+    raise typer.Exit({"shown": 0, "failed": 3, "undecided": 4}[overall(required)])
+
+
+@app.command()
+@_clear_errors
+def plan(
+    max_top1_drop: RequireTop1Option = None,
+    min_agreement: RequireAgreementOption = None,
+    max_kl: RequireKlOption = None,
+    min_speedup: RequireSpeedupOption = None,
+    max_p99_ms: RequireP99Option = None,
+    pilot: Annotated[
+        Path | None, typer.Option(help="Record of a small comparison, whose rates are taken for the true ones.")
+    ] = None,
+    batch_size: RequireBatchOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say how many images and calls a claim needs, before anything is measured."""
+    require = _require(max_top1_drop, min_agreement, max_kl, min_speedup, max_p99_ms, None, batch_size)
+    if not require.limits:
+        raise RecipeError("nothing to plan for: give at least one limit, as in --max-top1-drop 0.5")
+    from vitopt.measure.planning import needs
+    from vitopt.records import load_record
+
+    found = needs(require, load_record(pilot) if pilot else None)
+    if as_json:
+        _print_json([vars(need) for need in found])
         return
-    _print_table(comparison.records)
-    for line in comparison.lines():
-        out.print(f"• {escape(line)}", highlight=False)
+    _print_needs(found)
 
 
 @app.command()
@@ -705,6 +781,18 @@ def _run_spec(
     )
 
 
+def _require(
+    max_top1_drop: float | None,
+    min_agreement: float | None,
+    max_kl: float | None,
+    min_speedup: float | None,
+    max_p99_ms: float | None,
+    max_megabytes: float | None,
+    batch_size: int | None,
+) -> RequireSpec:
+    return validate(RequireSpec, dict(locals()), where="arguments")
+
+
 def _candidates(sources: Sequence[str], run: RunSpec, expanded: Sequence[str]) -> list[Any]:
     """One candidate per source and, with `run_as`, one more for each of `expanded`: packed layers beside expanded
     ones, so that the memory of the one and the speed of the other are both seen."""
@@ -800,7 +888,7 @@ def _print_sensitivity(result: "Sensitivity") -> None:
             out.print(f"• {escape(found.advice)}", highlight=False)
 
 
-def _print_dry_run(recipe: Recipe, plans: "dict[str, LayerPlan]", as_json: bool) -> None:
+def _print_dry_run(recipe: Recipe, plans: "dict[str, LayerPlan]", preview: "Preview", as_json: bool) -> None:
     if as_json:
         layers = {
             name: {
@@ -808,11 +896,40 @@ def _print_dry_run(recipe: Recipe, plans: "dict[str, LayerPlan]", as_json: bool)
             }
             for name, plan in plans.items()
         }
-        _print_json({"recipe": recipe.model_dump(mode="json"), "layer_plans": layers})
+        _print_json({"recipe": recipe.model_dump(mode="json"), "layer_plans": layers, **preview.to_json()})
         return
     out.print(escape(dump_yaml(recipe)), highlight=False)
     with _full_width():
         _print_plans(plans)
+    _print_needs(
+        [claim.need for claim in preview.claims],
+        [f"{claim.about}: " for claim in preview.claims],
+        [claim.there for claim in preview.claims],
+    )
+    for stage in preview.stages:
+        out.print(
+            f"• {stage.name}: about {max(1, round(stage.seconds)):,} s (an estimate from a few calls)", highlight=False
+        )
+    for note in preview.notes:
+        out.print(f"• {escape(note)}", highlight=False)
+
+
+def _print_needs(needs: "Sequence[Need]", about: Sequence[str] = (), there: Sequence[int | None] = ()) -> None:
+    """A row per requirement; `about` whom and how many images or calls are `there`, where that is known."""
+    if not needs:
+        return
+    from vitopt.report.requirements import asked
+
+    table = Table(title="needed to show what is required", title_justify="left")
+    for heading in ("required", "at least", "8 times in 10", *(["there are"] if there else []), "if"):
+        table.add_column(heading, justify="left" if heading in ("required", "if") else "right")
+    for index, need in enumerate(needs):
+        counts = ["–" if count is None else f"{count:,} {need.unit}" for count in (need.least, need.likely)]
+        counts += [f"{there[index]:,}" if there[index] is not None else "–"] if there else []
+        who = about[index] if about else ""
+        table.add_row(escape(who + asked(need.requirement, need.limit)), *counts, escape(need.assumption))
+    with _full_width():
+        out.print(table)
 
 
 def _print_plans(plans: "dict[str, LayerPlan]") -> None:

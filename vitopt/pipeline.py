@@ -30,6 +30,7 @@ from vitopt.errors import (
     UnsupportedError,
 )
 from vitopt.measure.evaluator import Measured, evaluate, failed
+from vitopt.measure.gate import judge, judge_floor
 from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
 from vitopt.models.architectures import RANDOM_PREFIX
 from vitopt.models.checkpoint import Checkpoint, empty_model, load_processor, open_checkpoint
@@ -39,7 +40,7 @@ from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import plan_for, quantize
 from vitopt.optimize.runtime import Runnable, prepare
 from vitopt.recipe import DataSpec, EvaluateSpec, Labels, Recipe, RunSpec, VariantSpec, dump_yaml, validate
-from vitopt.records import RECORD_FILE, Record, load_record, save_record
+from vitopt.records import RECORD_FILE, Record, Requirement, load_record, save_record
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
     plans(recipe)
     device = environment.resolve_device(recipe.device)
     source = open_checkpoint(recipe.model)
-    images = None if recipe.data is None else _test_images(recipe, recipe.data)
+    images = None if recipe.data is None else tested_images(recipe, recipe.data)
     if images is not None and recipe.finetune is None:
         fit_labels(images, source.label_names)
     if recipe.strict:
@@ -172,11 +173,16 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
             _sensitivity_stage(current, base, variant, recipe.data, images) for variant in recipe.variants
         )
     made = {variant.name: _variant_stage(current, base, variant) for variant in current.variants}
-    records = _evaluate_stage(current, images, made)
+    records = _judged(current, _evaluate_stage(current, images, made))
     return _report_stage(current, records)
 
 
-def _test_images(recipe: Recipe, data: DataSpec) -> ImageSet:
+def tested_images(recipe: Recipe, data: DataSpec) -> ImageSet:
+    """The images that the variants of a recipe are measured on; none is decoded.
+
+    Raises:
+        DataError: there are none.
+    """
     images = open_images(data, data.test)
     uses_train = recipe.finetune is not None or any(variant.skips_automatically for variant in recipe.variants)
     if images.split == ALL and uses_train:
@@ -457,6 +463,25 @@ def _fit_all(images: ImageSet, subjects: Sequence[Runnable]) -> ImageSet:
         if load_processor(other).to_dict() != load_processor(first).to_dict():
             raise DataError(f"{other.source} and {first.source} prepare images differently: compare them in two runs")
     return fit_labels(images, first.label_names)
+
+
+def _judged(current: _Run, records: list[Record]) -> list[Record]:
+    """The records with what the recipe requires of each variant; what was measured stands when that changes."""
+    asked = {variant.name: variant for variant in current.recipe.variants}
+    baseline = next((one for one in records if one.variant.name == current.recipe.baseline_name), None)
+    judged = []
+    for record in records:
+        found: tuple[Requirement, ...] = ()
+        if baseline is not None and record is not baseline:
+            variant = asked[record.variant.name]
+            floor = judge_floor(variant.auto, record, baseline) if variant.skips_automatically else ()
+            found = floor + judge(current.recipe.require, record, baseline)
+        if found != record.requirements:
+            record = record.model_copy(update={"requirements": found})
+            if environment.is_main_process():
+                save_record(record, current.variant_folder(record.variant.name))
+        judged.append(record)
+    return judged
 
 
 def _report_stage(current: _Run, records: list[Record]) -> RunResult:

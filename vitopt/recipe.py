@@ -182,6 +182,35 @@ class EvaluateSpec(Spec):
     roofline: bool = Field(False, description="also measure the device's GEMM and copy rates and what they allow")
 
 
+class RequireSpec(Spec):
+    """What a variant must be shown to be, each by its whole 95 % interval; the options of `vitopt compare`."""
+
+    max_top1_drop: float | None = Field(
+        None, gt=0, le=100, description="top-1 at most so many points below the baseline's"
+    )
+    min_agreement: float | None = Field(
+        None, gt=0, lt=100, description="the baseline's class on at least so many percent of images"
+    )
+    max_kl: float | None = Field(None, gt=0, description="mean KL divergence from the baseline in nats, at most")
+    min_speedup: float | None = Field(None, gt=0, description="so many times as fast as the baseline, at least")
+    max_p99_ms: float | None = Field(None, gt=0, description="99 % of calls take at most so many milliseconds")
+    max_megabytes: float | None = Field(
+        None, gt=0, description="weights in memory, in megabytes of a million bytes, at most"
+    )
+    batch_size: int | None = Field(None, ge=1, description="where speed is judged; without it, at the first timed")
+
+    @model_validator(mode="after")
+    def _batch_size_has_a_use(self) -> "RequireSpec":
+        if self.batch_size is not None and self.min_speedup is None and self.max_p99_ms is None:
+            raise ValueError("batch_size is where speed is judged: give min_speedup or max_p99_ms too")
+        return self
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What is required: key -> limit, in the order of the fields."""
+        return {key: value for key, value in self.model_dump(exclude={"batch_size"}).items() if value is not None}
+
+
 class Recipe(Spec):
     """A whole run: model, data, fine-tuning, variants, measurement, export."""
 
@@ -197,6 +226,7 @@ class Recipe(Spec):
     variants: Annotated[tuple[VariantSpec, ...], Field(min_length=1)]
     baseline: str | None = Field(None, description="name of the variant to compare with; null is the first")
     evaluate: EvaluateSpec = EvaluateSpec()
+    require: RequireSpec = Field(RequireSpec(), description="what every variant must be shown to be")
     export: str | None = Field(None, description="name of the variant to copy to `export/`")
     waterfall: tuple[Name, ...] = Field(
         (), description="variants each of which adds one technique to the one before, for a figure in the report"
@@ -209,7 +239,11 @@ class Recipe(Spec):
         if self.data is None:
             needy = ["finetune"] if self.finetune is not None else []
             needy += [f"`skip: auto` of {variant.name}" for variant in self.variants if variant.skips_automatically]
+            needs_images = ("max_top1_drop", "min_agreement", "max_kl")
+            needy += [f"require.{key}" for key in self.require.limits if key in needs_images]
             mistakes += [f"{what} needs `data`" for what in needy]
+        if self.require.batch_size not in (None, *self.evaluate.latency.batch_sizes):
+            mistakes.append(f"require.batch_size {self.require.batch_size} is not in evaluate.latency.batch_sizes")
         for key, wanted in [("baseline", self.baseline), ("export", self.export)] + [
             ("waterfall", name) for name in self.waterfall
         ]:

@@ -27,7 +27,10 @@ class Variant(Part):
     """What was asked for and what ran."""
 
     name: str
-    format: str = Field(description="format of most quantized layers, or of all when none is quantized")
+    format: str = Field(
+        description="as asked for: what layers expand to at load, else what they are made in; of a checkpoint from "
+        "elsewhere, what it is stored in"
+    )
     half: str | None = Field(None, description="16-bit type of the layers that are not quantized")
     skip: tuple[str, ...] = Field((), description="patterns that were kept in 16 bit")
     attention_requested: str
@@ -100,7 +103,7 @@ class VersusBaseline(Part):
     mean_kl_divergence: float = Field(description="nats, KL(baseline || variant) of the softmax outputs")
     kl_ci95: tuple[float, float] | None = Field(None, description="nats, bootstrap over images")
     normalised_logit_error: float = Field(description="norm of the difference over norm of the baseline's logits")
-    smallest_visible_loss_points: float = Field(description="a smaller true loss would likely go unseen here")
+    smallest_visible_loss_points: float = Field(description="a true loss of this size is seen 8 times in 10")
     verdict: str
 
 
@@ -206,6 +209,18 @@ class Roofline(Part):
     copy_bytes_per_second: float = Field(description="bytes read and written per second by a large copy")
 
 
+class Requirement(Part):
+    """Something required of a variant, and whether its 95 % interval shows it."""
+
+    name: str = Field(description="key of `require`, or `auto.` and the key of a floor of `skip: auto`")
+    limit: float = Field(description="what is asked for, in the unit of the key")
+    measured: float | None = Field(description="the estimate, which decides nothing")
+    ci95: tuple[float | None, float | None] | None = Field(None, description="an end that is not known is null")
+    decision: Literal["shown", "failed", "undecided"] = Field(description="by the whole interval")
+    batch_size: int | None = Field(None, description="of what was timed")
+    reason: str | None = Field(None, description="why it is undecided, or what would likely decide it")
+
+
 class Dataset(Part):
     """Which images were used."""
 
@@ -235,6 +250,7 @@ class Record(Part):
     size: Size | None = None
     memory: Memory | None = None
     energy_joules_per_image: float | None = None
+    requirements: tuple[Requirement, ...] = Field((), description="what the recipe requires of this variant")
     batch_invariance: BatchInvariance | None = Field(None, description="null if not measured")
     roofline: Roofline | None = Field(None, description="the device's rates in the same run; null if not measured")
     environment: dict[str, Any] = Field(default_factory=dict)
@@ -248,6 +264,10 @@ class Record(Part):
     created: str | None = Field(None, description="ISO 8601, UTC")
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    def latency_at(self, batch_size: int | None) -> Latency | None:
+        """Latency at one batch size (None: the first measured); None where it was not measured."""
+        return next((row for row in self.latency if batch_size in (None, row.batch_size)), None)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data as stored in `record.json`."""

@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from scipy.stats import binomtest
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from vitopt.data.images import ImageSet, open_images
 from vitopt.data.pixels import Preprocessor
 from vitopt.errors import BadImageError, DataError, RecordError
-from vitopt.measure.accuracy import compare, predict, summarise
+from vitopt.measure.accuracy import adjusted, compare, predict, summarise
 from vitopt.measure.predictions import Predictions
 from vitopt.models.checkpoint import load_processor, open_checkpoint
 from vitopt.recipe import DataSpec
@@ -269,7 +270,10 @@ def test_comparison_equals_a_hand_count() -> None:
     assert got.mean_kl_divergence == pytest.approx(0.06 * (p - (1 - p)) * 2, rel=1e-5)
     flat = np.array(base) - np.array(other)
     assert got.normalised_logit_error == pytest.approx(np.linalg.norm(flat) / np.linalg.norm(base))
-    assert "no measurable loss" in got.verdict
+    low, high = proportion_confint(94, 100, method="wilson")
+    assert got.agreement_ci95_percent == pytest.approx((100 * low, 100 * high))
+    assert got.kl_ci95[0] < got.mean_kl_divergence < got.kl_ci95[1]
+    assert "no loss shown" in got.verdict
 
 
 def test_equal_predictions_show_no_difference() -> None:
@@ -277,7 +281,29 @@ def test_equal_predictions_show_no_difference() -> None:
     got = compare("base", same, same)
     assert (got.top1_delta_points, got.agreement_percent, got.mcnemar_p) == (0, 100, 1)
     assert (got.mean_kl_divergence, got.normalised_logit_error) == (0, 0)
-    assert got.verdict.startswith("identical on all 3 images")
+    assert got.kl_ci95 is None  # of three images
+
+
+def test_wrong_answers_that_differ_are_never_called_identical() -> None:
+    # Both are wrong on every image, each time in another way: no image turned, and no answer is the same.
+    base, other = predictions([[0, 2, 0]] * 3, [0, 0, 0]), predictions([[0, 0, 2]] * 3, [0, 0, 0])
+    got = compare("base", base, other)
+    assert (got.right_to_wrong, got.wrong_to_right, got.agreement_percent) == (0, 0, 0)
+    assert "identical" not in got.verdict
+
+
+def test_several_variants_share_the_chance_of_an_error() -> None:
+    right, wrong = [2.0, 0.0], [0.0, 2.0]
+    base = predictions([right] * 100, [0] * 100)
+    lost = {6: 0.03125, 9: 0.00390625, 0: 1.0}
+    compared = [compare("base", base, predictions([wrong] * n + [right] * (100 - n), [0] * 100)) for n in lost]
+    assert [one.mcnemar_p for one in compared] == pytest.approx(list(lost.values()))
+    assert compared[0].verdict.startswith("loses 6.0 points")
+    one, two, three = adjusted(compared, 100)
+    expected = multipletests(list(lost.values()), method="holm")[1]
+    assert [x.mcnemar_holm_p for x in (one, two, three)] == pytest.approx(expected)
+    assert one.verdict.startswith("no loss shown (p = 0.063)") and two.verdict.startswith("loses 9.0 points")
+    assert three.verdict.startswith("no loss shown; a loss of up to")
 
 
 def test_other_images_are_not_compared() -> None:

@@ -1,5 +1,6 @@
 """The shared evaluator: its records are complete, agree with themselves and with an independent count."""
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -668,3 +669,24 @@ def test_an_answer_that_depends_on_its_batch_is_a_warning(
         True,
         False,
     ]
+
+
+def test_the_format_of_a_record_is_what_was_asked_for(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    # Two of three blocks stay in 16 bit, so most layers are bf16; it is the nf4 variant all the same.
+    asked = VariantSpec(name="mostly-kept", format="nf4", skip=("block.0", "block.1"))
+    quantize(open_checkpoint(str(tiny_checkpoint)), asked, tmp_path / "v")
+    checkpoint = open_checkpoint(str(tmp_path / "v"))
+    made, elsewhere = (prepare(checkpoint, name=name, device=CPU) for name in ("made", "elsewhere"))
+    records = [one.record for one in evaluate([made, elsewhere], [asked, None], QUICK)]
+    assert [record.variant.format for record in records] == ["nf4", "nf4"]
+    assert records[0].layer_plan["bf16"] > records[0].layer_plan["nf4"]
+
+
+def test_variants_of_one_baseline_share_the_chance_of_an_error(
+    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
+) -> None:
+    three = [*subjects, dataclasses.replace(subjects[1], name="twin")]
+    measured = evaluate(three, [None] * 3, QUICK, images=images, preprocess=preprocess, baseline="base")
+    compared = [one.record.versus_baseline for one in measured[1:]]
+    assert [one.mcnemar_holm_p for one in compared] == [min(1.0, 2 * one.mcnemar_p) for one in compared]
+    assert measured[0].record.versus_baseline is None

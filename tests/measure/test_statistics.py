@@ -7,6 +7,7 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from vitopt.measure.statistics import (
@@ -15,14 +16,13 @@ from vitopt.measure.statistics import (
     agreement,
     calibration_noise,
     expected_calibration_error,
-    images_needed,
+    holm,
     mcnemar_exact_p,
     mean_kl_divergence,
     normalised_error,
     paired_counts,
     paired_delta_interval,
     pareto_front,
-    smallest_visible_loss,
     spearman,
     topk_correct,
     wilson_interval,
@@ -179,58 +179,13 @@ class TestMcnemarExactP:
             mcnemar_exact_p(-1, 3)
 
 
-def seen(images, loss, discordant_rate, cases=4_000):
-    """Share of simulated comparisons whose interval shows the loss."""
-    lost, gained = (discordant_rate + loss) / 2, (discordant_rate - loss) / 2
-    tables = np.random.default_rng(2).multinomial(images, [lost, gained, 1 - lost - gained], cases)
-    distinct, counts = np.unique(tables, axis=0, return_counts=True)
-    shown = [paired_delta_interval(same, lost, gained, 0).high < 0 for lost, gained, same in distinct.tolist()]
-    return float(counts @ np.array(shown)) / cases
+class TestHolm:
+    @pytest.mark.parametrize("p_values", [[0.03], [0.01, 0.04, 0.03], [0.2, 0.001, 0.02, 0.02, 1.0], [0.5, 0.6]])
+    def test_equals_statsmodels(self, p_values):
+        assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1])
 
-
-class TestVisibleLoss:
-    @pytest.mark.parametrize("images", [4, 10, 399, 400, 5_000, 50_000])
-    @pytest.mark.parametrize("discordant_rate", [0.0, 0.01, 0.04, 0.3, 1.0])
-    @pytest.mark.parametrize(("confidence", "power"), [(0.95, 0.8), (0.9, 0.5), (0.99, 0.95)])
-    def test_are_inverse(self, images, discordant_rate, confidence, power):
-        loss = smallest_visible_loss(images, discordant_rate, confidence, power)
-        if math.isfinite(loss):
-            assert images_needed(loss, discordant_rate, confidence, power) == images
-
-    def test_follows_the_formula_of_connor(self):
-        z, z_power = scipy.stats.norm.ppf([0.975, 0.8])
-        rate, loss = 0.05, 0.02
-        expected = (z * rate**0.5 + z_power * (rate - loss**2) ** 0.5) ** 2 / loss**2
-        assert images_needed(100 * loss, rate) == math.ceil(expected)
-
-    def test_the_loss_is_seen_eight_times_in_ten(self):
-        loss = smallest_visible_loss(2_000, 0.05) / 100
-        assert 0.77 <= seen(2_000, loss, 0.05) <= 0.83
-
-    def test_is_cautious_where_every_discordant_image_is_lost(self):
-        loss = smallest_visible_loss(400, 0.0) / 100
-        assert 0.9 <= seen(400, loss, loss) <= 0.98
-
-    def test_a_rate_below_the_loss_does_not_matter(self):
-        assert smallest_visible_loss(400, 0.0) == smallest_visible_loss(400, 1 / 400)
-        assert images_needed(2.0, 0.0) == images_needed(2.0, 0.02)
-
-    def test_no_loss_is_visible_on_three_images(self):
-        assert smallest_visible_loss(3, 0.5) == math.inf
-        assert smallest_visible_loss(4, 0.0) <= 100
-
-    @pytest.mark.parametrize(
-        ("call", "message"),
-        [
-            (lambda: smallest_visible_loss(0, 0.1), "at least one image, got 0"),
-            (lambda: smallest_visible_loss(9, 1.1), "discordant rate must lie between 0 and 1, got 1.1"),
-            (lambda: images_needed(0.0, 0.1), "above 0 and at most 100 points, got 0.0"),
-            (lambda: images_needed(1.0, 0.1, power=1.0), "power must be at least 0.5 and below 1, got 1.0"),
-        ],
-    )
-    def test_rejects(self, call, message):
-        with pytest.raises(ValueError, match=message):
-            call()
+    def test_of_nothing_is_nothing(self):
+        assert holm([]) == []
 
 
 class TestPairedCounts:

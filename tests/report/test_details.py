@@ -40,13 +40,6 @@ def test_other_timings_give_rate_and_energy_once_per_variant(make: SimpleNamespa
     assert "device p50, ms" not in table.headings
 
 
-def test_visibility_has_a_column_per_loss(comparison):
-    table = details.visibility(comparison[0])
-
-    assert table.headings[-2:] == ("images to see 1 point", "images to see 0.5 points")
-    assert [cells[0] for cells in table.rows] == ["bf16", "nf4"]
-
-
 def test_changed_classes_are_signed(make: SimpleNamespace):
     baseline = make.record("fp32", predictions=make.predictions(wrong=(1,)))
     variant = make.record("nf4", predictions=make.predictions(wrong=(0,)))
@@ -65,7 +58,6 @@ def test_nothing_measured_gives_no_table(make: SimpleNamespace):
     assert details.agreement(records) is None
     assert details.end_to_end(records) == []
     assert details.other_timings(records) is None
-    assert details.visibility(records) is None
 
 
 def test_discarded_calls_and_an_unsettled_warm_up_are_shown(make: SimpleNamespace):

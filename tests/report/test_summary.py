@@ -2,7 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vitopt.report.summary import baseline_of, headline, highlights, verdicts, visibilities
+from vitopt.records import Requirement
+from vitopt.report.summary import baseline_of, headline, highlights, verdicts
 
 
 def titles(found):
@@ -28,8 +29,8 @@ def test_headline_says_who_loses_and_what_may_hide(comparison):
 
     text = " ".join(headline(records, records[0]))
 
-    assert text.startswith("2 variants were compared with fp32 on the same 40 images: nf4 loses accuracy measurably")
-    assert "That is not proof of no loss" in text
+    assert text.startswith("2 variants were compared with fp32 on the same 40 images: nf4 loses accuracy; ")
+    assert "A loss of up to" in text and "is not excluded" in text
     assert "fp8 failed" in text
 
 
@@ -43,9 +44,7 @@ def test_headline_names_the_best_of_those_that_hold(make: SimpleNamespace):
         make.record("nf4", predictions=make.predictions(range(200), 400), baseline=against, p50_ms={1: 1.0}),
     ]
 
-    assert "Of those that do not, bf16 is the fastest at batch 1 and w8a8 is the smallest." in headline(
-        records, records[0]
-    )
+    assert "Of those, bf16 is the fastest at batch 1 and w8a8 is the smallest." in headline(records, records[0])
 
 
 def test_headline_of_equal_variants_does_not_claim_more_than_the_images_show(make: SimpleNamespace):
@@ -57,9 +56,9 @@ def test_headline_of_equal_variants_does_not_claim_more_than_the_images_show(mak
 
     first, second = headline(records, records[0])
 
-    assert first == "bf16 was compared with fp32 on the same 400 images: it does not lose accuracy measurably."
-    assert "under 2.0 points it would likely go unseen" in second
-    assert "bf16 gives another class than fp32 on 0.25 % of them" in second
+    assert first == "bf16 was compared with fp32 on the same 400 images: no loss of accuracy is shown."
+    assert "A loss of up to 1.4 points is not excluded" in second
+    assert "bf16 gives another class than fp32 on 0.25 % of the images" in second
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,7 @@ def test_highlights_are_smallest_fastest_and_most_faithful(comparison):
     assert found["Fastest at batch 1"].names == ("bf16",)
     assert found["Fastest at batch 1"].text.startswith("against fp32: 1.50x faster (1.42 to 1.58)")
     assert found["Most faithful"].names == ("bf16",)
-    assert found["Most faithful"].figure == "100.0 %"
+    assert found["Most faithful"].figure == "KL 0"
 
 
 def test_highlights_name_equals_together_and_who_is_not_measurably_slower(make: SimpleNamespace):
@@ -138,10 +137,43 @@ def test_a_variant_alone_has_no_verdict(make: SimpleNamespace):
     assert verdicts([make.record("a", predictions=make.predictions())], None) == []
 
 
-def test_visibility_counts_the_images_that_smaller_losses_need(comparison):
-    of_nf4 = visibilities(comparison[0])[1]
+def test_equals_are_named_the_smallest_together(make: SimpleNamespace):
+    before = make.predictions(images=400)
+    against = ("fp32", before)
+    records = [
+        make.record("fp32", predictions=before),
+        make.record("nf4", predictions=make.predictions(range(200), 400), baseline=against),
+        make.record("w8a8", predictions=before, baseline=against, weight_bytes=1_000_000),
+        make.record("w8a8-compiled", predictions=before, baseline=against, weight_bytes=1_000_000),
+    ]
 
-    assert of_nf4.variant == "nf4"
-    assert of_nf4.discordant_percent == pytest.approx(62.5)
-    one_point, half_a_point = of_nf4.images_needed
-    assert half_a_point == pytest.approx(4 * one_point, rel=0.01)
+    assert "Of those, w8a8 and w8a8-compiled are the smallest." in headline(records, records[0])
+
+
+def test_most_faithful_shows_the_figure_that_it_ranks_by(make: SimpleNamespace):
+    before = make.predictions(images=400, sharpness=3)
+    against = ("fp32", before)
+    # Flips nothing and is far less certain everywhere; the other flips one image.
+    flat, sharp = make.predictions(images=400, sharpness=0), make.predictions((3,), 400, sharpness=3)
+    records = [
+        make.record("fp32", predictions=before),
+        make.record("flat", predictions=flat, baseline=against),
+        make.record("sharp", predictions=sharp, baseline=against),
+    ]
+    assert records[1].versus_baseline.agreement_percent > records[2].versus_baseline.agreement_percent
+
+    best = min(records[1:], key=lambda record: record.versus_baseline.mean_kl_divergence)
+    found = titles(highlights(records, records[0]))["Most faithful"]
+    assert found.names == (best.variant.name,)
+    assert found.figure == f"KL {best.versus_baseline.mean_kl_divergence:.2g}"
+
+
+def test_headline_says_by_whom_requirements_are_met(make: SimpleNamespace):
+    def required(decision: str) -> dict[str, object]:
+        one = Requirement(name="max_kl", limit=0.1, measured=0.2, ci95=(0.1, 0.3), decision=decision)
+        return {"requirements": (one,)}
+
+    records = [make.record("fp32"), make.record("a", **required("failed")), make.record("b", **required("shown"))]
+
+    assert "What is required is met by b and missed by a." in headline(records, records[0])
+    assert "KL divergence at most 0.1 nats: 0.2 (0.1 to 0.3), missed" in verdicts(records, records[0])[0].sentences

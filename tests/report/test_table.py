@@ -182,7 +182,7 @@ def test_notes_put_cautions_before_verdicts(comparison):
     lines = notes(comparison[0])
 
     assert lines[0] == "fp8 failed: fp8 cannot run on cpu"
-    assert lines[1].startswith("bf16 against fp32: identical on all 40 images")
+    assert lines[1].startswith("bf16 against fp32: no loss shown; a loss of up to")
     assert lines[2].startswith("nf4 against fp32: loses")
 
 
@@ -270,3 +270,12 @@ def test_a_percentile_without_an_upper_limit_says_how_many_calls_give_one(make: 
 def test_what_was_not_measured_is_told_with_its_reason(make: SimpleNamespace):
     records = [make.record(name, unmeasured={"memory": "ended by SIGKILL"}) for name in "ab"]
     assert notes(records) == ["a, b: memory not measured (ended by SIGKILL)"]
+
+
+def test_latency_is_found_by_batch_size(make: SimpleNamespace):
+    record = make.record("a", p50_ms={1: 3.0, 8: 9.0})
+
+    assert record.latency_at(None).batch_size == 1
+    assert record.latency_at(8).p50_ms == 9.0
+    assert record.latency_at(2) is None
+    assert make.record("b").latency_at(None) is None

@@ -12,7 +12,9 @@ from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Batch, Preprocessor, batches, on_device
 from vitopt.errors import DataError, MeasurementError, RecordError
 from vitopt.measure import statistics
+from vitopt.measure.bootstrap import positive_mean_interval
 from vitopt.measure.failures import explain_failure, is_out_of_memory
+from vitopt.measure.power import smallest_visible_loss
 from vitopt.measure.predictions import Predictions
 from vitopt.measure.subject import Subject
 from vitopt.measure.verdict import accuracy_verdict
@@ -166,7 +168,7 @@ def summarise(predictions: Predictions, class_names: Sequence[str]) -> Accuracy:
     return Accuracy(
         images=len(top1),
         top1_percent=100 * float(top1.mean()),
-        top1_ci95_percent=(100 * interval.low, 100 * interval.high),
+        top1_ci95_percent=_percent(interval),
         top5_percent=None if top5 is None else 100 * float(top5.mean()),
         expected_calibration_error=statistics.expected_calibration_error(predictions.logits, predictions.labels),
         calibration_noise=statistics.calibration_noise(predictions.logits),
@@ -188,20 +190,45 @@ def compare(baseline_name: str, baseline: Predictions, variant: Predictions) -> 
     images = len(baseline.labels)
     delta = 100 * (counts.wrong_to_right - counts.right_to_wrong) / images
     low, high = 100 * interval.low, 100 * interval.high
-    visible = statistics.smallest_visible_loss(images, (counts.right_to_wrong + counts.wrong_to_right) / images)
+    same = int(np.sum(baseline.classes == variant.classes))
+    divergences = statistics.kl_divergences(baseline.logits, variant.logits)
+    p = statistics.mcnemar_exact_p(counts.right_to_wrong, counts.wrong_to_right)
+    visible = smallest_visible_loss(images, (counts.right_to_wrong + counts.wrong_to_right) / images)
     return VersusBaseline(
         baseline=baseline_name,
         top1_delta_points=delta,
         top1_delta_ci95_points=(low, high),
-        agreement_percent=100 * statistics.agreement(baseline.classes, variant.classes),
+        agreement_percent=100 * same / images,
+        agreement_ci95_percent=_percent(statistics.wilson_interval(same, images)),
         right_to_wrong=counts.right_to_wrong,
         wrong_to_right=counts.wrong_to_right,
-        mcnemar_p=statistics.mcnemar_exact_p(counts.right_to_wrong, counts.wrong_to_right),
-        mean_kl_divergence=statistics.mean_kl_divergence(baseline.logits, variant.logits),
+        mcnemar_p=p,
+        mean_kl_divergence=float(divergences.mean()),
+        kl_ci95=None if (kl := positive_mean_interval(divergences)) is None else (kl.low, kl.high),
         normalised_logit_error=statistics.normalised_error(baseline.logits, variant.logits),
         smallest_visible_loss_points=min(visible, 100.0),
-        verdict=accuracy_verdict(images, delta, low, high, counts.right_to_wrong, counts.wrong_to_right),
+        verdict=accuracy_verdict(images, delta, low, high, p),
     )
+
+
+def adjusted(compared: Sequence[VersusBaseline], images: int) -> list[VersusBaseline]:
+    """The same comparisons, all with one baseline over `images` images, with p-values and verdicts that allow for
+    their number (Holm 1979); one alone needs nothing of the kind."""
+    if len(compared) < 2:
+        return list(compared)
+    return [
+        one.model_copy(
+            update={
+                "mcnemar_holm_p": p,
+                "verdict": accuracy_verdict(images, one.top1_delta_points, *one.top1_delta_ci95_points, p),
+            }
+        )
+        for one, p in zip(compared, statistics.holm([one.mcnemar_p for one in compared]), strict=True)
+    ]
+
+
+def _percent(interval: statistics.Interval) -> tuple[float, float]:
+    return 100 * interval.low, 100 * interval.high
 
 
 def _require_same_images(baseline: Predictions, variant: Predictions) -> None:

@@ -90,6 +90,8 @@ def evaluate(
             own["measured_together"] = together
         measured[subject.name] = _first_figures(subject, asked, own, outcome, images, rows.get(subject.name), baseline)
 
+    measured = _adjusted(measured)
+
     def gain(figures: Callable[[Subject, Measured], dict[str, Any]]) -> None:
         for subject in running:
             one = measured[subject.name]
@@ -168,6 +170,14 @@ def _with(
     return Measured(record.model_copy(update=figures | more), one.predictions)
 
 
+def _adjusted(measured: dict[str, Measured]) -> dict[str, Measured]:
+    """The same with p-values and verdicts that allow for the number of variants compared."""
+    compared = {name: one.record.versus_baseline for name, one in measured.items() if one.record.versus_baseline}
+    images = next((one.record.accuracy.images for one in measured.values() if one.record.accuracy), 0)
+    found = dict(zip(compared, accuracy.adjusted(list(compared.values()), images), strict=True))
+    return {name: _with(one, versus_baseline=found[name]) if name in found else one for name, one in measured.items()}
+
+
 def _end_to_end(
     subjects: Sequence[Subject], images: ImageSet, preprocess: Preprocessor, rows: Mapping[str, Rows]
 ) -> dict[str, dict[str, Any]]:
@@ -235,7 +245,7 @@ def _device_figures(subject: Subject, one: Measured, *, spec: EvaluateSpec) -> d
             )
     rates = None
     if spec.roofline:
-        rates = attempt("roofline", lambda: roofline(_format(subject), subject.device), unmeasured)
+        rates = attempt("roofline", lambda: roofline(_most_layers(subject), subject.device), unmeasured)
     limits = [_limits(row, subject, record, rates, unmeasured) for row in record.latency]
     rows = tuple(row.model_copy(update=limit) for row, limit in zip(record.latency, limits, strict=True))
     return fields | {"roofline": rates, "latency": rows}
@@ -276,7 +286,8 @@ def failed(name: str, asked: VariantSpec, reason: str, device: torch.device) -> 
     """The record of a variant that could not even be made or loaded."""
     variant = Variant(
         name=name,
-        format=asked.format,
+        format=asked.run_as or asked.format,
+        stored_format=asked.format if asked.run_as else None,
         half=asked.half,
         skip=asked.skip,
         layers=dict(asked.layers),
@@ -293,7 +304,7 @@ def failed(name: str, asked: VariantSpec, reason: str, device: torch.device) -> 
 def _variant(subject: Subject, asked: VariantSpec | None) -> Variant:
     return Variant(
         name=subject.name,
-        format=_format(subject),
+        format=_asked_format(subject, asked),
         half=asked.half if asked else None,
         skip=asked.skip if asked else (),
         layers=dict(asked.layers) if asked else {},
@@ -302,7 +313,7 @@ def _variant(subject: Subject, asked: VariantSpec | None) -> Variant:
         attention_reason=subject.attention_reason,
         sdpa_kernel_requested=subject.run.sdpa_kernel,
         sdpa_kernel_reason=subject.kernel_reason,
-        stored_format=subject.stored_format,
+        stored_format=subject.stored_format if subject.run.run_as else None,
         fused_attentions=subject.fused_attentions,
         channels_last=subject.run.channels_last,
         compile_requested=subject.run.compile,
@@ -329,8 +340,15 @@ def _model_fields(subject: Subject, unmeasured: dict[str, str]) -> dict[str, Any
     }
 
 
-def _format(subject: Subject) -> str:
-    """Format of most layers of the live model."""
+def _asked_format(subject: Subject, asked: VariantSpec | None) -> str:
+    """What was asked for, however many layers a skip list keeps; of a checkpoint from elsewhere, as it is stored."""
+    if subject.run.run_as is not None:
+        return subject.run.run_as
+    return asked.format if asked else subject.stored_format or _most_layers(subject)
+
+
+def _most_layers(subject: Subject) -> str:
+    """Format of most layers of the live model, which is what its arithmetic runs in."""
     return Counter(subject.layers.values()).most_common(1)[0][0]
 
 

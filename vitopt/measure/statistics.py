@@ -5,7 +5,7 @@ Accuracies, losses of accuracy and rates are proportions from 0 to 1, except whe
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -72,20 +72,28 @@ def paired_delta_interval(
         raise ValueError("an interval needs at least one image, got none")
     z = _normal_quantile(confidence)
     gained = only_variant - only_baseline
-    discordant = only_variant + only_baseline
 
     def compatible(delta: float) -> bool:
-        # The rate of only_baseline most likely under this delta is the larger root of
-        # 2 images r^2 + linear r + constant = 0; the rate of only_variant is then r + delta.
-        linear = (2 * images - gained) * delta - discordant
-        constant = -only_baseline * delta * (1 - delta)
-        rate = (math.sqrt(max(0.0, linear**2 - 8 * images * constant)) - linear) / (4 * images)
-        variance = images * (2 * rate + delta * (1 - delta))
+        variance = paired_score_variance(only_baseline / images, only_variant / images, delta)
         # Squared, as the variance is 0 where delta is -1 or 1.
-        return (gained - images * delta) ** 2 <= z**2 * variance
+        return (gained / images - delta) ** 2 <= z**2 * variance / images
 
     estimate = gained / images
     return Interval(bisect(compatible, estimate, -1.0), bisect(compatible, estimate, 1.0))
+
+
+def paired_score_variance(only_baseline: float, only_variant: float, delta: float) -> float:
+    """Variance, per image, of the change of accuracy if its true value is `delta`.
+
+    The first two are shares of images, 0 to 1, on which one of the two is right alone.
+    Source: as of `paired_delta_interval`.
+    """
+    # The rate of only_baseline most likely under this delta is the larger root of
+    # 2 r^2 + linear r + constant = 0; the rate of only_variant is then r + delta.
+    linear = (2 - only_variant + only_baseline) * delta - only_baseline - only_variant
+    constant = -only_baseline * delta * (1 - delta)
+    rate = (math.sqrt(max(0.0, linear**2 - 8 * constant)) - linear) / 4
+    return 2 * rate + delta * (1 - delta)
 
 
 def mcnemar_exact_p(only_baseline: int, only_variant: int) -> float:
@@ -107,48 +115,16 @@ def mcnemar_exact_p(only_baseline: int, only_variant: int) -> float:
     return min(1.0, 2 * tail)
 
 
-def smallest_visible_loss(images: int, discordant_rate: float, confidence: float = 0.95, power: float = 0.8) -> float:
-    """Smallest true loss of accuracy, in points, that `images` images show with the given power.
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for being several tests of one question, in the order given.
 
-    To show it is to have a `paired_delta_interval` without zero. `discordant_rate` is the share
-    of images, 0 to 1, on which one model is right and the other is wrong; where it is below the
-    loss itself, the loss stands in for it; there the normal approximation errs towards too large
-    a loss (seen 95 times in 100 rather than 80). The answer is math.inf where no loss would be
-    seen (under 4 images at 95 %). Inverse of `images_needed`.
-    Raises ValueError for no image, or for a rate, confidence or power out of range.
-    Source: Connor 1987, "Sample size for testing differences in proportions for the
-    paired-sample design".
+    Source: Holm 1979, "A simple sequentially rejective multiple test procedure".
     """
-    if images < 1:
-        raise ValueError(f"a visible loss needs at least one image, got {images}")
-    z, z_power = _sample_size_quantiles(discordant_rate, confidence, power)
-    if images < z**2:
-        return math.inf
-    # Connor's formula solved for loss / sqrt(discordant rate); where every discordant image is a
-    # lost one, that is sqrt(loss).
-    scaled = (math.sqrt(images) * z + z_power * math.sqrt(images + z_power**2 - z**2)) / (images + z_power**2)
-    return 100 * scaled * max(math.sqrt(discordant_rate), scaled)
-
-
-def images_needed(loss_points: float, discordant_rate: float, confidence: float = 0.95, power: float = 0.8) -> int:
-    """Images needed to show a true loss of `loss_points` accuracy points with the given power.
-
-    To show it is to have a `paired_delta_interval` without zero. `discordant_rate` is the share
-    of images, 0 to 1, on which one model is right and the other is wrong; where it is below the
-    loss itself, the loss stands in for it. Inverse of `smallest_visible_loss`.
-    Raises ValueError for a loss outside 0..100, or for a rate, confidence or power out of range.
-    Source: Connor 1987, "Sample size for testing differences in proportions for the
-    paired-sample design".
-    """
-    if not 0 < loss_points <= 100:
-        raise ValueError(f"a loss must be above 0 and at most 100 points, got {loss_points}")
-    z, z_power = _sample_size_quantiles(discordant_rate, confidence, power)
-    loss = loss_points / 100
-    discordant_rate = max(discordant_rate, loss)
-    root = z * math.sqrt(discordant_rate) + z_power * math.sqrt(discordant_rate - loss**2)
-    images = (root / loss) ** 2
-    # The allowance keeps rounding in the last digits from asking for one image more.
-    return math.ceil(images * (1 - 1e-9))
+    adjusted, highest = list(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
 
 
 def paired_counts(baseline_correct: ArrayLike, variant_correct: ArrayLike) -> PairedCounts:
@@ -176,8 +152,8 @@ def agreement(baseline_predictions: ArrayLike, variant_predictions: ArrayLike) -
     return float(np.mean(baseline == variant))
 
 
-def mean_kl_divergence(baseline_logits: ArrayLike, variant_logits: ArrayLike) -> float:
-    """Mean over images of KL(softmax(baseline) || softmax(variant)), in nats; logits (images, classes).
+def kl_divergences(baseline_logits: ArrayLike, variant_logits: ArrayLike) -> NDArray[np.float64]:
+    """KL(softmax(baseline) || softmax(variant)) of each image, in nats, (images,); logits (images, classes).
 
     Raises ValueError for logits that are empty, not finite, or of different shapes.
     Source: Kullback and Leibler 1951, "On information and sufficiency".
@@ -186,9 +162,13 @@ def mean_kl_divergence(baseline_logits: ArrayLike, variant_logits: ArrayLike) ->
     if baseline.shape != variant.shape:
         raise ValueError(f"logits differ in shape: {baseline.shape} and {variant.shape}")
     log_p, log_q = _log_softmax(baseline), _log_softmax(variant)
-    divergence = np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
     # A divergence is never negative; rounding can leave -1e-17.
-    return max(0.0, float(np.mean(divergence)))
+    return np.maximum(0.0, np.sum(np.exp(log_p) * (log_p - log_q), axis=1))
+
+
+def mean_kl_divergence(baseline_logits: ArrayLike, variant_logits: ArrayLike) -> float:
+    """Mean of `kl_divergences` over images, in nats."""
+    return float(np.mean(kl_divergences(baseline_logits, variant_logits)))
 
 
 def normalised_error(reference: ArrayLike, other: ArrayLike) -> float:
@@ -318,14 +298,6 @@ def _normal_quantile(confidence: float) -> float:
     """Standard normal quantile that leaves (1 - confidence) / 2 in the upper tail."""
     check_confidence(confidence)
     return NormalDist().inv_cdf((1 + confidence) / 2)
-
-
-def _sample_size_quantiles(discordant_rate: float, confidence: float, power: float) -> tuple[float, float]:
-    if not 0 <= discordant_rate <= 1:
-        raise ValueError(f"the discordant rate must lie between 0 and 1, got {discordant_rate}")
-    if not 0.5 <= power < 1:
-        raise ValueError(f"the power must be at least 0.5 and below 1, got {power}")
-    return _normal_quantile(confidence), NormalDist().inv_cdf(power)
 
 
 def check_confidence(confidence: float) -> None:

@@ -2,51 +2,42 @@
 
 import math
 
-from vitopt.measure.statistics import smallest_visible_loss
+from vitopt.records import VersusBaseline
+
+SIGNIFICANCE = 0.05
 
 
-def accuracy_verdict(
-    images: int,
-    delta_points: float,
-    delta_low: float,
-    delta_high: float,
-    right_to_wrong: int,
-    wrong_to_right: int,
-) -> str:
-    """Say whether accuracy changed, from the change and its 95 % interval, all in points.
+def accuracy_verdict(images: int, delta_points: float, low: float, high: float, p: float) -> str:
+    """Say whether accuracy changed, from the change (variant minus baseline) and its 95 % interval, all in points.
 
-    `delta_points` is variant minus baseline; the last two arguments count the images whose answer
-    turned wrong or right. Raises ValueError for no image, impossible counts of images, or a change
-    outside its interval.
+    A change is shown where the interval excludes zero and `p`, McNemar's exact p adjusted by Holm's method where
+    several variants were compared, is below 0.05: with few changed images, or several variants, the interval of one
+    alone excludes zero too often. Else the words give the largest loss within the interval.
+    Raises ValueError for no image, or a change outside its interval.
     """
     if images < 1:
         raise ValueError(f"a verdict needs at least one image, got {images}")
-    discordant = right_to_wrong + wrong_to_right
-    if min(right_to_wrong, wrong_to_right) < 0 or discordant > images:
-        raise ValueError(f"{right_to_wrong} and {wrong_to_right} changed images do not fit in {images}")
-    _check_inside(delta_points, delta_low, delta_high)
-
+    _check_inside(delta_points, low, high)
     # A tenth of a point is less than one image until there are about 10,000.
     decimals = 1 if images < 10_000 else 2
-    if discordant == 0:
-        everything = "the only image" if images == 1 else f"all {images:,} images"
-        return (
-            f"identical on {everything}: none turned right or wrong "
-            f"(on other images a loss of up to {_figure(abs(delta_low), decimals)} points is possible)"
-        )
-    if delta_high < 0:
-        low, estimate, high = (_figure(-delta, decimals) for delta in (delta_high, delta_points, delta_low))
-        return f"loses {estimate} points ({low} to {high})"
-    if delta_low > 0:
-        low, estimate, high = (_figure(delta, decimals) for delta in (delta_low, delta_points, delta_high))
-        return f"gains {estimate} points ({low} to {high})"
-    visible = smallest_visible_loss(images, discordant / images)
-    if math.isinf(visible):
-        return f"no measurable loss (n = {images}: too few images to see any loss)"
-    return (
-        f"no measurable loss (n = {images:,}: a loss under {_figure(visible, decimals)} points "
-        "cannot be seen with these images)"
-    )
+    if _is_shown(low, high, p):
+        verb = "loses" if high < 0 else "gains"
+        near, estimate, far = (_figure(delta, decimals) for delta in sorted(map(abs, (low, delta_points, high))))
+        return f"{verb} {estimate} points ({near} to {far})"
+    why = f" (p = {p:.2g})" if not low <= 0 <= high else ""
+    if low >= 0:
+        return f"neither loss nor gain shown{why} (n = {images:,})"
+    return f"no loss shown{why}; a loss of up to {_figure(-low, decimals)} points is not excluded (n = {images:,})"
+
+
+def loses(versus: VersusBaseline) -> bool:
+    """Whether a loss of accuracy is shown, by the rule of `accuracy_verdict`."""
+    p = versus.mcnemar_p if versus.mcnemar_holm_p is None else versus.mcnemar_holm_p
+    return versus.top1_delta_points < 0 and _is_shown(*versus.top1_delta_ci95_points, p)
+
+
+def _is_shown(low: float, high: float, p: float) -> bool:
+    return not low <= 0 <= high and p < SIGNIFICANCE
 
 
 def speed_verdict(speedup: float, low: float | None, high: float | None) -> str:

@@ -59,8 +59,8 @@ class Runnable:
 
     @property
     def stored_format(self) -> str | None:
-        """Format on disk where layers were expanded while loading, else None."""
-        return stored_formats(self.checkpoint.config)[0] if self.run.run_as else None
+        """Format on disk of the linear layers, first of several; None for one that vitopt does not make."""
+        return next(iter(stored_formats(self.checkpoint.config)), None)
 
     @property
     def fused_attentions(self) -> int:

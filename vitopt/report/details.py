@@ -1,11 +1,10 @@
 """The tables beside the comparison: agreement, other timings, what the images can show, changed classes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vitopt.records import Record
 from vitopt.report.classes import ClassChanges
-from vitopt.report.summary import LOSSES_POINTS, visibilities
 from vitopt.report.table import UNKNOWN, Table, milliseconds, percent, rate
 
 _SETTLED = {True: "yes", False: "no", None: UNKNOWN}
@@ -19,15 +18,14 @@ def agreement(records: Sequence[Record]) -> Table | None:
         if accuracy is None:
             continue
         top5 = UNKNOWN if accuracy.top5_percent is None else f"{accuracy.top5_percent:.1f}"
-        low, high = accuracy.top1_ci95_percent
         compared = [UNKNOWN] * 6
         if versus is not None:
             compared = [
-                percent(versus.agreement_percent),
+                _with(percent, versus.agreement_percent, versus.agreement_ci95_percent),
                 f"{versus.right_to_wrong:,}",
                 f"{versus.wrong_to_right:,}",
-                p_value(versus.mcnemar_p),
-                f"{versus.mean_kl_divergence:.4f}",
+                p_value(versus.mcnemar_p if versus.mcnemar_holm_p is None else versus.mcnemar_holm_p),
+                _with("{:.4f}".format, versus.mean_kl_divergence, versus.kl_ci95),
                 f"{versus.normalised_logit_error:.3f}",
             ]
         noise = accuracy.calibration_noise
@@ -35,7 +33,7 @@ def agreement(records: Sequence[Record]) -> Table | None:
         rows.append(
             (
                 record.variant.name,
-                f"{accuracy.top1_percent:.1f} ({low:.1f} to {high:.1f})",
+                _with("{:.1f}".format, accuracy.top1_percent, accuracy.top1_ci95_percent),
                 top5,
                 *compared,
                 calibration,
@@ -45,11 +43,11 @@ def agreement(records: Sequence[Record]) -> Table | None:
         "variant",
         "top-1 % (95 %)",
         "top-5 %",
-        "agree %",
+        "agree % (95 %)",
         "right to wrong",
         "wrong to right",
         "McNemar p",
-        "KL, nats",
+        "KL, nats (95 %)",
         "logit error",
         "calibration error (by chance)",
     )
@@ -141,22 +139,6 @@ def other_timings(records: Sequence[Record]) -> Table | None:
     return Table("How latency was timed", headings, tuple(rows)).known() if rows else None
 
 
-def visibility(records: Sequence[Record]) -> Table | None:
-    """How many images smaller losses would take to see; None where nothing was compared."""
-    rows = tuple(
-        (
-            one.variant,
-            f"{one.discordant_percent:.1f}",
-            f"{one.smallest_visible_loss_points:.1f}",
-            *(f"{images:,}" for images in one.images_needed),
-        )
-        for one in visibilities(records)
-    )
-    losses = (f"images to see {points:g} point{'s' if points != 1 else ''}" for points in LOSSES_POINTS)
-    headings = ("variant", "only one is right, %", "visible here from, points", *losses)
-    return Table("What these images can show", headings, rows) if rows else None
-
-
 def changed_classes(changes: ClassChanges) -> Table:
     """The most changed classes of one variant."""
     rows = tuple(
@@ -180,6 +162,11 @@ def environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     libraries, gpu = facts.pop("libraries", None) or {}, facts.pop("gpu", None) or {}
     facts |= {f"gpu {key}": value for key, value in gpu.items()} | libraries
     return [(key.replace("_", " "), str(value)) for key, value in facts.items() if value is not None]
+
+
+def _with(words: Callable[[float], str], figure: float, interval: tuple[float, float] | None) -> str:
+    """A figure with its interval where there is one."""
+    return words(figure) + (f" ({words(interval[0])} to {words(interval[1])})" if interval else "")
 
 
 def p_value(p: float) -> str:

@@ -135,7 +135,6 @@ def _context(run: Run, plots: Sequence[Plot], analyses: Analyses) -> dict[str, A
         "batch_invariance": details.batch_invariance(records),
         "end_to_end": details.end_to_end(records),
         "other_timings": details.other_timings(records),
-        "visibility": details.visibility(records),
         "plots": {kind: [inlined(p) for p in plots if p.kind == kind] for kind in _KINDS},
         "plot_formats": list(dict.fromkeys(record.variant.format for record in records if not record.failure)),
         "memory_kind": next((record.memory.kind for record in records if record.memory), None),

@@ -22,7 +22,6 @@ from vitopt.report.figures import Drawable, Plot, blank, remove_others, rendered
 from vitopt.report.labels import label_points
 from vitopt.report.svg import INK
 from vitopt.report.table import batch_sizes, human_bytes, milliseconds
-from vitopt.report.timing import latency_at
 from vitopt.report.waterfall import Step, steps
 
 MOST_DOTS = 80  # per variant; evenly thinned by rank, which leaves the distribution as it is
@@ -52,7 +51,7 @@ def accuracy_latency(records: Sequence[Record], batch_size: int, baseline: str |
 
     None with fewer than two variants that have both.
     """
-    shown = [record for record in records if record.accuracy and latency_at(record, batch_size)]
+    shown = [record for record in records if record.accuracy and record.latency_at(batch_size)]
     if len(shown) < 2:
         return None
     with styled():
@@ -81,7 +80,7 @@ def accuracy_latency(records: Sequence[Record], batch_size: int, baseline: str |
 
 def latency_samples(records: Sequence[Record], batch_size: int) -> Figure | None:
     """Every variant's samples as dots, with ticks at p50 (thick) and p95 (thin); None where nothing was timed."""
-    shown = [(record, latency) for record in records if (latency := latency_at(record, batch_size))]
+    shown = [(record, latency) for record in records if (latency := record.latency_at(batch_size))]
     if not shown:
         return None
     with styled():
@@ -189,14 +188,14 @@ def _say(records: Sequence[Record], words: Callable[[Record], str | None]) -> st
 
 
 def _accuracy_words(record: Record, batch_size: int) -> str | None:
-    latency = latency_at(record, batch_size)
+    latency = record.latency_at(batch_size)
     if latency is None or record.accuracy is None:
         return None
     return f"{milliseconds(latency.p50_ms)} ms and {record.accuracy.top1_percent:.1f} %"
 
 
 def _latency_words(record: Record, batch_size: int) -> str | None:
-    latency = latency_at(record, batch_size)
+    latency = record.latency_at(batch_size)
     if latency is None:
         return None
     tail = "" if latency.p95_ms is None else f", p95 {milliseconds(latency.p95_ms)} ms"
@@ -204,7 +203,7 @@ def _latency_words(record: Record, batch_size: int) -> str | None:
 
 
 def _step_words(record: Record, batch_size: int) -> str | None:
-    latency, words = latency_at(record, batch_size), _latency_words(record, batch_size)
+    latency, words = record.latency_at(batch_size), _latency_words(record, batch_size)
     if latency is None or latency.floor_ms is None:
         return words
     return f"{words}, floor {milliseconds(latency.floor_ms)} ms"
@@ -258,14 +257,14 @@ def _coordinates(records: Sequence[Record], batch_size: int) -> tuple[np.ndarray
     points = [
         (latency.p50_ms, record.accuracy.top1_percent)
         for record in records
-        if record.accuracy and (latency := latency_at(record, batch_size))
+        if record.accuracy and (latency := record.latency_at(batch_size))
     ]
     x, y = np.asarray(points).T
     return x, y
 
 
 def _draw_point(axes: Axes, record: Record, batch_size: int, x: float, y: float, is_baseline: bool) -> None:
-    colour, latency = colour_of(record.variant.format), latency_at(record, batch_size)
+    colour, latency = colour_of(record.variant.format), record.latency_at(batch_size)
     assert record.accuracy is not None and latency is not None
     low, high = record.accuracy.top1_ci95_percent
     axes.plot([x, x], [low, high], color=colour, alpha=0.4, linewidth=1.2, zorder=2)

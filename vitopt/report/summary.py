@@ -1,16 +1,14 @@
 """The run in words: the answer on top, the best variants, a verdict for each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vitopt.measure import statistics
 from vitopt.measure.comparison import speed_ratio
-from vitopt.measure.verdict import speed_verdict
+from vitopt.measure.gate import overall
+from vitopt.measure.verdict import loses, speed_verdict
 from vitopt.records import Latency, Record, VersusBaseline
+from vitopt.report.requirements import requirement_sentence
 from vitopt.report.table import batch_sizes, expansion, human_bytes, milliseconds, percent, stored_as
-from vitopt.report.timing import latency_at
-
-LOSSES_POINTS = (1.0, 0.5)
 
 
 @dataclass(frozen=True)
@@ -30,16 +28,6 @@ class Verdict:
     variant: str
     sentences: tuple[str, ...]
     failed: bool
-
-
-@dataclass(frozen=True)
-class Visibility:
-    """What the images can show about one variant, and how many would show smaller losses."""
-
-    variant: str
-    discordant_percent: float  # images on which one of the two is right and the other is wrong
-    smallest_visible_loss_points: float
-    images_needed: tuple[int, ...]  # for each of LOSSES_POINTS
 
 
 def baseline_of(records: Sequence[Record], name: str | None = None) -> Record | None:
@@ -64,6 +52,7 @@ def headline(records: Sequence[Record], baseline: Record | None) -> list[str]:
         sentences.append("Measured on random pixels: these figures tell about speed, size and memory only.")
     elif len(records) == 1:
         sentences.append("There is one variant, so there is nothing to compare it with.")
+    sentences += _about_requirements(records)
     if failed:
         sentences.append(f"{listed(_names(failed))} failed; the reasons are below.")
     return sentences
@@ -87,62 +76,58 @@ def verdicts(records: Sequence[Record], baseline: Record | None) -> list[Verdict
     return [Verdict(record.variant.name, lines, failed=record.failure is not None) for record, lines in said if lines]
 
 
-def visibilities(records: Sequence[Record]) -> list[Visibility]:
-    """How large a loss these images can show per variant, and how many images smaller losses would need."""
-    found = []
-    for record in records:
-        versus, accuracy = record.versus_baseline, record.accuracy
-        if versus is None or accuracy is None:
-            continue
-        discordant = (versus.right_to_wrong + versus.wrong_to_right) / accuracy.images
-        needed = tuple(statistics.images_needed(points, discordant) for points in LOSSES_POINTS)
-        found.append(Visibility(record.variant.name, 100 * discordant, versus.smallest_visible_loss_points, needed))
-    return found
-
-
 def _about_accuracy(compared: Sequence[tuple[Record, VersusBaseline]]) -> list[str]:
     record, versus = compared[0]
     baseline, images = versus.baseline, record.accuracy.images if record.accuracy else 0
-    losing = [record for record, versus in compared if _loses(versus)]
-    holding = [(record, versus) for record, versus in compared if not _loses(versus)]
+    losing = [record for record, versus in compared if loses(versus)]
+    holding = [(record, versus) for record, versus in compared if not loses(versus)]
     count = f"{len(compared)} variants were" if len(compared) > 1 else f"{record.variant.name} was"
     first = f"{count} compared with {baseline} on the same {images:,} images: "
-    if not holding:
-        return [first + ("each of them loses" if len(losing) > 1 else "it loses") + " accuracy measurably."]
     if losing:
-        verb = "lose" if len(losing) > 1 else "loses"
-        first += f"{listed(_names(losing))} {verb} accuracy measurably, the others do not."
+        first += f"{listed(_names(losing))} {'lose' if len(losing) > 1 else 'loses'} accuracy"
+        first += "; for the others no loss is shown." if holding else "."
     else:
-        first += f"{'none of them loses' if len(compared) > 1 else 'it does not lose'} accuracy measurably."
-    return [first, *_best_without_loss([record for record, _ in holding], losing), _what_may_hide(holding, baseline)]
+        first += f"no loss of accuracy is shown{' for any of them' if len(compared) > 1 else ''}."
+    if not holding:
+        return [first]
+    best = _best([record for record, _ in holding]) if losing and len(holding) > 1 else []
+    return [first, *best, _what_is_not_excluded(holding, baseline)]
 
 
-def _best_without_loss(holding: Sequence[Record], losing: Sequence[Record]) -> list[str]:
-    """Only where some variants lose: else the highlights say the same."""
-    if not losing or len(holding) < 2:
-        return []
-    timed = [(record, latency) for record in holding if (latency := latency_at(record, None))]
-    sized = [(record.size.weight_bytes, record.variant.name) for record in holding if record.size]
-    praise: dict[str, list[str]] = {}
-    if timed:
-        fastest, latency = min(timed, key=lambda pair: pair[1].p50_ms)
-        praise.setdefault(fastest.variant.name, []).append(f"the fastest at batch {latency.batch_size}")
-    for size, name in sized:
-        if size == min(sized)[0]:
-            praise.setdefault(name, []).append("the smallest")
-    parts = [f"{name} is {listed(words)}" for name, words in praise.items()]
-    return [f"Of those that do not, {listed(parts)}."] if parts else []
-
-
-def _what_may_hide(holding: Sequence[tuple[Record, VersusBaseline]], baseline: str) -> str:
-    unseen = max(versus.smallest_visible_loss_points for _, versus in holding)
-    text = f"That is not proof of no loss: under {unseen:.1f} points it would likely go unseen with these images"
+def _what_is_not_excluded(holding: Sequence[tuple[Record, VersusBaseline]], baseline: str) -> str:
+    most = max(-versus.top1_delta_ci95_points[0] for _, versus in holding)
+    text = f"A loss of up to {max(0.0, most):.1f} points is not excluded"
     agreement = min(versus.agreement_percent for _, versus in holding)
     if agreement < 100:
         least = [record for record, versus in holding if versus.agreement_percent == agreement]
-        verb, others = "give" if len(least) > 1 else "gives", f"{100 - agreement:.2g} % of them"
+        verb, others = "give" if len(least) > 1 else "gives", f"{100 - agreement:.2g} % of the images"
         text += f", and {listed(_names(least))} {verb} another class than {baseline} on {others}"
     return text + "."
+
+
+def _about_requirements(records: Sequence[Record]) -> list[str]:
+    by_decision: dict[str, list[str]] = {}
+    for record in records:
+        if record.requirements:
+            by_decision.setdefault(overall(record.requirements), []).append(record.variant.name)
+    words = {"shown": "met by", "failed": "missed by", "undecided": "not shown for"}
+    parts = [f"{words[decision]} {listed(by_decision[decision])}" for decision in words if decision in by_decision]
+    return [f"What is required is {listed(parts)}."] if parts else []
+
+
+def _best(records: Sequence[Record]) -> list[str]:
+    """Only where some variants lose: else the highlights say the same."""
+    timed = [(record, latency) for record in records if (latency := record.latency_at(None))]
+    sized = [(record.size.weight_bytes, record.variant.name) for record in records if record.size]
+    praise: dict[tuple[str, ...], list[str]] = {}
+    if timed:
+        fastest, latency = min(timed, key=lambda pair: pair[1].p50_ms)
+        praise.setdefault((fastest.variant.name,), []).append(f"the fastest at batch {latency.batch_size}")
+    if sized:
+        smallest = tuple(name for size, name in sized if size == min(sized)[0])
+        praise.setdefault(smallest, []).append("the smallest")
+    parts = [f"{listed(names)} {'are' if len(names) > 1 else 'is'} {listed(words)}" for names, words in praise.items()]
+    return [f"Of those, {listed(parts)}."] if parts else []
 
 
 def _smallest(records: Sequence[Record], baseline: Record | None) -> Highlight | None:
@@ -166,7 +151,7 @@ def _fastest_at_all_sizes(records: Sequence[Record], baseline: Record | None) ->
 
 
 def _fastest(records: Sequence[Record], baseline: Record | None, batch_size: int) -> Highlight | None:
-    timed = [(record, latency) for record in records if (latency := latency_at(record, batch_size))]
+    timed = [(record, latency) for record in records if (latency := record.latency_at(batch_size))]
     if len(timed) < 2:
         return None
     best, latency = min(timed, key=lambda pair: pair[1].p50_ms)
@@ -186,11 +171,7 @@ def _fastest(records: Sequence[Record], baseline: Record | None, batch_size: int
 def _loss(record: Record) -> list[str]:
     """The verdict where accuracy is lost: who takes the fastest or smallest must not miss it."""
     versus = record.versus_baseline
-    return [versus.verdict] if versus and _loses(versus) else []
-
-
-def _loses(versus: VersusBaseline) -> bool:
-    return versus.top1_delta_ci95_points[1] < 0
+    return [versus.verdict] if versus and loses(versus) else []
 
 
 def _alike(slower: Record, faster: Record, batch_size: int) -> bool:
@@ -203,11 +184,11 @@ def _most_faithful(records: Sequence[Record]) -> Highlight | None:
     if not compared:
         return None
     # Agreement is too coarse to rank variants that flip a handful of images; the divergence is not.
-    rank: Callable[[tuple[Record, VersusBaseline]], float] = lambda pair: pair[1].mean_kl_divergence  # noqa: E731
-    _, best = min(compared, key=rank)
+    best = min((versus for _, versus in compared), key=lambda versus: versus.mean_kl_divergence)
     names = tuple(r.variant.name for r, versus in compared if versus.mean_kl_divergence == best.mean_kl_divergence)
-    text = f"same class as {best.baseline}; KL divergence {best.mean_kl_divergence:.2g} nats"
-    return Highlight("Most faithful", names, f"{percent(best.agreement_percent)} %", text)
+    within = f" ({best.kl_ci95[0]:.2g} to {best.kl_ci95[1]:.2g})" if best.kl_ci95 else ""
+    text = f"lowest KL divergence from {best.baseline}, in nats{within}"
+    return Highlight("Most faithful", names, f"KL {best.mean_kl_divergence:.2g}", text)
 
 
 def _sentences(record: Record, baseline: Record | None) -> list[str]:
@@ -218,6 +199,7 @@ def _sentences(record: Record, baseline: Record | None) -> list[str]:
     if versus:
         sentences.append(versus.verdict)
         sentences.append(f"same class as {versus.baseline} on {percent(versus.agreement_percent)} % of the images")
+    sentences += map(requirement_sentence, record.requirements)
     sentences += [
         f"at batch {latency.batch_size}: {_speed(latency)}" for latency in record.latency if latency.speedup_vs_baseline
     ]

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vitopt.formats import QUANTIZED_FORMATS
+from vitopt.measure.gate import overall
 from vitopt.measure.latency_statistics import calls_needed
 from vitopt.records import Latency, Record, Variant, VersusBaseline
-from vitopt.report.timing import latency_at
+from vitopt.report.requirements import DECISIONS, requirement_cells, requirement_sentence
 
 HEADINGS = (
     "variant",
@@ -26,6 +27,7 @@ HEADINGS = (
     "weights",
     "on disk",
     "peak memory",
+    "required",
 )
 UNKNOWN = "–"
 _TEXT_COLUMNS = 3  # name, format and attention; figures follow
@@ -71,7 +73,7 @@ def comparison(records: Sequence[Record], batch_size: int | None) -> Table:
 
 def row(record: Record, batch_size: int | None = None) -> list[str]:
     """Cells of one variant at one batch size (None: the first measured); a dash where a figure is missing."""
-    latency = latency_at(record, batch_size)
+    latency = record.latency_at(batch_size)
     versus, accuracy = record.versus_baseline, record.accuracy
     # A tenth of a point is less than one image until there are about 10,000.
     digits = 2 if accuracy and accuracy.images >= 10_000 else 1
@@ -93,6 +95,7 @@ def row(record: Record, batch_size: int | None = None) -> list[str]:
         human_bytes(record.size.weight_bytes if record.size else None),
         human_bytes(record.size.disk_bytes if record.size else None),
         human_bytes(_peak_bytes(record, latency)),
+        DECISIONS[overall(record.requirements)] if record.requirements else UNKNOWN,
     ]
 
 
@@ -209,8 +212,12 @@ def rate(images_per_second: float | None) -> str:
 
 
 def notes(records: Sequence[Record]) -> list[str]:
-    """Sentences that belong under the table: failures, fallbacks, warnings, missing limits, verdicts on accuracy."""
-    return cautions(records) + _unbounded(records) + verdicts(records)
+    """Sentences that belong under the table: failures, fallbacks, warnings, missing limits, verdicts on accuracy and on
+    what is required."""
+    required = [
+        (record.variant.name, f": {requirement_sentence(one)}") for record in records for one in record.requirements
+    ]
+    return cautions(records) + _unbounded(records) + verdicts(records) + _together(required)
 
 
 def cautions(records: Sequence[Record]) -> list[str]:
@@ -252,21 +259,41 @@ def _unbounded(records: Sequence[Record]) -> list[str]:
 
 
 def verdicts(records: Sequence[Record]) -> list[str]:
-    """One sentence on accuracy per variant that was compared; variants with the same verdict share it."""
-    return _together(
-        (record.variant.name, f" against {record.versus_baseline.baseline}: {record.versus_baseline.verdict}")
-        for record in records
-        if record.versus_baseline
-    )
+    """One sentence on accuracy per variant that was compared, the same ones together; then how they allow for their
+    number."""
+    compared = [(record.variant.name, record.versus_baseline) for record in records if record.versus_baseline]
+    lines = _together((name, f" against {versus.baseline}: {versus.verdict}") for name, versus in compared)
+    adjusted = sum(versus.mcnemar_holm_p is not None for _, versus in compared)
+    holm = f"a change counts as shown if it stands among {adjusted} variants (McNemar's exact p, Holm's method)"
+    return lines + ([holm] if adjusted > 1 else [])
 
 
 def markdown_table(records: Sequence[Record], batch_size: int | None = None) -> str:
     """The comparison in GitHub's Markdown."""
-    table = comparison(records, batch_size)
+    return markdown(comparison(records, batch_size))
+
+
+def markdown(table: Table) -> str:
+    """A table in GitHub's Markdown."""
     figures = len(table.headings) - table.text_columns
     lines = ["| " + " | ".join(table.headings) + " |", "|" + "---|" * table.text_columns + "---:|" * figures]
     lines += ["| " + " | ".join(map(markdown_text, cells)) + " |" for cells in table.rows]
     return "\n".join(lines)
+
+
+def pull_request(records: tuple[Record, Record]) -> str:
+    """What a pull request needs of a comparison: the decision, what was required, the table, the notes."""
+    before, after = records
+    title = f"{after.variant.name} against {before.variant.name}"
+    lines = cautions(records) + verdicts(records)
+    parts = [markdown_table(records, size) for size in batch_sizes(records) or (None,)]
+    if after.requirements:
+        title += f": requirements {DECISIONS[overall(after.requirements)]}"
+        rows = tuple(map(requirement_cells, after.requirements))
+        parts.insert(0, markdown(Table("", ("required", "measured", "95 %", ""), rows)))
+    return (
+        "\n\n".join([f"### {markdown_text(title)}", *parts, "\n".join(f"- {markdown_text(x)}" for x in lines)]) + "\n"
+    )
 
 
 def markdown_text(text: str) -> str:

@@ -8,7 +8,6 @@ from vitopt.measure.latency_statistics import Speedup
 from vitopt.records import Latency, Record
 from vitopt.report.summary import listed
 from vitopt.report.table import batch_sizes, milliseconds
-from vitopt.report.timing import latency_at
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ def steps(chain: Sequence[Record], batch_size: int) -> list[Step]:
     """The bars of a chain at one batch size; empty where a variant of it was not timed there."""
     found: list[Step] = []
     for record in chain:
-        latency = latency_at(record, batch_size)
+        latency = record.latency_at(batch_size)
         if latency is None:
             return []
         found.append(Step(record, latency, speed_ratio(found[-1].record, record, batch_size) if found else None))

@@ -1,0 +1,93 @@
+"""What a recipe will need, against the images that are there and calls that were timed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vitopt.data.images import ImageSet
+from vitopt.measure import forecast
+from vitopt.models.checkpoint import open_checkpoint
+from vitopt.preview import preview
+from vitopt.recipe import Recipe
+
+TIMED = {"latency": {"batch_sizes": [1, 4], "iterations": 85, "rounds": 5}}
+
+
+def recipe(model: Path, data: Path | None, **changes: Any) -> Recipe:
+    content = {
+        "name": "a",
+        "model": str(model),
+        "data": None if data is None else str(data),
+        "device": "cpu",
+        "evaluate": TIMED,
+        "variants": [{"name": "fp32", "format": "fp32"}, {"name": "nf4", "format": "nf4"}],
+    }
+    return Recipe.model_validate(content | changes)
+
+
+def test_claims_stand_beside_the_images_that_are_there(
+    tiny_checkpoint: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    original = ImageSet.image
+    monkeypatch.setattr(ImageSet, "image", lambda self, index: decoded.append(index) or original(self, index))
+    auto = {"name": "auto", "format": "nf4", "skip": "auto", "auto": {"max_top1_drop": 1, "images": 20}}
+    wanted = recipe(
+        tiny_checkpoint,
+        shapes,
+        require={"max_top1_drop": 0.5, "max_p99_ms": 20, "max_megabytes": 9},
+        variants=[{"name": "fp32", "format": "fp32"}, auto],
+    )
+    found = preview(wanted)
+    assert [(claim.about, claim.need.requirement, claim.there) for claim in found.claims] == [
+        ("every variant", "max_top1_drop", 24),
+        ("every variant", "max_p99_ms", 85),
+        ("floor of auto", "max_top1_drop", 24),
+    ]
+    assert found.claims[2].need.least == 381
+    assert len(decoded) <= 5  # for the estimate alone; all 24 are counted
+    assert found.notes == []
+    assert {stage.name for stage in found.stages} == {
+        "sensitivity auto", "evaluate: accuracy", "evaluate: latency"
+    }  # fmt: skip
+
+
+def test_images_that_are_not_there_are_a_note(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    found = preview(recipe(tiny_checkpoint, tmp_path / "nowhere", require={"max_kl": 1}))
+    assert [claim.there for claim in found.claims] == [None]
+    assert "nowhere" in found.notes[0]
+    assert [stage.name for stage in found.stages] == ["evaluate: latency"]
+
+
+def test_a_model_that_cannot_be_timed_gives_no_estimate(
+    tiny_checkpoint: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> float:
+        raise torch.OutOfMemoryError("out of\nmemory")
+
+    monkeypatch.setattr(forecast, "seconds_per_image", full)
+    found = preview(recipe(tiny_checkpoint, shapes))
+    assert found.stages == [] and found.notes == ["no estimate of the time: out of memory"]
+
+
+def test_stages_take_their_images_times_their_passes(tiny_checkpoint: Path, shapes: Path) -> None:
+    auto = {"name": "auto", "format": "nf4", "skip": "auto"}
+    variants = [{"name": "fp32", "format": "fp32"}, {"name": "as-bf16", "format": "fp32", "run_as": "bf16"}, auto]
+    wanted = recipe(tiny_checkpoint, shapes, finetune={"epochs": 2}, variants=variants)
+    checkpoint = open_checkpoint(str(tiny_checkpoint))
+    images = {"train": 100, "test": 50, "auto": 30}
+    found = forecast.stages(wanted, checkpoint, {"fp32": 0.1, "bf16": 0.04}, 0.01, images)
+    assert {stage.name: pytest.approx(stage.seconds) for stage in found} == {
+        "finetune": 2 * 100 * (3 * 0.1 + 0.01),
+        "sensitivity auto": 30 * (0.01 + (3 + 20) * 0.04),  # three blocks
+        "evaluate: accuracy": 50 * (0.01 + 0.1 + 0.04 + 0.04),
+        "evaluate: latency": 5 * 100 * 0.18,
+    }
+
+
+def test_the_time_of_a_call_is_about_that_of_the_model_itself(tiny_checkpoint: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint))
+    seconds = forecast.seconds_per_image(checkpoint, torch.device("cpu"), torch.float32)
+    assert 0 < seconds < 1

@@ -1,0 +1,91 @@
+"""What a run will take on this machine: a few timed calls, multiplied. An estimate, and it is called one."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from vitopt.data.images import ImageSet
+from vitopt.data.pixels import Preprocessor
+from vitopt.measure.latency import clock_for
+from vitopt.models.checkpoint import Checkpoint, empty_model
+from vitopt.models.names import linear_layers
+from vitopt.recipe import Recipe, VariantSpec
+
+_SECONDS = 2.0  # for each type of number
+_MOST_CALLS = 20
+_WARMUP_CALLS = 15
+_SEARCH_LOOKS = 20  # mixtures that a search for a skip list evaluates, about
+_TRAINING_PASSES = 3  # forward, and backward twice as much
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run and about how long it will take."""
+
+    name: str
+    seconds: float
+
+
+@torch.inference_mode()
+def seconds_per_image(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of one call with one image, of a model of this shape whose weights are zero; median of a few calls."""
+    model = empty_model(checkpoint).to(dtype).to_empty(device=device).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.zero_()  # memory as it is found holds numbers that are slow to compute with
+    pixels = torch.zeros(1, 3, *checkpoint.image_size, dtype=dtype, device=device)
+    clock = clock_for(device)
+    model(pixel_values=pixels)
+    samples: list[float] = []
+    while len(samples) < _MOST_CALLS and sum(samples) < 1000 * _SECONDS:
+        samples.append(clock.time(lambda: model(pixel_values=pixels))[0])
+    return sorted(samples)[len(samples) // 2] / 1000
+
+
+def seconds_to_decode(images: ImageSet, preprocess: Preprocessor) -> float:
+    """Seconds to decode and prepare one image; mean of a few."""
+    few = range(min(5, len(images)))
+    started = time.perf_counter()
+    for index in few:
+        preprocess(images.image(index))
+    return (time.perf_counter() - started) / len(few)
+
+
+def stages(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    seconds: Mapping[str, float],
+    decode: float,
+    images: Mapping[str, int],
+) -> list[Stage]:
+    """About how long the long stages take.
+
+    `seconds` per image by `number_type`; `images` per split: `train`, `test`, and by name of a variant whose skip
+    list is chosen automatically, its calibration images. Compiling is not in it.
+    """
+    found = []
+    if recipe.finetune is not None and "train" in images:
+        per_image = _TRAINING_PASSES * seconds["fp32"] + decode
+        found.append(Stage("finetune", recipe.finetune.epochs * images["train"] * per_image))
+    layers = linear_layers(empty_model(checkpoint), checkpoint.config.model_type)
+    for variant in recipe.variants:
+        if variant.name in images:
+            blocks = {layer.block for layer in layers if layer.block is not None}
+            units = len(blocks) if variant.auto.granularity == "block" else len(layers) - 1
+            # Two mixtures per unit, of which on average half of the blocks run anew.
+            passes = units + _SEARCH_LOOKS
+            calibration = images[variant.name] * (decode + passes * seconds[number_type(variant)])
+            found.append(Stage(f"sensitivity {variant.name}", calibration))
+    of_variants = sum(seconds[number_type(variant)] for variant in recipe.variants)
+    if "test" in images:
+        found.append(Stage("evaluate: accuracy", images["test"] * (decode + of_variants)))
+    latency = recipe.evaluate.latency
+    timed = sum(latency.batch_sizes) * (latency.iterations + _WARMUP_CALLS)
+    found.append(Stage("evaluate: latency", timed * of_variants))
+    return found
+
+
+def number_type(variant: VariantSpec) -> str:
+    """`fp32` or `bf16`: what its arithmetic is taken to cost; that of quantized formats is unknown before."""
+    return "fp32" if (variant.run_as or variant.format) == "fp32" else "bf16"

@@ -1,0 +1,84 @@
+"""What a recipe will need, before any of it is done: images for its claims, and time."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vitopt import environment
+from vitopt.data.images import ImageSet, open_images
+from vitopt.data.pixels import Preprocessor
+from vitopt.environment import DTYPES
+from vitopt.errors import VitoptError
+from vitopt.measure import forecast
+from vitopt.measure.forecast import Stage
+from vitopt.measure.planning import Need, needs
+from vitopt.models.checkpoint import load_processor, open_checkpoint
+from vitopt.pipeline import tested_images
+from vitopt.recipe import Recipe, RequireSpec
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim that the recipe wants shown, what it needs, and what there is."""
+
+    about: str
+    need: Need
+    there: int | None  # images or calls; None where they cannot be counted
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run will need."""
+
+    claims: list[Claim]
+    stages: list[Stage]
+    notes: list[str]  # what could not be counted or timed, and why
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def preview(recipe: Recipe) -> Preview:
+    """Count images without decoding them and time a few calls of a model of the same shape."""
+    counted: dict[str, int] = {}
+    notes: list[str] = []
+    test: ImageSet | None = None
+    if recipe.data is not None:
+        try:
+            test = tested_images(recipe, recipe.data)
+            counted["test"] = len(test)
+            if recipe.finetune is not None:
+                train = recipe.data.model_copy(update={"limit": None})
+                counted["train"] = len(open_images(train, recipe.data.train))
+            for variant in recipe.variants:
+                if variant.skips_automatically:
+                    limited = recipe.data.model_copy(update={"limit": variant.auto.images})
+                    counted[variant.name] = len(open_images(limited, variant.auto.split))
+        except VitoptError as error:
+            notes.append(f"not all images can be counted: {error}")
+    return Preview(_claims(recipe, counted), _stages(recipe, counted, test, notes), notes)
+
+
+def _claims(recipe: Recipe, counted: dict[str, int]) -> list[Claim]:
+    there = {"images": counted.get("test"), "calls": recipe.evaluate.latency.iterations}
+    wanted = [need for need in needs(recipe.require) if need.requirement != "max_megabytes"]
+    claims = [Claim("every variant", need, there[need.unit]) for need in wanted]
+    for variant in recipe.variants:
+        if variant.skips_automatically and variant.auto.max_top1_drop is not None:
+            floor = needs(RequireSpec(max_top1_drop=variant.auto.max_top1_drop))
+            claims += [Claim(f"floor of {variant.name}", need, there["images"]) for need in floor]
+    return claims
+
+
+def _stages(recipe: Recipe, counted: dict[str, int], test: ImageSet | None, notes: list[str]) -> list[Stage]:
+    try:
+        checkpoint = open_checkpoint(recipe.model, config_only=True)
+        device = environment.resolve_device(recipe.device)
+        types = {forecast.number_type(variant) for variant in recipe.variants}
+        types |= {"fp32"} if recipe.finetune else set()
+        seconds = {name: forecast.seconds_per_image(checkpoint, device, DTYPES[name]) for name in sorted(types)}
+        decode = forecast.seconds_to_decode(test, Preprocessor(load_processor(checkpoint))) if test else 0.0
+    except Exception as error:  # an estimate that fails, for memory or anything else, must not fail the dry run
+        notes.append(f"no estimate of the time: {' '.join(str(error).split())}")
+        return []
+    return forecast.stages(recipe, checkpoint, seconds, decode, counted)
