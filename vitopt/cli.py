@@ -255,6 +255,7 @@ def finetune(
     )
     _start(as_json)
     from vitopt.data.images import open_images
+    from vitopt.data.sources import parse_source
     from vitopt.errors import DataError
     from vitopt.finetune.training import finetune as train
     from vitopt.models.checkpoint import open_checkpoint
@@ -263,7 +264,8 @@ def finetune(
     source = DataSpec(source=data)
     training = open_images(source, "train")
     try:
-        test = None if ":" in data else open_images(source, "test" if training.split == "train" else None)
+        named = parse_source(data)[1] is not None
+        test = None if named else open_images(source, "test" if training.split == "train" else None)
     except DataError:
         test = None  # only a training split is fine: there is nothing to report on
     report = train(opened, training, spec, output, test=test, device=device, seed=seed)
@@ -357,7 +359,7 @@ def _quantize_to_fastest(checkpoint: str, data: DataSpec, output: Path, options:
 
     storage.require_replaceable(output, {CONFIG_FILE})  # now, not after minutes of measuring
     opened = open_checkpoint(checkpoint)
-    images = open_images(data, None if ":" in data.source else "train")
+    images = open_images(data, "train")
     choice = find_fastest(opened, images, EvaluateSpec(end_to_end=False), **options)
     plan = write(opened, choice.variant, output, options["device"])
     if as_json:
@@ -377,7 +379,7 @@ def _choose_skip_list(
     from vitopt.data.images import open_images
     from vitopt.search.analysis import analyse_for
 
-    images = open_images(data, None if ":" in data.source else "train")
+    images = open_images(data, "train")
     result = analyse_for(checkpoint, images, variant, output.with_name(f"{output.name}.sensitivity.json"), device)
     assert result.search is not None
     _say(f"keeps {', '.join(result.search.chosen) or 'nothing'} in 16 bit, chosen on {result.images} images")

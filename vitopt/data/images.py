@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vitopt.data.sources import may_be_on_hub, parse_source
 from vitopt.errors import BadImageError, DataError
 from vitopt.recipe import DataSpec
 
@@ -189,7 +190,7 @@ def open_images(spec: DataSpec, split: str | None) -> ImageSet:
     Raises:
         DataError: no such folder or split, no images, fewer than two classes, a hub that cannot be reached.
     """
-    source, _, named = spec.source.partition(":") if not Path(spec.source).exists() else (spec.source, "", "")
+    source, named = parse_source(spec.source)
     split = named or split
     if source == "digits":
         images = _digits(split)
@@ -197,8 +198,9 @@ def open_images(spec: DataSpec, split: str | None) -> ImageSet:
         images = _folder(Path(source).expanduser(), source, split)
     elif Path(source).expanduser().exists():
         raise DataError(f"{source} is a file; data is a folder of images, a hub data set id, or digits")
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise DataError(f"no data at {source}: the folder does not exist")
+    elif not may_be_on_hub(source):
+        absent = "the folder does not exist" if named is None else f"neither it nor {source} is a folder"
+        raise DataError(f"no data at {spec.source}: {absent}")
     else:
         images = _hub(source, spec, split)
     if len(images) == 0:
