@@ -18,14 +18,16 @@ import torch
 import yaml
 
 from vitopt import environment, pipeline
+from vitopt.data.images import open_images
 from vitopt.errors import BadImageError, CheckpointError, DataError, RecipeError, UnsupportedError
 from vitopt.measure import evaluator
 from vitopt.measure.predictions import load_predictions
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.pipeline import RunResult
-from vitopt.recipe import Recipe, load_recipe
+from vitopt.recipe import DataSpec, Recipe, load_recipe
 from vitopt.records import Memory, load_record
 
+VERSIONS = environment.versions()
 NAMES = ("fp32", "nf4-skip", "nf4-fa2", "int8")
 CHECKPOINT = {"config.json", "model.safetensors", "preprocessor_config.json"}
 
@@ -218,6 +220,49 @@ def test_what_depends_on_a_change_is_done_again_and_nothing_else(
     assert written_again(before, again) == remade
     assert said[-1].startswith("evaluate: 4 variants")
     assert all(record.failure is None for record in result.records)
+
+
+OTHER_GPU = {"name": "another GPU"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr("vitopt.__version__", "99"),
+        lambda patch: patch.setattr(environment, "code_digest", lambda: "other code"),
+        lambda patch: patch.setattr(environment, "processor_name", lambda: "another processor"),
+        lambda patch: patch.setattr(environment, "_gpu", lambda device: OTHER_GPU),
+        lambda patch: patch.setattr(environment, "resolve_device", lambda name: torch.device("meta")),
+        lambda patch: patch.setattr(environment, "threads_bound", lambda: "otherwise"),
+        lambda patch: patch.setattr(torch, "get_num_threads", lambda: 99),
+        *(
+            lambda patch, name=name: patch.setattr(environment, "versions", lambda: VERSIONS | {name: "99"})
+            for name in VERSIONS
+        ),
+    ],
+)
+def test_figures_stand_only_where_and_with_what_they_were_measured(
+    change: Callable[[pytest.MonkeyPatch], None],
+    content: dict[str, Any],
+    tmp_path: Path,
+    shapes: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = Recipe.model_validate(content)
+    current = pipeline._Run(tmp_path, recipe, print, variants=recipe.variants)
+    images = open_images(DataSpec(source=str(shapes)), None)
+    before = pipeline._evaluate_fingerprint(current, images)
+    assert pipeline._evaluate_fingerprint(current, images) == before
+    change(monkeypatch)
+    assert pipeline._evaluate_fingerprint(current, images) != before
+
+
+def test_what_was_made_on_another_device_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = pipeline._fingerprint("inputs")
+    monkeypatch.setattr(environment, "processor_name", lambda: "another processor")
+    assert pipeline._fingerprint("inputs") == before
+    monkeypatch.setattr(environment, "code_digest", lambda: "other code")
+    assert pipeline._fingerprint("inputs") != before
 
 
 def test_other_test_images_are_measured_again(content: dict[str, Any], again: Path, shapes: Path) -> None:

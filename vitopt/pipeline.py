@@ -33,7 +33,6 @@ from vitopt.records import RECORD_FILE, Record, load_record, save_record
 logger = logging.getLogger(__name__)
 
 STAGES_FILE = "stages.json"
-_VERSIONS_THAT_MATTER = ("torch", "transformers", "peft", "bitsandbytes", "torchao")
 
 
 @dataclass(frozen=True)
@@ -193,9 +192,9 @@ def _read_stages(folder: Path) -> dict[str, str]:
     return content if isinstance(content, dict) else {}
 
 
-def _fingerprint(*inputs: Any) -> str:
-    versions = environment.versions()
-    return storage.sha256_of_json([*inputs, {name: versions[name] for name in _VERSIONS_THAT_MATTER}])
+def _fingerprint(*inputs: Any, measured_on: torch.device | None = None) -> str:
+    """Of a stage: all that its product depends on. What was made on one device stands on another; figures do not."""
+    return storage.sha256_of_json([*inputs, environment.provenance(measured_on)])
 
 
 def _finetune_stage(current: _Run, source: Checkpoint, data: DataSpec, test: ImageSet) -> Checkpoint:
@@ -241,7 +240,7 @@ def _sensitivity_stage(
         variant.format,
         variant.half,
         auto.model_dump(mode="json"),
-        recipe.device,
+        measured_on=environment.resolve_device(recipe.device),
     )
     if not current.stands(stage, fingerprint, output):
         if environment.is_main_process():
@@ -303,18 +302,8 @@ def _holds_same(current: _Run, other: VariantSpec, variant: VariantSpec, fingerp
 
 
 def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str | None]) -> list[Record]:
-    recipe = current.recipe
     folders = {name: current.variant_folder(name) for name in made}
-    fingerprint = _fingerprint(
-        [variant.model_dump(mode="json") for variant in current.variants],
-        {name: current.stages.get(f"variant {name}") for name in made},
-        recipe.baseline_name,
-        recipe.evaluate.model_dump(mode="json"),
-        recipe.data.model_dump(mode="json") if recipe.data else None,
-        images.sha256 if images else None,
-        recipe.device,
-        [torch.get_num_threads(), environment.threads_bound()],
-    )
+    fingerprint = _evaluate_fingerprint(current, images)
     if current.stands("evaluate", fingerprint, *(folder / RECORD_FILE for folder in folders.values())):
         return [load_record(folder) for folder in folders.values()]
     on = f"{len(images)} images of {images.name}" if images else "random pixels"
@@ -329,6 +318,20 @@ def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str 
             current.say(f"evaluate: {one.record.variant.name} failed: {one.record.failure}")
     current.complete("evaluate", fingerprint)
     return [one.record for one in measured]
+
+
+def _evaluate_fingerprint(current: _Run, images: ImageSet | None) -> str:
+    recipe = current.recipe
+    return _fingerprint(
+        [variant.model_dump(mode="json") for variant in current.variants],
+        {variant.name: current.stages.get(f"variant {variant.name}") for variant in current.variants},
+        recipe.baseline_name,
+        recipe.evaluate.model_dump(mode="json"),
+        recipe.data.model_dump(mode="json") if recipe.data else None,
+        images.sha256 if images else None,
+        [torch.get_num_threads(), environment.threads_bound()],
+        measured_on=environment.resolve_device(recipe.device),
+    )
 
 
 def _measure(current: _Run, images: ImageSet | None, made: dict[str, str | None]) -> list[Measured]:

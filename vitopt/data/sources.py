@@ -13,7 +13,7 @@ def parse_source(text: str) -> tuple[str, str | None]:
     The last colon divides the two. It belongs to the data set's own name where a folder of the whole name exists
     (`frames:2024`), or where what follows can be no split (`C:\\photos`).
     """
-    source, colon, split = text.rpartition(":")
+    source, _, split = text.rpartition(":")
     if not source or not _SPLIT.fullmatch(split) or Path(text).expanduser().exists():
         return text, None
     return source, split

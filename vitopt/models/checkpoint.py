@@ -47,6 +47,7 @@ class Checkpoint:
     location: str  # a folder or a hub id; `random:` sources have none
     config: PretrainedConfig
     weights: tuple[Path, ...] = ()  # of a local folder
+    commit: str | None = None  # of a hub id: what its name stood for when it was opened
 
     @property
     def is_random(self) -> bool:
@@ -77,7 +78,7 @@ class Checkpoint:
         """Hex digest that changes when a configuration or a weight does, and not when the folder moves."""
         content = self.config.to_dict()
         content.pop("_name_or_path", None)
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
+        digest = hashlib.sha256(json.dumps([content, self.commit], sort_keys=True, default=str).encode())
         preprocessor = [self.folder / PREPROCESSOR_FILE] if self.folder else []
         for path in (*self.weights, *filter(Path.is_file, preprocessor)):
             digest.update(storage.sha256_of_file(path).encode())
@@ -168,7 +169,13 @@ def _open_hub(source: str, config_only: bool) -> Checkpoint:
         if shape is None:
             raise
         return Checkpoint(source, source, shape)
-    return Checkpoint(source, source, config)
+    return Checkpoint(source, source, config, commit=_cached_commit(source))
+
+
+def _cached_commit(source: str) -> str | None:
+    """The commit of which a hub id's configuration has just been read: its folder in the local cache."""
+    path = try_to_load_from_cache(source, CONFIG_FILE)
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def _require_hub(source: str) -> None:
@@ -263,6 +270,8 @@ def load_model(
         options["device_map"] = {"": device}
     if label_names is not None:
         options |= _labels(label_names)
+    if checkpoint.commit is not None:
+        options["revision"] = checkpoint.commit  # the weights of this fingerprint, whatever is pushed meanwhile
     try:
         model, report = AutoModelForImageClassification.from_pretrained(
             # Weights that do not fit are left out here and refused below, where it can be said which.
@@ -335,7 +344,7 @@ def load_processor(checkpoint: Checkpoint) -> Any:
         height, width = checkpoint.image_size
         return ViTImageProcessor(size={"height": height, "width": width}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     try:
-        return AutoImageProcessor.from_pretrained(checkpoint.location)
+        return AutoImageProcessor.from_pretrained(checkpoint.location, revision=checkpoint.commit or "main")
     except ImportError as error:
         raise CheckpointError(
             f"the installed transformers reads {PREPROCESSOR_FILE} with torchvision only: install torchvision, "
