@@ -693,6 +693,43 @@ def test_a_wrong_number(arguments: list[str], expected: str, tiny_checkpoint: Pa
     assert expected in refusal("evaluate", tiny_checkpoint, "--data", shapes, *arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named", "because"),
+    [
+        (["quantize", "--format", "nf4", "--max-top1-drop", 0.1, "--granularity", "linear"],
+         ["--max-top1-drop", "--granularity"], "--skip auto"),
+        (["quantize", "--format", "nf4", "--skip", "block.0", "--objective", "size"], ["--objective"], "--skip auto"),
+        (["quantize", "--format", "auto", "--max-kl-share", 0.5], ["--max-kl-share"], "--skip auto"),
+        (["quantize", "--format", "nf4", "--min-agreement", 98], ["--min-agreement"], "--format auto"),
+        (["quantize", "--format", "nf4", "--no-compile"], ["--no-compile"], "--format auto"),
+        (["quantize", "--format", "nf4", "--data", "digits"], ["--data"], "--skip auto"),
+        (["quantize", "--format", "nf4", "--limit", 9], ["--limit"], "--skip auto"),
+        (["quantize", "--format", "bf16", "--half", "bf16"], ["--half"], "bf16"),
+        (["finetune", "--method", "full", "--rank", 8, "--target", "query"], ["--rank", "--target"], "--method full"),
+        (["finetune", "--method", "full", "--alpha", 8, "--dropout", 0], ["--alpha", "--dropout"], "--method full"),
+        (["sensitivity", "--format", "nf4", "--candidates", 8], ["--candidates"], "--sample"),
+        (["sensitivity", "--format", "nf4", "--objective", "size"], ["--objective"], "--max-top1-drop"),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_refused_before_anything_is_opened(
+    arguments: list[object], named: list[str], because: str, tmp_path: Path
+) -> None:
+    command, *options = arguments
+    if command != "quantize":
+        options += ["--data", "absent"]
+    line = refusal(command, "absent", *options, "--output", tmp_path / "out")
+    told, reason = line.split(": ", 1)
+    assert told.split(", ") == named and because in reason
+    assert "\n" not in line
+
+
+def test_a_recipe_cannot_train_and_test_on_one_split(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_checkpoint, f"{shapes}:test", finetune={"epochs": 1})
+    line = refusal("run", recipe, "--output", tmp_path / "run")
+    assert f"{shapes}:test" in line and "test: test" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_empty_folder_of_images(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "cat").mkdir(parents=True)
     assert f"{tmp_path / 'empty'} has no images" in refusal("evaluate", tiny_checkpoint, "--data", tmp_path / "empty")

@@ -22,7 +22,9 @@ from rich.table import Table
 from vitopt import __version__, progress
 from vitopt.errors import MeasurementError, RecipeError, VitoptError
 from vitopt.recipe import (
+    AUTO,
     LINEARS,
+    QUANTIZED_FORMATS,
     Attention,
     AutoSkipSpec,
     DataSpec,
@@ -47,6 +49,9 @@ if TYPE_CHECKING:
     from vitopt.models.checkpoint import Checkpoint
     from vitopt.optimize.plan import LayerPlan
     from vitopt.search.results import Sensitivity
+
+LORA_KEYS = ("rank", "alpha", "dropout", "target")
+SEARCH_OPTIONS = ("max_top1_drop", "max_kl_share", "objective", "granularity")
 
 app = typer.Typer(
     name="vitopt",
@@ -212,6 +217,7 @@ def run(
 @app.command()
 @_clear_errors
 def finetune(
+    context: typer.Context,
     checkpoint: CheckpointArgument,
     data: DataOption,
     output: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
@@ -235,6 +241,8 @@ def finetune(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a checkpoint on labelled images and merge the result."""
+    if method == "full":
+        _refuse(context, *LORA_KEYS, because="--method full trains every weight and has no LoRA updates")
     spec = validate(
         FinetuneSpec,
         {
@@ -285,6 +293,7 @@ def finetune(
 @app.command()
 @_clear_errors
 def quantize(
+    context: typer.Context,
     checkpoint: CheckpointArgument,
     format: Annotated[
         Literal["auto", Format],
@@ -312,6 +321,15 @@ def quantize(
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another format; it opens with plain transformers."""
+    automatic = skip == [AUTO]
+    if not automatic:
+        _refuse(context, *SEARCH_OPTIONS, because="only --skip auto searches for a skip list")
+    if format != "auto":
+        _refuse(context, "min_agreement", "compile", because="only --format auto compares formats")
+        if not automatic:
+            _refuse(context, "data", "limit", because="only --skip auto and --format auto look at images")
+        if format not in QUANTIZED_FORMATS:
+            _refuse(context, "half", because=f"format {format} quantizes nothing, so every layer is {format}")
     if format == "auto":
         if data is None:
             raise RecipeError("--format auto needs --data: images on which the formats are compared with fp32")
@@ -326,7 +344,8 @@ def quantize(
     goal = {"max_top1_drop": max_top1_drop, "max_kl_share": max_kl_share}
     if goal == {"max_top1_drop": None, "max_kl_share": None}:
         goal = {}
-    content["auto"] = goal | {"objective": objective, "granularity": granularity}
+    if automatic:
+        content["auto"] = goal | {"objective": objective, "granularity": granularity}
     variant = validate(VariantSpec, content, where="quantize")
     if variant.skips_automatically and data is None:
         raise RecipeError("--skip auto needs --data: calibration images on which the skip list is chosen")
@@ -391,6 +410,7 @@ def _choose_skip_list(
 @app.command()
 @_clear_errors
 def sensitivity(
+    context: typer.Context,
     checkpoint: CheckpointArgument,
     data: Annotated[str, typer.Option(help="Calibration images; never your test images.")],
     format: Annotated[Format, typer.Option(help="Format whose damage is measured.")],
@@ -412,6 +432,10 @@ def sensitivity(
     """Score every block or linear layer: what quantizing it breaks, what keeping it brings back and costs."""
     source = validate(DataSpec, {"source": data, "limit": limit}, where="data")
     wanted = max_top1_drop is not None or max_kl_share is not None
+    if sample is None:
+        _refuse(context, "candidates", because="without --sample every unit is scored exactly")
+    if not wanted:
+        _refuse(context, "objective", because="a skip list is searched only with --max-top1-drop or --max-kl-share")
     floors = {"max_top1_drop": max_top1_drop, "max_kl_share": max_kl_share} if wanted else {}
     validate(AutoSkipSpec, floors, where="sensitivity")
     _start(as_json)
@@ -647,6 +671,18 @@ def init(
 
     sys.stdout.write(pipeline.starting_recipe(model, data, name))
     sys.stdout.flush()
+
+
+def _refuse(context: typer.Context, *names: str, because: str) -> None:
+    """Refuse those of the options that stand on the command line: they would do nothing.
+
+    Raises:
+        RecipeError: at least one of them is there.
+    """
+    given = [name for name in names if context.get_parameter_source(name).name != "DEFAULT"]  # type: ignore[union-attr]
+    if given:
+        written = (f"--{'no-' if context.params[name] is False else ''}{name.replace('_', '-')}" for name in given)
+        raise RecipeError(f"{', '.join(written)}: {because}")
 
 
 def _evaluate_spec(

@@ -18,6 +18,7 @@ import yaml
 from vitopt import environment, progress, storage
 from vitopt.data.images import ALL, ImageSet, fit_labels, image_files, open_images
 from vitopt.data.pixels import Preprocessor
+from vitopt.data.sources import parse_source
 from vitopt.environment import DTYPES
 from vitopt.errors import CheckpointError, DataError, PatternError, RecipeError, RecordError, UnsupportedError
 from vitopt.measure.evaluator import Measured, evaluate, failed
@@ -158,8 +159,12 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
 
 
 def _test_images(recipe: Recipe, data: DataSpec) -> ImageSet:
-    images = open_images(data, data.test)
     uses_train = recipe.finetune is not None or any(variant.skips_automatically for variant in recipe.variants)
+    source, named = parse_source(data.source)
+    if named is not None and (uses_train or data.test not in (None, named)):
+        # What a source names wins over all other splits, so it would be trained on and tested on.
+        raise DataError(f"{data.source} is one split, and the recipe needs others: set source: {source}, test: {named}")
+    images = open_images(data, data.test)
     if images.split == ALL and uses_train:
         # One part of data without splits is trained or calibrated on, so only the other part may test.
         return open_images(data, "test")

@@ -42,6 +42,12 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _changed(spec: Spec, *keys: str) -> str:
+    """Those keys whose values are not the defaults, in words; a resolved recipe states the defaults as well."""
+    defaults = type(spec).model_fields
+    return ", ".join(f"`{key}`" for key in keys if getattr(spec, key) != defaults[key].default)
+
+
 class DataSpec(Spec):
     """Where images come from; a bare string in a recipe is its `source`."""
 
@@ -78,6 +84,13 @@ class FinetuneSpec(Spec):
     augment: bool = Field(True, description="random crops and, unless `flip` is false, mirror images")
     flip: bool = Field(True, description="set to false where mirroring changes the class, as with digits")
     workers: int = Field(0, ge=0, description="processes that decode images; 0 decodes in the training process")
+
+    @model_validator(mode="after")
+    def _lora_keys_need_lora(self) -> "FinetuneSpec":
+        without_effect = _changed(self, "rank", "alpha", "dropout", "targets") if self.method == "full" else ""
+        if without_effect:
+            raise ValueError(f"`method: full` trains every weight, so {without_effect} would do nothing: leave it out")
+        return self
 
 
 class AutoSkipSpec(Spec):
@@ -138,6 +151,10 @@ class VariantSpec(RunSpec, HeldSpec):
             raise ValueError(f"format {self.format} quantizes nothing, so `skip` has nothing to keep in 16 bit")
         if AUTO in self.skip and self.skip != (AUTO,):
             raise ValueError("`skip: auto` chooses the whole list; it cannot be mixed with names")
+        if self.auto != AutoSkipSpec() and not self.skips_automatically:
+            raise ValueError("`auto` says how `skip: auto` chooses, and `skip` is another: leave one of them out")
+        if self.half != "bf16" and self.format not in QUANTIZED_FORMATS and not self.layers:
+            raise ValueError(f"format {self.format} quantizes nothing, so `half` would do nothing: leave it out")
         return self
 
     @property
@@ -207,7 +224,11 @@ class Recipe(Spec):
         if self.data is None:
             needy = ["finetune"] if self.finetune is not None else []
             needy += [f"`skip: auto` of {variant.name}" for variant in self.variants if variant.skips_automatically]
+            if without_effect := _changed(self.evaluate, "batch_size", "workers"):
+                needy.append(f"evaluate: {without_effect}")
             mistakes += [f"{what} needs `data`" for what in needy]
+        elif self.finetune is None and self.data.train != "train":
+            mistakes.append("data: `train` is the split to fine-tune on, and there is no `finetune`")
         for key in ("baseline", "export"):
             wanted = getattr(self, key)
             if wanted is not None and wanted not in names:

@@ -114,6 +114,11 @@ def test_every_listed_ending_can_be_read(tmp_path, ending):
     assert [images.image(index).size for index in range(2)] == [(5, 4), (5, 4)]
 
 
+def test_columns_are_those_of_hub_data(classes):
+    assert "'pixels'" in refusal(classes(cat=1, dog=1), image_column="pixels")
+    assert "'class'" in refusal("digits", label_column="class")
+
+
 def test_a_home_folder_is_expanded(classes, monkeypatch):
     folder = classes(cat=1, dog=1)
     monkeypatch.setenv("HOME", str(folder.parent))

@@ -203,6 +203,8 @@ def open_images(spec: DataSpec, split: str | None) -> ImageSet:
         raise DataError(f"no data at {spec.source}: {absent}")
     else:
         images = _hub(source, spec, split)
+    if not isinstance(images.reader, HubReader) and (column := spec.image_column or spec.label_column):
+        raise DataError(f"{spec.source} is no hub data set, so it has no column {column!r}: leave it out of `data`")
     if len(images) == 0:
         raise DataError(f"{spec.source} has no images; known endings: {' '.join(IMAGE_ENDINGS)}")
     if len(set(images.labels)) < 2:

@@ -20,7 +20,7 @@ from vitopt.measure.evaluator import evaluate
 from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import Runnable, prepare
-from vitopt.recipe import EvaluateSpec, Format, HalfFormat, VariantSpec
+from vitopt.recipe import QUANTIZED_FORMATS, EvaluateSpec, Format, HalfFormat, VariantSpec
 from vitopt.records import Record
 
 logger = logging.getLogger(__name__)
@@ -54,11 +54,12 @@ def candidates(device: torch.device, half: HalfFormat, compile: bool) -> list[Va
     for format in _FORMATS:
         if environment.why_not_format(format, device) is not None or (format == "fp16" and device.type == "cpu"):
             continue
+        held = {"half": half} if format in QUANTIZED_FORMATS else {}
         if format != "fp32":
-            found.append(VariantSpec(name=format, format=format, half=half))
+            found.append(VariantSpec(name=format, format=format, **held))
         if compile:
             name = f"{format}-compiled"
-            found.append(VariantSpec(name=name, format=format, half=half, compile=True, fuse_qkv=True))
+            found.append(VariantSpec(name=name, format=format, compile=True, fuse_qkv=True, **held))
     return found
 
 
