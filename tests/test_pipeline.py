@@ -26,6 +26,7 @@ from vitopt.models.checkpoint import open_checkpoint
 from vitopt.pipeline import RunResult
 from vitopt.recipe import DataSpec, Recipe, load_recipe
 from vitopt.records import Memory, load_record
+from vitopt.report.table import cautions
 
 VERSIONS = environment.versions()
 NAMES = ("fp32", "nf4-skip", "nf4-fa2", "int8")
@@ -106,11 +107,11 @@ def test_a_run_leaves_what_the_design_says(finished: tuple[RunResult, list[str]]
     assert {"recipe.yaml", "environment.json", "report.html", "report.md", "finetune", "variants", "export"} <= {
         path.name for path in folder.iterdir()
     }
-    assert {path.name for path in (folder / "finetune").iterdir()} == CHECKPOINT | {"training.json"}
+    assert {path.name for path in (folder / "finetune").iterdir()} == CHECKPOINT | {"training.json", "calibration.json"}
     assert {path.name for path in (folder / "variants").iterdir()} == set(NAMES)
     for name in NAMES:
         held = {path.name for path in (folder / "variants" / name).iterdir()}
-        assert held == CHECKPOINT | {"record.json", "predictions.parquet", "README.md"}
+        assert held == CHECKPOINT | {"calibration.json", "record.json", "predictions.parquet", "README.md"}
     assert hidden(folder) == []
 
 
@@ -482,8 +483,16 @@ def test_images_that_train_and_test_are_warned_of(
         shutil.copy(folder / "train" / "circle" / name, folder / "test" / "circle" / f"again-{name}")
     one = changed(content, data=str(folder), variants=content["variants"][:1], export=None)
     with caplog.at_level(logging.WARNING):
-        run(one, tmp_path / "run")
+        result, _ = run(one, tmp_path / "run")
     assert "2 test images are also training images; accuracy will look better than it is" in caplog.messages
+    record = result.records[0]
+    assert record.dataset is not None
+    overlap = next(overlap for overlap in record.dataset.overlaps if overlap.where == "training")
+    assert overlap.same == 2 and overlap.examples[0] == "circle/again-00.png is circle/00.png"
+    (warning,) = [line for line in record.warnings if "training images" in line]
+    assert warning in cautions(result.records)
+    assert "are training images of this checkpoint" in (tmp_path / "run" / "report.md").read_text()
+    assert "are training images of this checkpoint" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_data_without_splits_is_divided_once(content: dict[str, Any], shapes: Path, tmp_path: Path) -> None:

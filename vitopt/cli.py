@@ -372,6 +372,8 @@ def quantize(
 def _quantize_to_fastest(checkpoint: str, data: DataSpec, output: Path, options: dict[str, Any], as_json: bool) -> None:
     from vitopt import storage
     from vitopt.data.images import open_images
+    from vitopt.measure.overlap import seen
+    from vitopt.models.calibration import load_uses, save_uses
     from vitopt.models.checkpoint import CONFIG_FILE, disk_bytes, open_checkpoint
     from vitopt.optimize.quantize import quantize as write
     from vitopt.search.fastest import find_fastest
@@ -381,6 +383,7 @@ def _quantize_to_fastest(checkpoint: str, data: DataSpec, output: Path, options:
     images = open_images(data, "train")
     choice = find_fastest(opened, images, EvaluateSpec(end_to_end=False), **options)
     plan = write(opened, choice.variant, output, options["device"])
+    save_uses([*load_uses(output), seen(images, "format")], output)
     if as_json:
         found: dict[str, Any] = {"checkpoint": str(output), "chosen": choice.variant.name}
         found |= {"run": choice.variant.run.model_dump(mode="json"), "layer_plan": plan.counts()}
@@ -488,6 +491,9 @@ def evaluate(
     workers: Annotated[int, typer.Option(help="Processes that decode images; 0 uses a thread.")] = 0,
     limit: LimitOption = None,
     skip_bad_images: SkipBadOption = False,
+    look_alikes: Annotated[
+        bool, typer.Option(help="Count images that look like others, or like what the model was trained on.")
+    ] = True,
     strict: StrictOption = False,
     device: DeviceOption = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder for record.json and predictions.parquet.")] = None,
@@ -496,6 +502,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy, latency, size and memory of a checkpoint."""
     spec = _evaluate_spec(batch_size, workers, latency_batch_size, iterations, rounds)
+    spec = spec.model_copy(update={"look_alikes": look_alikes})
     run = _run_spec(attention, sdpa_kernel, run_as, fuse_qkv, channels_last, compile, autotune)
     source = validate(DataSpec, {"source": data, "limit": limit, "skip_bad_images": skip_bad_images}, where="data")
     _start(as_json, threads)

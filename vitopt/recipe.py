@@ -194,6 +194,9 @@ class EvaluateSpec(Spec):
 
     batch_size: int = Field(32, ge=1, description="images per call while accuracy is measured")
     workers: int = Field(0, ge=0, description="processes that decode images; 0 uses one background thread")
+    look_alikes: bool = Field(
+        True, description="also count tested images that look like others or like training images"
+    )
     latency: LatencySpec = LatencySpec()
     end_to_end: bool = Field(True, description="also time decode, preprocess, copy, model, postprocess")
     throughput: bool = Field(False, description="also find the highest rate by doubling the batch")

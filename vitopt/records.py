@@ -201,6 +201,17 @@ class Roofline(Part):
     copy_bytes_per_second: float = Field(description="bytes read and written per second by a large copy")
 
 
+class Overlap(Part):
+    """Tested images that the checkpoint has seen before, or that are tested more than once."""
+
+    where: str = Field(description="`test`, or what the checkpoint saw them for: `training`, `skip list`, `format`")
+    same: int = Field(description="tested images whose very content is there")
+    alike: int | None = Field(
+        description="others that look like one there: perceptual hashes at most 6 of 64 bits apart; null if unknown"
+    )
+    examples: tuple[str, ...] = ()
+
+
 class Dataset(Part):
     """Which images were used."""
 
@@ -210,6 +221,7 @@ class Dataset(Part):
     sha256: str = Field(description="of all image contents and labels, in order")
     skipped: tuple[str, ...] = Field((), description="images left out because they cannot be decoded")
     preprocessor: str = Field(description="class that turned images into pixels; backends differ slightly")
+    overlaps: tuple[Overlap, ...] = Field((), description="tested images that are met again; empty where none was")
 
 
 class Record(Part):

@@ -43,6 +43,11 @@ class Comparison:
             "baseline": self.baseline.variant.name,
             "variant": self.variant.variant.name,
             "versus_baseline": self.versus.model_dump(mode="json"),
+            "overlaps": {
+                record.variant.name: [overlap.model_dump(mode="json") for overlap in record.dataset.overlaps]
+                for record in (self.baseline, self.variant)
+                if record.dataset
+            },
             "latency_ratios_not_interleaved": {str(size): ratio for size, ratio in self.latency_ratios.items()},
         }
 

@@ -20,10 +20,12 @@ from vitopt.measure.end_to_end import time_end_to_end
 from vitopt.measure.failures import explain_failure, is_out_of_memory
 from vitopt.measure.latency import Timing, clock_for, time_interleaved
 from vitopt.measure.memory import peak_memory
+from vitopt.measure.overlap import HashedImages, warning
 from vitopt.measure.predictions import Predictions
 from vitopt.measure.rates import floor_ms, flops_per_image, roofline, utilisation_percent
 from vitopt.measure.subject import Subject
 from vitopt.measure.throughput import energy_per_image, find_throughput
+from vitopt.models.calibration import load_uses
 from vitopt.models.checkpoint import disk_bytes, empty_model, parameter_count, weight_bytes
 from vitopt.recipe import EvaluateSpec, LatencySpec, VariantSpec
 from vitopt.records import Dataset, EndToEnd, FailedLatency, Latency, Model, Record, Roofline, Size, Variant
@@ -68,10 +70,16 @@ def evaluate(
     with watched(subjects[0].device) as warnings:
         timings = {size: _time_all(running, size, spec.latency) for size in spec.latency.batch_sizes}
     dataset = _describe_dataset(images, preprocess, outcome) if outcome and images and preprocess else None
+    tested = HashedImages.of(images, spec.look_alikes) if images is not None else None
     measured = []
     for subject, asked in zip(subjects, specs, strict=True):
         own = outcome.notes.get(subject.name, []) if outcome else []
-        common = _common_fields(subject, asked) | {"dataset": dataset, "warnings": (*warnings, *own)}
+        common = _common_fields(subject, asked) | {"dataset": dataset}
+        if dataset is not None and tested is not None:
+            overlaps = tested.overlaps(load_uses(subject.checkpoint.folder))
+            common["dataset"] = dataset.model_copy(update={"overlaps": overlaps})
+            own = [*own, *(warning(overlap, dataset.images) for overlap in overlaps)]
+        common["warnings"] = (*warnings, *own)
         if subject.name in failures:
             measured.append(Measured(Record(**common, failure=failures[subject.name]), None))
             continue

@@ -7,6 +7,7 @@ from pathlib import Path
 from vitopt import environment, storage
 from vitopt.environment import DTYPES
 from vitopt.errors import CheckpointError
+from vitopt.models.calibration import load_uses, save_uses
 from vitopt.models.checkpoint import (
     CONFIG_FILE,
     Checkpoint,
@@ -56,6 +57,7 @@ def quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device:
     _check(plan, live_formats(model, checkpoint.config.model_type))
     with storage.staged_folder(output) as folder:
         save_checkpoint(model, processor, folder)
+        save_uses(load_uses(checkpoint.folder), folder)  # what it was made from has seen, it has seen
         # What is about to be promised must open: a save that lost the quantization is caught here.
         open_checkpoint(str(folder))
     return plan
