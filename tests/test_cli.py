@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from click.testing import Result
+from conftest import make_images
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 from vitopt import __version__
 from vitopt.cli import app
 from vitopt.measure import evaluator
+from vitopt.measure.predictions import load_predictions
 from vitopt.recipe import load_recipe
 from vitopt.records import Memory, load_record
 
@@ -126,7 +128,8 @@ OPTIONS = {
     "evaluate": [
         "CHECKPOINT", "--data", "--baseline", "--attention", "--sdpa-kernel", "--run-as", "--fuse-qkv",
         "--channels-last", "--compile", "--autotune", "--threads", "--batch-size", "--latency-batch-size",
-        "--iterations", "--rounds", "--workers", "--limit", "--skip-bad-images", "--strict", "--device", "--output",
+        "--iterations", "--rounds", "--workers", "--limit", "--group-column", "--skip-bad-images", "--look-alikes",
+        "--strict", "--device", "--output",
         "--json",
     ],
     "benchmark": [
@@ -493,6 +496,40 @@ def test_quantize_and_finetune_say_what_they_made(tiny_checkpoint: Path, shapes:
     assert re.search(r"top-1 on 24 images of the test split: [\d.]+ %", result.stderr)
     result = done("quantize", tmp_path / "ft", "--format", "int8", "--output", tmp_path / "q")
     assert result.stdout == "" and "18 layers int8, 1 layers bf16" in result.stderr
+
+
+def test_groups_of_images_widen_the_intervals(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    rows = ["file_name,label,video"]
+    for index, path in enumerate(sorted((shapes / "test").rglob("*.png"))):
+        rows.append(f"{path},{path.parent.name},video {index // 6}")
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "metadata.csv").write_text("\n".join(rows))
+    options = ["--data", f"{tmp_path / 'table'}:all", *QUICK, "--output", tmp_path / "out"]
+    plain = printed("evaluate", tiny_checkpoint, *options)
+    grouped = printed("evaluate", tiny_checkpoint, *options, "--group-column", "video")
+    assert (plain["dataset"]["groups"], grouped["dataset"]["groups"]) == (None, 4)
+    assert plain["accuracy"]["top1_percent"] == grouped["accuracy"]["top1_percent"]
+    (low, high), (lower, higher) = (one["accuracy"]["top1_ci95_percent"] for one in (plain, grouped))
+    assert lower < low and higher > high
+    assert load_predictions(tmp_path / "out").groups[-1] == "video 3"
+
+
+def test_images_that_a_checkpoint_was_trained_on_are_told_by_evaluate_and_compare(
+    tiny_checkpoint: Path, shapes: Path, tmp_path: Path
+) -> None:
+    folder = make_images(tmp_path, {"frames:2024": 10}) / "frames:2024"
+    tuned, options = tmp_path / "ft", ["--data", f"{folder}:train", *QUICK]
+    result = done("finetune", tiny_checkpoint, "--data", folder, "--output", tuned, "--epochs", 1)
+    assert "top-1 on 8 images of the test split" in result.stderr
+    assert "training images of this checkpoint" in done("evaluate", tuned, *options, "--output", tmp_path / "a").stdout
+    done("quantize", tuned, "--format", "bf16", "--output", tmp_path / "bf16")
+    record = printed("evaluate", tmp_path / "bf16", *options, "--output", tmp_path / "b")
+    assert [(one["where"], one["same"]) for one in record["dataset"]["overlaps"] if one["same"]] == [("training", 32)]
+    assert "training images of this checkpoint" in done("compare", tmp_path / "a", tmp_path / "b").stdout
+    compared = printed("compare", tmp_path / "a", tmp_path / "b")
+    assert compared["overlaps"]["bf16"][-1]["where"] == "training"
+    clean = printed("evaluate", tmp_path / "bf16", "--data", f"{folder}:test", *QUICK)
+    assert not any(one["same"] for one in clean["dataset"]["overlaps"])
 
 
 def test_fallback_of_attention_is_a_note(tiny_checkpoint: Path) -> None:

@@ -87,6 +87,10 @@ AutotuneOption = Annotated[bool, typer.Option("--autotune", help="With --compile
 StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse instead of falling back to SDPA.")]
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad-images", help="Leave out and count undecodable images.")]
 LimitOption = Annotated[int | None, typer.Option(help="Use only so many images, spread over the classes.")]
+GroupOption = Annotated[
+    str | None,
+    typer.Option(help="Column of metadata.csv whose groups of images depend on each other: frames of one video."),
+]
 MaxTop1DropOption = Annotated[float | None, typer.Option(help="Largest loss of top-1 in points.")]
 MaxKlShareOption = Annotated[float | None, typer.Option(help="KL at most this share of the quantized model's.")]
 ObjectiveOption = Annotated[Literal["size", "latency"], typer.Option(help="What a kept layer costs.")]
@@ -235,6 +239,7 @@ def finetune(
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     augment: Annotated[bool, typer.Option(help="Random crops and mirror images.")] = True,
     flip: Annotated[bool, typer.Option(help="Mirror images; wrong for digits and text.")] = True,
+    group_column: GroupOption = None,
     workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
     seed: Annotated[int, typer.Option()] = 0,
     device: DeviceOption = "auto",
@@ -269,7 +274,7 @@ def finetune(
     from vitopt.models.checkpoint import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
-    source = DataSpec(source=data)
+    source = DataSpec(source=data, group_column=group_column)
     training = open_images(source, "train")
     try:
         named = parse_source(data)[1] is not None
@@ -315,6 +320,7 @@ def quantize(
     objective: ObjectiveOption = "size",
     granularity: GranularityOption = "block",
     limit: LimitOption = None,
+    group_column: GroupOption = None,
     half: Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are not quantized.")] = "bf16",
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
@@ -327,7 +333,8 @@ def quantize(
     if format != "auto":
         _refuse(context, "min_agreement", "compile", because="only --format auto compares formats")
         if not automatic:
-            _refuse(context, "data", "limit", because="only --skip auto and --format auto look at images")
+            unused = "only --skip auto and --format auto look at images"
+            _refuse(context, "data", "limit", "group_column", because=unused)
         if format not in QUANTIZED_FORMATS:
             _refuse(context, "half", because=f"format {format} quantizes nothing, so every layer is {format}")
     if format == "auto":
@@ -335,7 +342,7 @@ def quantize(
             raise RecipeError("--format auto needs --data: images on which the formats are compared with fp32")
         if skip:
             raise RecipeError("--format auto compares whole formats: choose one, then --skip keeps layers in 16 bit")
-        source = validate(DataSpec, {"source": data, "limit": limit}, where="data")
+        source = validate(DataSpec, {"source": data, "limit": limit, "group_column": group_column}, where="data")
         _start(as_json, threads)
         options = {"min_agreement_percent": min_agreement, "half": half, "compile": compile, "device": device}
         _quantize_to_fastest(checkpoint, source, output, options, as_json)
@@ -356,7 +363,8 @@ def quantize(
 
     opened = open_checkpoint(checkpoint)
     if variant.skips_automatically:
-        variant = _choose_skip_list(opened, variant, DataSpec(source=str(data), limit=limit), output, device)
+        source = DataSpec(source=str(data), limit=limit, group_column=group_column)
+        variant = _choose_skip_list(opened, variant, source, output, device)
     with progress.task(f"quantizing to {format}", None):
         plan = write(opened, variant, output, device)
     size = disk_bytes(output)
@@ -421,6 +429,7 @@ def sensitivity(
     granularity: GranularityOption = "block",
     half: Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are kept.")] = "bf16",
     limit: LimitOption = None,
+    group_column: GroupOption = None,
     sample: Annotated[
         int | None, typer.Option(min=1, help="First rank by KL on so many images, then score only the best exactly.")
     ] = None,
@@ -433,7 +442,7 @@ def sensitivity(
     as_json: JsonOption = False,
 ) -> None:
     """Score every block or linear layer: what quantizing it breaks, what keeping it brings back and costs."""
-    source = validate(DataSpec, {"source": data, "limit": limit}, where="data")
+    source = validate(DataSpec, {"source": data, "limit": limit, "group_column": group_column}, where="data")
     wanted = max_top1_drop is not None or max_kl_share is not None
     if sample is None:
         _refuse(context, "candidates", because="without --sample every unit is scored exactly")
@@ -490,6 +499,7 @@ def evaluate(
     rounds: RoundsOption = 10,
     workers: Annotated[int, typer.Option(help="Processes that decode images; 0 uses a thread.")] = 0,
     limit: LimitOption = None,
+    group_column: GroupOption = None,
     skip_bad_images: SkipBadOption = False,
     look_alikes: Annotated[
         bool, typer.Option(help="Count images that look like others, or like what the model was trained on.")
@@ -504,7 +514,8 @@ def evaluate(
     spec = _evaluate_spec(batch_size, workers, latency_batch_size, iterations, rounds)
     spec = spec.model_copy(update={"look_alikes": look_alikes})
     run = _run_spec(attention, sdpa_kernel, run_as, fuse_qkv, channels_last, compile, autotune)
-    source = validate(DataSpec, {"source": data, "limit": limit, "skip_bad_images": skip_bad_images}, where="data")
+    content = {"source": data, "limit": limit, "skip_bad_images": skip_bad_images, "group_column": group_column}
+    source = validate(DataSpec, content, where="data")
     _start(as_json, threads)
     from vitopt import pipeline
     from vitopt.data.images import open_images

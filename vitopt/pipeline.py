@@ -333,7 +333,7 @@ def _evaluate_fingerprint(current: _Run, images: ImageSet | None) -> str:
         recipe.baseline_name,
         recipe.evaluate.model_dump(mode="json"),
         recipe.data.model_dump(mode="json") if recipe.data else None,
-        images.sha256 if images else None,
+        [images.sha256, images.groups] if images else None,
         [torch.get_num_threads(), environment.threads_bound()],
         measured_on=environment.resolve_device(recipe.device),
     )

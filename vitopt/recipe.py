@@ -56,6 +56,9 @@ class DataSpec(Spec):
     test: str | None = Field(None, description="split to evaluate on; null takes test, else validation")
     image_column: str | None = Field(None, description="column of a hub data set; null finds it")
     label_column: str | None = Field(None, description="column of a hub data set; null finds it")
+    group_column: str | None = Field(
+        None, description="column of metadata.csv or of a hub data set: images of one group depend on each other"
+    )
     limit: int | None = Field(None, ge=1, description="evaluate on the first so many images, spread over classes")
     skip_bad_images: bool = Field(False, description="leave out images that cannot be decoded, and count them")
 

@@ -412,7 +412,7 @@ class TestStudentTQuantile:
     @pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
     def test_equals_scipy(self, confidence, freedom):
         expected = scipy.stats.t.ppf((1 + confidence) / 2, freedom)
-        assert statistics._student_t_quantile(confidence, freedom) == pytest.approx(expected, rel=1e-9)
+        assert statistics.student_t_quantile(confidence, freedom) == pytest.approx(expected, rel=1e-9)
 
 
 class TestSpeedupInterval:

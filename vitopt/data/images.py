@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vitopt.data.division import held_out
 from vitopt.data.sources import may_be_on_hub, parse_source
 from vitopt.errors import BadImageError, DataError
 from vitopt.recipe import DataSpec
@@ -57,6 +58,7 @@ class ImageSet:
     class_names: tuple[str, ...] | None
     reader: Reader
     rows: tuple[int, ...]  # where each image stands in the reader
+    groups: tuple[str, ...] | None = None  # of images that depend on each other, such as the frames of one video
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -110,6 +112,7 @@ class ImageSet:
             ids=tuple(self.ids[i] for i in chosen),
             labels=tuple(self.labels[i] for i in chosen),
             rows=tuple(self.rows[i] for i in chosen),
+            groups=None if self.groups is None else tuple(self.groups[i] for i in chosen),
         )
 
     def without(self, ids: Sequence[str]) -> "ImageSet":
@@ -201,7 +204,7 @@ def open_images(spec: DataSpec, split: str | None) -> ImageSet:
     if source == "digits":
         images = _digits(split)
     elif Path(source).expanduser().is_dir():
-        images = _folder(Path(source).expanduser(), source, split)
+        images = _folder(Path(source).expanduser(), source, split, spec.group_column)
     elif Path(source).expanduser().exists():
         raise DataError(f"{source} is a file; data is a folder of images, a hub data set id, or digits")
     elif not may_be_on_hub(source):
@@ -209,7 +212,9 @@ def open_images(spec: DataSpec, split: str | None) -> ImageSet:
         raise DataError(f"no data at {spec.source}: {absent}")
     else:
         images = _hub(source, spec, split)
-    if not isinstance(images.reader, HubReader) and (column := spec.image_column or spec.label_column):
+    columns = [] if isinstance(images.reader, HubReader) else [spec.image_column, spec.label_column]
+    columns += [spec.group_column] if images.groups is None else []
+    if column := next(filter(None, columns), None):
         raise DataError(f"{spec.source} is no hub data set, so it has no column {column!r}: leave it out of `data`")
     if len(images) == 0:
         raise DataError(f"{spec.source} has no images; known endings: {' '.join(IMAGE_ENDINGS)}")
@@ -260,12 +265,12 @@ def _digits(split: str | None) -> ImageSet:
     return _divided(whole, split, test_share=0.45)
 
 
-def _folder(path: Path, source: str, split: str | None) -> ImageSet:
+def _folder(path: Path, source: str, split: str | None, group_column: str | None) -> ImageSet:
     splits = _splits(path)
     if not splits:
-        return _divided(_one_folder(path, source, None), split)
+        return _divided(_one_folder(path, source, None, group_column), split)
     wanted = _pick_split(split and split.lower(), list(splits), source)
-    return _one_folder(splits[wanted], source, wanted)
+    return _one_folder(splits[wanted], source, wanted, group_column)
 
 
 def _subfolders(path: Path) -> list[Path]:
@@ -299,25 +304,24 @@ def _divided(whole: ImageSet, split: str | None, test_share: float = _TEST_SHARE
         return replace(whole, split=ALL)
     if split not in ("train", "test"):
         raise DataError(f"{whole.name} has no split {split!r}; it divides into train and test, or take all")
-    seen: dict[int, int] = {}
-    testing = []
-    for label in whole.labels:
-        # Evenly spread over the class: image k is tested where k * share passes the next whole number.
-        k = seen.get(label, 0)
-        testing.append(int((k + 1) * test_share) > int(k * test_share))
-        seen[label] = k + 1
-    if split == "test" and len(set(whole.labels)) > 1 and sum(count * test_share >= 1 for count in seen.values()) < 2:
+    testing = held_out(whole.labels, whole.groups, test_share)
+    tested = {label for label, here in zip(whole.labels, testing, strict=True) if here}
+    if split == "test" and len(tested) < 2 <= len(set(whole.labels)):
+        what = "images" if whole.groups is None else "groups of images"
         raise DataError(
-            f"{whole.name} has too few images to divide: at least two classes must have {1 / test_share:.0f} each; "
+            f"{whole.name} has too few {what} to divide: at least two classes must have {1 / test_share:.0f} each; "
             f"add images, or take them all as {whole.name}:{ALL}"
         )
-    part = whole.subset(index for index, tested in enumerate(testing) if tested == (split == "test"))
+    part = whole.subset(index for index, here in enumerate(testing) if here == (split == "test"))
     return replace(part, split=split)
 
 
-def _one_folder(path: Path, source: str, split: str | None) -> ImageSet:
+def _one_folder(path: Path, source: str, split: str | None, group_column: str | None) -> ImageSet:
+    groups = None
     if (path / "metadata.csv").is_file():
-        files, labels, names = _read_metadata(path)
+        files, labels, names, groups = _read_metadata(path, group_column)
+    elif group_column is not None:
+        raise DataError(f"{path} has no metadata.csv, whose column {group_column!r} would tell the groups of images")
     else:
         files, labels, names = _read_class_folders(path, source)
     return ImageSet(
@@ -328,6 +332,7 @@ def _one_folder(path: Path, source: str, split: str | None) -> ImageSet:
         class_names=names,
         reader=FileReader(tuple(files)),
         rows=tuple(range(len(files))),
+        groups=groups,
     )
 
 
@@ -350,7 +355,9 @@ def _is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
 
 
-def _read_metadata(path: Path) -> tuple[list[Path], list[int], tuple[str, ...] | None]:
+def _read_metadata(
+    path: Path, group_column: str | None
+) -> tuple[list[Path], list[int], tuple[str, ...] | None, tuple[str, ...] | None]:
     table = path / "metadata.csv"
     try:
         with table.open(newline="", encoding="utf-8-sig") as stream:
@@ -358,9 +365,15 @@ def _read_metadata(path: Path) -> tuple[list[Path], list[int], tuple[str, ...] |
             missing = {"file_name", "label"} - set(rows.fieldnames or ())
             if missing:
                 raise DataError(f"{table} has no column {' and '.join(sorted(missing))}; it needs file_name,label")
-            entries = [(row["file_name"], (row["label"] or "").strip()) for row in rows]
+            if group_column is not None and group_column not in (rows.fieldnames or ()):
+                raise DataError(f"{table} has no column {group_column!r}; it has {', '.join(rows.fieldnames or ())}")
+            found = list(rows)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table} is not comma-separated text in UTF-8 ({error}): save it as such") from error
+    entries = [(row["file_name"], (row["label"] or "").strip()) for row in found]
+    groups = None if group_column is None else tuple((row[group_column] or "").strip() for row in found)
+    if groups is not None and "" in groups:
+        raise DataError(f"{table} line {groups.index('') + 2}: the group in column {group_column!r} is empty")
     for line, (name, label) in enumerate(entries, start=2):
         if not name or not label:
             raise DataError(f"{table} line {line}: the file name or the label is empty")
@@ -368,10 +381,10 @@ def _read_metadata(path: Path) -> tuple[list[Path], list[int], tuple[str, ...] |
             raise DataError(f"{table} line {line}: {name} does not exist")
     files = [path / name for name, _ in entries]
     if all(label.isdecimal() for _, label in entries):
-        return files, [int(label) for _, label in entries], None
+        return files, [int(label) for _, label in entries], None, groups
     names = tuple(sorted({label for _, label in entries}))
     index = {name: position for position, name in enumerate(names)}
-    return files, [index[label] for _, label in entries], names
+    return files, [index[label] for _, label in entries], names, groups
 
 
 def _hub(source: str, spec: DataSpec, split: str | None) -> ImageSet:
@@ -390,12 +403,13 @@ def _hub(source: str, spec: DataSpec, split: str | None) -> ImageSet:
     rows = with_splits[chosen]
     image_column = spec.image_column or _column(rows.features, datasets.Image, "image_column", source)
     label_column = spec.label_column or _column(rows.features, datasets.ClassLabel, "label_column", source)
-    for column in (image_column, label_column):
-        if column not in rows.features:
+    for column in (image_column, label_column, spec.group_column):
+        if column is not None and column not in rows.features:
             raise DataError(f"{source} has no column {column!r}; it has {', '.join(rows.features)}")
     if not isinstance(rows.features[image_column], datasets.Image):
         raise DataError(f"column {image_column!r} of {source} holds no images; set data.image_column in the recipe")
     labels, names = _hub_labels(rows, label_column, f"{source}:{chosen}")
+    groups = None if spec.group_column is None else tuple(map(str, rows[spec.group_column]))
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     return ImageSet(
         name=source,
@@ -405,6 +419,7 @@ def _hub(source: str, spec: DataSpec, split: str | None) -> ImageSet:
         class_names=names,
         reader=HubReader(rows, image_column),
         rows=tuple(range(len(rows))),
+        groups=groups,
     )
 
 

@@ -12,6 +12,7 @@ from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Batch, Preprocessor, batches, on_device
 from vitopt.errors import DataError, MeasurementError, RecordError
 from vitopt.measure import statistics
+from vitopt.measure.clusters import clustered, proportion_interval
 from vitopt.measure.failures import explain_failure, is_out_of_memory
 from vitopt.measure.predictions import Predictions
 from vitopt.measure.subject import Subject
@@ -133,6 +134,7 @@ def _merge(shares: Sequence[_Share], images: ImageSet, batch_size: int) -> Outco
             image_sha256=tuple(hashes[i] for i in kept),
             labels=np.array([images.labels[i] for i in kept], dtype=np.int64),
             logits=np.stack([logits[i] for i in kept]),
+            groups=None if images.groups is None else tuple(images.groups[i] for i in kept),
         )
     smallest = {name: min(sizes[name] for _, _, sizes, _ in shares) for name in shares[0][0]}
     notes = {
@@ -148,7 +150,7 @@ def summarise(predictions: Predictions, class_names: Sequence[str]) -> Accuracy:
     top1 = statistics.topk_correct(predictions.logits, predictions.labels, 1)
     classes = predictions.logits.shape[1]
     top5 = statistics.topk_correct(predictions.logits, predictions.labels, 5) if classes > 5 else None
-    interval = statistics.wilson_interval(int(top1.sum()), len(top1))
+    interval = proportion_interval(top1, predictions.groups)
     rows = []
     for label in np.unique(predictions.labels):
         of_class = predictions.labels == label
@@ -185,7 +187,7 @@ def compare(baseline_name: str, baseline: Predictions, variant: Predictions) -> 
     delta = 100 * (counts.wrong_to_right - counts.right_to_wrong) / images
     low, high = 100 * interval.low, 100 * interval.high
     visible = statistics.smallest_visible_loss(images, (counts.right_to_wrong + counts.wrong_to_right) / images)
-    return VersusBaseline(
+    versus = VersusBaseline(
         baseline=baseline_name,
         top1_delta_points=delta,
         top1_delta_ci95_points=(low, high),
@@ -198,6 +200,7 @@ def compare(baseline_name: str, baseline: Predictions, variant: Predictions) -> 
         smallest_visible_loss_points=min(visible, 100.0),
         verdict=accuracy_verdict(images, delta, low, high, counts.right_to_wrong, counts.wrong_to_right),
     )
+    return clustered(versus, baseline, variant)
 
 
 def _require_same_images(baseline: Predictions, variant: Predictions) -> None:

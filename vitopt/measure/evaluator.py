@@ -312,4 +312,5 @@ def _describe_dataset(images: ImageSet, preprocess: Preprocessor, outcome: accur
         sha256=images.sha256,
         skipped=outcome.skipped,
         preprocessor=preprocess.name,
+        groups=None if images.groups is None else len(set(images.groups)),
     )

@@ -53,8 +53,8 @@ class Speedup:
     interval: Interval | None
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
-    """Score interval of a proportion, such as top-1 accuracy.
+def wilson_interval(successes: float, trials: float, confidence: float = 0.95) -> Interval:
+    """Score interval of a proportion, such as top-1 accuracy; counts need not be whole.
 
     Raises ValueError for zero trials, or for successes outside 0..trials.
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
@@ -75,11 +75,11 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> In
 
 
 def paired_delta_interval(
-    both_right: int, only_baseline: int, only_variant: int, both_wrong: int, confidence: float = 0.95
+    both_right: float, only_baseline: float, only_variant: float, both_wrong: float, confidence: float = 0.95
 ) -> Interval:
     """Score interval of the accuracy of the variant minus that of the baseline, on the same images.
 
-    The arguments count images, in the order of the fields of `PairedCounts`. The limits are
+    The arguments count images, not always whole, in the order of the fields of `PairedCounts`. The limits are
     proportions from -1 to 1. Zero is outside exactly when McNemar's score test rejects.
     Raises ValueError for a negative count, or when there is no image.
     Source: Tango 1998, "Equivalence test and confidence interval for the difference in
@@ -197,8 +197,8 @@ def agreement(baseline_predictions: ArrayLike, variant_predictions: ArrayLike) -
     return float(np.mean(baseline == variant))
 
 
-def mean_kl_divergence(baseline_logits: ArrayLike, variant_logits: ArrayLike) -> float:
-    """Mean over images of KL(softmax(baseline) || softmax(variant)), in nats; logits (images, classes).
+def kl_divergences(baseline_logits: ArrayLike, variant_logits: ArrayLike) -> NDArray[np.float64]:
+    """KL(softmax(baseline) || softmax(variant)) of each image, in nats, (images,); logits (images, classes).
 
     Raises ValueError for logits that are empty, not finite, or of different shapes.
     Source: Kullback and Leibler 1951, "On information and sufficiency".
@@ -207,9 +207,13 @@ def mean_kl_divergence(baseline_logits: ArrayLike, variant_logits: ArrayLike) ->
     if baseline.shape != variant.shape:
         raise ValueError(f"logits differ in shape: {baseline.shape} and {variant.shape}")
     log_p, log_q = _log_softmax(baseline), _log_softmax(variant)
-    divergence = np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
     # A divergence is never negative; rounding can leave -1e-17.
-    return max(0.0, float(np.mean(divergence)))
+    return np.maximum(0.0, np.sum(np.exp(log_p) * (log_p - log_q), axis=1))
+
+
+def mean_kl_divergence(baseline_logits: ArrayLike, variant_logits: ArrayLike) -> float:
+    """Mean of `kl_divergences` over images, in nats."""
+    return float(np.mean(kl_divergences(baseline_logits, variant_logits)))
 
 
 def normalised_error(reference: ArrayLike, other: ArrayLike) -> float:
@@ -314,7 +318,7 @@ def speedup_interval(
     if rounds < 3:
         return Speedup(math.exp(centre), None)
     variance = math.fsum((ratio - centre) ** 2 for ratio in log_ratios) / (rounds - 1)
-    reach = _student_t_quantile(confidence, rounds - 1) * math.sqrt(variance / rounds)
+    reach = student_t_quantile(confidence, rounds - 1) * math.sqrt(variance / rounds)
     return Speedup(math.exp(centre), Interval(math.exp(centre - reach), math.exp(centre + reach)))
 
 
@@ -368,7 +372,7 @@ def _normal_quantile(confidence: float) -> float:
     return NormalDist().inv_cdf((1 + confidence) / 2)
 
 
-def _student_t_quantile(confidence: float, freedom: int) -> float:
+def student_t_quantile(confidence: float, freedom: int) -> float:
     """Value that |t|, with `freedom` degrees of freedom, stays below with probability `confidence`.
 
     Source: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4, finite sums in angle = atan(t / sqrt(freedom)).
