@@ -209,7 +209,7 @@ class Overlap(Part):
     alike: int | None = Field(
         description="others that look like one there: perceptual hashes at most 6 of 64 bits apart; null if unknown"
     )
-    examples: tuple[str, ...] = ()
+    examples: tuple[str, ...] = Field((), description="tested image and the one it is or looks like; at most ten")
 
 
 class Dataset(Part):
