@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from click.testing import Result
+from conftest import make_images
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 from vitopt import __version__
 from vitopt.cli import app
 from vitopt.measure import evaluator
+from vitopt.measure.predictions import load_predictions
 from vitopt.models.checkpoint import Checkpoint
 from vitopt.recipe import load_recipe
 from vitopt.records import Memory, load_record
@@ -127,7 +129,8 @@ OPTIONS = {
     "evaluate": [
         "CHECKPOINT", "--data", "--baseline", "--attention", "--sdpa-kernel", "--run-as", "--fuse-qkv",
         "--channels-last", "--compile", "--autotune", "--threads", "--batch-size", "--latency-batch-size",
-        "--iterations", "--rounds", "--workers", "--limit", "--skip-bad-images", "--strict", "--device", "--output",
+        "--iterations", "--rounds", "--workers", "--limit", "--group-column", "--skip-bad-images", "--look-alikes",
+        "--strict", "--device", "--output",
         "--json",
     ],
     "benchmark": [
@@ -575,6 +578,40 @@ def test_quantize_says_which_layers_it_could_not(make_family: Callable[..., Chec
     assert "10 layers stay in bf16: in_features 32 is no multiple of 64, as nf4 needs" in result.stderr
 
 
+def test_groups_of_images_widen_the_intervals(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    rows = ["file_name,label,video"]
+    for index, path in enumerate(sorted((shapes / "test").rglob("*.png"))):
+        rows.append(f"{path},{path.parent.name},video {index // 6}")
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "metadata.csv").write_text("\n".join(rows))
+    options = ["--data", f"{tmp_path / 'table'}:all", *QUICK, "--output", tmp_path / "out"]
+    plain = printed("evaluate", tiny_checkpoint, *options)
+    grouped = printed("evaluate", tiny_checkpoint, *options, "--group-column", "video")
+    assert (plain["dataset"]["groups"], grouped["dataset"]["groups"]) == (None, 4)
+    assert plain["accuracy"]["top1_percent"] == grouped["accuracy"]["top1_percent"]
+    (low, high), (lower, higher) = (one["accuracy"]["top1_ci95_percent"] for one in (plain, grouped))
+    assert lower < low and higher > high
+    assert load_predictions(tmp_path / "out").groups[-1] == "video 3"
+
+
+def test_images_that_a_checkpoint_was_trained_on_are_told_by_evaluate_and_compare(
+    tiny_checkpoint: Path, shapes: Path, tmp_path: Path
+) -> None:
+    folder = make_images(tmp_path, {"frames:2024": 10}) / "frames:2024"
+    tuned, options = tmp_path / "ft", ["--data", f"{folder}:train", *QUICK]
+    result = done("finetune", tiny_checkpoint, "--data", folder, "--output", tuned, "--epochs", 1)
+    assert "top-1 on 8 images of the test split" in result.stderr
+    assert "training images of this checkpoint" in done("evaluate", tuned, *options, "--output", tmp_path / "a").stdout
+    done("quantize", tuned, "--format", "bf16", "--output", tmp_path / "bf16")
+    record = printed("evaluate", tmp_path / "bf16", *options, "--output", tmp_path / "b")
+    assert [(one["where"], one["same"]) for one in record["dataset"]["overlaps"] if one["same"]] == [("training", 32)]
+    assert "training images of this checkpoint" in done("compare", tmp_path / "a", tmp_path / "b").stdout
+    compared = printed("compare", tmp_path / "a", tmp_path / "b")
+    assert compared["overlaps"]["bf16"][-1]["where"] == "training"
+    clean = printed("evaluate", tmp_path / "bf16", "--data", f"{folder}:test", *QUICK)
+    assert not any(one["same"] for one in clean["dataset"]["overlaps"])
+
+
 def test_fallback_of_attention_is_a_note(tiny_checkpoint: Path) -> None:
     result = done("benchmark", tiny_checkpoint, *QUICK, "--attention", "flash_attention_2", "--device", "cpu")
     assert "note: tiny-vit: flash_attention_2 cannot run (FlashAttention-2 needs a CUDA device)" in result.stderr
@@ -771,6 +808,43 @@ def test_the_same_checkpoint_twice(tiny_checkpoint: Path) -> None:
 )
 def test_a_wrong_number(arguments: list[str], expected: str, tiny_checkpoint: Path, shapes: Path) -> None:
     assert expected in refusal("evaluate", tiny_checkpoint, "--data", shapes, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named", "because"),
+    [
+        (["quantize", "--format", "nf4", "--max-top1-drop", 0.1, "--granularity", "linear"],
+         ["--max-top1-drop", "--granularity"], "--skip auto"),
+        (["quantize", "--format", "nf4", "--skip", "block.0", "--objective", "size"], ["--objective"], "--skip auto"),
+        (["quantize", "--format", "auto", "--max-kl-share", 0.5], ["--max-kl-share"], "--skip auto"),
+        (["quantize", "--format", "nf4", "--min-agreement", 98], ["--min-agreement"], "--format auto"),
+        (["quantize", "--format", "nf4", "--no-compile"], ["--no-compile"], "--format auto"),
+        (["quantize", "--format", "nf4", "--data", "digits"], ["--data"], "--skip auto"),
+        (["quantize", "--format", "nf4", "--limit", 9], ["--limit"], "--skip auto"),
+        (["quantize", "--format", "bf16", "--half", "bf16"], ["--half"], "bf16"),
+        (["finetune", "--method", "full", "--rank", 8, "--target", "query"], ["--rank", "--target"], "--method full"),
+        (["finetune", "--method", "full", "--alpha", 8, "--dropout", 0], ["--alpha", "--dropout"], "--method full"),
+        (["sensitivity", "--format", "nf4", "--candidates", 8], ["--candidates"], "--sample"),
+        (["sensitivity", "--format", "nf4", "--objective", "size"], ["--objective"], "--max-top1-drop"),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_refused_before_anything_is_opened(
+    arguments: list[object], named: list[str], because: str, tmp_path: Path
+) -> None:
+    command, *options = arguments
+    if command != "quantize":
+        options += ["--data", "absent"]
+    line = refusal(command, "absent", *options, "--output", tmp_path / "out")
+    told, reason = line.split(": ", 1)
+    assert told.split(", ") == named and because in reason
+    assert "\n" not in line
+
+
+def test_a_recipe_cannot_train_and_test_on_one_split(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_checkpoint, f"{shapes}:test", finetune={"epochs": 1})
+    line = refusal("run", recipe, "--output", tmp_path / "run")
+    assert f"{shapes}:test" in line and "test: test" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_folder_of_images(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from vitopt.errors import UnsupportedError
 from vitopt.formats import Format
 from vitopt.recipe import Attention, SdpaKernel
 
+VERSIONS = environment.versions()
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 
@@ -285,6 +286,51 @@ def test_processor_name(tmp_path, monkeypatch):
 def test_versions_tell_absent_libraries_from_present_ones(monkeypatch):
     monkeypatch.setattr(environment, "LIBRARIES", ("torch", "no-such-library"))
     assert environment.versions() == {"torch": torch.__version__, "no-such-library": None}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(vitopt, "__version__", "99"),
+        lambda patch: patch.setattr(environment, "code_digest", lambda: "other code"),
+        lambda patch: patch.setattr(environment, "processor_name", lambda: "another processor"),
+        *(
+            lambda patch, name=name: patch.setattr(environment, "versions", lambda: VERSIONS | {name: "99"})
+            for name in ("torch", "transformers", "numpy", "pillow", "torchvision")
+        ),
+    ],
+)
+def test_provenance_changes_with_everything_that_changes_results(change, monkeypatch):
+    before = environment.provenance(CPU)
+    assert environment.provenance(CPU) == before
+    change(monkeypatch)
+    assert environment.provenance(CPU) != before
+
+
+def test_provenance_knows_the_device_of_what_is_measured(cuda, monkeypatch):
+    gpu = types.SimpleNamespace(name="H200", major=9, minor=0, total_memory=1, multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    assert environment.provenance(cuda())["gpu"]["name"] == "H200"
+    assert environment.provenance(cuda()) != environment.provenance(CPU)
+    assert set(environment.provenance(CPU)) - set(environment.provenance()) == {"device", "processor", "gpu"}
+
+
+def test_the_code_digest_follows_the_code_that_makes_results(tmp_path, monkeypatch):
+    package = tmp_path / "vitopt"
+    for name in ("environment.py", "cli.py", "measure/accuracy.py", "report/page.py"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("")
+    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
+    digest = environment.code_digest.__wrapped__
+    before = digest()
+    (package / "cli.py").write_text("# changed")
+    (package / "report/page.py").write_text("# changed")
+    assert digest() == before
+    (package / "measure/accuracy.py").write_text("# changed")
+    changed = digest()
+    assert changed != before
+    (package / "measure/accuracy.py").rename(package / "measure/other.py")
+    assert digest() not in (before, changed)
 
 
 def test_description_of_the_cpu():

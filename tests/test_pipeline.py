@@ -18,14 +18,17 @@ import torch
 import yaml
 
 from vitopt import environment, pipeline
+from vitopt.data.images import open_images
 from vitopt.errors import BadImageError, CheckpointError, DataError, MeasurementError, RecipeError, UnsupportedError
 from vitopt.measure import evaluator
 from vitopt.measure.predictions import load_predictions
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.pipeline import RunResult
-from vitopt.recipe import Recipe, load_recipe
+from vitopt.recipe import DataSpec, Recipe, load_recipe
 from vitopt.records import Memory, load_record
+from vitopt.report.table import cautions
 
+VERSIONS = environment.versions()
 NAMES = ("fp32", "nf4-skip", "nf4-fa2", "int8")
 CHECKPOINT = {"config.json", "model.safetensors", "preprocessor_config.json"}
 
@@ -104,11 +107,11 @@ def test_a_run_leaves_what_the_design_says(finished: tuple[RunResult, list[str]]
     assert {"recipe.yaml", "environment.json", "report.html", "report.md", "finetune", "variants", "export"} <= {
         path.name for path in folder.iterdir()
     }
-    assert {path.name for path in (folder / "finetune").iterdir()} == CHECKPOINT | {"training.json"}
+    assert {path.name for path in (folder / "finetune").iterdir()} == CHECKPOINT | {"training.json", "calibration.json"}
     assert {path.name for path in (folder / "variants").iterdir()} == set(NAMES)
     for name in NAMES:
         held = {path.name for path in (folder / "variants" / name).iterdir()}
-        assert held == CHECKPOINT | {"record.json", "predictions.parquet", "README.md"}
+        assert held == CHECKPOINT | {"calibration.json", "record.json", "predictions.parquet", "README.md"}
     assert hidden(folder) == []
 
 
@@ -218,6 +221,49 @@ def test_what_depends_on_a_change_is_done_again_and_nothing_else(
     assert written_again(before, again) == remade
     assert said[-1].startswith("evaluate: 4 variants")
     assert all(record.failure is None for record in result.records)
+
+
+OTHER_GPU = {"name": "another GPU"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr("vitopt.__version__", "99"),
+        lambda patch: patch.setattr(environment, "code_digest", lambda: "other code"),
+        lambda patch: patch.setattr(environment, "processor_name", lambda: "another processor"),
+        lambda patch: patch.setattr(environment, "_gpu", lambda device: OTHER_GPU),
+        lambda patch: patch.setattr(environment, "resolve_device", lambda name: torch.device("meta")),
+        lambda patch: patch.setattr(environment, "threads_bound", lambda: "otherwise"),
+        lambda patch: patch.setattr(torch, "get_num_threads", lambda: 99),
+        *(
+            lambda patch, name=name: patch.setattr(environment, "versions", lambda: VERSIONS | {name: "99"})
+            for name in VERSIONS
+        ),
+    ],
+)
+def test_figures_stand_only_where_and_with_what_they_were_measured(
+    change: Callable[[pytest.MonkeyPatch], None],
+    content: dict[str, Any],
+    tmp_path: Path,
+    shapes: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = Recipe.model_validate(content)
+    current = pipeline._Run(tmp_path, recipe, print, variants=recipe.variants)
+    images = open_images(DataSpec(source=str(shapes)), None)
+    before = pipeline._evaluate_fingerprint(current, images)
+    assert pipeline._evaluate_fingerprint(current, images) == before
+    change(monkeypatch)
+    assert pipeline._evaluate_fingerprint(current, images) != before
+
+
+def test_what_was_made_on_another_device_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = pipeline._fingerprint("inputs")
+    monkeypatch.setattr(environment, "processor_name", lambda: "another processor")
+    assert pipeline._fingerprint("inputs") == before
+    monkeypatch.setattr(environment, "code_digest", lambda: "other code")
+    assert pipeline._fingerprint("inputs") != before
 
 
 def test_other_test_images_are_measured_again(content: dict[str, Any], again: Path, shapes: Path) -> None:
@@ -437,8 +483,16 @@ def test_images_that_train_and_test_are_warned_of(
         shutil.copy(folder / "train" / "circle" / name, folder / "test" / "circle" / f"again-{name}")
     one = changed(content, data=str(folder), variants=content["variants"][:1], export=None)
     with caplog.at_level(logging.WARNING):
-        run(one, tmp_path / "run")
+        result, _ = run(one, tmp_path / "run")
     assert "2 test images are also training images; accuracy will look better than it is" in caplog.messages
+    record = result.records[0]
+    assert record.dataset is not None
+    overlap = next(overlap for overlap in record.dataset.overlaps if overlap.where == "training")
+    assert overlap.same == 2 and overlap.examples[0] == "circle/again-00.png is circle/00.png"
+    (warning,) = [line for line in record.warnings if "training images" in line]
+    assert warning in cautions(result.records)
+    assert "are training images of this checkpoint" in (tmp_path / "run" / "report.md").read_text()
+    assert "are training images of this checkpoint" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_data_without_splits_is_divided_once(content: dict[str, Any], shapes: Path, tmp_path: Path) -> None:

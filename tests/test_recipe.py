@@ -182,6 +182,41 @@ def test_skip_goes_with_every_quantized_format(format):
     assert validate(Recipe, content, where="r").variants[0].skip == ("block.0",)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"variants": [{"name": "a", "format": "nf4", "auto": {"max_top1_drop": 0.1}}]}, "`auto`"),
+        ({"variants": [{"name": "a", "format": "nf4", "skip": "block.0", "auto": {"images": 9}}]}, "`auto`"),
+        ({"variants": [{"name": "a", "format": "fp32", "half": "fp16"}]}, "`half`"),
+        ({"data": "digits", "finetune": {"method": "full", "rank": 4}}, "`rank`"),
+        ({"data": "digits", "finetune": {"method": "full", "alpha": 1, "dropout": 0}}, "`alpha`, `dropout`"),
+        ({"data": "digits", "finetune": {"method": "full", "targets": "query"}}, "`targets`"),
+        ({"data": {"source": "digits", "train": "all"}}, "`train`"),
+        ({"data": None, "evaluate": {"batch_size": 8}}, "`batch_size`"),
+        ({"data": None, "evaluate": {"workers": 2}}, "`workers`"),
+    ],
+)
+def test_keys_without_effect_are_refused(changes, named):
+    content = changed(**changes)
+    (line,) = mistakes(content)
+    assert named in line
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data": "digits", "variants": [{"name": "a", "format": "nf4", "skip": "auto", "auto": {"images": 9}}]},
+        {"variants": [{"name": "a", "format": "nf4", "half": "fp16"}]},
+        {"variants": [{"name": "a", "format": "bf16", "half": "fp16", "layers": {"fc1": "nf4"}}]},
+        {"data": {"source": "digits", "train": "all"}, "finetune": {"method": "lora", "rank": 4}},
+        {"data": "digits", "finetune": {"method": "full", "learning_rate": 1e-4}},
+    ],
+)
+def test_keys_with_an_effect_are_taken_and_survive_the_resolved_recipe(changes):
+    recipe = validate(Recipe, changed(**changes), where="r")
+    assert validate(Recipe, yaml.safe_load(dump_yaml(recipe)), where="r") == recipe
+
+
 RUN = {
     "attention": "sdpa",
     "sdpa_kernel": "math",

@@ -21,8 +21,9 @@ from rich.table import Table
 
 from vitopt import __version__, progress
 from vitopt.errors import MeasurementError, RecipeError, VitoptError
-from vitopt.formats import Format, HalfFormat, RunAs
+from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat, RunAs
 from vitopt.recipe import (
+    AUTO,
     LINEARS,
     Attention,
     AutoSkipSpec,
@@ -49,6 +50,9 @@ if TYPE_CHECKING:
     from vitopt.optimize.plan import LayerPlan
     from vitopt.preview import Preview
     from vitopt.search.results import Sensitivity
+
+LORA_KEYS = ("rank", "alpha", "dropout", "target")
+SEARCH_OPTIONS = ("max_top1_drop", "max_kl_share", "objective", "granularity")
 
 app = typer.Typer(
     name="vitopt",
@@ -87,6 +91,10 @@ AutotuneOption = Annotated[bool, typer.Option("--autotune", help="With --compile
 StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse instead of falling back to SDPA.")]
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad-images", help="Leave out and count undecodable images.")]
 LimitOption = Annotated[int | None, typer.Option(help="Use only so many images, spread over the classes.")]
+GroupOption = Annotated[
+    str | None,
+    typer.Option(help="Column of metadata.csv whose groups of images depend on each other: frames of one video."),
+]
 MaxTop1DropOption = Annotated[float | None, typer.Option(help="Largest loss of top-1 in points.")]
 MaxKlShareOption = Annotated[float | None, typer.Option(help="KL at most this share of the quantized model's.")]
 ObjectiveOption = Annotated[Literal["size", "latency"], typer.Option(help="What a kept layer costs.")]
@@ -238,6 +246,7 @@ def run(
 @app.command()
 @_clear_errors
 def finetune(
+    context: typer.Context,
     checkpoint: CheckpointArgument,
     data: DataOption,
     output: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
@@ -255,6 +264,7 @@ def finetune(
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     augment: Annotated[bool, typer.Option(help="Random crops and mirror images.")] = True,
     flip: Annotated[bool, typer.Option(help="Mirror images; wrong for digits and text.")] = True,
+    group_column: GroupOption = None,
     workers: Annotated[int, typer.Option(help="Processes that decode images.")] = 0,
     seed: Annotated[int, typer.Option()] = 0,
     labels: LabelsOption = "name",
@@ -262,6 +272,8 @@ def finetune(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a checkpoint on labelled images and merge the result."""
+    if method == "full":
+        _refuse(context, *LORA_KEYS, because="--method full trains every weight and has no LoRA updates")
     spec = validate(
         FinetuneSpec,
         {
@@ -282,15 +294,17 @@ def finetune(
     )
     _start(as_json)
     from vitopt.data.images import open_images
+    from vitopt.data.sources import parse_source
     from vitopt.errors import DataError
     from vitopt.finetune.training import finetune as train
     from vitopt.models.checkpoint import open_checkpoint
 
     opened = open_checkpoint(checkpoint)
-    source = DataSpec(source=data, labels=labels)
+    source = DataSpec(source=data, labels=labels, group_column=group_column)
     training = open_images(source, "train")
     try:
-        test = None if ":" in data else open_images(source, "test" if training.split == "train" else None)
+        named = parse_source(data)[1] is not None
+        test = None if named else open_images(source, "test" if training.split == "train" else None)
     except DataError:
         test = None  # only a training split is fine: there is nothing to report on
     report = train(opened, training, spec, output, test=test, device=device, seed=seed)
@@ -310,6 +324,7 @@ def finetune(
 @app.command()
 @_clear_errors
 def quantize(
+    context: typer.Context,
     checkpoint: CheckpointArgument,
     format: Annotated[
         Literal["auto", Format],
@@ -332,18 +347,31 @@ def quantize(
     granularity: GranularityOption = "block",
     limit: LimitOption = None,
     labels: LabelsOption = "name",
+    group_column: GroupOption = None,
     half: Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are not quantized.")] = "bf16",
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another format; it opens with plain transformers."""
+    automatic = skip == [AUTO]
+    if not automatic:
+        _refuse(context, *SEARCH_OPTIONS, because="only --skip auto searches for a skip list")
+    if format != "auto":
+        _refuse(context, "min_agreement", "compile", because="only --format auto compares formats")
+        if not automatic:
+            unused = "only --skip auto and --format auto look at images"
+            _refuse(context, "data", "limit", "group_column", because=unused)
+        if format not in QUANTIZED_FORMATS:
+            _refuse(context, "half", because=f"format {format} quantizes nothing, so every layer is {format}")
     if format == "auto":
         if data is None:
             raise RecipeError("--format auto needs --data: images on which the formats are compared with fp32")
         if skip:
             raise RecipeError("--format auto compares whole formats: choose one, then --skip keeps layers in 16 bit")
-        source = validate(DataSpec, {"source": data, "limit": limit, "labels": labels}, where="data")
+        source = validate(
+            DataSpec, {"source": data, "limit": limit, "labels": labels, "group_column": group_column}, where="data"
+        )
         _start(as_json, threads)
         options = {"min_agreement_percent": min_agreement, "half": half, "compile": compile, "device": device}
         _quantize_to_fastest(checkpoint, source, output, options, as_json)
@@ -352,7 +380,8 @@ def quantize(
     goal = {"max_top1_drop": max_top1_drop, "max_kl_share": max_kl_share}
     if goal == {"max_top1_drop": None, "max_kl_share": None}:
         goal = {}
-    content["auto"] = goal | {"objective": objective, "granularity": granularity}
+    if automatic:
+        content["auto"] = goal | {"objective": objective, "granularity": granularity}
     variant = validate(VariantSpec, content, where="quantize")
     if variant.skips_automatically and data is None:
         raise RecipeError("--skip auto needs --data: calibration images on which the skip list is chosen")
@@ -363,7 +392,7 @@ def quantize(
 
     opened = open_checkpoint(checkpoint)
     if variant.skips_automatically:
-        calibration = DataSpec(source=str(data), limit=limit, labels=labels)
+        calibration = DataSpec(source=str(data), limit=limit, labels=labels, group_column=group_column)
         variant = _choose_skip_list(opened, variant, calibration, output, device)
     with progress.task(f"quantizing to {format}", None):
         plan = write(opened, variant, output, device)
@@ -382,15 +411,18 @@ def quantize(
 def _quantize_to_fastest(checkpoint: str, data: DataSpec, output: Path, options: dict[str, Any], as_json: bool) -> None:
     from vitopt import storage
     from vitopt.data.images import open_images
+    from vitopt.measure.overlap import seen
+    from vitopt.models.calibration import load_uses, save_uses
     from vitopt.models.checkpoint import CONFIG_FILE, disk_bytes, open_checkpoint
     from vitopt.optimize.quantize import quantize as write
     from vitopt.search.fastest import find_fastest
 
     storage.require_replaceable(output, {CONFIG_FILE})  # now, not after minutes of measuring
     opened = open_checkpoint(checkpoint)
-    images = open_images(data, None if ":" in data.source else "train")
+    images = open_images(data, "train")
     choice = find_fastest(opened, images, EvaluateSpec(end_to_end=False), **options)
     plan = write(opened, choice.variant, output, options["device"])
+    save_uses([*load_uses(output), seen(images, "format")], output)
     if as_json:
         found: dict[str, Any] = {"checkpoint": str(output), "chosen": choice.variant.name}
         found |= {"run": choice.variant.run.model_dump(mode="json"), "layer_plan": plan.counts()}
@@ -408,7 +440,7 @@ def _choose_skip_list(
     from vitopt.data.images import open_images
     from vitopt.search.analysis import analyse_for
 
-    images = open_images(data, None if ":" in data.source else "train")
+    images = open_images(data, "train")
     result = analyse_for(checkpoint, images, variant, output.with_name(f"{output.name}.sensitivity.json"), device)
     assert result.search is not None
     _say(f"keeps {', '.join(result.search.chosen) or 'nothing'} in 16 bit, chosen on {result.images} images")
@@ -420,6 +452,7 @@ def _choose_skip_list(
 @app.command()
 @_clear_errors
 def sensitivity(
+    context: typer.Context,
     checkpoint: CheckpointArgument,
     data: Annotated[str, typer.Option(help="Calibration images; never your test images.")],
     format: Annotated[Format, typer.Option(help="Format whose damage is measured.")],
@@ -428,6 +461,7 @@ def sensitivity(
     half: Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are kept.")] = "bf16",
     limit: LimitOption = None,
     labels: LabelsOption = "name",
+    group_column: GroupOption = None,
     sample: Annotated[
         int | None, typer.Option(min=1, help="First rank by KL on so many images, then score only the best exactly.")
     ] = None,
@@ -440,8 +474,14 @@ def sensitivity(
     as_json: JsonOption = False,
 ) -> None:
     """Score every block or linear layer: what quantizing it breaks, what keeping it brings back and costs."""
-    source = validate(DataSpec, {"source": data, "limit": limit, "labels": labels}, where="data")
+    source = validate(
+        DataSpec, {"source": data, "limit": limit, "labels": labels, "group_column": group_column}, where="data"
+    )
     wanted = max_top1_drop is not None or max_kl_share is not None
+    if sample is None:
+        _refuse(context, "candidates", because="without --sample every unit is scored exactly")
+    if not wanted:
+        _refuse(context, "objective", because="a skip list is searched only with --max-top1-drop or --max-kl-share")
     floors = {"max_top1_drop": max_top1_drop, "max_kl_share": max_kl_share} if wanted else {}
     validate(AutoSkipSpec, floors, where="sensitivity")
     _start(as_json)
@@ -494,7 +534,11 @@ def evaluate(
     workers: Annotated[int, typer.Option(help="Processes that decode images; 0 uses a thread.")] = 0,
     limit: LimitOption = None,
     labels: LabelsOption = "name",
+    group_column: GroupOption = None,
     skip_bad_images: SkipBadOption = False,
+    look_alikes: Annotated[
+        bool, typer.Option(help="Count images that look like others, or like what the model was trained on.")
+    ] = True,
     strict: StrictOption = False,
     device: DeviceOption = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder for record.json and predictions.parquet.")] = None,
@@ -503,8 +547,10 @@ def evaluate(
 ) -> None:
     """Measure accuracy, latency, size and memory of a checkpoint."""
     spec = _evaluate_spec(batch_size, workers, latency_batch_size, iterations, rounds)
+    spec = spec.model_copy(update={"look_alikes": look_alikes})
     run = _run_spec(attention, sdpa_kernel, run_as, fuse_qkv, channels_last, compile, autotune)
-    content = {"source": data, "limit": limit, "labels": labels, "skip_bad_images": skip_bad_images}
+    content = {"source": data, "limit": limit, "labels": labels, "group_column": group_column}
+    content["skip_bad_images"] = skip_bad_images
     source = validate(DataSpec, content, where="data")
     _start(as_json, threads)
     from vitopt import pipeline
@@ -732,6 +778,18 @@ def init(
 
     sys.stdout.write(pipeline.starting_recipe(model, data, name, labels))
     sys.stdout.flush()
+
+
+def _refuse(context: typer.Context, *names: str, because: str) -> None:
+    """Refuse those of the options that stand on the command line: they would do nothing.
+
+    Raises:
+        RecipeError: at least one of them is there.
+    """
+    given = [name for name in names if context.get_parameter_source(name).name != "DEFAULT"]  # type: ignore[union-attr]
+    if given:
+        written = (f"--{'no-' if context.params[name] is False else ''}{name.replace('_', '-')}" for name in given)
+        raise RecipeError(f"{', '.join(written)}: {because}")
 
 
 def _evaluate_spec(

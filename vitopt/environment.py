@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -38,6 +39,7 @@ LIBRARIES = (
     "numpy",
     "pillow",
 )
+_SHOWS_ONLY = ("cli.py", "__main__.py", "progress.py", "report/")
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -163,6 +165,31 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+@functools.cache
+def code_digest() -> str:
+    """Hex digest of vitopt's own code, less what only asks and shows: other code may give other results.
+
+    A release is told by its version; between releases only the code itself tells.
+    """
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not name.startswith(_SHOWS_ONLY):
+            digest.update(f"{name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def provenance(device: torch.device | None = None) -> dict[str, Any]:
+    """What a result depends on beside its inputs: vitopt, the libraries and, for what is measured, the device."""
+    from vitopt import __version__
+
+    found: dict[str, Any] = {"vitopt": __version__, "code": code_digest(), "libraries": versions()}
+    if device is not None:
+        found |= {"device": str(device), "processor": processor_name(), "gpu": _gpu(device)}
+    return found
+
+
 def threads_bound() -> bool:
     """Whether as many threads as torch computes with are each held on a CPU of their own.
 
@@ -178,7 +205,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     """The environment that every record carries: versions, device, processor, threads."""
     from vitopt import __version__
 
-    facts: dict[str, Any] = {
+    return {
         "vitopt": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -188,19 +215,22 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads_bound": threads_bound(),
         "device": str(device),
         "libraries": versions(),
-        "gpu": None,
+        "gpu": _gpu(device),
     }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts["gpu"] = {
-            "name": properties.name,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "memory_bytes": properties.total_memory,
-            "multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda,
-            "driver": _driver_version(),
-        }
-    return facts
+
+
+def _gpu(device: torch.device) -> dict[str, Any] | None:
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "driver": _driver_version(),
+    }
 
 
 def diagnose(device: torch.device) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ from vitopt import environment, progress, storage
 from vitopt.data.images import ALL, ImageSet, image_files, open_images
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor
+from vitopt.data.sources import parse_source
 from vitopt.environment import DTYPES
 from vitopt.errors import (
     CheckpointError,
@@ -45,7 +46,6 @@ from vitopt.records import RECORD_FILE, Record, Requirement, load_record, save_r
 logger = logging.getLogger(__name__)
 
 STAGES_FILE = "stages.json"
-_VERSIONS_THAT_MATTER = ("torch", "transformers", "peft", "bitsandbytes", "torchao")
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,12 @@ def tested_images(recipe: Recipe, data: DataSpec) -> ImageSet:
     Raises:
         DataError: there are none.
     """
-    images = open_images(data, data.test)
     uses_train = recipe.finetune is not None or any(variant.skips_automatically for variant in recipe.variants)
+    source, named = parse_source(data.source)
+    if named is not None and (uses_train or data.test not in (None, named)):
+        # What a source names wins over all other splits, so it would be trained on and tested on.
+        raise DataError(f"{data.source} is one split, and the recipe needs others: set source: {source}, test: {named}")
+    images = open_images(data, data.test)
     if images.split == ALL and uses_train:
         # One part of data without splits is trained or calibrated on, so only the other part may test.
         return open_images(data, "test")
@@ -218,9 +222,9 @@ def _read_stages(folder: Path) -> dict[str, str]:
     return content if isinstance(content, dict) else {}
 
 
-def _fingerprint(*inputs: Any) -> str:
-    versions = environment.versions()
-    return storage.sha256_of_json([*inputs, {name: versions[name] for name in _VERSIONS_THAT_MATTER}])
+def _fingerprint(*inputs: Any, measured_on: torch.device | None = None) -> str:
+    """Of a stage: all that its product depends on. What was made on one device stands on another; figures do not."""
+    return storage.sha256_of_json([*inputs, environment.provenance(measured_on)])
 
 
 def _finetune_stage(current: _Run, source: Checkpoint, data: DataSpec, test: ImageSet) -> Checkpoint:
@@ -268,7 +272,7 @@ def _sensitivity_stage(
         variant.format,
         variant.half,
         auto.model_dump(mode="json"),
-        recipe.device,
+        measured_on=environment.resolve_device(recipe.device),
     )
     if not current.stands(stage, fingerprint, output):
         if environment.is_main_process():
@@ -330,18 +334,8 @@ def _holds_same(current: _Run, other: VariantSpec, variant: VariantSpec, fingerp
 
 
 def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str | None]) -> list[Record]:
-    recipe = current.recipe
     folders = {name: current.variant_folder(name) for name in made}
-    fingerprint = _fingerprint(
-        [variant.model_dump(mode="json") for variant in current.variants],
-        {name: current.stages.get(f"variant {name}") for name in made},
-        recipe.baseline_name,
-        recipe.evaluate.model_dump(mode="json"),
-        recipe.data.model_dump(mode="json") if recipe.data else None,
-        images.sha256 if images else None,
-        recipe.device,
-        [torch.get_num_threads(), environment.threads_bound()],
-    )
+    fingerprint = _evaluate_fingerprint(current, images)
     if current.stands("evaluate", fingerprint, *(folder / RECORD_FILE for folder in folders.values())):
         return [load_record(folder) for folder in folders.values()]
     on = f"{len(images)} images of {images.name}" if images else "random pixels"
@@ -361,6 +355,20 @@ def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str 
             current.say(f"evaluate: {one.record.variant.name} failed: {one.record.failure}")
     current.complete("evaluate", fingerprint)
     return [one.record for one in measured]
+
+
+def _evaluate_fingerprint(current: _Run, images: ImageSet | None) -> str:
+    recipe = current.recipe
+    return _fingerprint(
+        [variant.model_dump(mode="json") for variant in current.variants],
+        {variant.name: current.stages.get(f"variant {variant.name}") for variant in current.variants},
+        recipe.baseline_name,
+        recipe.evaluate.model_dump(mode="json"),
+        recipe.data.model_dump(mode="json") if recipe.data else None,
+        [images.sha256, images.groups] if images else None,
+        [torch.get_num_threads(), environment.threads_bound()],
+        measured_on=environment.resolve_device(recipe.device),
+    )
 
 
 def _measure(

@@ -40,6 +40,12 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _changed(spec: Spec, *keys: str) -> str:
+    """Those keys whose values are not the defaults, in words; a resolved recipe states the defaults as well."""
+    defaults = type(spec).model_fields
+    return ", ".join(f"`{key}`" for key in keys if getattr(spec, key) != defaults[key].default)
+
+
 class DataSpec(Spec):
     """Where images come from; a bare string in a recipe is its `source`."""
 
@@ -49,6 +55,9 @@ class DataSpec(Spec):
     image_column: str | None = Field(None, description="column of a hub data set; null finds it")
     label_column: str | None = Field(None, description="column of a hub data set; null finds it")
     labels: Labels = Field("name", description="`index`: the labels are numbers that count the head's outputs from 0")
+    group_column: str | None = Field(
+        None, description="column of metadata.csv or of a hub data set: images of one group depend on each other"
+    )
     limit: int | None = Field(None, ge=1, description="evaluate on the first so many images, spread over classes")
     skip_bad_images: bool = Field(False, description="leave out images that cannot be decoded, and count them")
 
@@ -77,6 +86,13 @@ class FinetuneSpec(Spec):
     augment: bool = Field(True, description="random crops and, unless `flip` is false, mirror images")
     flip: bool = Field(True, description="set to false where mirroring changes the class, as with digits")
     workers: int = Field(0, ge=0, description="processes that decode images; 0 decodes in the training process")
+
+    @model_validator(mode="after")
+    def _lora_keys_need_lora(self) -> "FinetuneSpec":
+        without_effect = _changed(self, "rank", "alpha", "dropout", "targets") if self.method == "full" else ""
+        if without_effect:
+            raise ValueError(f"`method: full` trains every weight, so {without_effect} would do nothing: leave it out")
+        return self
 
 
 class AutoSkipSpec(Spec):
@@ -137,6 +153,10 @@ class VariantSpec(RunSpec, HeldSpec):
             raise ValueError(f"format {self.format} quantizes nothing, so `skip` has nothing to keep in 16 bit")
         if AUTO in self.skip and self.skip != (AUTO,):
             raise ValueError("`skip: auto` chooses the whole list; it cannot be mixed with names")
+        if self.auto != AutoSkipSpec() and not self.skips_automatically:
+            raise ValueError("`auto` says how `skip: auto` chooses, and `skip` is another: leave one of them out")
+        if self.half != "bf16" and self.format not in QUANTIZED_FORMATS and not self.layers:
+            raise ValueError(f"format {self.format} quantizes nothing, so `half` would do nothing: leave it out")
         return self
 
     @property
@@ -176,6 +196,9 @@ class EvaluateSpec(Spec):
 
     batch_size: int = Field(32, ge=1, description="images per call while accuracy is measured")
     workers: int = Field(0, ge=0, description="processes that decode images; 0 uses one background thread")
+    look_alikes: bool = Field(
+        True, description="also count tested images that look like others or like training images"
+    )
     latency: LatencySpec = LatencySpec()
     end_to_end: bool = Field(True, description="also time decode, preprocess, copy, model, postprocess")
     throughput: bool = Field(False, description="also find the highest rate by doubling the batch")
@@ -241,7 +264,11 @@ class Recipe(Spec):
             needy += [f"`skip: auto` of {variant.name}" for variant in self.variants if variant.skips_automatically]
             needs_images = ("max_top1_drop", "min_agreement", "max_kl")
             needy += [f"require.{key}" for key in self.require.limits if key in needs_images]
+            if without_effect := _changed(self.evaluate, "batch_size", "workers"):
+                needy.append(f"evaluate: {without_effect}")
             mistakes += [f"{what} needs `data`" for what in needy]
+        elif self.finetune is None and self.data.train != "train":
+            mistakes.append("data: `train` is the split to fine-tune on, and there is no `finetune`")
         if self.require.batch_size not in (None, *self.evaluate.latency.batch_sizes):
             mistakes.append(f"require.batch_size {self.require.batch_size} is not in evaluate.latency.batch_sizes")
         for key, wanted in [("baseline", self.baseline), ("export", self.export)] + [

@@ -96,7 +96,7 @@ class VersusBaseline(Part):
     agreement_ci95_percent: tuple[float, float] | None = Field(None, description="Wilson interval")
     right_to_wrong: int
     wrong_to_right: int
-    mcnemar_p: float
+    mcnemar_p: float = Field(description="exact; of groups of images, by flipping the signs of whole groups")
     mcnemar_holm_p: float | None = Field(
         None, description="the same, adjusted for all variants that were compared with this baseline (Holm 1979)"
     )
@@ -221,6 +221,17 @@ class Requirement(Part):
     reason: str | None = Field(None, description="why it is undecided, or what would likely decide it")
 
 
+class Overlap(Part):
+    """Tested images that the checkpoint has seen before, or that are tested more than once."""
+
+    where: str = Field(description="`test`, or what the checkpoint saw them for: `training`, `skip list`, `format`")
+    same: int = Field(description="tested images whose very content is there")
+    alike: int | None = Field(
+        description="others that look like one there: perceptual hashes at most 6 of 64 bits apart; null if unknown"
+    )
+    examples: tuple[str, ...] = Field((), description="tested image and the one it is or looks like; at most ten")
+
+
 class Dataset(Part):
     """Which images were used."""
 
@@ -230,6 +241,10 @@ class Dataset(Part):
     sha256: str = Field(description="of all image contents and labels, in order")
     skipped: tuple[str, ...] = Field((), description="images left out because they cannot be decoded")
     preprocessor: str = Field(description="class that turned images into pixels; backends differ slightly")
+    groups: int | None = Field(
+        None, description="groups of images that depend on each other, which intervals allow for; null: none were named"
+    )
+    overlaps: tuple[Overlap, ...] = Field((), description="tested images that are met again; empty where none was")
 
 
 class Record(Part):

@@ -76,6 +76,45 @@ def numbered(labels: list[int], class_names: tuple[str, ...] | None = None, name
     )
 
 
+# groups
+
+
+FRAMES = "file_name,label,video\na.png,cat,v1\nb.png,dog,v2\nc.png,cat,v1\nd.png,dog,v3\n"
+
+
+def test_groups_are_a_column_of_the_table_and_stay_with_their_images(table):
+    images = opened(table(FRAMES), group_column="video")
+    assert images.groups == ("v1", "v2", "v1", "v3")
+    assert images.subset([3, 0]).groups == ("v3", "v1")
+    assert images.without(["a.png"]).groups == ("v2", "v1", "v3")
+    assert opened(table(FRAMES)).groups is None
+
+
+def test_a_division_keeps_groups_together(tmp_path):
+    rows = ["file_name,label,video"]
+    for index in range(60):
+        save(tmp_path / f"{index}.png", index)
+        rows.append(f"{index}.png,{'cat' if index < 30 else 'dog'},v{index // 3}")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    train, test = (opened(tmp_path, split, group_column="video") for split in ("train", "test"))
+    assert (len(train), len(test)) == (48, 12)
+    assert not set(train.groups) & set(test.groups)
+    assert "too few groups" in refusal(tmp_path, "test", group_column="label")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [(FRAMES, "no column 'clip'"), (FRAMES.replace("video", "clip").replace("v2", ""), "line 3: the group")],
+)
+def test_groups_that_are_not_there(text, words, table):
+    assert words in refusal(table(text), group_column="clip")
+
+
+def test_groups_need_a_table(classes):
+    assert "'video'" in refusal(classes(cat=5, dog=5), group_column="video")
+    assert "'video'" in refusal("digits", group_column="video")
+
+
 # class folders
 
 
@@ -106,6 +145,11 @@ def test_every_listed_ending_can_be_read(tmp_path, ending):
         save(tmp_path / name / f"x{ending}", size=(5, 4))
     images = opened(tmp_path)
     assert [images.image(index).size for index in range(2)] == [(5, 4), (5, 4)]
+
+
+def test_columns_are_those_of_hub_data(classes):
+    assert "'pixels'" in refusal(classes(cat=1, dog=1), image_column="pixels")
+    assert "'class'" in refusal("digits", label_column="class")
 
 
 def test_a_home_folder_is_expanded(classes, monkeypatch):
@@ -562,7 +606,7 @@ def test_whatever_a_decoder_stumbles_over_is_a_bad_image(error):
         def content(self, index: int) -> bytes:
             return b""
 
-        def image(self, index: int) -> Image.Image:
+        def image(self, index: int, small: bool = False) -> Image.Image:
             raise error
 
     images = replace(numbered([0]), reader=Stumbling())

@@ -105,6 +105,7 @@ def test_the_merged_model_has_the_modules_of_the_original_and_no_adapter(
         "model.safetensors",
         "preprocessor_config.json",
         "training.json",
+        "calibration.json",
     }
     # The low-rank updates reached the layers and nothing else but the head.
     changed = {name for name in tuned if not torch.equal(tuned[name], original[name])}

@@ -1,5 +1,6 @@
 """Predictions on disk."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,14 @@ def test_what_is_saved_is_read_back_to_the_bit(tmp_path: Path, images: int, clas
     np.testing.assert_array_equal(got.logits, saved.logits)
     assert (got.labels.dtype, got.logits.dtype) == (np.int64, np.float32)
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [PREDICTIONS_FILE]
+
+
+def test_groups_are_read_back_where_there_are_any(tmp_path: Path) -> None:
+    plain = Predictions(("a", "b"), ("x", "y"), np.array([0, 1]), np.zeros((2, 3), np.float32))
+    save_predictions(plain, tmp_path)
+    assert load_predictions(tmp_path).groups is None
+    save_predictions(replace(plain, groups=("v1", "v2")), tmp_path)
+    assert load_predictions(tmp_path).groups == ("v1", "v2")
 
 
 def test_the_file_is_a_plain_table_for_others(tmp_path: Path) -> None:

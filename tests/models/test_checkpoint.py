@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -428,6 +429,42 @@ def test_the_fingerprint_of_a_quantized_checkpoint_is_stable(quantized, tmp_path
     shutil.copytree(checkpoint.folder, tmp_path / "copy")
     assert open_checkpoint(str(tmp_path / "copy")).fingerprint() == checkpoint.fingerprint()
     assert checkpoint.fingerprint() != quantized("nf4").fingerprint()
+
+
+@pytest.fixture
+def hub(tmp_path, tiny_checkpoint, monkeypatch):
+    """Puts the tiny checkpoint into a cache of the hub as `owner/tiny` at a commit."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def push(commit: str, **changes: object) -> None:
+        repository = tmp_path / "hub" / "models--owner--tiny"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+        shutil.copytree(tiny_checkpoint, repository / "snapshots" / commit)
+        if changes:
+            change_weights(repository / "snapshots" / commit, **changes)
+
+    return push
+
+
+def test_the_fingerprint_of_a_hub_id_changes_with_its_weights(hub):
+    hub("a" * 40)
+    before = open_checkpoint("owner/tiny")
+    assert before.fingerprint() == open_checkpoint("owner/tiny").fingerprint()
+    hub("b" * 40, change=lambda weights: weights["classifier.bias"][0].add_(1e-3))
+    after = open_checkpoint("owner/tiny")
+    assert after.config.to_dict() == before.config.to_dict()
+    assert after.fingerprint() != before.fingerprint()
+
+
+def test_a_hub_id_loads_the_weights_of_its_fingerprint(hub):
+    hub("a" * 40)
+    before = open_checkpoint("owner/tiny")
+    expected = load_model(before).classifier.bias.detach().clone()
+    hub("b" * 40, change=lambda weights: weights["classifier.bias"][0].add_(1))
+    assert torch.equal(load_model(before).classifier.bias, expected)
+    assert not torch.equal(load_model(open_checkpoint("owner/tiny")).classifier.bias, expected)
+    assert load_processor(before).to_dict()
 
 
 # sizes

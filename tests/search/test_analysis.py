@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,9 +184,9 @@ def test_costs_are_those_of_the_weights(result, fragile: Checkpoint) -> None:
         assert unit.extra_ms is not None
 
 
-def test_an_interrupted_analysis_goes_on(
-    fragile: Checkpoint, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result
-) -> None:
+@pytest.fixture
+def interrupted(fragile: Checkpoint, images: ImageSet, tmp_path: Path) -> Path:
+    """Where an analysis was interrupted after three mixtures."""
     path = tmp_path / "sensitivity.json"
     write, calls = analysis.storage.write_bytes, 0
 
@@ -196,26 +197,60 @@ def test_an_interrupted_analysis_goes_on(
         if calls == 4:  # the first is not a mixture but what identifies the inputs
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(analysis.storage, "write_bytes", interrupt_after_three)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(analysis.storage, "write_bytes", interrupt_after_three)
         analyse(fragile, images, "nf4", path)
-    assert not path.exists()
-    assert path.with_suffix(".partial").exists()
+    return path
 
-    seen: list[str] = []
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The units that are run from now on."""
+    units_run: list[str] = []
     run = analysis.table_logits
 
     def watching(hybrid, calibration, chosen, **options):
-        seen.extend(unit.name for unit in chosen)
+        units_run.extend(unit.name for unit in chosen)
         return run(hybrid, calibration, chosen, **options)
 
-    monkeypatch.setattr(analysis.storage, "write_bytes", write)
     monkeypatch.setattr(analysis, "table_logits", watching)
-    resumed = analyse(fragile, images, "nf4", path)
+    return units_run
+
+
+def test_an_interrupted_analysis_goes_on(
+    fragile: Checkpoint, images: ImageSet, interrupted: Path, seen: list[str], result
+) -> None:
+    assert not interrupted.exists()
+    assert interrupted.with_suffix(".partial").exists()
+    resumed = analyse(fragile, images, "nf4", interrupted)
     assert seen == ["block.3", "block.0", "block.1", "block.2", "block.3"]
     complete, _ = result
     for ours, theirs in zip(resumed.units, complete.units, strict=True):
         assert (ours.damage, ours.recovery) == (theirs.damage, theirs.recovery)
+
+
+@pytest.mark.parametrize(
+    ("provenance", "options"),
+    [
+        ({"processor": "another processor"}, {}),
+        ({"libraries": {"torch": "99"}}, {}),
+        ({"code": "other code"}, {}),
+        ({}, {"batch_size": 8}),
+    ],
+)
+def test_an_analysis_goes_on_only_where_it_was_begun(
+    provenance: dict[str, Any],
+    options: dict[str, int],
+    fragile: Checkpoint,
+    images: ImageSet,
+    interrupted: Path,
+    seen: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here = analysis.environment.provenance
+    monkeypatch.setattr(analysis.environment, "provenance", lambda device: here(device) | provenance)
+    analyse(fragile, images, "nf4", interrupted, **options)
+    assert seen == [f"block.{n}" for n in range(BLOCKS)] * 2
 
 
 def test_a_sample_without_labels_picks_the_candidates(fragile: Checkpoint, images: ImageSet, tmp_path: Path) -> None:

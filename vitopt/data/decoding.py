@@ -26,7 +26,7 @@ class Reader(Protocol):
 
     def content(self, index: int) -> bytes: ...
 
-    def image(self, index: int) -> Image.Image: ...
+    def image(self, index: int, small: bool = False) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class FileReader:
     def content(self, index: int) -> bytes:
         return self.paths[index].read_bytes()
 
-    def image(self, index: int) -> Image.Image:
-        image = Image.open(self.paths[index], formats=FORMATS)
+    def image(self, index: int, small: bool = False) -> Image.Image:
+        image = _draft(Image.open(self.paths[index], formats=FORMATS), small)
         if image.width * image.height <= MAX_PIXELS:
             image.load()
         return image
@@ -54,7 +54,7 @@ class ArrayReader:
     def content(self, index: int) -> bytes:
         return self.pixels[index].tobytes()
 
-    def image(self, index: int) -> Image.Image:
+    def image(self, index: int, small: bool = False) -> Image.Image:
         return Image.fromarray(self.pixels[index])
 
 
@@ -71,8 +71,14 @@ class HubReader:
             return b""  # an empty cell, which cannot be decoded
         return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
 
-    def image(self, index: int) -> Image.Image:
-        return Image.open(io.BytesIO(self.content(index)), formats=FORMATS)
+    def image(self, index: int, small: bool = False) -> Image.Image:
+        return _draft(Image.open(io.BytesIO(self.content(index)), formats=FORMATS), small)
+
+
+def _draft(image: Image.Image, small: bool) -> Image.Image:
+    if small:
+        image.draft(image.mode, (64, 64))  # only JPEG can be decoded at a fraction of its size
+    return image
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -19,7 +19,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vitopt.data.decoding import IMAGE_ENDINGS, MAX_PIXELS, ArrayReader, FileReader, HubReader, Reader, as_rgb
+from vitopt.data.division import held_out
 from vitopt.data.labels import as_indices, classes_of
+from vitopt.data.sources import may_be_on_hub, parse_source
 from vitopt.errors import BadImageError, DataError
 from vitopt.recipe import DataSpec
 
@@ -43,19 +45,20 @@ class ImageSet:
     class_names: tuple[str, ...] | None
     reader: Reader
     rows: tuple[int, ...]  # where each image stands in the reader
+    groups: tuple[str, ...] | None = None  # of images that depend on each other, such as the frames of one video
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def image(self, index: int) -> Image.Image:
-        """Decode one image as RGB, turned upright.
+    def image(self, index: int, small: bool = False) -> Image.Image:
+        """Decode one image as RGB, turned upright; `small` is quicker for JPEG files, of 64 pixels or more a side.
 
         Raises:
             BadImageError: truncated, not an image, or more than MAX_PIXELS pixels; the message names it.
         """
         name = self.ids[index]
         try:
-            image = self.reader.image(self.rows[index])
+            image = self.reader.image(self.rows[index], small)
             if image.width * image.height > MAX_PIXELS:
                 megapixels = image.width * image.height / 1e6
                 raise BadImageError(
@@ -96,6 +99,7 @@ class ImageSet:
             ids=tuple(self.ids[i] for i in chosen),
             labels=tuple(self.labels[i] for i in chosen),
             rows=tuple(self.rows[i] for i in chosen),
+            groups=None if self.groups is None else tuple(self.groups[i] for i in chosen),
         )
 
     def without(self, ids: Sequence[str]) -> "ImageSet":
@@ -122,18 +126,23 @@ def open_images(spec: DataSpec, split: str | None) -> ImageSet:
         DataError: no such folder or split, no images, fewer than two classes, labels that are no indices where the
             spec says they are, a hub that cannot be reached.
     """
-    source, _, named = spec.source.partition(":") if not Path(spec.source).exists() else (spec.source, "", "")
+    source, named = parse_source(spec.source)
     split = named or split
     if source == "digits":
         images = _digits(split)
     elif Path(source).expanduser().is_dir():
-        images = _folder(Path(source).expanduser(), source, split)
+        images = _folder(Path(source).expanduser(), source, split, spec.group_column)
     elif Path(source).expanduser().exists():
         raise DataError(f"{source} is a file; data is a folder of images, a hub data set id, or digits")
-    elif source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise DataError(f"no data at {source}: the folder does not exist")
+    elif not may_be_on_hub(source):
+        absent = "the folder does not exist" if named is None else f"neither it nor {source} is a folder"
+        raise DataError(f"no data at {spec.source}: {absent}")
     else:
         images = _hub(source, spec, split)
+    columns = [] if isinstance(images.reader, HubReader) else [spec.image_column, spec.label_column]
+    columns += [spec.group_column] if images.groups is None else []
+    if column := next(filter(None, columns), None):
+        raise DataError(f"{spec.source} is no hub data set, so it has no column {column!r}: leave it out of `data`")
     if len(images) == 0:
         raise DataError(f"{spec.source} has no images; known endings: {' '.join(IMAGE_ENDINGS)}")
     if len(set(images.labels)) < 2:
@@ -183,12 +192,12 @@ def _digits(split: str | None) -> ImageSet:
     return _divided(whole, split, test_share=0.45)
 
 
-def _folder(path: Path, source: str, split: str | None) -> ImageSet:
+def _folder(path: Path, source: str, split: str | None, group_column: str | None) -> ImageSet:
     splits = _splits(path)
     if not splits:
-        return _divided(_one_folder(path, source, None), split)
+        return _divided(_one_folder(path, source, None, group_column), split)
     wanted = _pick_split(split and split.lower(), list(splits), source)
-    return _one_folder(splits[wanted], source, wanted)
+    return _one_folder(splits[wanted], source, wanted, group_column)
 
 
 def _subfolders(path: Path) -> list[Path]:
@@ -222,25 +231,24 @@ def _divided(whole: ImageSet, split: str | None, test_share: float = _TEST_SHARE
         return replace(whole, split=ALL)
     if split not in ("train", "test"):
         raise DataError(f"{whole.name} has no split {split!r}; it divides into train and test, or take all")
-    seen: dict[int, int] = {}
-    testing = []
-    for label in whole.labels:
-        # Evenly spread over the class: image k is tested where k * share passes the next whole number.
-        k = seen.get(label, 0)
-        testing.append(int((k + 1) * test_share) > int(k * test_share))
-        seen[label] = k + 1
-    if split == "test" and len(set(whole.labels)) > 1 and sum(count * test_share >= 1 for count in seen.values()) < 2:
+    testing = held_out(whole.labels, whole.groups, test_share)
+    tested = {label for label, here in zip(whole.labels, testing, strict=True) if here}
+    if split == "test" and len(tested) < 2 <= len(set(whole.labels)):
+        what = "images" if whole.groups is None else "groups of images"
         raise DataError(
-            f"{whole.name} has too few images to divide: at least two classes must have {1 / test_share:.0f} each; "
+            f"{whole.name} has too few {what} to divide: at least two classes must have {1 / test_share:.0f} each; "
             f"add images, or take them all as {whole.name}:{ALL}"
         )
-    part = whole.subset(index for index, tested in enumerate(testing) if tested == (split == "test"))
+    part = whole.subset(index for index, here in enumerate(testing) if here == (split == "test"))
     return replace(part, split=split)
 
 
-def _one_folder(path: Path, source: str, split: str | None) -> ImageSet:
+def _one_folder(path: Path, source: str, split: str | None, group_column: str | None) -> ImageSet:
+    groups = None
     if (path / "metadata.csv").is_file():
-        files, labels, names = _read_metadata(path)
+        files, labels, names, groups = _read_metadata(path, group_column)
+    elif group_column is not None:
+        raise DataError(f"{path} has no metadata.csv, whose column {group_column!r} would tell the groups of images")
     else:
         files, labels, names = _read_class_folders(path, source)
     return ImageSet(
@@ -251,6 +259,7 @@ def _one_folder(path: Path, source: str, split: str | None) -> ImageSet:
         class_names=names,
         reader=FileReader(tuple(files)),
         rows=tuple(range(len(files))),
+        groups=groups,
     )
 
 
@@ -273,7 +282,9 @@ def _is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
 
 
-def _read_metadata(path: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
+def _read_metadata(
+    path: Path, group_column: str | None
+) -> tuple[list[Path], list[int], tuple[str, ...], tuple[str, ...] | None]:
     table = path / "metadata.csv"
     try:
         with table.open(newline="", encoding="utf-8-sig") as stream:
@@ -281,16 +292,22 @@ def _read_metadata(path: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
             missing = {"file_name", "label"} - set(rows.fieldnames or ())
             if missing:
                 raise DataError(f"{table} has no column {' and '.join(sorted(missing))}; it needs file_name,label")
-            entries = [(row["file_name"], (row["label"] or "").strip()) for row in rows]
+            if group_column is not None and group_column not in (rows.fieldnames or ()):
+                raise DataError(f"{table} has no column {group_column!r}; it has {', '.join(rows.fieldnames or ())}")
+            found = list(rows)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table} is not comma-separated text in UTF-8 ({error}): save it as such") from error
+    entries = [(row["file_name"], (row["label"] or "").strip()) for row in found]
+    groups = None if group_column is None else tuple((row[group_column] or "").strip() for row in found)
+    if groups is not None and "" in groups:
+        raise DataError(f"{table} line {groups.index('') + 2}: the group in column {group_column!r} is empty")
     for line, (name, label) in enumerate(entries, start=2):
         if not name or not label:
             raise DataError(f"{table} line {line}: the file name or the label is empty")
         if not (path / name).is_file():
             raise DataError(f"{table} line {line}: {name} does not exist")
     files = [path / name for name, _ in entries]
-    return files, *classes_of([label for _, label in entries])
+    return files, *classes_of([label for _, label in entries]), groups
 
 
 def _hub(source: str, spec: DataSpec, split: str | None) -> ImageSet:
@@ -309,14 +326,15 @@ def _hub(source: str, spec: DataSpec, split: str | None) -> ImageSet:
     rows = with_splits[chosen]
     image_column = spec.image_column or _column(rows.features, datasets.Image, "image_column", source)
     label_column = spec.label_column or _column(rows.features, datasets.ClassLabel, "label_column", source)
-    for column in (image_column, label_column):
-        if column not in rows.features:
+    for column in (image_column, label_column, spec.group_column):
+        if column is not None and column not in rows.features:
             raise DataError(f"{source} has no column {column!r}; it has {', '.join(rows.features)}")
     if not isinstance(rows.features[image_column], datasets.Image):
         raise DataError(f"column {image_column!r} of {source} holds no images; set data.image_column in the recipe")
     labels, names = _hub_labels(rows, label_column, f"{source}:{chosen}")
     if spec.labels == "index" and hasattr(rows.features[label_column], "names"):
         names = None  # its names are given up for its numbers
+    groups = None if spec.group_column is None else tuple(map(str, rows[spec.group_column]))
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     return ImageSet(
         name=source,
@@ -326,6 +344,7 @@ def _hub(source: str, spec: DataSpec, split: str | None) -> ImageSet:
         class_names=names,
         reader=HubReader(rows, image_column),
         rows=tuple(range(len(rows))),
+        groups=groups,
     )
 
 

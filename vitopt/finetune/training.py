@@ -23,6 +23,8 @@ from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Augmentation, PixelDataset, Preprocessor
 from vitopt.errors import CheckpointError, MeasurementError, StorageError
 from vitopt.measure.chance import explain_guessing, is_guessing
+from vitopt.measure.overlap import seen
+from vitopt.models.calibration import TRAINING, load_uses, save_uses
 from vitopt.models.checkpoint import (
     CONFIG_FILE,
     Checkpoint,
@@ -149,6 +151,7 @@ def finetune(
         with storage.staged_folder(output) as folder:
             save_checkpoint(merged, preprocess.processor, folder)
             storage.write_json(folder / REPORT_FILE, asdict(report))
+            save_uses([*load_uses(checkpoint.folder), seen(train, TRAINING)], folder)
         shutil.rmtree(state, ignore_errors=True)
     environment.wait_for_all()
     return report

@@ -13,6 +13,7 @@ from vitopt.data.pixels import Batch, Preprocessor, batches, on_device
 from vitopt.errors import DataError, MeasurementError, RecordError
 from vitopt.measure import statistics
 from vitopt.measure.bootstrap import positive_mean_interval
+from vitopt.measure.clusters import clustered, proportion_interval
 from vitopt.measure.failures import explain_failure, is_out_of_memory
 from vitopt.measure.power import smallest_visible_loss
 from vitopt.measure.predictions import Predictions
@@ -138,6 +139,7 @@ def _merge(shares: Sequence[_Share], images: ImageSet, batch_size: int) -> Outco
             image_sha256=tuple(hashes[i] for i in kept),
             labels=np.array([images.labels[i] for i in kept], dtype=np.int64),
             logits=np.stack([logits[i] for i in kept]),
+            groups=None if images.groups is None else tuple(images.groups[i] for i in kept),
         )
     smallest = {name: min(sizes[name] for _, _, sizes, _ in shares) for name in shares[0][0]}
     notes = {
@@ -153,7 +155,7 @@ def summarise(predictions: Predictions, class_names: Sequence[str]) -> Accuracy:
     top1 = statistics.topk_correct(predictions.logits, predictions.labels, 1)
     classes = predictions.logits.shape[1]
     top5 = statistics.topk_correct(predictions.logits, predictions.labels, 5) if classes > 5 else None
-    interval = statistics.wilson_interval(int(top1.sum()), len(top1))
+    interval = proportion_interval(top1, predictions.groups)
     rows = []
     for label in np.unique(predictions.labels):
         of_class = predictions.labels == label
@@ -194,7 +196,7 @@ def compare(baseline_name: str, baseline: Predictions, variant: Predictions) -> 
     divergences = statistics.kl_divergences(baseline.logits, variant.logits)
     p = statistics.mcnemar_exact_p(counts.right_to_wrong, counts.wrong_to_right)
     visible = smallest_visible_loss(images, (counts.right_to_wrong + counts.wrong_to_right) / images)
-    return VersusBaseline(
+    versus = VersusBaseline(
         baseline=baseline_name,
         top1_delta_points=delta,
         top1_delta_ci95_points=(low, high),
@@ -209,6 +211,7 @@ def compare(baseline_name: str, baseline: Predictions, variant: Predictions) -> 
         smallest_visible_loss_points=min(visible, 100.0),
         verdict=accuracy_verdict(images, delta, low, high, p),
     )
+    return clustered(versus, baseline, variant)
 
 
 def adjusted(compared: Sequence[VersusBaseline], images: int) -> list[VersusBaseline]:

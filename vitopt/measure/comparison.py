@@ -51,6 +51,11 @@ class Comparison:
             "baseline": self.baseline.variant.name,
             "variant": self.variant.variant.name,
             "versus_baseline": self.versus.model_dump(mode="json"),
+            "overlaps": {
+                record.variant.name: [overlap.model_dump(mode="json") for overlap in record.dataset.overlaps]
+                for record in (self.baseline, self.variant)
+                if record.dataset
+            },
             "speed": [
                 {
                     "batch_size": one.batch_size,

@@ -25,10 +25,12 @@ from vitopt.measure.invariance import batch_invariance
 from vitopt.measure.latency import clock_for
 from vitopt.measure.latency_rows import Rows, call_of, time_rows
 from vitopt.measure.memory import peak_memory
+from vitopt.measure.overlap import HashedImages, warning
 from vitopt.measure.predictions import Predictions
 from vitopt.measure.rates import floor_ms, flops_per_image, roofline, utilisation_percent
 from vitopt.measure.subject import Subject
 from vitopt.measure.throughput import energy_per_image, find_throughput
+from vitopt.models.calibration import load_uses
 from vitopt.models.checkpoint import disk_bytes, empty_model, parameter_count, weight_bytes
 from vitopt.recipe import EvaluateSpec, VariantSpec
 from vitopt.records import Dataset, EndToEnd, Latency, Model, Record, Roofline, Size, Variant
@@ -81,11 +83,17 @@ def evaluate(
     with watched(subjects[0].device) as warnings:
         rows = time_rows(running, spec.latency, baseline)
     dataset = _describe_dataset(images, preprocess, outcome) if outcome and images and preprocess else None
+    tested = HashedImages.of(images, spec.look_alikes) if images is not None else None
     together = uuid.uuid4().hex
     measured = {}
     for subject, asked in zip(subjects, specs, strict=True):
         notes = outcome.notes.get(subject.name, []) if outcome else []
-        own: dict[str, Any] = {"dataset": dataset, "warnings": (*warnings, *notes)}
+        own: dict[str, Any] = {"dataset": dataset}
+        if dataset is not None and tested is not None:
+            overlaps = tested.overlaps(load_uses(subject.checkpoint.folder))
+            own["dataset"] = dataset.model_copy(update={"overlaps": overlaps})
+            notes = [*notes, *(warning(overlap, dataset.images) for overlap in overlaps)]
+        own["warnings"] = (*warnings, *notes)
         if subject.name in rows:
             own["measured_together"] = together
         measured[subject.name] = _first_figures(subject, asked, own, outcome, images, rows.get(subject.name), baseline)
@@ -374,4 +382,5 @@ def _describe_dataset(images: ImageSet, preprocess: Preprocessor, outcome: accur
         sha256=images.sha256,
         skipped=outcome.skipped,
         preprocessor=preprocess.name,
+        groups=None if images.groups is None else len(set(images.groups)),
     )

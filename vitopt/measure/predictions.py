@@ -18,12 +18,14 @@ class Predictions:
     """Logits of one variant over one image set.
 
     `ids` and `image_sha256` name the images; `labels`: (images,); `logits`: (images, classes), float32.
+    `groups` names the group of each image where images of one group depend on each other.
     """
 
     ids: tuple[str, ...]
     image_sha256: tuple[str, ...]
     labels: NDArray[np.int64]
     logits: NDArray[np.float32]
+    groups: tuple[str, ...] | None = None
 
     @property
     def classes(self) -> NDArray[np.int64]:
@@ -37,20 +39,21 @@ class Predictions:
 
 
 def save_predictions(predictions: Predictions, folder: Path) -> None:
-    """Write `predictions.parquet` into `folder`: image id, image hash, label, logits."""
+    """Write `predictions.parquet` into `folder`: image id, image hash, label, logits, and the group if there is one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     classes = predictions.logits.shape[1]
     flat = pa.array(predictions.logits.reshape(-1))
-    table = pa.table(
-        {
-            "image": list(predictions.ids),
-            "image_sha256": list(predictions.image_sha256),
-            "label": predictions.labels,
-            "logits": pa.FixedSizeListArray.from_arrays(flat, classes),
-        }
-    )
+    columns = {
+        "image": list(predictions.ids),
+        "image_sha256": list(predictions.image_sha256),
+        "label": predictions.labels,
+        "logits": pa.FixedSizeListArray.from_arrays(flat, classes),
+    }
+    if predictions.groups is not None:
+        columns["group"] = list(predictions.groups)
+    table = pa.table(columns)
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     storage.write_bytes(folder / PREDICTIONS_FILE, buffer.getvalue())
@@ -75,6 +78,7 @@ def load_predictions(folder: Path) -> Predictions:
             image_sha256=tuple(table["image_sha256"].to_pylist()),
             labels=np.asarray(table["label"], dtype=np.int64),
             logits=values,
+            groups=tuple(table["group"].to_pylist()) if "group" in table.column_names else None,
         )
     except FileNotFoundError as error:
         raise RecordError(f"no predictions at {path}: evaluate with --output to keep them") from error

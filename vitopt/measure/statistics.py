@@ -32,8 +32,8 @@ class PairedCounts:
     both_wrong: int
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
-    """Score interval of a proportion, such as top-1 accuracy.
+def wilson_interval(successes: float, trials: float, confidence: float = 0.95) -> Interval:
+    """Score interval of a proportion, such as top-1 accuracy; counts need not be whole.
 
     Raises ValueError for zero trials, or for successes outside 0..trials.
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
@@ -54,11 +54,11 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> In
 
 
 def paired_delta_interval(
-    both_right: int, only_baseline: int, only_variant: int, both_wrong: int, confidence: float = 0.95
+    both_right: float, only_baseline: float, only_variant: float, both_wrong: float, confidence: float = 0.95
 ) -> Interval:
     """Score interval of the accuracy of the variant minus that of the baseline, on the same images.
 
-    The arguments count images, in the order of the fields of `PairedCounts`. The limits are
+    The arguments count images, not always whole, in the order of the fields of `PairedCounts`. The limits are
     proportions from -1 to 1. Zero is outside exactly when McNemar's score test rejects.
     Raises ValueError for a negative count, or when there is no image.
     Source: Tango 1998, "Equivalence test and confidence interval for the difference in

@@ -78,7 +78,7 @@ class Checkpoint:
         """Hex digest that changes when a configuration or a weight does, and not when the folder moves."""
         content = self.config.to_dict()
         content.pop("_name_or_path", None)
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode())
+        digest = hashlib.sha256(json.dumps([content, self.revision], sort_keys=True, default=str).encode())
         preprocessor = [self.folder / PREPROCESSOR_FILE] if self.folder else []
         for path in (*self.weights, *filter(Path.is_file, preprocessor)):
             digest.update(storage.sha256_of_file(path).encode())

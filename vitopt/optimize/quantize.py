@@ -12,6 +12,7 @@ from vitopt.data.pixels import random_pixels
 from vitopt.environment import DTYPES
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.formats import QUANTIZED_FORMATS
+from vitopt.models.calibration import load_uses, save_uses
 from vitopt.models.checkpoint import (
     CONFIG_FILE,
     Checkpoint,
@@ -66,6 +67,7 @@ def quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device:
     _check(plan, live_formats(model, checkpoint.config.model_type))
     with storage.staged_folder(output) as folder:
         save_checkpoint(model, processor, folder)
+        save_uses(load_uses(checkpoint.folder), folder)  # what it was made from has seen, it has seen
         del model  # not in memory twice
         _require_finite_logits(folder, variant, target)
     return plan

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vitopt.data.images import ImageSet, open_images
+from vitopt.data.sources import parse_source
 from vitopt.errors import VitoptError
 from vitopt.measure.predictions import Predictions
 from vitopt.recipe import DataSpec
@@ -178,7 +179,7 @@ def _name(class_names: Mapping[int, str], label: int) -> str:
 def _open(dataset: Dataset | None) -> ImageSet | None:
     if dataset is None:
         return None
-    place = dataset.name.partition(":")[0]
+    place, _ = parse_source(dataset.name)
     is_here = place == _BUILT_IN or any(_is_folder(path) for path in (dataset.name, place))
     if not is_here:
         return None

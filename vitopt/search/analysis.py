@@ -175,13 +175,14 @@ class _Analysis:
         self.from_packed = Hybrid(packed, exact, blocks)
         self.units = units(layers, granularity)
         self._device, self._memory_bytes = device, memory_bytes
-        self._identity = [checkpoint.fingerprint(), format, half, granularity]
+        self._identity = [checkpoint.fingerprint(), format, half, granularity, environment.provenance(device)]
 
     def start(self, calibration: Calibration, output: Path) -> None:
         """Take over what an interrupted analysis of the same inputs has left, and nothing of another's."""
         self.calibration = calibration
         self.partial = output.with_suffix(".partial")
-        fingerprint = storage.sha256_of_json([*self._identity, list(calibration.image_sha256)])
+        batches = list(map(len, calibration.batches))  # rounding differs from one batch size to another
+        fingerprint = storage.sha256_of_json([*self._identity, list(calibration.image_sha256), batches])
         left = self.partial / _FINGERPRINT_FILE
         if not left.is_file() or left.read_text() != fingerprint:
             shutil.rmtree(self.partial, ignore_errors=True)

@@ -17,7 +17,7 @@ from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
-from vitopt.formats import FORMATS, HalfFormat
+from vitopt.formats import FORMATS, QUANTIZED_FORMATS, HalfFormat
 from vitopt.measure.evaluator import evaluate
 from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
@@ -59,11 +59,12 @@ def candidates(device: torch.device, half: HalfFormat, compile: bool) -> list[Va
             or (format == "fp16" and device.type == "cpu")
         ):
             continue
+        held = {"half": half} if format in QUANTIZED_FORMATS else {}
         if format != "fp32":
-            found.append(VariantSpec(name=format, format=format, half=half))
+            found.append(VariantSpec(name=format, format=format, **held))
         if compile:
             name = f"{format}-compiled"
-            found.append(VariantSpec(name=name, format=format, half=half, compile=True, fuse_qkv=True))
+            found.append(VariantSpec(name=name, format=format, compile=True, fuse_qkv=True, **held))
     return found
 
 
