@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from vitopt.measure import gate
 from vitopt.measure.comparison import speed_ratio
 from vitopt.measure.gate import judge, judge_floor, overall
 from vitopt.measure.statistics import Interval, paired_delta_interval
