@@ -22,12 +22,14 @@ from vitopt.errors import BadImageError, CheckpointError, DataError, RecipeError
 from vitopt.measure import evaluator
 from vitopt.measure.predictions import load_predictions
 from vitopt.models.checkpoint import open_checkpoint
+from vitopt.ownership import LIST_FILE
 from vitopt.pipeline import RunResult
 from vitopt.recipe import Recipe, load_recipe
 from vitopt.records import Memory, load_record
 
 NAMES = ("fp32", "nf4-skip", "nf4-fa2", "int8")
 CHECKPOINT = {"config.json", "model.safetensors", "preprocessor_config.json"}
+LISTED = CHECKPOINT | {LIST_FILE}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,7 +98,7 @@ def written_again(before: dict[str, int], folder: Path) -> set[str]:
 
 
 def hidden(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*"))
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*") if path.name != LIST_FILE)
 
 
 def test_a_run_leaves_what_the_design_says(finished: tuple[RunResult, list[str]]) -> None:
@@ -104,11 +106,11 @@ def test_a_run_leaves_what_the_design_says(finished: tuple[RunResult, list[str]]
     assert {"recipe.yaml", "environment.json", "report.html", "report.md", "finetune", "variants", "export"} <= {
         path.name for path in folder.iterdir()
     }
-    assert {path.name for path in (folder / "finetune").iterdir()} == CHECKPOINT | {"training.json"}
+    assert {path.name for path in (folder / "finetune").iterdir()} == LISTED | {"training.json"}
     assert {path.name for path in (folder / "variants").iterdir()} == set(NAMES)
     for name in NAMES:
         held = {path.name for path in (folder / "variants" / name).iterdir()}
-        assert held == CHECKPOINT | {"record.json", "predictions.parquet", "README.md"}
+        assert held == LISTED | {"record.json", "predictions.parquet", "README.md"}
     assert hidden(folder) == []
 
 
@@ -800,7 +802,7 @@ def test_without_the_packages_of_the_report_it_is_left_out_in_one_line(
     assert load_record(folder / "variants" / "fp32") == result.records[0]
     assert result.report is None
     assert not (folder / "report.html").exists() and not (folder / "report.md").exists()
-    assert {path.name for path in (folder / "variants" / "fp32").iterdir()} == CHECKPOINT | {"record.json"}
+    assert {path.name for path in (folder / "variants" / "fp32").iterdir()} == LISTED | {"record.json"}
 
 
 def test_a_starting_recipe_for_a_gpu_has_the_fast_rows(

@@ -21,7 +21,6 @@ from vitopt.data.images import ImageSet, fit_labels
 from vitopt.data.pixels import Augmentation, PixelDataset, Preprocessor
 from vitopt.errors import CheckpointError, MeasurementError, StorageError
 from vitopt.models.checkpoint import (
-    CONFIG_FILE,
     Checkpoint,
     load_model,
     load_processor,
@@ -78,12 +77,25 @@ def finetune(
         BadImageError: a training image cannot be decoded.
         MeasurementError: the GPU's memory is full; or the loss or a weight is no longer a number, and then
             nothing is kept of such a training.
+        StorageError: the output would replace something else, is in use, or cannot be written.
     """
     if checkpoint.is_quantized:
         raise CheckpointError(
             f"{checkpoint.source} is quantized; fine-tune the 16- or 32-bit checkpoint, then quantize"
         )
-    storage.require_replaceable(output, {CONFIG_FILE})
+    with environment.in_main_process(storage.reserved(output, checkpoint.folder, train.name)):
+        return _finetune(checkpoint, train, spec, output, test, device, seed)
+
+
+def _finetune(
+    checkpoint: Checkpoint,
+    train: ImageSet,
+    spec: FinetuneSpec,
+    output: Path,
+    test: ImageSet | None,
+    device: str,
+    seed: int,
+) -> TrainingReport:
     set_seed(seed)
     target = environment.resolve_device(device)
     preprocess = Preprocessor(load_processor(checkpoint))
