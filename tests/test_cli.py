@@ -958,6 +958,28 @@ def test_a_second_process_is_refused_at_once(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("evaluate", "record.json"),
+        ("benchmark", "variants/tiny-vit/record.json"),
+        ("sensitivity", "sensitivity.json"),
+        ("run", "report.md"),
+    ],
+)
+def test_a_file_that_would_be_overwritten_is_found_before_the_work(
+    command: str, name: str, recipe: Path, tiny_checkpoint: Path, shapes: Path, tmp_path: Path, no_work: None
+) -> None:
+    output = tmp_path / "out"
+    with storage.claimed(output):
+        storage.write_text(output / "other.json", "{}")  # a folder of vitopt
+    (output / name).parent.mkdir(parents=True, exist_ok=True)
+    (output / name).write_text("mine")
+    text = refusal(*writing(tiny_checkpoint, shapes, recipe)[command], "--output", output)
+    assert name in text and "vitopt did not write it: move it elsewhere" in text
+    assert (output / name).read_text() == "mine"
+
+
 def test_a_report_of_an_older_vitopt_can_be_written_again_and_the_run_cannot(
     finished: tuple[Path, Result], tmp_path: Path, no_work: None
 ) -> None:

@@ -260,6 +260,11 @@ def test_a_file_of_others_is_never_overwritten(tmp_path):
         with pytest.raises(StorageError, match=r"report.md .* vitopt did not write"):
             storage.remove(folder / "report.md")
     assert (folder / "report.md").read_text() == "mine"
+    with (
+        pytest.raises(StorageError, match=r"report.md is there and vitopt did not write it"),
+        storage.claimed(folder, files=["stages.json", "./report.md"]),
+    ):
+        pytest.fail("the work began")
 
 
 def test_an_output_that_cannot_be_made_is_found_before_the_work(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ from vitopt.recipe import (
     load_recipe,
     validate,
 )
-from vitopt.records import Record
+from vitopt.records import RECORD_FILE, Record
 from vitopt.terminal import Console, NoteFormatter
 from vitopt.threads import bind
 
@@ -424,7 +424,8 @@ def sensitivity(
     from vitopt.search.analysis import analyse
     from vitopt.search.skiplist import Goal
 
-    with _claimed(output, checkpoint, source.folder):
+    files = ("sensitivity.json", "sensitivity.html")
+    with storage.claimed(output, checkpoint, source.folder, files=files):
         result = analyse(
             open_checkpoint(checkpoint),
             open_images(source, None),
@@ -537,7 +538,8 @@ def benchmark(
     from vitopt import pipeline
 
     candidates = _candidates(checkpoints, run, expanded=checkpoints)
-    with _claimed(output, *checkpoints):
+    folders = [f"variants/{candidate.name}" for candidate in candidates]
+    with _claimed(output, *checkpoints, folders=folders):
         measured = pipeline.measure(candidates, spec, baseline=candidates[0].name, device=device, strict=strict)
         if output is not None:
             for one in measured:
@@ -607,7 +609,8 @@ def report(
     from vitopt.report.sensitivity import write_sensitivity_page
 
     if (run_folder / "sensitivity.json").is_file() and not (run_folder / "variants").is_dir():
-        page = write_sensitivity_page(run_folder / "sensitivity.json")
+        with storage.locked(run_folder):
+            page = write_sensitivity_page(run_folder / "sensitivity.json")
         _print_json({"report": str(page), "variants": []}) if as_json else out.print(f"page: {page}")
         return
     records = load_run(run_folder)
@@ -729,11 +732,16 @@ def _exit_if_failed(records: Iterable[Record]) -> None:
         raise MeasurementError("; ".join(failures))
 
 
-def _claimed(output: Path | None, *inputs: str | Path | None) -> AbstractContextManager[None]:
-    """Take `output` for records before they are measured; nothing to take without one."""
+def _claimed(
+    output: Path | None, *inputs: str | Path | None, folders: Iterable[str] = (".",)
+) -> AbstractContextManager[None]:
+    """Take `output` for the records of its `folders` before they are measured; nothing to take without one."""
     from vitopt import environment
 
-    return nullcontext() if output is None else environment.in_main_process(storage.claimed(output, *inputs))
+    files = [f"{folder}/{name}" for folder in folders for name in (RECORD_FILE, "predictions.parquet")]
+    if output is None:
+        return nullcontext()
+    return environment.in_main_process(storage.claimed(output, *inputs, files=files))
 
 
 def _keep(measured: "Measured", folder: Path) -> None:

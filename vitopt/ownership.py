@@ -65,6 +65,17 @@ def first_foreign(folder: Path) -> Path | None:
     return None
 
 
+def require_overwritable(file: Path) -> None:
+    """Refuse a file that is there and not on the nearest list above it; where no list is, nothing is known.
+
+    Raises:
+        StorageError: such a file, by name.
+    """
+    found = list_above(file)
+    if found is not None and file.exists() and found[2] not in found[1]:
+        raise StorageError(f"{file} is there and vitopt did not write it: move it elsewhere")
+
+
 def require_replaceable(target: Path, *inputs: str | Path | None) -> None:
     """Refuse a target whose replacement would delete what vitopt did not write; long work asks before it begins.
 

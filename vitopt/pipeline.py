@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 STAGES_FILE = "stages.json"
 RECIPE_FILE = "recipe.yaml"
+ENVIRONMENT_FILE = "environment.json"
 _MEASURED = (RECORD_FILE, PREDICTIONS_FILE, "README.md")  # beside a variant's checkpoint; it stands without them
 _VERSIONS_THAT_MATTER = ("torch", "transformers", "peft", "bitsandbytes", "torchao")
 
@@ -159,7 +160,9 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
     if recipe.strict:
         _require_attention(recipe, device)
     inputs = source.folder, recipe.data.folder if recipe.data else None
-    with environment.in_main_process(storage.claimed(folder, *inputs)):
+    files = [RECIPE_FILE, ENVIRONMENT_FILE, STAGES_FILE, "report.html", "report.md"]
+    files += [f"sensitivity/{variant.name}.json" for variant in recipe.variants]
+    with environment.in_main_process(storage.claimed(folder, *inputs, files=files)):
         current = _Run(folder, recipe, say, _read_stages(folder))
         environment.wait_for_all()  # before the main process changes what the others have yet to read
         if environment.is_main_process():
@@ -169,11 +172,12 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
 
 def _begin(current: _Run, device: torch.device) -> None:
     folder, recipe = current.folder, current.recipe
-    for product in ("finetune", "export", *(f"variants/{variant.name}" for variant in recipe.variants)):
+    products = [*(["finetune"] if recipe.finetune else []), *(["export"] if recipe.export else [])]
+    for product in (*products, *(f"variants/{variant.name}" for variant in recipe.variants)):
         ownership.require_replaceable(folder / product)
     if not _holds_recipe(folder, recipe):
         storage.write_text(folder / RECIPE_FILE, dump_yaml(recipe))
-    storage.write_json(folder / "environment.json", environment.describe(device))
+    storage.write_json(folder / ENVIRONMENT_FILE, environment.describe(device))
 
 
 def _holds_recipe(folder: Path, recipe: Recipe) -> bool:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from vitopt.ownership import (
     not_ours,
     refuse_file,
     require_apart,
+    require_overwritable,
     require_replaceable,
 )
 
@@ -120,11 +121,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, *inputs: str | Path | None) -> Iterator[None]:
+def claimed(folder: Path, *inputs: str | Path | None, files: Iterable[str] = ()) -> Iterator[None]:
     """Fill a new, empty or earlier folder of vitopt file by file, while no other process does.
 
-    What is there stays, and a file that vitopt did not write is never overwritten. A folder in which nothing is
-    written is left as it was.
+    What is there stays, and a file that vitopt did not write is never overwritten; `files` are names below the
+    folder that are sure to be written, for which this is found at once. A folder in which nothing is written is
+    left as it was.
 
     Raises:
         StorageError: as `require_replaceable`, though files of others may lie in a folder that has a list; another
@@ -139,6 +141,8 @@ def claimed(folder: Path, *inputs: str | Path | None) -> Iterator[None]:
         if listed_files(folder) is None:
             with _explained(folder):
                 _write_list(folder, _sizes(folder))
+        for name in files:
+            require_overwritable(folder / name)
         try:
             yield
         finally:
@@ -248,9 +252,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         StorageError: as `staged_folder` does, or there is such a list and it does not name what is at `path`.
     """
+    require_overwritable(path)
     found = list_above(path)
-    if found is not None and path.is_file() and found[2] not in found[1]:
-        raise StorageError(f"{path} is there and vitopt did not write it: move it elsewhere")
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if found is not None:
