@@ -52,6 +52,12 @@ class DataSpec(Spec):
     limit: int | None = Field(None, ge=1, description="evaluate on the first so many images, spread over classes")
     skip_bad_images: bool = Field(False, description="leave out images that cannot be decoded, and count them")
 
+    @property
+    def folder(self) -> Path | None:
+        """The local folder that `source` names, with or without a split; None if it names none."""
+        folders = (Path(name).expanduser() for name in (self.source, self.source.partition(":")[0]))
+        return next((folder for folder in folders if folder.is_dir()), None)
+
 
 def _data_from_string(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value

@@ -8,6 +8,7 @@ import pytest
 from report.test_page import EVIL, Reader, widths_in_a_browser
 from typer.testing import CliRunner
 
+from vitopt import storage
 from vitopt.cli import app
 from vitopt.errors import RecordError
 from vitopt.measure import statistics
@@ -262,8 +263,9 @@ def test_floors_that_were_not_shown_and_unreadable_analyses_are_cautions(run):
     assert "partial" not in words
 
 
-def test_figures_of_a_run_are_files_and_those_of_an_earlier_analysis_go(run, copy_of):
-    run = copy_of(run)
+def test_figures_of_a_run_are_files_and_those_of_an_earlier_analysis_go(run, tmp_path):
+    storage.copy_folder(run, tmp_path / "run")
+    run = tmp_path / "run"
     drawn = {path.name for path in (run / "plots").glob("sensitivity-*")}
     assert {f"sensitivity-nf4-{name}.{end}" for name in ("damage", "size") for end in ("svg", "png")} <= drawn
     assert "sensitivity-bf16-map.svg" in drawn

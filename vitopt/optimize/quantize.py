@@ -13,7 +13,6 @@ from vitopt.environment import DTYPES
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.formats import QUANTIZED_FORMATS
 from vitopt.models.checkpoint import (
-    CONFIG_FILE,
     Checkpoint,
     empty_model,
     load_model,
@@ -45,10 +44,15 @@ def quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device:
             was made does not run on it.
         MeasurementError: what was made gives logits that are not finite.
         CheckpointError: the checkpoint is quantized already, or the libraries did not follow the plan.
+        StorageError: the output would replace something else, is in use, or cannot be written.
     """
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.source} is quantized already; start from the 16- or 32-bit checkpoint")
-    storage.require_replaceable(output, {CONFIG_FILE})
+    with storage.reserved(output, checkpoint.folder):
+        return _quantize(checkpoint, variant, output, device)
+
+
+def _quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device: str) -> LayerPlan:
     target = environment.resolve_device(device)
     plan = plan_for(checkpoint, variant)
     for format in {variant.format, *(planned.format for planned in plan.layers)}:

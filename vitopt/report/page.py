@@ -91,12 +91,14 @@ def _open_run(folder: Path) -> Run:
     found = sorted(folder.glob(f"variants/*/{RECORD_FILE}"))
     if not found:
         raise RecordError(f"{folder} holds no records (variants/*/{RECORD_FILE}): give the folder of a `vitopt run`")
-    records = {path.parent.name: load_record(path) for path in found}
+    names = [path.parent.name for path in found]
     path = folder / "recipe.yaml"
     recipe = load_recipe(path) if path.is_file() else None
     order = [variant.name for variant in recipe.variants] if recipe else []
     # Variants that have left the recipe may still lie there; without a recipe, all that lie there count.
-    ordered = [records[name] for name in order if name in records] or [records[name] for name in sorted(records)]
+    wanted = [name for name in order if name in names] or names
+    records = {name: load_record(folder / "variants" / name) for name in wanted}
+    ordered = list(records.values())
     baseline = summary.baseline_of(ordered, recipe.baseline_name if recipe else None)
     folders = {record.variant.name: folder / "variants" / name for name, record in records.items()}
     chain = chain_of(ordered, recipe.waterfall if recipe else ())

@@ -1,6 +1,5 @@
 """A whole sensitivity analysis of one checkpoint and format: tables, costs, and, if asked, the skip list."""
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,7 +106,7 @@ def analyse(
         environment=environment.describe(target),
     )
     save_sensitivity(result, output)
-    shutil.rmtree(analysis.partial, ignore_errors=True)
+    storage.remove(analysis.partial)
     return result
 
 
@@ -184,8 +183,8 @@ class _Analysis:
         fingerprint = storage.sha256_of_json([*self._identity, list(calibration.image_sha256)])
         left = self.partial / _FINGERPRINT_FILE
         if not left.is_file() or left.read_text() != fingerprint:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            storage.write_text(left, fingerprint)
+            with storage.staged_folder(self.partial) as folder:
+                storage.write_text(folder / _FINGERPRINT_FILE, fingerprint)
 
     def sample_scores(self, images: int) -> dict[str, float]:
         """Recovery KL of every unit on the first batches that hold `images` images; labels are not used."""
