@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,17 @@ from vitopt.data.images import ALL, ImageSet, fit_labels, image_files, open_imag
 from vitopt.data.pixels import Preprocessor
 from vitopt.environment import DTYPES
 from vitopt.errors import CheckpointError, DataError, PatternError, RecipeError, RecordError, UnsupportedError
+from vitopt.measure.claims import at_most
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
+from vitopt.measure.statistics import Interval
 from vitopt.models.checkpoint import Checkpoint, empty_model, load_processor, open_checkpoint
 from vitopt.models.names import linear_layers, select
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import plan_for, quantize
 from vitopt.optimize.runtime import Runnable, prepare
 from vitopt.recipe import DataSpec, EvaluateSpec, Recipe, RunSpec, VariantSpec, dump_yaml, validate
-from vitopt.records import RECORD_FILE, Record, load_record, save_record
+from vitopt.records import RECORD_FILE, Floor, Record, load_record, save_record
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ class _Run:
     say: Callable[[str], None]
     stages: dict[str, str] = field(default_factory=dict)
     variants: tuple[VariantSpec, ...] = ()  # the recipe's, every automatic skip list chosen
+    calibrations: dict[str, ImageSet] = field(default_factory=dict)  # by variant, what its skip list was chosen on
 
     def stands(self, stage: str, fingerprint: str, *products: Path) -> bool:
         """Whether a stage was completed with the same inputs and its products are still there."""
@@ -229,12 +232,13 @@ def _sensitivity_stage(
     if not variant.skips_automatically:
         return variant
     from vitopt.search.analysis import analyse_for, require_disjoint
-    from vitopt.search.results import load_sensitivity
+    from vitopt.search.results import SENSITIVITY_SCHEMA, load_sensitivity
 
     recipe, auto = current.recipe, variant.auto
     stage, output = f"sensitivity {variant.name}", current.folder / "sensitivity" / f"{variant.name}.json"
     calibration = open_images(data.model_copy(update={"limit": auto.images}), auto.split)
     require_disjoint(calibration, test)
+    current.calibrations[variant.name] = calibration
     fingerprint = _fingerprint(
         base.fingerprint(),
         calibration.sha256,
@@ -242,11 +246,13 @@ def _sensitivity_stage(
         variant.half,
         auto.model_dump(mode="json"),
         recipe.device,
+        data.skip_bad_images,
+        SENSITIVITY_SCHEMA,
     )
     if not current.stands(stage, fingerprint, output):
         if environment.is_main_process():
             current.say(f"{stage}: {variant.format} on {len(calibration)} calibration images")
-            analyse_for(base, calibration, variant, output, recipe.device)
+            analyse_for(base, calibration, variant, output, recipe.device, skip_bad=data.skip_bad_images)
         environment.wait_for_all()
         current.complete(stage, fingerprint)
     found = load_sensitivity(output).search
@@ -262,7 +268,8 @@ def _variant_stage(current: _Run, base: Checkpoint, variant: VariantSpec) -> str
     """Make a variant's checkpoint; the reason if that fails, None if it stands."""
     stage, output = f"variant {variant.name}", current.variant_folder(variant.name)
     held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
-    fingerprint = _fingerprint(base.fingerprint(), held)
+    calibration = current.calibrations.get(variant.name)
+    fingerprint = _fingerprint(base.fingerprint(), held, calibration.sha256 if calibration else None)
     if current.stands(stage, fingerprint, output):
         return None
     reason = _make_variant(current, base, variant, fingerprint) if environment.is_main_process() else None
@@ -284,8 +291,10 @@ def _make_variant(current: _Run, base: Checkpoint, variant: VariantSpec, fingerp
             (output / measured).unlink(missing_ok=True)
         current.say(f"variant {variant.name}: the same weights as {twin.name}")
         return None
+    images = current.calibrations.get(variant.name)
+    calibration = None if images is None else (images, "skip list")
     try:
-        plan = quantize(base, variant, output, device=current.recipe.device)
+        plan = quantize(base, variant, output, device=current.recipe.device, calibration=calibration)
     except (UnsupportedError, CheckpointError) as error:
         # This row fails with its reason; the others still tell something.
         if _holds_weights(output):  # of an earlier recipe, which this variant no longer is
@@ -319,7 +328,7 @@ def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str 
         return [load_record(folder) for folder in folders.values()]
     on = f"{len(images)} images of {images.name}" if images else "random pixels"
     current.say(f"evaluate: {len(made)} variants on {on}")
-    measured = _measure(current, images, made)
+    measured = [replace(one, record=_judged(current, one.record)) for one in _measure(current, images, made)]
     for one in measured:
         folder = folders[one.record.variant.name]
         save_record(one.record, folder)
@@ -329,6 +338,22 @@ def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str 
             current.say(f"evaluate: {one.record.variant.name} failed: {one.record.failure}")
     current.complete("evaluate", fingerprint)
     return [one.record for one in measured]
+
+
+def _judged(current: _Run, record: Record) -> Record:
+    """The record with the floor of its automatic skip list decided on the tested images."""
+    asked = next(variant for variant in current.recipe.variants if variant.name == record.variant.name)
+    versus, floor = record.versus_baseline, asked.auto.max_top1_drop
+    if versus is None or floor is None or not asked.skips_automatically:
+        return record
+    low, high = versus.top1_delta_ci95_points
+    decision = at_most(Interval(-high, -low), floor)
+    words = {"shown": "met", "failed": "missed", "undecided": "not shown"}[decision]
+    current.say(
+        f"floor of {asked.name}: {words} on the tested images; top-1 {versus.top1_delta_points:+.1f} "
+        f"({low:+.1f} to {high:+.1f}) points against {versus.baseline}, allowed {-floor:+g}"
+    )
+    return record.model_copy(update={"floor": Floor(max_top1_drop=floor, decision=decision)})
 
 
 def _measure(current: _Run, images: ImageSet | None, made: dict[str, str | None]) -> list[Measured]:

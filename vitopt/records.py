@@ -101,6 +101,13 @@ class VersusBaseline(Part):
     verdict: str
 
 
+class Floor(Part):
+    """The floor that an automatic skip list was given, judged on the tested images, which had no part in its choice."""
+
+    max_top1_drop: float = Field(description="points of top-1 against the baseline")
+    decision: Literal["shown", "failed", "undecided"] = Field(description="by the 95 % interval of the change of top-1")
+
+
 class Latency(Part):
     """Time per call at one batch size: what a caller waits, inputs already on the device."""
 
@@ -223,6 +230,7 @@ class Record(Part):
     layers: dict[str, str] = Field(default_factory=dict, description="logical name -> format, from the live model")
     accuracy: Accuracy | None = None
     versus_baseline: VersusBaseline | None = None
+    floor: Floor | None = Field(None, description="null without `skip: auto`, a floor of top-1 and a comparison")
     latency: tuple[Latency, ...] = ()
     latency_failures: tuple[FailedLatency, ...] = ()
     end_to_end: tuple[EndToEnd, ...] = ()

@@ -197,8 +197,8 @@ def agreement(baseline_predictions: ArrayLike, variant_predictions: ArrayLike) -
     return float(np.mean(baseline == variant))
 
 
-def mean_kl_divergence(baseline_logits: ArrayLike, variant_logits: ArrayLike) -> float:
-    """Mean over images of KL(softmax(baseline) || softmax(variant)), in nats; logits (images, classes).
+def kl_divergences(baseline_logits: ArrayLike, variant_logits: ArrayLike) -> NDArray[np.float64]:
+    """KL(softmax(baseline) || softmax(variant)) of each image, in nats, (images,); logits (images, classes).
 
     Raises ValueError for logits that are empty, not finite, or of different shapes.
     Source: Kullback and Leibler 1951, "On information and sufficiency".
@@ -207,9 +207,13 @@ def mean_kl_divergence(baseline_logits: ArrayLike, variant_logits: ArrayLike) ->
     if baseline.shape != variant.shape:
         raise ValueError(f"logits differ in shape: {baseline.shape} and {variant.shape}")
     log_p, log_q = _log_softmax(baseline), _log_softmax(variant)
-    divergence = np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
     # A divergence is never negative; rounding can leave -1e-17.
-    return max(0.0, float(np.mean(divergence)))
+    return np.maximum(0.0, np.sum(np.exp(log_p) * (log_p - log_q), axis=1))
+
+
+def mean_kl_divergence(baseline_logits: ArrayLike, variant_logits: ArrayLike) -> float:
+    """Mean over images of `kl_divergences`, in nats."""
+    return float(np.mean(kl_divergences(baseline_logits, variant_logits)))
 
 
 def normalised_error(reference: ArrayLike, other: ArrayLike) -> float:

@@ -1,5 +1,6 @@
 """Checkpoint in, quantized checkpoint out."""
 
+import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from vitopt import environment, storage
 from vitopt.environment import DTYPES
 from vitopt.errors import CheckpointError
+from vitopt.models.calibration import CALIBRATION_FILE, CalibrationImages, save_calibration
 from vitopt.models.checkpoint import (
     CONFIG_FILE,
     Checkpoint,
@@ -26,10 +28,18 @@ def plan_for(checkpoint: Checkpoint, variant: VariantSpec) -> LayerPlan:
     return plan_layers(empty_model(checkpoint), checkpoint.config.model_type, variant)
 
 
-def quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device: str = "auto") -> LayerPlan:
+def quantize(
+    checkpoint: Checkpoint,
+    variant: VariantSpec,
+    output: Path,
+    device: str = "auto",
+    *,
+    calibration: tuple[CalibrationImages, str] | None = None,
+) -> LayerPlan:
     """Write `checkpoint` in the formats that `variant` asks for and return the plan that was carried out.
 
-    The folder at `output` opens with plain transformers. It is complete or absent.
+    The folder at `output` opens with plain transformers. It is complete or absent. `calibration` are the images on
+    which `variant` was chosen, and what was chosen; they are noted there, beside those of `checkpoint`.
 
     Raises:
         PatternError: a skip pattern matches nothing.
@@ -56,6 +66,10 @@ def quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device:
     _check(plan, live_formats(model, checkpoint.config.model_type))
     with storage.staged_folder(output) as folder:
         save_checkpoint(model, processor, folder)
+        if checkpoint.folder is not None and (checkpoint.folder / CALIBRATION_FILE).is_file():
+            shutil.copy(checkpoint.folder / CALIBRATION_FILE, folder)
+        if calibration is not None:
+            save_calibration(folder, *calibration)
         # What is about to be promised must open: a save that lost the quantization is caught here.
         open_checkpoint(str(folder))
     return plan

@@ -177,6 +177,7 @@ class Boundary:
         self._folder, self._limit = folder, memory_bytes
         self._held: dict[int, torch.Tensor] = {}
         self._used = 0
+        self._device = torch.device("cpu")
 
     def __setitem__(self, batch: int, hidden: torch.Tensor) -> None:
         old = self._held.pop(batch, None)
@@ -185,9 +186,10 @@ class Boundary:
             self._held[batch] = hidden
             self._used += hidden.nbytes
         else:
+            self._device = hidden.device
             save_file({"hidden": hidden.contiguous()}, self._folder / f"boundary-{batch}.safetensors")
 
     def __getitem__(self, batch: int) -> torch.Tensor:
         if batch in self._held:
             return self._held[batch]
-        return load_file(self._folder / f"boundary-{batch}.safetensors")["hidden"]
+        return load_file(self._folder / f"boundary-{batch}.safetensors", device=str(self._device))["hidden"]
