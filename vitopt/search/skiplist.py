@@ -116,6 +116,9 @@ def _highest_kl(goal: Goal, units: Sequence[UnitScores], quantized: Loss, confir
     floor allows is read from all mixtures of the tables together. Small errors of the logits flip images that are near
     a border: as many as the errors are large, so as the root of KL; and nearly as many to either side, so that what is
     lost net goes as KL itself.
+
+    Where so few images would show it of no mixture at all, the KL that is estimated to lose half of the floor: one that
+    is estimated to lose all of it would be below it every other time.
     """
     if goal.max_top1_drop is None:
         return math.inf
@@ -130,9 +133,6 @@ def _highest_kl(goal: Goal, units: Sequence[UnitScores], quantized: Loss, confir
         return 0.0
     drop_per_kl = max(0.0, -sum(delta for _, delta, _ in seen) / sum(kl for kl, _, _ in seen))
     changed_per_root = sum(1 - agreement / 100 for _, _, agreement in seen) / roots
-    if not likely_shown(confirming_images, floor, 0.0, 0.0):
-        # Nothing shows this floor on so few images: the estimate chooses, and the result says what it is worth.
-        return min(quantized.kl, floor / drop_per_kl) if drop_per_kl else quantized.kl
 
     def enough(kl: float) -> bool:
         changed = min(1.0, changed_per_root * math.sqrt(kl))
@@ -142,7 +142,9 @@ def _highest_kl(goal: Goal, units: Sequence[UnitScores], quantized: Loss, confir
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if enough(middle) else (low, middle)
-    return low
+    if low >= min((unit.damage.kl for unit in units if unit.damage), default=0.0) and enough(low):
+        return low
+    return min(quantized.kl, floor / 2 / drop_per_kl) if drop_per_kl else quantized.kl
 
 
 def _advice(
