@@ -10,6 +10,7 @@ from vitopt import storage
 from vitopt.errors import RecordError
 from vitopt.measure import statistics
 from vitopt.recipe import LINEARS
+from vitopt.records import Record
 from vitopt.report import unit_plots, units
 from vitopt.report.details import environment_facts
 from vitopt.report.figures import Plot, rendered
@@ -61,8 +62,8 @@ def read_all(folder: Path, order: Sequence[str] = ()) -> tuple[dict[str, Sensiti
     return found, unreadable
 
 
-def part_of(name: str, result: Sensitivity) -> Part:
-    """What is to be said about one analysis; its plots are not drawn yet."""
+def part_of(name: str, result: Sensitivity, record: Record | None = None) -> Part:
+    """What is to be said about one analysis, and about what its variant's `record` says of its floor; no plots yet."""
     strip = strip_of(name, _layers(result)) if result.search else None
     known, shown = len(units.by_name(result)), len(units.telling(result))
     hidden = f"The {shown} of {known} layers that matter most by damage or recovery are shown"
@@ -70,7 +71,7 @@ def part_of(name: str, result: Sensitivity) -> Part:
         name=name,
         result=result,
         answer=_answer(result),
-        facts=tuple(_facts(result)),
+        facts=tuple(_facts(result, record)),
         advice=result.search.advice if result.search else None,
         skip=_skip_line(result.search) if result.search else None,
         strip=strip,
@@ -218,8 +219,16 @@ def _best_alone(result: Sensitivity) -> str:
     )
 
 
-def _facts(result: Sensitivity) -> list[tuple[str, str]]:
+def _facts(result: Sensitivity, record: Record | None) -> list[tuple[str, str]]:
     facts: list[tuple[str, str]] = []
+    if record is not None and record.floor is not None and record.versus_baseline is not None:
+        versus = record.versus_baseline
+        words = {"shown": "met", "failed": "missed", "undecided": "not shown"}[record.floor.decision]
+        delta = delta_words(versus.top1_delta_points, versus.top1_delta_ci95_points, 1).replace("-", "−")
+        judged = (
+            f"the floor of {record.floor.max_top1_drop:g} points is {words}: top-1 {delta} against {versus.baseline}"
+        )
+        facts.append(("on the tested images", judged))
     search = result.search
     if search is not None:
         facts += _search_facts(result, search)
