@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from vitopt import environment, pipeline
+from vitopt.data.images import open_images
 from vitopt.errors import (
     BadImageError,
     CheckpointError,
@@ -29,10 +30,11 @@ from vitopt.errors import (
 )
 from vitopt.measure import evaluator
 from vitopt.measure.predictions import load_predictions
+from vitopt.models.calibration import calibration_hashes
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.ownership import LIST_FILE
 from vitopt.pipeline import RunResult
-from vitopt.recipe import Recipe, load_recipe
+from vitopt.recipe import DataSpec, Recipe, load_recipe
 from vitopt.records import Memory, load_record
 
 NAMES = ("fp32", "nf4-skip", "nf4-fa2", "int8")
@@ -835,6 +837,33 @@ def test_a_skip_list_is_chosen_on_training_images_and_stands(content: dict[str, 
     assert "Which layers must stay in 16 bit" in (tmp_path / "run" / "report.html").read_text()
     _, again = run(with_auto(content), tmp_path / "run")
     assert "sensitivity auto: up to date, skipped" in again and "evaluate: up to date, skipped" in again
+
+
+def test_a_chosen_variant_keeps_the_hashes_of_its_calibration_images(content: dict[str, Any], tmp_path: Path) -> None:
+    recipe = with_auto(content)
+    chosen = recipe["variants"][1]
+    recipe["variants"] = [*recipe["variants"], chosen | {"name": "again", "attention": "eager"}]
+    _, said = run(recipe, tmp_path / "run")
+    images = open_images(DataSpec(source=recipe["data"], limit=16), "train")
+    folders = [tmp_path / "run" / "variants" / name for name in ("auto", "again")] + [tmp_path / "run" / "export"]
+    assert [calibration_hashes(folder) for folder in folders] == [set(images.image_hashes)] * 3
+    assert "variant again: the same weights as auto" in said
+    first = tmp_path / "run" / "variants" / recipe["variants"][0]["name"]
+    assert calibration_hashes(first) == set()
+
+
+@pytest.mark.parametrize(("floor", "decision", "word"), [(99.0, "shown", "met"), (0.001, "undecided", "not shown")])
+def test_a_floor_is_judged_on_the_tested_images(
+    content: dict[str, Any], tmp_path: Path, floor: float, decision: str, word: str
+) -> None:
+    result, _ = run(with_auto(content, max_top1_drop=floor, max_kl_share=None), tmp_path / "run")
+    reference, chosen = result.records
+    assert reference.requirements == ()
+    assert [(one.name, one.decision) for one in chosen.requirements] == [("auto.max_top1_drop", decision)]
+    assert load_record(tmp_path / "run" / "variants" / "auto").requirements == chosen.requirements
+    required = f"floor of skip: auto: loss of top-1 at most {floor:g} points"
+    lines = [line for line in (result.folder / "report.md").read_text().splitlines() if required in line]
+    assert lines and all(word in line for line in lines)
 
 
 def test_calibration_images_are_never_test_images(content: dict[str, Any], tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from vitopt.terminal import Console, NoteFormatter
 from vitopt.threads import bind
 
 if TYPE_CHECKING:
+    from vitopt.data.images import ImageSet
     from vitopt.measure.evaluator import Measured
     from vitopt.measure.planning import Need
     from vitopt.models.checkpoint import Checkpoint
@@ -87,6 +88,10 @@ AutotuneOption = Annotated[bool, typer.Option("--autotune", help="With --compile
 StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse instead of falling back to SDPA.")]
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad-images", help="Leave out and count undecodable images.")]
 LimitOption = Annotated[int | None, typer.Option(help="Use only so many images, spread over the classes.")]
+CalibrationLimitOption = Annotated[
+    int, typer.Option(help="At most so many images, spread over the classes; with a goal one in four chooses.")
+]
+CALIBRATION_IMAGES = AutoSkipSpec().images
 MaxTop1DropOption = Annotated[float | None, typer.Option(help="Largest loss of top-1 in points.")]
 MaxKlShareOption = Annotated[float | None, typer.Option(help="KL at most this share of the quantized model's.")]
 ObjectiveOption = Annotated[Literal["size", "latency"], typer.Option(help="What a kept layer costs.")]
@@ -322,7 +327,8 @@ def quantize(
         list[str] | None, typer.Option(help="Layers that stay in 16 bit, repeatable: block.21, block.*.fc2, or auto.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Images for --skip auto and --format auto; never your test images.")
+        str | None,
+        typer.Option(help="Images for --skip auto and --format auto: the train split, never your test images."),
     ] = None,
     min_agreement: Annotated[
         float, typer.Option(min=0, max=100, help="With --format auto: agreement with fp32 in percent of images.")
@@ -332,23 +338,25 @@ def quantize(
     max_kl_share: MaxKlShareOption = None,
     objective: ObjectiveOption = "size",
     granularity: GranularityOption = "block",
-    limit: LimitOption = None,
+    limit: CalibrationLimitOption = CALIBRATION_IMAGES,
     labels: LabelsOption = "name",
+    skip_bad_images: SkipBadOption = False,
     half: Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are not quantized.")] = "bf16",
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Write a checkpoint in another format; it opens with plain transformers."""
+    images_from = {"source": data, "limit": limit, "labels": labels, "skip_bad_images": skip_bad_images}
+    calibration = None if data is None else validate(DataSpec, images_from, where="data")
     if format == "auto":
-        if data is None:
+        if calibration is None:
             raise RecipeError("--format auto needs --data: images on which the formats are compared with fp32")
         if skip:
             raise RecipeError("--format auto compares whole formats: choose one, then --skip keeps layers in 16 bit")
-        source = validate(DataSpec, {"source": data, "limit": limit, "labels": labels}, where="data")
         _start(as_json, threads)
         options = {"min_agreement_percent": min_agreement, "half": half, "compile": compile, "device": device}
-        _quantize_to_fastest(checkpoint, source, output, options, as_json)
+        _quantize_to_fastest(checkpoint, calibration, output, options, as_json)
         return
     content: dict[str, Any] = {"name": "variant", "format": format, "skip": skip or [], "half": half}
     goal = {"max_top1_drop": max_top1_drop, "max_kl_share": max_kl_share}
@@ -356,20 +364,23 @@ def quantize(
         goal = {}
     content["auto"] = goal | {"objective": objective, "granularity": granularity}
     variant = validate(VariantSpec, content, where="quantize")
-    if variant.skips_automatically and data is None:
+    if variant.skips_automatically and calibration is None:
         raise RecipeError("--skip auto needs --data: calibration images on which the skip list is chosen")
     _start(as_json, threads)
+    from vitopt.data.images import open_images
     from vitopt.models.checkpoint import disk_bytes, open_checkpoint
     from vitopt.optimize.quantize import quantize as write
     from vitopt.report.table import human_bytes
 
     opened = open_checkpoint(checkpoint)
-    calibration = None if data is None else DataSpec(source=data, limit=limit, labels=labels)
+    chosen_on: tuple[ImageSet, str] | None = None
     with storage.reserved(output, opened.folder, calibration.folder if calibration else None):
         if calibration is not None and variant.skips_automatically:
-            variant = _choose_skip_list(opened, variant, calibration, output, device)
+            images = open_images(calibration, "train")
+            variant = _choose_skip_list(opened, variant, images, calibration, output, device)
+            chosen_on = images, "skip list"
         with progress.task(f"quantizing to {format}", None):
-            plan = write(opened, variant, output, device)
+            plan = write(opened, variant, output, device, calibration=chosen_on)
     size = disk_bytes(output)
     if as_json:
         _print_json({"checkpoint": str(output), "skip": variant.skip, "layer_plan": plan.counts(), "disk_bytes": size})
@@ -390,49 +401,53 @@ def _quantize_to_fastest(checkpoint: str, data: DataSpec, output: Path, options:
 
     opened = open_checkpoint(checkpoint)
     with storage.reserved(output, opened.folder, data.folder):  # now, not after minutes of measuring
-        images = open_images(data, None if ":" in data.source else "train")
-        choice = find_fastest(opened, images, EvaluateSpec(end_to_end=False), **options)
-        plan = write(opened, choice.variant, output, options["device"])
+        images = open_images(data, "train")
+        skip_bad = data.skip_bad_images
+        choice = find_fastest(opened, images, EvaluateSpec(end_to_end=False), skip_bad=skip_bad, **options)
+        plan = write(opened, choice.variant, output, options["device"], calibration=(images, "format"))
     if as_json:
         found: dict[str, Any] = {"checkpoint": str(output), "chosen": choice.variant.name}
         found |= {"run": choice.variant.run.model_dump(mode="json"), "layer_plan": plan.counts()}
+        found |= {"why": choice.sentence(), "undecided": choice.undecided()}
         found |= {"disk_bytes": disk_bytes(output), "records": [record.to_json() for record in choice.records]}
         _print_json(found)
         return
     _print_table(choice.records)
-    _say(choice.sentence())
+    for line in (choice.sentence(), *choice.undecided()):
+        _say(line)
     _say(f"checkpoint: {output}" + ("; run it with --compile --fuse-qkv" if choice.variant.compile else ""))
 
 
 def _choose_skip_list(
-    checkpoint: "Checkpoint", variant: VariantSpec, data: DataSpec, output: Path, device: str
+    checkpoint: "Checkpoint", variant: VariantSpec, images: "ImageSet", data: DataSpec, output: Path, device: str
 ) -> VariantSpec:
-    from vitopt.data.images import open_images
     from vitopt.search.analysis import analyse_for
 
-    images = open_images(data, None if ":" in data.source else "train")
     place = output.resolve()
     folder = place.with_name(f"{place.name}.sensitivity")  # `vitopt report` shows it
     with storage.claimed(folder, checkpoint.folder, data.folder):
-        result = analyse_for(checkpoint, images, variant, folder / "sensitivity.json", device)
-    assert result.search is not None
-    _say(f"keeps {', '.join(result.search.chosen) or 'nothing'} in 16 bit, chosen on {result.images} images")
-    if result.search.advice:
-        _say(result.search.advice)
-    return variant.skipping(result.search.chosen)
+        scores = folder / "sensitivity.json"
+        found = analyse_for(checkpoint, images, variant, scores, device, skip_bad=data.skip_bad_images).search
+    assert found is not None
+    _say(f"keeps {', '.join(found.chosen) or 'nothing'} in 16 bit, chosen on {found.choosing_images:,} images")
+    _say(found.advice or f"shown on {found.confirming_images:,} other images (95 %): {found.goal}")
+    return variant.skipping(found.chosen)
 
 
 @app.command()
 @_clear_errors
 def sensitivity(
     checkpoint: CheckpointArgument,
-    data: Annotated[str, typer.Option(help="Calibration images; never your test images.")],
+    data: Annotated[
+        str, typer.Option(help="Calibration images: the train split, or DATA:SPLIT; never your test images.")
+    ],
     format: Annotated[Format, typer.Option(help="Format whose damage is measured.")],
     output: Annotated[Path, typer.Option(help="Folder for sensitivity.json.")],
     granularity: GranularityOption = "block",
     half: Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are kept.")] = "bf16",
-    limit: LimitOption = None,
+    limit: CalibrationLimitOption = CALIBRATION_IMAGES,
     labels: LabelsOption = "name",
+    skip_bad_images: SkipBadOption = False,
     sample: Annotated[
         int | None, typer.Option(min=1, help="First rank by KL on so many images, then score only the best exactly.")
     ] = None,
@@ -445,7 +460,8 @@ def sensitivity(
     as_json: JsonOption = False,
 ) -> None:
     """Score every block or linear layer: what quantizing it breaks, what keeping it brings back and costs."""
-    source = validate(DataSpec, {"source": data, "limit": limit, "labels": labels}, where="data")
+    content = {"source": data, "limit": limit, "labels": labels, "skip_bad_images": skip_bad_images}
+    source = validate(DataSpec, content, where="data")
     wanted = max_top1_drop is not None or max_kl_share is not None
     floors = {"max_top1_drop": max_top1_drop, "max_kl_share": max_kl_share} if wanted else {}
     validate(AutoSkipSpec, floors, where="sensitivity")
@@ -453,13 +469,13 @@ def sensitivity(
     from vitopt.data.images import open_images
     from vitopt.models.checkpoint import open_checkpoint
     from vitopt.search.analysis import analyse
-    from vitopt.search.skiplist import Goal
+    from vitopt.search.goal import Goal
 
     files = ("sensitivity.json", "sensitivity.html")
     with storage.claimed(output, checkpoint, source.folder, files=files):
         result = analyse(
             open_checkpoint(checkpoint),
-            open_images(source, None),
+            open_images(source, "train"),
             format,
             output / "sensitivity.json",
             half=half,
@@ -470,6 +486,7 @@ def sensitivity(
             objective=objective,
             device=device,
             batch_size=batch_size,
+            skip_bad=skip_bad_images,
         )
     if as_json:
         _print_json(result.to_json())
@@ -916,8 +933,7 @@ def _print_sensitivity(result: "Sensitivity") -> None:
     if result.search is not None:
         found = result.search
         out.print(f"• {found.goal}: keep {', '.join(found.chosen) or 'nothing'} in 16 bit")
-        if found.advice:
-            out.print(f"• {found.advice}")
+        out.print(f"• {found.advice or f'shown on {found.confirming_images:,} images that did not choose (95 %)'}")
 
 
 def _print_dry_run(recipe: Recipe, plans: "dict[str, LayerPlan]", preview: "Preview", as_json: bool) -> None:

@@ -81,6 +81,7 @@ class _Run:
     say: Callable[[str], None]
     stages: dict[str, str] = field(default_factory=dict)
     variants: tuple[VariantSpec, ...] = ()  # the recipe's, every automatic skip list chosen
+    calibrations: dict[str, ImageSet] = field(default_factory=dict)  # by variant, what its skip list was chosen on
 
     def stands(
         self, stage: str, fingerprint: str, files: Iterable[Path], read: Callable[[], object] = lambda: None
@@ -299,12 +300,13 @@ def _sensitivity_stage(
     if not variant.skips_automatically:
         return variant
     from vitopt.search.analysis import analyse_for, require_disjoint
-    from vitopt.search.results import load_sensitivity
+    from vitopt.search.results import SENSITIVITY_SCHEMA, load_sensitivity
 
     recipe, auto = current.recipe, variant.auto
     stage, output = f"sensitivity {variant.name}", current.folder / "sensitivity" / f"{variant.name}.json"
     calibration = open_images(data.model_copy(update={"limit": auto.images}), auto.split)
     require_disjoint(calibration, test)
+    current.calibrations[variant.name] = calibration
     fingerprint = _fingerprint(
         base.fingerprint(),
         calibration.sha256,
@@ -312,11 +314,13 @@ def _sensitivity_stage(
         variant.half,
         auto.model_dump(mode="json"),
         recipe.device,
+        data.skip_bad_images,
+        SENSITIVITY_SCHEMA,
     )
     if not current.stands(stage, fingerprint, [output], lambda: load_sensitivity(output)):
         if environment.is_main_process():
             current.say(f"{stage}: {variant.format} on {len(calibration)} calibration images")
-            analyse_for(base, calibration, variant, output, recipe.device)
+            analyse_for(base, calibration, variant, output, recipe.device, skip_bad=data.skip_bad_images)
         environment.wait_for_all()
         current.complete(stage, fingerprint)
     found = load_sensitivity(output).search
@@ -332,7 +336,8 @@ def _variant_stage(current: _Run, base: Checkpoint, variant: VariantSpec) -> str
     """Make a variant's checkpoint; the reason if that fails, None if it stands."""
     stage, output = f"variant {variant.name}", current.variant_folder(variant.name)
     held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
-    fingerprint = _fingerprint(base.fingerprint(), held)
+    calibration = current.calibrations.get(variant.name)
+    fingerprint = _fingerprint(base.fingerprint(), held, calibration.sha256 if calibration else None)
     if current.stands(stage, fingerprint, _checkpoint_files(output)):
         return None
     reason = _make_variant(current, base, variant, fingerprint) if environment.is_main_process() else None
@@ -352,8 +357,10 @@ def _make_variant(current: _Run, base: Checkpoint, variant: VariantSpec, fingerp
         storage.copy_folder(current.variant_folder(twin.name), output, leave_out=_MEASURED)
         current.say(f"variant {variant.name}: the same weights as {twin.name}")
         return None
+    images = current.calibrations.get(variant.name)
+    calibration = None if images is None else (images, "skip list")
     try:
-        plan = quantize(base, variant, output, device=current.recipe.device)
+        plan = quantize(base, variant, output, device=current.recipe.device, calibration=calibration)
     except (CheckpointError, MeasurementError, UnsupportedError) as error:
         # This row fails with its reason; the others still tell something.
         if _holds_weights(output):

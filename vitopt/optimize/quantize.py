@@ -12,6 +12,7 @@ from vitopt.data.pixels import random_pixels
 from vitopt.environment import DTYPES
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.formats import QUANTIZED_FORMATS
+from vitopt.models.calibration import CALIBRATION_FILE, CalibrationImages, save_calibration
 from vitopt.models.checkpoint import (
     Checkpoint,
     empty_model,
@@ -31,11 +32,19 @@ def plan_for(checkpoint: Checkpoint, variant: VariantSpec) -> LayerPlan:
     return plan_layers(empty_model(checkpoint), checkpoint.config.model_type, variant)
 
 
-def quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device: str = "auto") -> LayerPlan:
+def quantize(
+    checkpoint: Checkpoint,
+    variant: VariantSpec,
+    output: Path,
+    device: str = "auto",
+    *,
+    calibration: tuple[CalibrationImages, str] | None = None,
+) -> LayerPlan:
     """Write `checkpoint` in the formats that `variant` asks for and return the plan that was carried out.
 
     The folder at `output` opens with plain transformers and gives finite logits on this device. It is complete or
-    absent.
+    absent. `calibration` are the images on which `variant` was chosen, and what was chosen; they are noted there,
+    beside those of `checkpoint`.
 
     Raises:
         PatternError: a skip pattern matches nothing.
@@ -49,10 +58,16 @@ def quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device:
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.source} is quantized already; start from the 16- or 32-bit checkpoint")
     with storage.reserved(output, checkpoint.folder):
-        return _quantize(checkpoint, variant, output, device)
+        return _quantize(checkpoint, variant, output, device, calibration)
 
 
-def _quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device: str) -> LayerPlan:
+def _quantize(
+    checkpoint: Checkpoint,
+    variant: VariantSpec,
+    output: Path,
+    device: str,
+    calibration: tuple[CalibrationImages, str] | None,
+) -> LayerPlan:
     target = environment.resolve_device(device)
     plan = plan_for(checkpoint, variant)
     for format in {variant.format, *(planned.format for planned in plan.layers)}:
@@ -71,6 +86,10 @@ def _quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device
     with storage.staged_folder(output) as folder:
         save_checkpoint(model, processor, folder)
         del model  # not in memory twice
+        if checkpoint.folder is not None and (checkpoint.folder / CALIBRATION_FILE).is_file():
+            storage.write_bytes(folder / CALIBRATION_FILE, (checkpoint.folder / CALIBRATION_FILE).read_bytes())
+        if calibration is not None:
+            save_calibration(folder, *calibration)
         _require_finite_logits(folder, variant, target)
     return plan
 

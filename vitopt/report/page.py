@@ -108,7 +108,8 @@ def _open_run(folder: Path) -> Run:
 def _analyses(run: Run, folder: Path) -> Analyses:
     """Every sensitivity analysis of the run, its figures saved in `folder`."""
     found, unreadable = sensitivity.read_all(run.folder, [record.variant.name for record in run.records])
-    parts = [sensitivity.part_of(name, result) for name, result in found.items()]
+    records = {record.variant.name: record for record in run.records}
+    parts = [sensitivity.part_of(name, result, records.get(name)) for name, result in found.items()]
     parts = [sensitivity.drawn(part, sensitivity.plot_prefix(part.name), folder) for part in parts]
     remove_others(folder, sensitivity.OWN_FILE, [plot for part in parts for plot in part.plots])
     return Analyses(parts, sensitivity.cautions(parts) + unreadable)
