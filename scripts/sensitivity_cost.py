@@ -32,10 +32,10 @@ from vitopt.search.sensitivity import Calibration, Unit, table_logits, units
 
 def naive(hybrid: Hybrid, calibration: Calibration, chosen: list[Unit]) -> dict[str, list[torch.Tensor]]:
     """The base and every mixture from the pixels on."""
-    found = {"base": [hybrid.logits(pixels) for pixels in calibration.batches]}
+    found = {"base": [hybrid.logits(pixels) for pixels in calibration.stream()]}
     for unit in chosen:
         with hybrid.lending(unit.layers):
-            found[unit.name] = [hybrid.logits(pixels) for pixels in calibration.batches]
+            found[unit.name] = [hybrid.logits(pixels) for pixels in calibration.stream()]
     return found
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     count = -(-arguments.images // arguments.batch_size)
     pixels = tuple(torch.randn(arguments.batch_size, 3, *size, generator=generator) for _ in range(count))
     names = tuple(map(str, range(count * arguments.batch_size)))
-    calibration = Calibration(names, names, np.zeros(len(names), dtype=np.int64), pixels)
+    calibration = Calibration(names, names, np.zeros(len(names), dtype=np.int64), lambda: pixels, count)
 
     # Both models once: bitsandbytes repacks its weights at the first call.
     for one in (hybrid, Hybrid(packed, exact, hybrid.blocks)):

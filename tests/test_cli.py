@@ -23,12 +23,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from vitopt import __version__
+from vitopt import __version__, storage
 from vitopt.cli import app
+from vitopt.data.images import open_images
 from vitopt.measure import evaluator
 from vitopt.measure.predictions import load_predictions
+from vitopt.models.calibration import calibration_hashes
 from vitopt.models.checkpoint import Checkpoint
-from vitopt.recipe import load_recipe
+from vitopt.recipe import DataSpec, load_recipe
 from vitopt.records import Memory, load_record
 
 QUICK = ["--iterations", "6", "--rounds", "3"]
@@ -254,7 +256,7 @@ def test_evaluate_prints_and_keeps_its_record(tiny_checkpoint: Path, shapes: Pat
 def test_quantized_against_the_original(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
     made = printed("quantize", tiny_checkpoint, "--format", "nf4", "--skip", "block.1", "--output", tmp_path / "nf4")
     assert made["checkpoint"] == str(tmp_path / "nf4") and made["layer_plan"] == {"nf4": 12, "bf16": 7}
-    assert made["disk_bytes"] == sum(path.stat().st_size for path in (tmp_path / "nf4").iterdir())
+    assert made["disk_bytes"] == sum(path.stat().st_size for path in (tmp_path / "nf4").glob("[!.]*"))
     record = printed(
         "evaluate", tmp_path / "nf4", "--data", f"{shapes}:test", "--baseline", tiny_checkpoint, *QUICK, "--limit", 8
     )  # fmt: skip
@@ -268,7 +270,8 @@ def test_sensitivity_prints_its_scores_and_its_choice(tiny_checkpoint: Path, sha
         "--max-kl-share", 0.9, "--limit", 8,
     )  # fmt: skip
     assert [unit["unit"] for unit in result["units"]] == ["block.0", "block.1", "block.2"]
-    assert result["images"] == 8 and result["search"]["chosen"]
+    found = result["search"]
+    assert result["images"] == found["choosing_images"] == 2 and found["confirming_images"] == 6 and found["chosen"]
     assert json.loads((tmp_path / "sensitivity.json").read_text()) == result
 
 
@@ -279,6 +282,22 @@ def test_quantize_chooses_its_skip_list(tiny_checkpoint: Path, shapes: Path, tmp
     )  # fmt: skip
     assert made["skip"] and set(made["skip"]) < {"block.0", "block.1", "block.2"}
     assert made["layer_plan"] == {"nf4": 18 - 6 * len(made["skip"]), "bf16": 1 + 6 * len(made["skip"])}
+
+
+def test_what_is_calibrated_takes_the_train_split_and_keeps_its_hashes(
+    tiny_checkpoint: Path, shapes: Path, tmp_path: Path
+) -> None:
+    train = open_images(DataSpec(source=str(shapes)), "train")
+    scores = ["--format", "nf4", "--data", shapes, "--output", tmp_path / "scores"]
+    assert printed("sensitivity", tiny_checkpoint, *scores)["dataset_sha256"] == train.sha256
+    auto = ["--skip", "auto", "--max-kl-share", 0.9, "--limit", 16]
+    done("quantize", tiny_checkpoint, "--format", "nf4", *auto, "--data", shapes, "--output", tmp_path / "nf4")
+    fastest = ["--format", "auto", "--no-compile", "--min-agreement", 0]
+    done("quantize", tiny_checkpoint, *fastest, "--data", shapes, "--output", tmp_path / "fast")
+    done("quantize", tiny_checkpoint, "--format", "nf4", "--output", tmp_path / "plain")
+    assert calibration_hashes(tmp_path / "nf4") == set(train.limited(16).image_hashes)
+    assert calibration_hashes(tmp_path / "fast") == set(train.image_hashes)
+    assert calibration_hashes(tmp_path / "plain") == set()
 
 
 def test_automatic_skip_lists_that_cannot_be_chosen(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
@@ -297,8 +316,8 @@ def test_quantize_measures_which_format_is_fastest(tiny_checkpoint: Path, shapes
     options = ["--format", "auto", "--no-compile", "--min-agreement", "0", "--data", shapes, "--output", out]
     found = printed("quantize", tiny_checkpoint, *options)
     assert [record["variant"]["name"] for record in found["records"]] == ["fp32", "bf16", "w8a8"]
-    times = {record["variant"]["name"]: record["latency"][0]["p50_ms"] for record in found["records"]}
-    assert found["chosen"] == min(times, key=lambda name: times[name])
+    assert found["chosen"] in [record["variant"]["name"] for record in found["records"]]
+    assert found["chosen"] in found["why"]
     assert found["layer_plan"][found["chosen"]] >= 18
     assert found["run"]["compile"] is False
     assert load_file(out / "model.safetensors")
@@ -312,7 +331,7 @@ def test_what_the_fastest_format_cannot_be_chosen_without(tiny_checkpoint: Path,
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
     taken = ["quantize", tiny_checkpoint, "--format", "auto", "--data", shapes, "--output", mine]
-    assert "thesis.txt, which is no earlier result" in refusal(*taken)
+    assert "thesis.txt, which is no part of a vitopt result there" in refusal(*taken)
     assert not (tmp_path / "out").exists()
 
 
@@ -496,7 +515,7 @@ def test_the_gate_has_a_line_for_each_limit_and_writes_a_summary(finished: tuple
     assert "not shown" in top1 and "more images" in top1
     assert any("weights at most 99 MB" in line and "met" in line for line in result.stdout.splitlines())
     summary = (tmp_path / "summary.md").read_text()
-    assert summary.startswith("### nf4 against fp32: requirements not shown")
+    assert "\n### nf4 against fp32: requirements not shown" in summary
     assert "| loss of top-1 at most 0.5 points | " in summary and "| variant | format |" in summary
     content = json.loads(vitopt("compare", *pair, *limits, "--json").stdout)
     assert content["decision"] == "undecided"
@@ -504,6 +523,21 @@ def test_the_gate_has_a_line_for_each_limit_and_writes_a_summary(finished: tuple
         ("max_top1_drop", "undecided"),
         ("max_megabytes", "shown"),
     ]
+
+
+def test_a_summary_replaces_only_an_empty_file_or_an_earlier_summary(
+    finished: tuple[Path, Result], tmp_path: Path
+) -> None:
+    pair = [finished[0] / "variants" / name for name in ("fp32", "nf4")]
+    foreign, summary = tmp_path / "README.md", tmp_path / "summary.md"
+    foreign.write_text("# mine\n")
+    assert "README.md is there" in refusal("compare", *pair, "--markdown", foreign)
+    assert foreign.read_text() == "# mine\n"
+    summary.touch()  # as CI does
+    done("compare", *pair, "--markdown", summary)
+    first = summary.read_text()
+    done("compare", *pair, "--max-megabytes", 99, "--markdown", summary)
+    assert "nf4 against fp32" in first and summary.read_text() != first
 
 
 @pytest.mark.parametrize("limit", [("--max-top1-drop", 0), ("--min-agreement", 100), ("--max-kl", -1)])
@@ -921,7 +955,8 @@ def test_code_of_a_checkpoint_never_runs(
     own |= {"model_type": "strange"} if file == "config.json" else {"image_processor_type": "StrangeProcessor"}
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | own))
     arguments = {
-        "run": [write_recipe(tmp_path, folder, shapes), *(["--dry-run"] if file == "config.json" else [])],
+        "run": [write_recipe(tmp_path, folder, shapes), "--output", tmp_path / "run"]
+        + (["--dry-run"] if file == "config.json" else []),
         "quantize": [folder, "--format", "bf16", "--output", tmp_path / "out"],
         "evaluate": [folder, "--data", shapes, *QUICK],
         "predict": [folder, next(shapes.rglob("*.png"))],
@@ -994,7 +1029,7 @@ def test_an_output_that_is_something_else_is_left_alone(tiny_checkpoint: Path, t
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("mine")
     text = refusal("quantize", tiny_checkpoint, "--format", "fp32", "--output", tmp_path / "photos")
-    assert "holds cat.jpg, which is no earlier result and would be deleted" in text
+    assert "holds cat.jpg, which is no part of a vitopt result there" in text
     assert (tmp_path / "photos" / "cat.jpg").read_text() == "mine" and (tmp_path / "file").read_text() == "mine"
 
 
@@ -1024,12 +1059,216 @@ def test_a_full_disk_while_weights_are_written(
 def test_a_full_disk_while_a_record_is_written(
     tiny_checkpoint: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write = Path.write_bytes
+
     def full(self: Path, content: bytes) -> int:
+        if "record.json" not in self.name:
+            return write(self, content)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
 
     monkeypatch.setattr(Path, "write_bytes", full)
     text = refusal("evaluate", tiny_checkpoint, "--data", shapes, *QUICK, "--output", tmp_path / "out")
     assert text.startswith(f"the disk is full while writing {tmp_path / 'out' / 'record.json'}")
+
+
+# What is the user's stays the user's
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_checkpoint: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: somebody's project, with a checkpoint of its own and a recipe."""
+    folder = tmp_path / "project"
+    shutil.copytree(tiny_checkpoint, folder / "model")
+    for name in ("config.json", "record.json", "sensitivity.json", "src/main.py", ".git/HEAD"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    write_recipe(folder, folder / "model", shapes)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing long may begin."""
+    from vitopt import pipeline
+    from vitopt.finetune import training
+    from vitopt.optimize import quantize
+    from vitopt.search import analysis, fastest
+
+    def began(*_: Any, **__: Any) -> None:
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(pipeline, "measure", began)
+    monkeypatch.setattr(analysis, "analyse", began)
+    monkeypatch.setattr(fastest, "find_fastest", began)
+    for module in (training, quantize):
+        monkeypatch.setattr(module, "load_model", began)
+
+
+def writing(model: Path | str, data: Path, recipe: Path | str) -> dict[str, list[object]]:
+    """Every command that takes --output, without it."""
+    return {
+        "quantize": ["quantize", model, "--format", "bf16"],
+        "skip auto": ["quantize", model, "--format", "nf4", "--skip", "auto", "--data", data],
+        "fastest": ["quantize", model, "--format", "auto", "--data", data],
+        "finetune": ["finetune", model, "--data", data],
+        "sensitivity": ["sensitivity", model, "--data", data, "--format", "nf4"],
+        "evaluate": ["evaluate", model, "--data", data],
+        "benchmark": ["benchmark", model],
+        "run": ["run", recipe],
+    }
+
+
+WRITING = list(writing("", Path(), ""))
+
+
+@pytest.mark.parametrize("command", WRITING)
+@pytest.mark.parametrize("output", [".", "src/..", "src", "model", "model/out", "..", "config.json"])
+def test_nothing_of_a_project_is_lost(command: str, output: str, project: Path, shapes: Path, no_work: None) -> None:
+    before = contents(project)
+    text = refusal(*writing("model", shapes, "recipe.yaml")[command], "--output", output)
+    assert "choose" in text and "--output" in text and text.count("\n") == 0
+    assert contents(project) == before and [path.name for path in project.parent.iterdir()] == ["project"]
+
+
+@pytest.mark.parametrize("command", WRITING)
+def test_results_are_never_written_among_the_images(command: str, project: Path, shapes: Path, no_work: None) -> None:
+    shutil.copytree(shapes, "shapes")
+    path = write_recipe(project, project / "model", project / "shapes")
+    if command in ("quantize", "benchmark"):
+        pytest.skip("no images are given")
+    for output in ("shapes/out", "shapes"):
+        text = refusal(*writing("model", Path("shapes"), path)[command], "--output", output)
+        assert "the input" in text and "shapes" in text
+    assert not Path("shapes/out").exists()
+
+
+@pytest.mark.parametrize("command", ["quantize", "finetune"])
+def test_a_checkpoint_of_vitopt_is_not_replaced_by_what_is_made_of_it(
+    command: str, tiny_checkpoint: Path, shapes: Path, tmp_path: Path, no_work: None
+) -> None:
+    made = tmp_path / "made"
+    storage.copy_folder(tiny_checkpoint, made)
+    before = contents(made)
+    assert f"the input {made}" in refusal(*writing(made, shapes, "")[command], "--output", made)
+    assert contents(made) == before
+
+
+@pytest.mark.parametrize("command", ["evaluate", "benchmark", "sensitivity"])
+def test_an_output_that_cannot_be_written_is_found_before_the_measuring(
+    command: str, project: Path, shapes: Path, no_work: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    arguments = writing("model", shapes, "")[command]
+    text = refusal(*arguments, "--output", "config.json/below")
+    assert text == "cannot write config.json/below: a file is in the way; choose another --output"
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    assert refusal(*arguments, "--output", "new") == (
+        "cannot write new: Read-only file system; choose another --output"
+    )
+
+
+@pytest.mark.parametrize("place", ["export", "variants/nf4"])
+def test_notes_in_a_run_are_refused_by_name_before_the_work(
+    place: str, finished: tuple[Path, Result], tmp_path: Path, no_work: None
+) -> None:
+    folder = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    (folder / place / "notes.txt").write_text("mine")
+    before = contents(folder)
+    text = refusal("run", folder / "recipe.yaml", "--output", folder, "--set", "variants.1.skip=[fc1]")
+    assert f"{folder / place} holds notes.txt" in text
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("command", ["quantize", "fastest", "finetune", "evaluate", "benchmark", "sensitivity", "run"])
+def test_a_second_process_is_refused_at_once(
+    command: str, recipe: Path, tiny_checkpoint: Path, shapes: Path, tmp_path: Path, no_work: None
+) -> None:
+    how = "reserved" if command in ("quantize", "fastest", "finetune") else "claimed"
+    code = (
+        "import sys, pathlib; from vitopt import storage\n"
+        f"with storage.{how}(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()\n"
+    )
+    hold = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(hold, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout.readline() == "held\n"
+        text = refusal(*writing(tiny_checkpoint, shapes, recipe)[command], "--output", tmp_path / "out")
+        process.communicate()
+    assert text.startswith(f"{tmp_path / 'out'} is in use by process {process.pid} on ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("evaluate", "record.json"),
+        ("benchmark", "variants/tiny-vit/record.json"),
+        ("sensitivity", "sensitivity.json"),
+        ("run", "report.md"),
+    ],
+)
+def test_a_file_that_would_be_overwritten_is_found_before_the_work(
+    command: str, name: str, recipe: Path, tiny_checkpoint: Path, shapes: Path, tmp_path: Path, no_work: None
+) -> None:
+    output = tmp_path / "out"
+    with storage.claimed(output):
+        storage.write_text(output / "other.json", "{}")  # a folder of vitopt
+    (output / name).parent.mkdir(parents=True, exist_ok=True)
+    (output / name).write_text("mine")
+    text = refusal(*writing(tiny_checkpoint, shapes, recipe)[command], "--output", output)
+    assert name in text and "vitopt did not write it: move it elsewhere" in text
+    assert (output / name).read_text() == "mine"
+
+
+def test_a_report_of_an_older_vitopt_can_be_written_again_and_the_run_cannot(
+    finished: tuple[Path, Result], tmp_path: Path, no_work: None
+) -> None:
+    folder = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    for path in folder.rglob(".vitopt.json"):
+        path.unlink()
+    (folder / "report.md").unlink()
+    done("report", folder)
+    assert (folder / "report.md").is_file()
+    before = contents(folder)
+    text = refusal("run", finished[0].parent / "recipe.yaml", "--output", folder)
+    assert "older vitopt" in text and "choose another --output" in text
+    assert contents(folder) == before
+
+
+# Names that a terminal would obey
+
+
+def test_brackets_and_escape_sequences_in_names_are_printed_as_they_are(
+    tiny_checkpoint: Path, shapes: Path, tmp_path: Path
+) -> None:
+    nasty, shown = "[/x]\x1b[31m", "[/x]\\x1b[31m"
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / f"{nasty}vit"))
+    config = json.loads((model / "config.json").read_text())
+    names = [f"{nasty}{name}" for name in ("circle", "cross", "square", "stripe")]
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    (model / "config.json").write_text(json.dumps(config))
+    image = Path(shutil.copy(shapes / "test" / "cross" / "00.png", tmp_path / f"{nasty}.png"))
+    outputs = [
+        done("predict", model, image),
+        done("benchmark", model, *QUICK, "--attention", "flash_attention_2", "--device", "cpu"),
+        done("run", write_recipe(tmp_path, tiny_checkpoint, shapes), "--output", tmp_path / f"{nasty}run"),
+        done("quantize", model, "--format", "bf16", "--output", tmp_path / f"{nasty}bf16"),
+        vitopt("predict", model, tmp_path / f"{nasty}missing.png"),
+    ]
+    said = [result.stdout + result.stderr for result in outputs]
+    name = f"{shown}vit".rpartition("/")[2]
+    assert not any("\x1b" in text for text in said)
+    assert f"{shown}.png" in said[0] and f"{shown}cross" in said[0]
+    assert f"note: {name}: flash_attention_2 cannot run" in said[1] and f"│ {name}" in said[1]
+    assert f"report: {tmp_path}/{shown}run/report.html" in said[2] and f"export: {tmp_path}/{shown}run" in said[2]
+    assert f"checkpoint: {tmp_path}/{shown}bf16" in said[3]
+    assert f"error: no image at {tmp_path}/{shown}missing.png" in said[4]
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(

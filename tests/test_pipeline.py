@@ -19,10 +19,20 @@ import yaml
 
 from vitopt import environment, pipeline
 from vitopt.data.images import open_images
-from vitopt.errors import BadImageError, CheckpointError, DataError, MeasurementError, RecipeError, UnsupportedError
+from vitopt.errors import (
+    BadImageError,
+    CheckpointError,
+    DataError,
+    MeasurementError,
+    RecipeError,
+    StorageError,
+    UnsupportedError,
+)
 from vitopt.measure import evaluator
 from vitopt.measure.predictions import load_predictions
+from vitopt.models.calibration import calibration_hashes
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
+from vitopt.ownership import LIST_FILE
 from vitopt.pipeline import RunResult
 from vitopt.recipe import DataSpec, Recipe, load_recipe
 from vitopt.records import Memory, load_record
@@ -31,6 +41,7 @@ from vitopt.report.table import cautions
 VERSIONS = environment.versions()
 NAMES = ("fp32", "nf4-skip", "nf4-fa2", "int8")
 CHECKPOINT = {"config.json", "model.safetensors", "preprocessor_config.json"}
+LISTED = CHECKPOINT | {LIST_FILE}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,7 +110,7 @@ def written_again(before: dict[str, int], folder: Path) -> set[str]:
 
 
 def hidden(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*"))
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob(".*") if path.name != LIST_FILE)
 
 
 def test_a_run_leaves_what_the_design_says(finished: tuple[RunResult, list[str]]) -> None:
@@ -107,11 +118,11 @@ def test_a_run_leaves_what_the_design_says(finished: tuple[RunResult, list[str]]
     assert {"recipe.yaml", "environment.json", "report.html", "report.md", "finetune", "variants", "export"} <= {
         path.name for path in folder.iterdir()
     }
-    assert {path.name for path in (folder / "finetune").iterdir()} == CHECKPOINT | {"training.json", "calibration.json"}
+    assert {path.name for path in (folder / "finetune").iterdir()} == LISTED | {"training.json", "calibration.json"}
     assert {path.name for path in (folder / "variants").iterdir()} == set(NAMES)
     for name in NAMES:
         held = {path.name for path in (folder / "variants" / name).iterdir()}
-        assert held == CHECKPOINT | {"calibration.json", "record.json", "predictions.parquet", "README.md"}
+        assert held == LISTED | {"calibration.json", "record.json", "predictions.parquet", "README.md"}
     assert hidden(folder) == []
 
 
@@ -315,6 +326,110 @@ def test_deleted_twins_are_made_again(content: dict[str, Any], again: Path) -> N
         shutil.rmtree(again / "variants" / name)
     result, _ = run(content, again)
     assert [record.failure for record in result.records] == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "stage"),
+    [
+        ("finetune/model.safetensors", "damaged", "finetune"),
+        ("variants/int8/model.safetensors", "damaged", "variant int8"),
+        ("variants/int8/preprocessor_config.json", "missing", "variant int8"),
+        ("variants/int8/predictions.parquet", "damaged", "evaluate"),
+    ],
+)
+def test_a_product_that_is_not_whole_is_made_again_and_said(
+    name: str, spoil: str, stage: str, content: dict[str, Any], again: Path
+) -> None:
+    path = again / name
+    size = path.stat().st_size
+    path.unlink() if spoil == "missing" else os.truncate(path, size // 2)
+    result, said = run(content, again)
+    assert f"{stage}: again, because {name} is {spoil}" in said
+    assert all(f"{other}: up to date, skipped" in said for other in ("finetune", "variant fp32") if other != stage)
+    assert [record.failure for record in result.records] == [None] * 4
+    assert path.is_file() and (path.suffix != ".safetensors" or path.stat().st_size == size)
+
+
+def test_cut_weights_are_never_exported(content: dict[str, Any], again: Path) -> None:
+    exported, made = again / "export" / "model.safetensors", again / "variants" / "nf4-skip" / "model.safetensors"
+    size = made.stat().st_size
+    exported.unlink()
+    os.link(made, exported)  # as the run leaves it: to cut one is to cut both
+    os.truncate(exported, 1000)
+    _, said = run(content, again)
+    assert "variant nf4-skip: again, because variants/nf4-skip/model.safetensors is damaged" in said
+    assert exported.stat().st_size == made.stat().st_size == size
+    exported.unlink()
+    exported.write_bytes(b"cut")
+    assert run(content, again)[1][-1] == "evaluate: up to date, skipped"
+    assert exported.samefile(made) and made.stat().st_size == size
+
+
+@pytest.mark.parametrize("change", ["corrupt", "older schema"])
+def test_a_record_that_cannot_be_read_is_measured_again(change: str, content: dict[str, Any], again: Path) -> None:
+    path = again / "variants" / "int8" / "record.json"
+    text = path.read_text()
+    # of the same length, so that only reading it can tell
+    path.write_text("x" + text[1:] if change == "corrupt" else text.replace("vitopt.record/1", "vitopt.record/0"))
+    result, said = run(content, again)
+    (line,) = [line for line in said if line.startswith("evaluate: again, because ")]
+    assert str(path) in line and "measure again" in line
+    assert load_record(path) == result.records[3] and result.report is not None
+
+
+def test_a_broken_record_of_a_variant_that_left_the_recipe_is_nobodys_business(
+    content: dict[str, Any], again: Path
+) -> None:
+    (again / "variants" / "int8" / "record.json").write_text("{")
+    result, _ = run(changed(content, variants=content["variants"][:3]), again)
+    assert [record.variant.name for record in result.records] == list(NAMES[:3]) and result.report is not None
+
+
+def test_a_skip_list_that_cannot_be_read_is_chosen_again(content: dict[str, Any], tmp_path: Path) -> None:
+    first, _ = run(with_auto(content), tmp_path / "run")
+    path = tmp_path / "run" / "sensitivity" / "auto.json"
+    path.write_text("x" + path.read_text()[1:])
+    second, said = run(with_auto(content), tmp_path / "run")
+    assert said[0].startswith("sensitivity auto: again, because ") and str(path) in said[0]
+    assert second.records[1].variant.skip == first.records[1].variant.skip
+
+
+def test_a_recipe_that_says_the_same_keeps_its_comments(content: dict[str, Any], again: Path) -> None:
+    path = again / "recipe.yaml"
+    path.write_text(f"# why I did this\n{path.read_text()}")
+    assert run(content, again)[1][-1] == "evaluate: up to date, skipped"
+    assert path.read_text().startswith("# why I did this\n")
+    run(changed(content, variants=content["variants"][:3]), again)
+    assert len(load_recipe(path).variants) == 3
+
+
+def test_notes_beside_products_are_kept_and_inside_refused_before_the_work(
+    content: dict[str, Any], again: Path, no_training: None
+) -> None:
+    (again / "notes.txt").write_text("mine")
+    assert run(content, again)[1][-1] == "evaluate: up to date, skipped"
+    assert (again / "notes.txt").read_text() == "mine"
+    for place in ("finetune", "variants/int8", "export"):
+        (again / place / "notes.txt").write_text("mine")
+        with pytest.raises(StorageError, match=rf"{again / place} holds notes.txt"):
+            run(changed(content, seed=1), again)
+        assert (again / place / "notes.txt").read_text() == "mine"
+        (again / place / "notes.txt").unlink()
+
+
+def test_a_file_of_the_user_in_a_variant_that_can_no_longer_be_made_is_kept(
+    content: dict[str, Any], again: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cannot(*_: Any, **__: Any) -> None:
+        (again / "variants" / "int8" / "notes.txt").write_text("mine")  # while the run is going on
+        raise UnsupportedError("not here")
+
+    monkeypatch.setattr(pipeline, "quantize", cannot)
+    other = changed(content)
+    other["variants"][3]["skip"] = ["block.2"]
+    with pytest.raises(StorageError, match=r"int8 holds notes.txt"):
+        run(other, again)
+    assert (again / "variants" / "int8" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("broken", ["", "[1, 2]", '{"finetune": "x", "variant fp'])
@@ -777,6 +892,33 @@ def test_a_skip_list_is_chosen_on_training_images_and_stands(content: dict[str, 
     assert "sensitivity auto: up to date, skipped" in again and "evaluate: up to date, skipped" in again
 
 
+def test_a_chosen_variant_keeps_the_hashes_of_its_calibration_images(content: dict[str, Any], tmp_path: Path) -> None:
+    recipe = with_auto(content)
+    chosen = recipe["variants"][1]
+    recipe["variants"] = [*recipe["variants"], chosen | {"name": "again", "attention": "eager"}]
+    _, said = run(recipe, tmp_path / "run")
+    images = open_images(DataSpec(source=recipe["data"], limit=16), "train")
+    folders = [tmp_path / "run" / "variants" / name for name in ("auto", "again")] + [tmp_path / "run" / "export"]
+    assert [calibration_hashes(folder) for folder in folders] == [set(images.image_hashes)] * 3
+    assert "variant again: the same weights as auto" in said
+    first = tmp_path / "run" / "variants" / recipe["variants"][0]["name"]
+    assert calibration_hashes(first) == set()
+
+
+@pytest.mark.parametrize(("floor", "decision", "word"), [(99.0, "shown", "met"), (0.001, "undecided", "not shown")])
+def test_a_floor_is_judged_on_the_tested_images(
+    content: dict[str, Any], tmp_path: Path, floor: float, decision: str, word: str
+) -> None:
+    result, _ = run(with_auto(content, max_top1_drop=floor, max_kl_share=None), tmp_path / "run")
+    reference, chosen = result.records
+    assert reference.requirements == ()
+    assert [(one.name, one.decision) for one in chosen.requirements] == [("auto.max_top1_drop", decision)]
+    assert load_record(tmp_path / "run" / "variants" / "auto").requirements == chosen.requirements
+    required = f"floor of skip: auto: loss of top-1 at most {floor:g} points"
+    lines = [line for line in (result.folder / "report.md").read_text().splitlines() if required in line]
+    assert lines and all(word in line for line in lines)
+
+
 def test_calibration_images_are_never_test_images(content: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="calibration images are also test images"):
         run(with_auto(content, split="test"), tmp_path / "run")
@@ -886,7 +1028,7 @@ def test_without_the_packages_of_the_report_it_is_left_out_in_one_line(
     assert load_record(folder / "variants" / "fp32") == result.records[0]
     assert result.report is None
     assert not (folder / "report.html").exists() and not (folder / "report.md").exists()
-    assert {path.name for path in (folder / "variants" / "fp32").iterdir()} == CHECKPOINT | {"record.json"}
+    assert {path.name for path in (folder / "variants" / "fp32").iterdir()} == LISTED | {"record.json"}
 
 
 def test_a_starting_recipe_for_a_gpu_has_the_fast_rows(

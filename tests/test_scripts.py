@@ -182,3 +182,22 @@ def test_files_are_named_after_the_device(benchmark: ModuleType) -> None:
     assert benchmark._device_name({"gpu": {"name": "NVIDIA H200"}}) == "h200"
     assert benchmark._device_name({"gpu": {"name": "NVIDIA A100-SXM4-80GB"}}) == "a100-sxm4-80gb"
     assert benchmark._device_name({"gpu": None, "processor": "AMD EPYC"}) == "amd-epyc"
+
+
+@pytest.fixture(scope="module")
+def coverage() -> ModuleType:
+    return script("claims_coverage")
+
+
+@pytest.mark.parametrize("name", ["wilson", "tango", "speedup", "floor-flat", "floor-steep", "floor-tied"])
+def test_claims_are_seldom_wrong(coverage: ModuleType, name: str) -> None:
+    """A few hundred of the runs that the script makes: false in at most 5 %, as far as so few can tell."""
+    wrong, interval = coverage.simulate(coverage.CLAIMS[name], 200, seed=1)
+    assert 100 * interval.low <= coverage.CLAIMS[name].allowed_percent, f"wrong in {wrong} of 200"
+
+
+def test_a_floor_is_shown_often_enough_for_its_errors_to_count(coverage: ModuleType) -> None:
+    rng = coverage.np.random.default_rng(2)
+    goal = coverage.Goal(max_top1_drop=0.97 * coverage.true_drop(coverage.VARIANCE))
+    decisions = [coverage.search(rng, "steep", goal, 4096)[0].decision for _ in range(30)]
+    assert decisions.count("shown") >= 15

@@ -1,28 +1,34 @@
+import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vitopt import storage
+from vitopt import ownership, storage
 from vitopt.errors import StorageError
 
 
 def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    """What lies in a folder, beside vitopt's list of its own files."""
+    return {path.name for path in folder.iterdir()} - {ownership.LIST_FILE}
 
 
 @pytest.fixture
 def earlier(tmp_path: Path) -> Path:
     """The folder of an earlier result."""
-    folder = tmp_path / "result"
-    folder.mkdir()
-    (folder / "config.json").write_text("old")
-    (folder / "extra.txt").write_text("old")
-    return folder
+    with storage.staged_folder(tmp_path / "result") as folder:
+        (folder / "config.json").write_text("old")
+        (folder / "extra.txt").write_text("old")
+    return tmp_path / "result"
 
 
 def test_a_staged_folder_appears_when_complete(tmp_path):
@@ -80,39 +86,315 @@ def test_the_earlier_folder_comes_back_if_the_new_one_cannot_be_moved_in(earlier
     assert names(earlier.parent) == {"result"}
 
 
-def test_an_empty_folder_and_a_failed_variant_are_replaced(tmp_path):
+def test_an_empty_folder_is_replaced(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "failed").mkdir()
-    (tmp_path / "failed" / "record.json").write_text("{}")
-    for name in ("empty", "failed"):
-        with storage.staged_folder(tmp_path / name) as folder:
-            (folder / "config.json").write_text("new")
-        assert names(tmp_path / name) == {"config.json"}
-
-
-def test_a_folder_that_is_no_earlier_result_is_never_deleted(tmp_path):
-    target = tmp_path / "photos"
-    (target / "holiday").mkdir(parents=True)
-    with pytest.raises(StorageError) as caught, storage.staged_folder(target) as folder:
+    with storage.staged_folder(tmp_path / "empty") as folder:
         (folder / "config.json").write_text("new")
-    assert str(caught.value) == (
-        f"{target} holds holiday, which is no earlier result and would be deleted: choose another --output"
-    )
-    assert names(target) == {"holiday"}
-    assert names(tmp_path) == {"photos"}
+    assert names(tmp_path / "empty") == {"config.json"}
 
 
-def test_what_a_killed_run_left_is_in_nobodys_way(earlier):
+def test_what_a_folder_above_lists_is_replaced(tmp_path):
+    with storage.claimed(tmp_path / "run"):
+        failed = tmp_path / "run" / "variants" / "failed"
+        storage.write_json(failed / "record.json", {})
+        with storage.staged_folder(failed) as folder:
+            (folder / "config.json").write_text("new")
+    assert names(failed) == {"config.json"}
+
+
+# What vitopt did not write
+
+
+def project(folder: Path) -> None:
+    (folder / "src").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "record.json").write_text("{}")
+    (folder / "src" / "main.py").write_text("mine")
+
+
+def photos(folder: Path) -> None:
+    (folder / "holiday").mkdir(parents=True)
+
+
+def result_with_notes(folder: Path) -> None:
+    with storage.staged_folder(folder) as staged:
+        (staged / "config.json").write_text("ours")
+    (folder / "notes.txt").write_text("mine")
+
+
+def result_with_notes_below(folder: Path) -> None:
+    result_with_notes(folder)
+    (folder / "deep" / "down").mkdir(parents=True)
+    (folder / "notes.txt").rename(folder / "deep" / "down" / "notes.txt")
+
+
+def result_with_a_link(folder: Path) -> None:
+    result_with_notes(folder)
+    (folder / "notes.txt").unlink()
+    (folder / "data").symlink_to(folder.parent)
+
+
+def result_with_another(folder: Path) -> None:
+    result_with_notes(folder)
+    (folder / "notes.txt").unlink()
+    with storage.claimed(folder / "evaluation"):
+        storage.write_json(folder / "evaluation" / "record.json", {})
+
+
+def result_of_an_older_version(folder: Path) -> None:
+    result_with_notes(folder)
+    (folder / "notes.txt").unlink()
+    (folder / ownership.LIST_FILE).unlink()
+
+
+def broken_list(folder: Path) -> None:
+    result_of_an_older_version(folder)
+    (folder / ownership.LIST_FILE).write_text('{"files": ')
+
+
+@pytest.mark.parametrize(
+    ("make", "foreign"),
+    [
+        (project, "config.json"),
+        (photos, "holiday"),
+        (result_with_notes, "notes.txt"),
+        (result_with_notes_below, "deep/down/notes.txt"),
+        (result_with_a_link, "data"),
+        (result_with_another, "evaluation"),
+        (result_of_an_older_version, "config.json"),
+        (broken_list, "config.json"),
+    ],
+)
+def test_a_folder_with_anything_else_is_never_replaced(tmp_path, make, foreign):
+    target = tmp_path / "target"
+    make(target)
+    before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    expected = f"{target} holds {foreign}, which is no part of a vitopt result there"
+    with pytest.raises(StorageError, match=re.escape(expected)), storage.staged_folder(target):
+        pytest.fail("the work began")
+    with pytest.raises(StorageError, match=re.escape(expected)):
+        storage.remove(target)
+    assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
+    assert names(tmp_path) == {"target"}
+
+
+def test_a_file_that_is_added_during_the_work_is_never_deleted(earlier):
+    with pytest.raises(StorageError, match=r"holds notes.txt"), storage.staged_folder(earlier) as folder:
+        (folder / "config.json").write_text("new")
+        (earlier / "notes.txt").write_text("mine")
+    assert names(earlier) == {"config.json", "extra.txt", "notes.txt"}
+    assert (earlier / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("place", [".", "..", "~", "~/..", "/"])
+def test_current_and_home_folder_and_those_above_are_refused(tmp_path, monkeypatch, place):
+    (tmp_path / "home" / "me").mkdir(parents=True)
+    (tmp_path / "work" / "here").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home" / "me"))
+    monkeypatch.chdir(tmp_path / "work" / "here")
+    target = Path(place).expanduser()
+    for entered in (storage.staged_folder, storage.claimed):
+        with pytest.raises(StorageError, match="choose a folder of its own"), entered(target):
+            pytest.fail("the work began")
+
+
+@pytest.mark.parametrize("place", ["model", "model/out", "."])
+def test_an_output_on_its_input_is_refused(tmp_path, place):
+    model = tmp_path / "model"
+    with storage.staged_folder(model) as folder:
+        (folder / "config.json").write_text("ours")
+    for entered in (storage.reserved, storage.claimed):
+        with (
+            pytest.raises(StorageError, match=f"the input {model}"),
+            entered(tmp_path / place, None, "org/name", model),
+        ):
+            pytest.fail("the work began")
+    with storage.reserved(tmp_path / "other", model, "org/name"):
+        pass
+    assert names(tmp_path) == {"model"}
+
+
+# Folders that are filled file by file
+
+
+def test_a_claimed_folder_lists_what_is_written(tmp_path):
+    folder = tmp_path / "a" / "run"
+    with storage.claimed(folder):
+        storage.write_text(folder / "recipe.yaml", "name: x\n")
+        storage.write_text(folder / "plots" / "latency.svg", "<svg/>")
+    assert ownership.listed_files(folder) == {"plots/latency.svg": 6, "recipe.yaml": 8}
+    assert {path.name for path in folder.iterdir()} == {"recipe.yaml", "plots", ownership.LIST_FILE}
+    (folder / "notes.txt").write_text("mine")  # beside what vitopt writes a user's file is in nobody's way
+    with storage.claimed(folder):
+        storage.write_text(folder / "recipe.yaml", "name: longer\n")
+    assert ownership.listed_files(folder)["recipe.yaml"] == 13
+    assert names(folder) == {"recipe.yaml", "plots", "notes.txt"}
+
+
+def test_a_claimed_folder_without_results_is_left_as_it_was(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("there", "new/deep"):
+        with pytest.raises(ValueError, match="refused"), storage.claimed(tmp_path / name):
+            raise ValueError("refused")
+    assert names(tmp_path) == {"there"}
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+@pytest.mark.parametrize("make", [project, photos, result_of_an_older_version, broken_list])
+def test_a_folder_of_others_cannot_be_claimed(tmp_path, make):
+    make(tmp_path / "target")
+    with (
+        pytest.raises(StorageError, match="no part of a vitopt result"),
+        storage.claimed(tmp_path / "target"),
+    ):
+        pytest.fail("the work began")
+
+
+def test_a_file_of_others_is_never_overwritten(tmp_path):
+    folder = tmp_path / "run"
+    with storage.claimed(folder):
+        storage.write_text(folder / "stages.json", "{}")
+        (folder / "report.md").write_text("mine")
+        with pytest.raises(StorageError, match=r"report.md is there and vitopt did not write it"):
+            storage.write_text(folder / "report.md", "ours")
+        with pytest.raises(StorageError, match=r"report.md .* vitopt did not write"):
+            storage.remove(folder / "report.md")
+    assert (folder / "report.md").read_text() == "mine"
+    with (
+        pytest.raises(StorageError, match=r"report.md is there and vitopt did not write it"),
+        storage.claimed(folder, files=["stages.json", "./report.md"]),
+    ):
+        pytest.fail("the work began")
+
+
+def test_an_output_that_cannot_be_made_is_found_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    for entered in (storage.reserved, storage.claimed):
+        for place in ("file", "file/below"):
+            with pytest.raises(StorageError, match="a file is in the way"), entered(tmp_path / place):
+                pytest.fail("the work began")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    (tmp_path / "there").mkdir()
+    monkeypatch.setattr(storage.FileLock, "acquire", refuse)
+    for entered in (storage.reserved, storage.claimed):
+        with pytest.raises(StorageError, match="Read-only file system"), entered(tmp_path / "there"):
+            pytest.fail("the work began")
+    assert names(tmp_path) == {"file", "there"}
+
+
+def test_removing_takes_it_off_the_list(tmp_path):
+    folder = tmp_path / "run"
+    with storage.claimed(folder):
+        for name in ("plots/a.svg", "plots/b.svg", "stages.json"):
+            storage.write_text(folder / name, name)
+        storage.remove(folder / "plots" / "a.svg")
+        assert set(ownership.listed_files(folder)) == {"plots/b.svg", "stages.json"}
+        storage.remove(folder / "plots")
+        storage.remove(folder / "never")
+        assert set(ownership.listed_files(folder)) == {"stages.json"}
+    assert names(folder) == {"stages.json"}
+
+
+# Whole or not
+
+
+def test_a_file_is_whole_as_long_as_it_has_its_size(earlier):
+    path = earlier / "config.json"
+    assert ownership.is_whole(path)
+    path.write_text("ol")
+    assert not ownership.is_whole(path)
+    path.unlink()
+    assert not ownership.is_whole(path)
+    (earlier / "notes.txt").write_text("mine")
+    assert not ownership.is_whole(earlier / "notes.txt")
+
+
+def test_a_folder_that_is_no_longer_whole_is_not_copied(earlier, tmp_path):
+    (earlier / "extra.txt").write_text("cut short"[:1])
+    with pytest.raises(StorageError, match=r"extra.txt is missing or damaged"):
+        storage.copy_folder(earlier, tmp_path / "copy")
+    storage.copy_folder(earlier, tmp_path / "copy", leave_out=("extra.txt",))
+    assert names(tmp_path / "copy") == {"config.json"}
+
+
+def test_content_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    """Every rename comes after the fsync of what it names, and before the fsync of the folder that holds the name."""
+    seen: list[tuple[str, str]] = []
+    sync, rename, replace = storage._sync, Path.rename, Path.replace
+    monkeypatch.setattr(storage, "_sync", lambda path: (seen.append(("sync", path.name)), sync(path)))
+    monkeypatch.setattr(Path, "rename", lambda s, t: (seen.append(("rename", s.name)), rename(s, t))[1])
+    monkeypatch.setattr(Path, "replace", lambda s, t: (seen.append(("rename", s.name)), replace(s, t))[1])
+    storage.write_text(tmp_path / "record.json", "{}")
+    partial = f".record.json.partial-{os.getpid()}"
+    assert seen == [("sync", partial), ("rename", partial), ("sync", tmp_path.name)]
+    seen.clear()
+    with storage.staged_folder(tmp_path / "result") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "weights").write_text("1")
+        seen.clear()
+    staged = ("rename", folder.name)
+    before, after = seen[: seen.index(staged)], seen[seen.index(staged) + 1 :]
+    assert {("sync", name) for name in ("sub", "weights", ownership.LIST_FILE, folder.name)} <= set(before)
+    assert after == [("sync", tmp_path.name)]
+
+
+# One writer at a time
+
+HOLD = """
+import sys
+from pathlib import Path
+from vitopt import storage
+with getattr(storage, sys.argv[1])(Path(sys.argv[2])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held_by_another(how: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", HOLD, how, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("how", ["claimed", "reserved", "staged_folder"])
+def test_a_folder_in_use_is_refused_and_its_holder_named(tmp_path, how):
+    target = tmp_path / "out"
+    with held_by_another(how, target) as process:
+        with pytest.raises(StorageError) as caught, getattr(storage, how)(target):
+            pytest.fail("the work began")
+        assert str(caught.value).startswith(f"{target} is in use by process {process.pid} on {socket.gethostname()}:")
+    with getattr(storage, how)(target):  # a killed process holds nothing
+        pass
+
+
+def test_the_holder_may_enter_again_and_leaves_no_lock_behind(tmp_path):
+    with storage.reserved(tmp_path / "out"):
+        with storage.staged_folder(tmp_path / "out") as folder:
+            (folder / "config.json").write_text("new")
+        assert {path.name for path in tmp_path.iterdir()} == {"out", ".out.lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_what_killed_runs_left_is_removed(earlier):
     # In a container the next run may well have the same process id.
-    for kind in ("partial", "old"):
-        left = earlier.with_name(f".result.{kind}-{os.getpid()}")
-        left.mkdir()
-        (left / "half").write_text("half")
+    for number in (os.getpid(), os.getpid() + 1):
+        for kind in ("partial", "old"):
+            left = earlier.with_name(f".result.{kind}-{number}")
+            left.mkdir()
+            (left / "half").write_text("half")
+    others = earlier.with_name(".result2.partial-1")
+    others.mkdir()
     with storage.staged_folder(earlier) as folder:
         assert names(folder) == set()
         (folder / "config.json").write_text("new")
     assert names(earlier) == {"config.json"}
-    assert names(earlier.parent) == {"result"}
+    assert names(earlier.parent) == {"result", others.name}
 
 
 def test_a_link_stays_a_link(earlier, tmp_path):
@@ -124,13 +406,6 @@ def test_a_link_stays_a_link(earlier, tmp_path):
     assert link.is_symlink()
     assert (earlier / "config.json").read_text() == "new"
     assert names(link.parent) == {"link"}
-
-
-def test_the_current_folder_can_be_the_target(earlier, monkeypatch):
-    monkeypatch.chdir(earlier)
-    with storage.staged_folder(Path()) as folder:
-        (folder / "config.json").write_text("new")
-    assert names(earlier) == {"config.json"}
 
 
 def test_a_file_in_the_way_is_refused_before_the_work(tmp_path):

@@ -10,17 +10,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from vitopt import __version__, progress
-from vitopt.errors import MeasurementError, RecipeError, VitoptError
+from vitopt import __version__, progress, storage
+from vitopt.errors import MeasurementError, RecipeError, StorageError, VitoptError
 from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat, RunAs
 from vitopt.recipe import (
     AUTO,
@@ -40,12 +39,15 @@ from vitopt.recipe import (
     load_recipe,
     validate,
 )
-from vitopt.records import Record
+from vitopt.records import RECORD_FILE, Record
+from vitopt.terminal import Console, NoteFormatter
 from vitopt.threads import bind
 
 if TYPE_CHECKING:
+    from vitopt.data.images import ImageSet
     from vitopt.measure.evaluator import Measured
     from vitopt.measure.planning import Need
+    from vitopt.models.calibration import Use
     from vitopt.models.checkpoint import Checkpoint
     from vitopt.optimize.plan import LayerPlan
     from vitopt.preview import Preview
@@ -63,8 +65,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+out = Console()
+err = Console(stderr=True)
 
 CommandFunction = TypeVar("CommandFunction", bound=Callable[..., None])
 
@@ -95,6 +97,10 @@ GroupOption = Annotated[
     str | None,
     typer.Option(help="Column of metadata.csv whose groups of images depend on each other: frames of one video."),
 ]
+CalibrationLimitOption = Annotated[
+    int, typer.Option(help="At most so many images, spread over the classes; with a goal one in four chooses.")
+]
+CALIBRATION_IMAGES = AutoSkipSpec().images
 MaxTop1DropOption = Annotated[float | None, typer.Option(help="Largest loss of top-1 in points.")]
 MaxKlShareOption = Annotated[float | None, typer.Option(help="KL at most this share of the quantized model's.")]
 ObjectiveOption = Annotated[Literal["size", "latency"], typer.Option(help="What a kept layer costs.")]
@@ -138,10 +144,11 @@ def _clear_errors(command: CommandFunction) -> CommandFunction:
         try:
             command(*args, **kwargs)
         except VitoptError as error:
-            err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+            err.print("error:", style="bold red", end=" ")
+            err.print(str(error))
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            err.print("interrupted: finished stages are kept; the same command goes on from there", highlight=False)
+            err.print("interrupted: finished stages are kept; the same command goes on from there")
             raise typer.Exit(130) from None
         except BrokenPipeError:
             # The reader of our output has gone; there is nobody to tell.
@@ -158,7 +165,8 @@ def _start(as_json: bool, threads: int | None = None) -> None:
         bind(threads)  # before anything imports torch
     from vitopt import environment
 
-    logging.basicConfig(level=logging.WARNING, format="note: %(message)s", stream=sys.stderr, force=True)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
+    logging.root.handlers[0].setFormatter(NoteFormatter("note: %(message)s"))
     environment.quiet_libraries()
     progress.enable(not as_json and sys.stderr.isatty() and environment.is_main_process())
 
@@ -167,7 +175,7 @@ def _say(line: str) -> None:
     from vitopt import environment
 
     if environment.is_main_process():
-        err.print(escape(line), highlight=False)
+        err.print(line)
 
 
 def _print_json(value: Any) -> None:
@@ -180,7 +188,7 @@ def _print_json(value: Any) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        out.print(__version__, highlight=False)
+        out.print(__version__)
         raise typer.Exit
 
 
@@ -232,15 +240,15 @@ def run(
     if environment.is_main_process():
         _print_table(result.records)
         if result.report is not None:
-            out.print(f"\nreport: {result.report}", highlight=False)
+            out.print(f"\nreport: {result.report}")
         if result.export is not None:
-            out.print(f"export: {result.export}", highlight=False)
+            out.print(f"export: {result.export}")
         if result.export is not None and result.report is not None:
             from vitopt.report.card import loading_code
 
             chosen = next(record for record in result.records if record.variant.name == resolved.export)
-            out.print("\nIt opens with plain transformers:\n", highlight=False)
-            out.print(escape(loading_code(chosen, str(result.export))), highlight=False)
+            out.print("\nIt opens with plain transformers:\n")
+            out.print(loading_code(chosen, str(result.export)))
 
 
 @app.command()
@@ -335,7 +343,8 @@ def quantize(
         list[str] | None, typer.Option(help="Layers that stay in 16 bit, repeatable: block.21, block.*.fc2, or auto.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Images for --skip auto and --format auto; never your test images.")
+        str | None,
+        typer.Option(help="Images for --skip auto and --format auto: the train split, never your test images."),
     ] = None,
     min_agreement: Annotated[
         float, typer.Option(min=0, max=100, help="With --format auto: agreement with fp32 in percent of images.")
@@ -345,9 +354,10 @@ def quantize(
     max_kl_share: MaxKlShareOption = None,
     objective: ObjectiveOption = "size",
     granularity: GranularityOption = "block",
-    limit: LimitOption = None,
+    limit: CalibrationLimitOption = CALIBRATION_IMAGES,
     labels: LabelsOption = "name",
     group_column: GroupOption = None,
+    skip_bad_images: SkipBadOption = False,
     half: Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are not quantized.")] = "bf16",
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
@@ -361,20 +371,20 @@ def quantize(
         _refuse(context, "min_agreement", "compile", because="only --format auto compares formats")
         if not automatic:
             unused = "only --skip auto and --format auto look at images"
-            _refuse(context, "data", "limit", "group_column", because=unused)
+            _refuse(context, "data", "limit", "group_column", "skip_bad_images", because=unused)
         if format not in QUANTIZED_FORMATS:
             _refuse(context, "half", because=f"format {format} quantizes nothing, so every layer is {format}")
+    images_from = {"source": data, "limit": limit, "labels": labels, "group_column": group_column}
+    images_from["skip_bad_images"] = skip_bad_images
+    calibration = None if data is None else validate(DataSpec, images_from, where="data")
     if format == "auto":
-        if data is None:
+        if calibration is None:
             raise RecipeError("--format auto needs --data: images on which the formats are compared with fp32")
         if skip:
             raise RecipeError("--format auto compares whole formats: choose one, then --skip keeps layers in 16 bit")
-        source = validate(
-            DataSpec, {"source": data, "limit": limit, "labels": labels, "group_column": group_column}, where="data"
-        )
         _start(as_json, threads)
         options = {"min_agreement_percent": min_agreement, "half": half, "compile": compile, "device": device}
-        _quantize_to_fastest(checkpoint, source, output, options, as_json)
+        _quantize_to_fastest(checkpoint, calibration, output, options, as_json)
         return
     content: dict[str, Any] = {"name": "variant", "format": format, "skip": skip or [], "half": half}
     goal = {"max_top1_drop": max_top1_drop, "max_kl_share": max_kl_share}
@@ -383,19 +393,24 @@ def quantize(
     if automatic:
         content["auto"] = goal | {"objective": objective, "granularity": granularity}
     variant = validate(VariantSpec, content, where="quantize")
-    if variant.skips_automatically and data is None:
+    if variant.skips_automatically and calibration is None:
         raise RecipeError("--skip auto needs --data: calibration images on which the skip list is chosen")
     _start(as_json, threads)
+    from vitopt.data.images import open_images
+    from vitopt.measure.overlap import seen
     from vitopt.models.checkpoint import disk_bytes, open_checkpoint
     from vitopt.optimize.quantize import quantize as write
     from vitopt.report.table import human_bytes
 
     opened = open_checkpoint(checkpoint)
-    if variant.skips_automatically:
-        calibration = DataSpec(source=str(data), limit=limit, labels=labels, group_column=group_column)
-        variant = _choose_skip_list(opened, variant, calibration, output, device)
-    with progress.task(f"quantizing to {format}", None):
-        plan = write(opened, variant, output, device)
+    chosen_on: Use | None = None
+    with storage.reserved(output, opened.folder, calibration.folder if calibration else None):
+        if calibration is not None and variant.skips_automatically:
+            images = open_images(calibration, "train")
+            variant = _choose_skip_list(opened, variant, images, calibration, output, device)
+            chosen_on = seen(images, "skip list")
+        with progress.task(f"quantizing to {format}", None):
+            plan = write(opened, variant, output, device, calibration=chosen_on)
     size = disk_bytes(output)
     if as_json:
         _print_json({"checkpoint": str(output), "skip": variant.skip, "layer_plan": plan.counts(), "disk_bytes": size})
@@ -409,44 +424,45 @@ def quantize(
 
 
 def _quantize_to_fastest(checkpoint: str, data: DataSpec, output: Path, options: dict[str, Any], as_json: bool) -> None:
-    from vitopt import storage
     from vitopt.data.images import open_images
     from vitopt.measure.overlap import seen
-    from vitopt.models.calibration import load_uses, save_uses
-    from vitopt.models.checkpoint import CONFIG_FILE, disk_bytes, open_checkpoint
+    from vitopt.models.checkpoint import disk_bytes, open_checkpoint
     from vitopt.optimize.quantize import quantize as write
     from vitopt.search.fastest import find_fastest
 
-    storage.require_replaceable(output, {CONFIG_FILE})  # now, not after minutes of measuring
     opened = open_checkpoint(checkpoint)
-    images = open_images(data, "train")
-    choice = find_fastest(opened, images, EvaluateSpec(end_to_end=False), **options)
-    plan = write(opened, choice.variant, output, options["device"])
-    save_uses([*load_uses(output), seen(images, "format")], output)
+    with storage.reserved(output, opened.folder, data.folder):  # now, not after minutes of measuring
+        images = open_images(data, "train")
+        skip_bad = data.skip_bad_images
+        choice = find_fastest(opened, images, EvaluateSpec(end_to_end=False), skip_bad=skip_bad, **options)
+        plan = write(opened, choice.variant, output, options["device"], calibration=seen(images, "format"))
     if as_json:
         found: dict[str, Any] = {"checkpoint": str(output), "chosen": choice.variant.name}
         found |= {"run": choice.variant.run.model_dump(mode="json"), "layer_plan": plan.counts()}
+        found |= {"why": choice.sentence(), "undecided": choice.undecided()}
         found |= {"disk_bytes": disk_bytes(output), "records": [record.to_json() for record in choice.records]}
         _print_json(found)
         return
     _print_table(choice.records)
-    _say(choice.sentence())
+    for line in (choice.sentence(), *choice.undecided()):
+        _say(line)
     _say(f"checkpoint: {output}" + ("; run it with --compile --fuse-qkv" if choice.variant.compile else ""))
 
 
 def _choose_skip_list(
-    checkpoint: "Checkpoint", variant: VariantSpec, data: DataSpec, output: Path, device: str
+    checkpoint: "Checkpoint", variant: VariantSpec, images: "ImageSet", data: DataSpec, output: Path, device: str
 ) -> VariantSpec:
-    from vitopt.data.images import open_images
     from vitopt.search.analysis import analyse_for
 
-    images = open_images(data, "train")
-    result = analyse_for(checkpoint, images, variant, output.with_name(f"{output.name}.sensitivity.json"), device)
-    assert result.search is not None
-    _say(f"keeps {', '.join(result.search.chosen) or 'nothing'} in 16 bit, chosen on {result.images} images")
-    if result.search.advice:
-        _say(result.search.advice)
-    return variant.skipping(result.search.chosen)
+    place = output.resolve()
+    folder = place.with_name(f"{place.name}.sensitivity")  # `vitopt report` shows it
+    with storage.claimed(folder, checkpoint.folder, data.folder):
+        scores = folder / "sensitivity.json"
+        found = analyse_for(checkpoint, images, variant, scores, device, skip_bad=data.skip_bad_images).search
+    assert found is not None
+    _say(f"keeps {', '.join(found.chosen) or 'nothing'} in 16 bit, chosen on {found.choosing_images:,} images")
+    _say(found.advice or f"shown on {found.confirming_images:,} other images (95 %): {found.goal}")
+    return variant.skipping(found.chosen)
 
 
 @app.command()
@@ -454,14 +470,17 @@ def _choose_skip_list(
 def sensitivity(
     context: typer.Context,
     checkpoint: CheckpointArgument,
-    data: Annotated[str, typer.Option(help="Calibration images; never your test images.")],
+    data: Annotated[
+        str, typer.Option(help="Calibration images: the train split, or DATA:SPLIT; never your test images.")
+    ],
     format: Annotated[Format, typer.Option(help="Format whose damage is measured.")],
     output: Annotated[Path, typer.Option(help="Folder for sensitivity.json.")],
     granularity: GranularityOption = "block",
     half: Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are kept.")] = "bf16",
-    limit: LimitOption = None,
+    limit: CalibrationLimitOption = CALIBRATION_IMAGES,
     labels: LabelsOption = "name",
     group_column: GroupOption = None,
+    skip_bad_images: SkipBadOption = False,
     sample: Annotated[
         int | None, typer.Option(min=1, help="First rank by KL on so many images, then score only the best exactly.")
     ] = None,
@@ -474,9 +493,9 @@ def sensitivity(
     as_json: JsonOption = False,
 ) -> None:
     """Score every block or linear layer: what quantizing it breaks, what keeping it brings back and costs."""
-    source = validate(
-        DataSpec, {"source": data, "limit": limit, "labels": labels, "group_column": group_column}, where="data"
-    )
+    content = {"source": data, "limit": limit, "labels": labels, "group_column": group_column}
+    content["skip_bad_images"] = skip_bad_images
+    source = validate(DataSpec, content, where="data")
     wanted = max_top1_drop is not None or max_kl_share is not None
     if sample is None:
         _refuse(context, "candidates", because="without --sample every unit is scored exactly")
@@ -488,30 +507,33 @@ def sensitivity(
     from vitopt.data.images import open_images
     from vitopt.models.checkpoint import open_checkpoint
     from vitopt.search.analysis import analyse
-    from vitopt.search.skiplist import Goal
+    from vitopt.search.goal import Goal
 
-    result = analyse(
-        open_checkpoint(checkpoint),
-        open_images(source, None),
-        format,
-        output / "sensitivity.json",
-        half=half,
-        granularity=granularity,
-        sample=sample,
-        candidates=candidates,
-        goal=Goal(max_top1_drop, max_kl_share) if wanted else None,
-        objective=objective,
-        device=device,
-        batch_size=batch_size,
-    )
+    files = ("sensitivity.json", "sensitivity.html")
+    with storage.claimed(output, checkpoint, source.folder, files=files):
+        result = analyse(
+            open_checkpoint(checkpoint),
+            open_images(source, "train"),
+            format,
+            output / "sensitivity.json",
+            half=half,
+            granularity=granularity,
+            sample=sample,
+            candidates=candidates,
+            goal=Goal(max_top1_drop, max_kl_share) if wanted else None,
+            objective=objective,
+            device=device,
+            batch_size=batch_size,
+            skip_bad=skip_bad_images,
+        )
     if as_json:
         _print_json(result.to_json())
         return
     _print_sensitivity(result)
     from vitopt.report.sensitivity import write_sensitivity_page
 
-    out.print(f"\nresult: {output / 'sensitivity.json'}", highlight=False)
-    out.print(f"page: {write_sensitivity_page(output / 'sensitivity.json')}", highlight=False)
+    out.print(f"\nresult: {output / 'sensitivity.json'}")
+    out.print(f"page: {write_sensitivity_page(output / 'sensitivity.json')}")
 
 
 @app.command()
@@ -558,19 +580,20 @@ def evaluate(
 
     sources = [checkpoint] if baseline is None else [baseline, checkpoint]
     candidates = _candidates(sources, run, expanded=[checkpoint])
-    measured = pipeline.measure(
-        candidates,
-        spec,
-        images=open_images(source, None),
-        skip_bad=skip_bad_images,
-        baseline=candidates[0].name if baseline is not None else None,
-        device=device,
-        strict=strict,
-    )
-    if not measured:
-        return  # not the main process
-    if output is not None:
-        _keep(measured[-1], output)
+    with _claimed(output, source.folder, *sources):
+        measured = pipeline.measure(
+            candidates,
+            spec,
+            images=open_images(source, None),
+            skip_bad=skip_bad_images,
+            baseline=candidates[0].name if baseline is not None else None,
+            device=device,
+            strict=strict,
+        )
+        if not measured:
+            return  # not the main process
+        if output is not None:
+            _keep(measured[-1], output)
     record = measured[-1].record
     _print_json(record.to_json()) if as_json else _print_table([one.record for one in measured])
     _exit_if_failed(one.record for one in measured)
@@ -609,10 +632,12 @@ def benchmark(
     from vitopt import pipeline
 
     candidates = _candidates(checkpoints, run, expanded=checkpoints)
-    measured = pipeline.measure(candidates, spec, baseline=candidates[0].name, device=device, strict=strict)
-    if output is not None:
-        for one in measured:
-            _keep(one, output / "variants" / one.record.variant.name)
+    folders = [f"variants/{candidate.name}" for candidate in candidates]
+    with _claimed(output, *checkpoints, folders=folders):
+        measured = pipeline.measure(candidates, spec, baseline=candidates[0].name, device=device, strict=strict)
+        if output is not None:
+            for one in measured:
+                _keep(one, output / "variants" / one.record.variant.name)
     records = [one.record for one in measured]
     _print_json([record.to_json() for record in records]) if as_json else _print_table(records)
     _exit_if_failed(records)
@@ -640,7 +665,8 @@ def compare(
     """
     require = _require(max_top1_drop, min_agreement, max_kl, min_speedup, max_p99_ms, max_megabytes, batch_size)
     _start(as_json)
-    from vitopt import storage
+    if markdown is not None:
+        _refuse_to_overwrite(markdown)
     from vitopt.measure.comparison import compare_stored
     from vitopt.measure.gate import judge, overall
 
@@ -658,8 +684,16 @@ def compare(
     else:
         _print_table(records)
         for line in comparison.lines():
-            out.print(f"• {escape(line)}", highlight=False)
+            out.print(f"• {line}")
     raise typer.Exit({"shown": 0, "failed": 3, "undecided": 4}[overall(required)])
+
+
+def _refuse_to_overwrite(markdown: Path) -> None:
+    from vitopt.report.table import SUMMARY_MARK
+
+    there = markdown.is_dir() or (markdown.exists() and markdown.stat().st_size > 0)
+    if there and not (markdown.is_file() and markdown.read_bytes().startswith(SUMMARY_MARK.encode())):
+        raise StorageError(f"{markdown} is there and is no summary of an earlier comparison: choose another --markdown")
 
 
 @app.command()
@@ -713,9 +747,9 @@ def predict(
         _print_json(predictions)
         return
     for prediction in predictions:
-        out.print(escape(prediction["image"]), style="bold", highlight=False)
+        out.print(prediction["image"], style="bold")
         for guess in prediction["classes"]:
-            out.print(f"  {guess['percent']:5.1f} %  {escape(guess['label'])}", highlight=False)
+            out.print(f"  {guess['percent']:5.1f} %  {guess['label']}")
 
 
 @app.command()
@@ -730,16 +764,18 @@ def report(
     from vitopt.report.sensitivity import write_sensitivity_page
 
     if (run_folder / "sensitivity.json").is_file() and not (run_folder / "variants").is_dir():
-        page = write_sensitivity_page(run_folder / "sensitivity.json")
-        _print_json({"report": str(page), "variants": []}) if as_json else out.print(f"page: {page}", highlight=False)
+        with storage.locked(run_folder):
+            page = write_sensitivity_page(run_folder / "sensitivity.json")
+        _print_json({"report": str(page), "variants": []}) if as_json else out.print(f"page: {page}")
         return
     records = load_run(run_folder)
-    path = write_report(run_folder)
+    with storage.locked(run_folder):
+        path = write_report(run_folder)
     if as_json:
         _print_json({"report": str(path), "variants": [record.variant.name for record in records]})
         return
     _print_table(records)
-    out.print(f"\nreport: {path}", highlight=False)
+    out.print(f"\nreport: {path}")
 
 
 @app.command()
@@ -753,13 +789,12 @@ def doctor(as_json: JsonOption = False, device: DeviceOption = "auto") -> None:
     if as_json:
         _print_json(facts)
         return
+    yes = Text("yes", "green")
     for title, section in facts.items():
         table = Table(title=title.replace("_", " "), title_justify="left", show_header=False, box=None)
         for name, value in section.items():
-            mark = (
-                {None: "[green]yes[/]", True: "[green]yes[/]", False: "no"}.get(value) if title == "can_run" else None
-            )
-            table.add_row(name, mark or escape("not installed" if value is None else str(value)))
+            mark = {None: yes, True: yes, False: Text("no")}.get(value) if title == "can_run" else None
+            table.add_row(name, mark or ("not installed" if value is None else str(value)))
         out.print(table)
         out.print()
 
@@ -877,6 +912,18 @@ def _exit_if_failed(records: Iterable[Record]) -> None:
         raise MeasurementError("; ".join(failures))
 
 
+def _claimed(
+    output: Path | None, *inputs: str | Path | None, folders: Iterable[str] = (".",)
+) -> AbstractContextManager[None]:
+    """Take `output` for the records of its `folders` before they are measured; nothing to take without one."""
+    from vitopt import environment
+
+    files = [f"{folder}/{name}" for folder in folders for name in (RECORD_FILE, "predictions.parquet")]
+    if output is None:
+        return nullcontext()
+    return environment.in_main_process(storage.claimed(output, *inputs, files=files))
+
+
 def _keep(measured: "Measured", folder: Path) -> None:
     from vitopt.measure.predictions import save_predictions
     from vitopt.records import save_record
@@ -908,14 +955,14 @@ def _print_table(records: Sequence[Record]) -> None:
             for index in shown:
                 table.add_column(HEADINGS[index], justify="left" if index < 3 else "right")
             for cells in rows:
-                table.add_row(*(escape(cells[index]) for index in shown))
+                table.add_row(*(cells[index] for index in shown))
             out.print(table)
     for record in records:
         if (found := record.throughput) is not None:
             rate = f"{found.images_per_second:,.0f} images/s at batch {found.batch_size}"
-            out.print(f"• {escape(record.variant.name)}: at most {rate}", highlight=False)
+            out.print(f"• {record.variant.name}: at most {rate}")
     for note in notes(records):
-        out.print(f"• {escape(note)}", highlight=False)
+        out.print(f"• {note}")
 
 
 def _print_sensitivity(result: "Sensitivity") -> None:
@@ -941,9 +988,8 @@ def _print_sensitivity(result: "Sensitivity") -> None:
         out.print(table)
     if result.search is not None:
         found = result.search
-        out.print(f"• {found.goal}: keep {', '.join(found.chosen) or 'nothing'} in 16 bit", highlight=False)
-        if found.advice:
-            out.print(f"• {escape(found.advice)}", highlight=False)
+        out.print(f"• {found.goal}: keep {', '.join(found.chosen) or 'nothing'} in 16 bit")
+        out.print(f"• {found.advice or f'shown on {found.confirming_images:,} images that did not choose (95 %)'}")
 
 
 def _print_dry_run(recipe: Recipe, plans: "dict[str, LayerPlan]", preview: "Preview", as_json: bool) -> None:
@@ -956,7 +1002,7 @@ def _print_dry_run(recipe: Recipe, plans: "dict[str, LayerPlan]", preview: "Prev
         }
         _print_json({"recipe": recipe.model_dump(mode="json"), "layer_plans": layers, **preview.to_json()})
         return
-    out.print(escape(dump_yaml(recipe)), highlight=False)
+    out.print(dump_yaml(recipe))
     with _full_width():
         _print_plans(plans)
     _print_needs(
@@ -965,11 +1011,9 @@ def _print_dry_run(recipe: Recipe, plans: "dict[str, LayerPlan]", preview: "Prev
         [claim.there for claim in preview.claims],
     )
     for stage in preview.stages:
-        out.print(
-            f"• {stage.name}: about {max(1, round(stage.seconds)):,} s (an estimate from a few calls)", highlight=False
-        )
+        out.print(f"• {stage.name}: about {max(1, round(stage.seconds)):,} s (an estimate from a few calls)")
     for note in preview.notes:
-        out.print(f"• {escape(note)}", highlight=False)
+        out.print(f"• {note}")
 
 
 def _print_needs(needs: "Sequence[Need]", about: Sequence[str] = (), there: Sequence[int | None] = ()) -> None:
@@ -985,7 +1029,7 @@ def _print_needs(needs: "Sequence[Need]", about: Sequence[str] = (), there: Sequ
         counts = ["–" if count is None else f"{count:,} {need.unit}" for count in (need.least, need.likely)]
         counts += [f"{there[index]:,}" if there[index] is not None else "–"] if there else []
         who = about[index] if about else ""
-        table.add_row(escape(who + asked(need.requirement, need.limit)), *counts, escape(need.assumption))
+        table.add_row(who + asked(need.requirement, need.limit), *counts, need.assumption)
     with _full_width():
         out.print(table)
 
@@ -997,5 +1041,5 @@ def _print_plans(plans: "dict[str, LayerPlan]") -> None:
             table.add_column(heading)
         for first, last, count in plan.groups():
             span = first.layer.logical if count == 1 else f"{first.layer.logical} … {last.layer.logical} ({count})"
-            table.add_row(span, first.format, escape(first.reason), first.layer.module)
+            table.add_row(span, first.format, first.reason, first.layer.module)
         out.print(table)

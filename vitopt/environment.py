@@ -1,5 +1,6 @@
 """What this machine can run: devices, formats, attention kernels, library versions, quiet libraries."""
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -10,6 +11,7 @@ import os
 import platform
 import sys
 import warnings
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -319,6 +321,11 @@ def process_share() -> tuple[int, int]:
 def is_main_process() -> bool:
     """Whether this process writes the results."""
     return process_share()[0] == 0
+
+
+def in_main_process(context: AbstractContextManager[None]) -> AbstractContextManager[None]:
+    """`context` in the main process, nothing to enter in the others."""
+    return context if is_main_process() else contextlib.nullcontext()
 
 
 def gather_objects(value: T) -> list[T]:

@@ -1,13 +1,13 @@
 """The order of the stages, and which of them still stand: the only file that knows.
 
 A run is a folder. Each stage leaves a checkpoint or a record there and its fingerprint in `stages.json`; a
-stage whose fingerprint stands is skipped, a changed input reruns it and all that depend on it.
+stage whose fingerprint stands is skipped, a changed input reruns it and all that depend on it. A product that is
+not as it was written (a file is missing, cut short or unreadable) is made again.
 """
 
 import json
 import logging
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from vitopt import environment, progress, storage
+from vitopt import environment, ownership, progress, storage
 from vitopt.data.images import ALL, ImageSet, image_files, open_images
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor
@@ -32,20 +32,24 @@ from vitopt.errors import (
 )
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.measure.gate import judge, judge_floor
+from vitopt.measure.overlap import seen
 from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
 from vitopt.models.architectures import RANDOM_PREFIX
-from vitopt.models.checkpoint import Checkpoint, empty_model, load_processor, open_checkpoint
+from vitopt.models.checkpoint import CONFIG_FILE, Checkpoint, empty_model, load_processor, open_checkpoint
 from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel, why_not_trained
 from vitopt.models.names import linear_layers, select
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import plan_for, quantize
 from vitopt.optimize.runtime import Runnable, prepare
-from vitopt.recipe import DataSpec, EvaluateSpec, Labels, Recipe, RunSpec, VariantSpec, dump_yaml, validate
+from vitopt.recipe import DataSpec, EvaluateSpec, Labels, Recipe, RunSpec, VariantSpec, dump_yaml, load_recipe, validate
 from vitopt.records import RECORD_FILE, Record, Requirement, load_record, save_record
 
 logger = logging.getLogger(__name__)
 
 STAGES_FILE = "stages.json"
+RECIPE_FILE = "recipe.yaml"
+ENVIRONMENT_FILE = "environment.json"
+_MEASURED = (RECORD_FILE, PREDICTIONS_FILE, "README.md")  # beside a variant's checkpoint; it stands without them
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,29 @@ class _Run:
     say: Callable[[str], None]
     stages: dict[str, str] = field(default_factory=dict)
     variants: tuple[VariantSpec, ...] = ()  # the recipe's, every automatic skip list chosen
+    calibrations: dict[str, ImageSet] = field(default_factory=dict)  # by variant, what its skip list was chosen on
 
-    def stands(self, stage: str, fingerprint: str, *products: Path) -> bool:
-        """Whether a stage was completed with the same inputs and its products are still there."""
-        made = all(_is_complete(path) for path in products)
+    def stands(
+        self, stage: str, fingerprint: str, files: Iterable[Path], read: Callable[[], object] = lambda: None
+    ) -> bool:
+        """Whether a stage was completed with the same inputs, and its files are whole and `read` can read them."""
+        same = self.stages.get(stage) == fingerprint
+        spoiled = self._spoiled(files, read) if same else None
         # The main process decides for all: another might look while it is already making the product anew.
-        stands = environment.gather_objects(made and self.stages.get(stage) == fingerprint)[0]
-        if stands:
-            self.say(f"{stage}: up to date, skipped")
-        return stands
+        same, spoiled = environment.gather_objects((same, spoiled))[0]
+        if same:
+            self.say(f"{stage}: up to date, skipped" if spoiled is None else f"{stage}: again, because {spoiled}")
+        return same and spoiled is None
+
+    def _spoiled(self, files: Iterable[Path], read: Callable[[], object]) -> str | None:
+        for file in files:
+            if not ownership.is_whole(file):
+                return f"{file.relative_to(self.folder)} is {'damaged' if file.exists() else 'missing'}"
+        try:
+            read()
+        except RecordError as error:
+            return str(error)
+        return None
 
     def complete(self, stage: str, fingerprint: str) -> None:
         self.stages[stage] = fingerprint
@@ -102,9 +120,10 @@ class _Run:
         return self.folder / "variants" / name
 
 
-def _is_complete(product: Path) -> bool:
-    """Whether a file is there, or a folder holds a checkpoint with its weights."""
-    return product.is_file() or ((product / "config.json").is_file() and _holds_weights(product))
+def _checkpoint_files(folder: Path) -> list[Path]:
+    """The files that a stage wrote as a checkpoint into `folder`, or might have written."""
+    written = ownership.listed_files(folder) or {}
+    return [folder / CONFIG_FILE, *(folder / name for name in written if name not in (CONFIG_FILE, *_MEASURED))]
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -147,7 +166,8 @@ def _target_mistakes(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
 def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: None) -> RunResult:
     """Carry out a recipe in `folder`: fine-tune, make the variants, measure them together, report, export.
 
-    Everything that can be refused is refused before the first long stage: patterns, data, labels, formats.
+    Everything that can be refused is refused before the first long stage: patterns, data, labels, formats, and a
+    folder that another process works in or that holds what vitopt did not write where it would be replaced.
 
     Raises:
         VitoptError: any of its kinds; stages that were complete before stay.
@@ -160,12 +180,37 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
         fit_labels(images, source.label_names)
     if recipe.strict:
         _require_attention(recipe, source, device)
-    current = _Run(folder, recipe, say, _read_stages(folder))
-    environment.wait_for_all()  # before the main process changes what the others have yet to read
-    if environment.is_main_process():
-        storage.write_text(folder / "recipe.yaml", dump_yaml(recipe))
-        storage.write_json(folder / "environment.json", environment.describe(device))
-    base = source
+    inputs = source.folder, recipe.data.folder if recipe.data else None
+    files = [RECIPE_FILE, ENVIRONMENT_FILE, STAGES_FILE, "report.html", "report.md"]
+    files += [f"sensitivity/{variant.name}.json" for variant in recipe.variants]
+    with environment.in_main_process(storage.claimed(folder, *inputs, files=files)):
+        current = _Run(folder, recipe, say, _read_stages(folder))
+        environment.wait_for_all()  # before the main process changes what the others have yet to read
+        if environment.is_main_process():
+            _begin(current, device)
+        return _run_stages(current, source, images)
+
+
+def _begin(current: _Run, device: torch.device) -> None:
+    folder, recipe = current.folder, current.recipe
+    products = [*(["finetune"] if recipe.finetune else []), *(["export"] if recipe.export else [])]
+    for product in (*products, *(f"variants/{variant.name}" for variant in recipe.variants)):
+        ownership.require_replaceable(folder / product)
+    if not _holds_recipe(folder, recipe):
+        storage.write_text(folder / RECIPE_FILE, dump_yaml(recipe))
+    storage.write_json(folder / ENVIRONMENT_FILE, environment.describe(device))
+
+
+def _holds_recipe(folder: Path, recipe: Recipe) -> bool:
+    """Whether the run's own recipe already says the same, maybe in the user's words and with comments."""
+    try:
+        return load_recipe(folder / RECIPE_FILE) == recipe
+    except RecipeError:
+        return False
+
+
+def _run_stages(current: _Run, source: Checkpoint, images: ImageSet | None) -> RunResult:
+    recipe, base = current.recipe, source
     current.variants = recipe.variants
     if images is not None and recipe.data is not None:
         base = _finetune_stage(current, source, recipe.data, images)
@@ -242,7 +287,7 @@ def _finetune_stage(current: _Run, source: Checkpoint, data: DataSpec, test: Ima
         logger.warning("%d test images are also training images; accuracy will look better than it is", len(overlap))
     spec = recipe.finetune.model_dump(mode="json")
     fingerprint = _fingerprint(source.fingerprint(), train.sha256, labels, spec, recipe.seed)
-    if not current.stands("finetune", fingerprint, output):
+    if not current.stands("finetune", fingerprint, _checkpoint_files(output)):
         current.say(f"finetune: {recipe.finetune.method} on {len(train)} images of {train.name}")
         report = finetune(source, train, recipe.finetune, output, device=recipe.device, seed=recipe.seed)
         resumed = f", resumed from step {report.resumed_from_step}" if report.resumed_from_step else ""
@@ -260,24 +305,27 @@ def _sensitivity_stage(
     if not variant.skips_automatically:
         return variant
     from vitopt.search.analysis import analyse_for, require_disjoint
-    from vitopt.search.results import load_sensitivity
+    from vitopt.search.results import SENSITIVITY_SCHEMA, load_sensitivity
 
     recipe, auto = current.recipe, variant.auto
     stage, output = f"sensitivity {variant.name}", current.folder / "sensitivity" / f"{variant.name}.json"
     calibration = open_images(data.model_copy(update={"limit": auto.images}), auto.split)
     require_disjoint(calibration, test)
+    current.calibrations[variant.name] = calibration
     fingerprint = _fingerprint(
         base.fingerprint(),
         calibration.sha256,
         variant.format,
         variant.half,
         auto.model_dump(mode="json"),
+        data.skip_bad_images,
+        SENSITIVITY_SCHEMA,
         measured_on=environment.resolve_device(recipe.device),
     )
-    if not current.stands(stage, fingerprint, output):
+    if not current.stands(stage, fingerprint, [output], lambda: load_sensitivity(output)):
         if environment.is_main_process():
             current.say(f"{stage}: {variant.format} on {len(calibration)} calibration images")
-            analyse_for(base, calibration, variant, output, recipe.device)
+            analyse_for(base, calibration, variant, output, recipe.device, skip_bad=data.skip_bad_images)
         environment.wait_for_all()
         current.complete(stage, fingerprint)
     found = load_sensitivity(output).search
@@ -293,8 +341,9 @@ def _variant_stage(current: _Run, base: Checkpoint, variant: VariantSpec) -> str
     """Make a variant's checkpoint; the reason if that fails, None if it stands."""
     stage, output = f"variant {variant.name}", current.variant_folder(variant.name)
     held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
-    fingerprint = _fingerprint(base.fingerprint(), held)
-    if current.stands(stage, fingerprint, output):
+    calibration = current.calibrations.get(variant.name)
+    fingerprint = _fingerprint(base.fingerprint(), held, calibration.sha256 if calibration else None)
+    if current.stands(stage, fingerprint, _checkpoint_files(output)):
         return None
     reason = _make_variant(current, base, variant, fingerprint) if environment.is_main_process() else None
     reason = environment.gather_objects(reason)[0]
@@ -310,17 +359,17 @@ def _make_variant(current: _Run, base: Checkpoint, variant: VariantSpec, fingerp
     output = current.variant_folder(variant.name)
     twin = next((o for o in current.variants if _holds_same(current, o, variant, fingerprint)), None)
     if twin is not None:
-        storage.copy_folder(current.variant_folder(twin.name), output)
-        for measured in (RECORD_FILE, PREDICTIONS_FILE):
-            (output / measured).unlink(missing_ok=True)
+        storage.copy_folder(current.variant_folder(twin.name), output, leave_out=_MEASURED)
         current.say(f"variant {variant.name}: the same weights as {twin.name}")
         return None
+    images = current.calibrations.get(variant.name)
+    calibration = None if images is None else seen(images, "skip list")
     try:
-        plan = quantize(base, variant, output, device=current.recipe.device)
+        plan = quantize(base, variant, output, device=current.recipe.device, calibration=calibration)
     except (CheckpointError, MeasurementError, UnsupportedError) as error:
         # This row fails with its reason; the others still tell something.
-        if _holds_weights(output):  # of an earlier recipe, which this variant no longer is
-            shutil.rmtree(output, ignore_errors=True)
+        if _holds_weights(output):
+            storage.remove(output)  # of an earlier recipe, which this variant no longer is
         return str(error)
     counts = ", ".join(f"{count} {format}" for format, count in plan.counts().items())
     current.say(f"variant {variant.name}: {counts}")
@@ -330,14 +379,21 @@ def _make_variant(current: _Run, base: Checkpoint, variant: VariantSpec, fingerp
 def _holds_same(current: _Run, other: VariantSpec, variant: VariantSpec, fingerprint: str) -> bool:
     """Whether another variant's folder already holds the same weights, run in another way."""
     made = current.stages.get(f"variant {other.name}") == fingerprint
-    return other.name != variant.name and made and _holds_weights(current.variant_folder(other.name))
+    whole = all(map(ownership.is_whole, _checkpoint_files(current.variant_folder(other.name))))
+    return other.name != variant.name and made and whole
 
 
 def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str | None]) -> list[Record]:
     folders = {name: current.variant_folder(name) for name in made}
     fingerprint = _evaluate_fingerprint(current, images)
-    if current.stands("evaluate", fingerprint, *(folder / RECORD_FILE for folder in folders.values())):
+    files = [folder / RECORD_FILE for folder in folders.values()]
+    files += [path for path in (folder / PREDICTIONS_FILE for folder in folders.values()) if ownership.is_listed(path)]
+
+    def read() -> list[Record]:
         return [load_record(folder) for folder in folders.values()]
+
+    if current.stands("evaluate", fingerprint, files, read):
+        return read()
     on = f"{len(images)} images of {images.name}" if images else "random pixels"
     current.say(f"evaluate: {len(made)} variants on {on}")
     current.incomplete("evaluate")  # the records on disk are replaced one by one from now on

@@ -36,12 +36,14 @@ def task(description: str, total: float | None) -> Iterator[Task]:
     if not _enabled:
         yield Task()
         return
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    from vitopt.terminal import Console, visible
+
+    what = TextColumn("{task.description}", markup=False)
+    columns = what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield _RichTask(progress, progress.add_task(description, total=total))
+        yield _RichTask(progress, progress.add_task(visible(description), total=total))
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:

@@ -1,16 +1,42 @@
-"""Files that are either complete or absent: atomic writes, staged folders, content hashes."""
+"""Files and folders that are complete or absent, written by one process at a time.
+
+What is written is listed in its folder (`vitopt.ownership`), and only what is listed is replaced or deleted. The
+lock on a folder goes when its process ends, however it ends.
+"""
 
 import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from vitopt.errors import StorageError
+from vitopt.ownership import (
+    LIST_FILE,
+    LIST_SCHEMA,
+    LOCK_FILE,
+    OWN_NAMES,
+    first_foreign,
+    is_listed,
+    is_whole,
+    list_above,
+    listed_files,
+    not_ours,
+    refuse_file,
+    require_apart,
+    require_overwritable,
+    require_replaceable,
+)
+
+_held: set[Path] = set()  # locks of this process, which may enter them again
 
 
 @contextlib.contextmanager
@@ -32,79 +58,210 @@ def _explained(target: Path) -> Iterator[None]:
         raise
 
 
+# One writer at a time
+
+
+@contextlib.contextmanager
+def _lock(file: Path, target: Path) -> Iterator[None]:
+    """Hold the lock `file` of `target`; this process may enter again.
+
+    Raises:
+        StorageError: another process holds it, which is named; or the place is not writable.
+    """
+    if file in _held:
+        yield
+        return
+    lock = FileLock(file, timeout=0)
+    with _explained(target):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise StorageError(f"{target} is in use by {_holder(file)}: wait, or choose another --output") from None
+    try:
+        with _explained(target):
+            file.write_text(f"{os.getpid()}\n{socket.gethostname()}\n", encoding="utf-8")
+        _held.add(file)
+        yield
+    finally:
+        _held.discard(file)
+        file.unlink(missing_ok=True)  # while it is held; who waits for a deleted one makes it anew
+        lock.release()
+
+
+def _holder(file: Path) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        process, host = file.read_text(encoding="utf-8").split()
+        return f"process {process} on {host}"
+    return "another process"
+
+
+@contextlib.contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; on leaving, remove of these what is still empty."""
+    with _explained(folder):
+        made = [one for one in (folder, *folder.parents) if not one.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for one in made:
+            with contextlib.suppress(OSError):
+                one.rmdir()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Write into an existing folder while no other process does.
+
+    Raises:
+        StorageError: another process does, which is named; or the folder is not writable.
+    """
+    with _lock(folder.resolve() / LOCK_FILE, folder):
+        yield
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, *inputs: str | Path | None, files: Iterable[str] = ()) -> Iterator[None]:
+    """Fill a new, empty or earlier folder of vitopt file by file, while no other process does.
+
+    What is there stays, and a file that vitopt did not write is never overwritten; `files` are names below the
+    folder that are sure to be written, for which this is found at once. A folder in which nothing is written is
+    left as it was.
+
+    Raises:
+        StorageError: as `require_replaceable`, though files of others may lie in a folder that has a list; another
+            process writes there; or the place is not writable.
+    """
+    require_apart(folder, inputs)
+    refuse_file(folder)
+    foreign = first_foreign(folder) if listed_files(folder) is None else None
+    if foreign is not None:
+        raise StorageError(not_ours(folder, foreign))
+    with _folder(folder), locked(folder):
+        if listed_files(folder) is None:
+            with _explained(folder):
+                _write_list(folder, _sizes(folder))
+        for name in files:
+            require_overwritable(folder / name)
+        try:
+            yield
+        finally:
+            if not listed_files(folder):
+                (folder / LIST_FILE).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def reserved(target: Path, *inputs: str | Path | None) -> Iterator[None]:
+    """Work on what will replace the folder `target` whole, while no other process does; see `staged_folder`.
+
+    Raises:
+        StorageError: as `require_replaceable`; another process works on it; or the place is not writable.
+    """
+    require_replaceable(target, *inputs)
+    place = target.resolve()
+    with _folder(place.parent), _lock(place.with_name(f".{place.name}.lock"), target):
+        yield
+
+
+# Writing
+
+
+def _write_list(folder: Path, files: dict[str, int]) -> None:
+    text = json.dumps({"schema": LIST_SCHEMA, "files": dict(sorted(files.items()))}, indent=1) + "\n"
+    _replace_file(folder / LIST_FILE, text.encode())
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = [path for path in folder.rglob("*") if path.is_file() and not OWN_NAMES.fullmatch(path.name)]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
 @contextlib.contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `target` that replaces it on success and vanishes on any failure.
 
-    An earlier result at `target` stays untouched until the new one is complete; anything else that is there
-    stays for good.
+    An earlier result at `target` stays untouched until the new one is complete and on the disk; anything else that
+    is there stays for good.
 
     Raises:
-        StorageError: the disk is full, the place is not writable, or it holds something else.
+        StorageError: the disk is full, the place is not writable or in use, or it holds something else.
     """
-    place = target.resolve()  # a link stays a link, and `.` gets a name
-    temporary = place.with_name(f".{place.name}.partial-{os.getpid()}")
-    _refuse_file(target)
-    with _explained(target):
-        # In a container each run may have the same process id: what a killed one left is not ours to keep.
-        shutil.rmtree(temporary, ignore_errors=True)
+    with reserved(target), _explained(target):
+        place = target.resolve()  # a link stays a link
+        temporary = place.with_name(f".{place.name}.partial-{os.getpid()}")
+        _remove_leftovers(place, "partial")
         try:
-            temporary.mkdir(parents=True)
+            temporary.mkdir()
+            _write_list(temporary, {})
             yield temporary
-            require_replaceable(target, {entry.name for entry in temporary.iterdir()})
+            _write_list(temporary, _sizes(temporary))
+            for path in (*temporary.rglob("*"), temporary):
+                _sync(path)
+            require_replaceable(target)
             _replace_folder(temporary, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def require_replaceable(target: Path, names: set[str]) -> None:
-    """Refuse a target that a result with files `names` must not replace; long work asks before it begins.
-
-    Replacing a folder deletes what it holds, so it must look like an earlier result: share a file name.
-
-    Raises:
-        StorageError: the target is a file, or a folder that holds something else.
-    """
-    _refuse_file(target)
-    held = {entry.name for entry in target.iterdir()} if target.exists() else set()
-    # All that a variant which could not be made leaves behind is its record.
-    if held and not held & (names | {"record.json"}):
-        raise StorageError(
-            f"{target} holds {min(held)}, which is no earlier result and would be deleted: choose another --output"
-        )
-
-
-def _refuse_file(target: Path) -> None:
-    if target.exists() and not target.is_dir():
-        raise StorageError(f"cannot write {target}: a file is in the way; choose another --output")
-
-
 def _replace_folder(source: Path, target: Path) -> None:
-    if not target.exists():
-        source.rename(target)
-        return
-    # A folder cannot be renamed over a filled one, so the old one steps aside first.
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    shutil.rmtree(old, ignore_errors=True)
-    target.rename(old)
+    if target.exists():
+        # A folder cannot be renamed over a filled one, so the old one steps aside first.
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
     try:
         source.rename(target)
     except BaseException:
-        old.rename(target)
+        if old.exists():
+            old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _sync(target.parent)
+    _remove_leftovers(target, "old")
+
+
+def _remove_leftovers(place: Path, kind: str) -> None:
+    """Remove what this process no longer needs, and what killed ones, which have the lock no more, left here."""
+    for left in place.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(place.name)}\.{kind}-\d+", left.name):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content or a folder's names are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        _sync(temporary)
+        temporary.replace(path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` in one step, creating parents. Raises StorageError as `staged_folder` does."""
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    """Write `content` to `path` in one step, creating parents, and list it in the nearest folder that has a list.
+
+    Raises:
+        StorageError: as `staged_folder` does, or there is such a list and it does not name what is at `path`.
+    """
+    require_overwritable(path)
+    found = list_above(path)
     with _explained(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if found is not None:
+            folder, files, name = found
+            # First, so that a file without its list entry, which nothing would replace, can never be.
+            if files.get(name) != len(content):
+                _write_list(folder, files | {name: len(content)})
+        _replace_file(path, content)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -117,8 +274,34 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder as hard links where the file system has them: a copy of a checkpoint takes no space."""
+def remove(path: Path) -> None:
+    """Delete a file or a folder that vitopt wrote; nothing happens if it is not there.
+
+    Raises:
+        StorageError: vitopt did not write it, or something in it, which is named.
+    """
+    if path.is_dir() and not path.is_symlink():
+        foreign = first_foreign(path)
+        if foreign is not None:
+            raise StorageError(not_ours(path, foreign))
+        shutil.rmtree(path)
+    elif path.exists():
+        if not is_listed(path):
+            raise StorageError(f"{path} would be deleted and vitopt did not write it: move it elsewhere")
+        path.unlink()
+    if found := list_above(path):
+        folder, files, name = found
+        left = {one: size for one, size in files.items() if one != name and not one.startswith(f"{name}/")}
+        if left != files:
+            _write_list(folder, left)
+
+
+def copy_folder(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> None:
+    """Copy a folder as hard links where the file system has them: a copy of a checkpoint takes no space.
+
+    Raises:
+        StorageError: as `staged_folder`, or a listed file of `source` is no longer whole.
+    """
 
     def link(original: str, copy: str) -> None:
         try:
@@ -127,8 +310,12 @@ def copy_folder(source: Path, target: Path) -> None:
         except OSError:
             shutil.copy2(original, copy)
 
+    for name in listed_files(source) or {}:
+        if name not in leave_out and not is_whole(source / name):
+            raise StorageError(f"{source / name} is missing or damaged, so it is not copied: run it again")
+    without = shutil.ignore_patterns(LIST_FILE, LOCK_FILE, *leave_out)
     with staged_folder(target) as folder:
-        shutil.copytree(source, folder, copy_function=link, dirs_exist_ok=True)
+        shutil.copytree(source, folder, copy_function=link, ignore=without, dirs_exist_ok=True)
 
 
 def sha256_of_file(path: Path) -> str:

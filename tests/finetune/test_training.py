@@ -23,6 +23,7 @@ from vitopt.finetune import training
 from vitopt.finetune.training import TrainingReport, finetune
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.optimize.quantize import quantize
+from vitopt.ownership import LIST_FILE
 from vitopt.recipe import DataSpec, FinetuneSpec, VariantSpec
 
 SHORT = FinetuneSpec(epochs=2, batch_size=8, learning_rate=3e-3, rank=4)
@@ -106,6 +107,7 @@ def test_the_merged_model_has_the_modules_of_the_original_and_no_adapter(
         "preprocessor_config.json",
         "training.json",
         "calibration.json",
+        LIST_FILE,
     }
     # The low-rank updates reached the layers and nothing else but the head.
     changed = {name for name in tuned if not torch.equal(tuned[name], original[name])}

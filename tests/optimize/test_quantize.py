@@ -20,6 +20,7 @@ from vitopt.optimize import quantize as module
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import plan_for, quantize
 from vitopt.optimize.runtime import Runnable, prepare
+from vitopt.ownership import LIST_FILE
 from vitopt.recipe import VariantSpec
 
 CPU = torch.device("cpu")
@@ -120,7 +121,7 @@ def test_formats_lose_what_is_known_of_them(plain_logits: dict[str, np.ndarray],
 def test_a_quantized_folder_holds_a_whole_checkpoint(plans: dict[str, LayerPlan], root: Path) -> None:
     for name in plans:
         held = {path.name for path in (root / name).iterdir()}
-        assert held == {"config.json", "model.safetensors", "preprocessor_config.json"}
+        assert held == {"config.json", "model.safetensors", "preprocessor_config.json", LIST_FILE}
     assert [path.name for path in root.iterdir() if path.name.startswith(".")] == []
 
 
@@ -293,6 +294,7 @@ def test_random_weights_are_quantized_as_if_they_had_been_in_a_file(tmp_path: Pa
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
+        LIST_FILE,
     }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     held = load_model(open_checkpoint(str(tmp_path / "out")))

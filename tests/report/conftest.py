@@ -14,8 +14,9 @@ from vitopt.measure import accuracy
 from vitopt.measure.predictions import Predictions, save_predictions
 from vitopt.recipe import LINEARS
 from vitopt.records import Dataset, Latency, Model, Record, Roofline, Size, Variant, save_record
+from vitopt.search.goal import Goal
 from vitopt.search.results import Loss, Sensitivity, UnitScores
-from vitopt.search.skiplist import Goal, search_skip_list
+from vitopt.search.skiplist import search_skip_list
 
 CLASSES = ("circle", "cross", "square", "stripe")
 ENVIRONMENT = {
@@ -193,7 +194,9 @@ def make_sensitivity(
     best = sorted(names, key=lambda name: -gains[name])[:sample]
 
     def mixture(kept: frozenset[str]) -> Loss:
-        return make_loss(max(0.0, total - sum(gains[name] for name in kept)), images)
+        found = make_loss(max(0.0, total - sum(gains[name] for name in kept)), images)
+        share = found.kl / total
+        return found.model_copy(update={"kl_share": share, "kl_share_ci95": (0.95 * share, share)})
 
     units = [
         UnitScores(
@@ -207,7 +210,9 @@ def make_sensitivity(
         if name in best
     ]
     quantized = mixture(frozenset())
-    search = None if goal is None else search_skip_list(units, mixture, goal, quantized=quantized, images=images)
+    untried = len(names) - len(units)
+    looks: dict[str, Any] = {"quantized": quantized, "images": images, "confirming_images": 3 * images}
+    search = None if goal is None else search_skip_list(units, mixture, mixture, goal, **looks, untried=untried)
     content: dict[str, Any] = {
         "checkpoint": "/models/vit",
         "checkpoint_sha256": "a" * 64,

@@ -7,6 +7,7 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
+from vitopt import storage
 from vitopt.records import Memory
 from vitopt.report import plots
 from vitopt.report.waterfall import steps
@@ -46,14 +47,16 @@ def test_figures_are_the_same_every_time(comparison, tmp_path):
 
 def test_figures_of_an_earlier_report_go_and_other_files_stay(comparison, tmp_path):
     folder = tmp_path / "plots"
-    folder.mkdir()
-    for name in ("latency-64.svg", "waterfall-1.png", "memory.png", "mine.svg"):
+    with storage.claimed(folder):
+        for name in ("latency-64.svg", "waterfall-1.png", "memory.png"):
+            storage.write_text(folder / name, "old")
+    for name in ("mine.svg", "latency-128.svg"):  # the last has the name of a figure, and is on no list
         (folder / name).write_text("old")
 
     plots.save_plots(comparison[0][:2], "fp32", folder)
 
     left = {path.name for path in folder.iterdir() if path.read_bytes() == b"old"}
-    assert left == {"mine.svg"}
+    assert left == {"mine.svg", "latency-128.svg"}
 
 
 def test_svg_is_ready_to_stand_inside_a_page(comparison, tmp_path):

@@ -8,14 +8,16 @@ import pytest
 from report.test_page import EVIL, Reader, widths_in_a_browser
 from typer.testing import CliRunner
 
+from vitopt import storage
 from vitopt.cli import app
 from vitopt.errors import RecordError
 from vitopt.measure import statistics
+from vitopt.records import Requirement
 from vitopt.report import sensitivity
 from vitopt.report.page import write_report
 from vitopt.report.sensitivity import part_of, write_sensitivity_page
+from vitopt.search.goal import Goal
 from vitopt.search.results import save_sensitivity
-from vitopt.search.skiplist import Goal
 
 
 def page_of(result, folder: Path) -> str:
@@ -50,13 +52,12 @@ def test_the_answer_says_what_to_keep_what_it_brings_and_what_it_costs(make: Sim
 
     assert part.answer.startswith("Keep blocks ")
     assert f"On 400 calibration images KL falls from 0.1200 to {chosen.loss.kl:.4f} nats" in part.answer
-    assert part.answer.endswith(
-        f"{chosen.extra_bytes / 1e6:.2f} MB more weights and {chosen.extra_ms:.2f} ms more per image."
-    )
+    assert f"{chosen.extra_bytes / 1e6:.2f} MB more weights and {chosen.extra_ms:.2f} ms more per image" in part.answer
+    assert part.answer.endswith("the goal is shown to be met on 1,200 other images.")
     assert part.skip == f"skip: [{', '.join(result.search.chosen)}]"
     assert part.advice is None
     assert facts(result)["goal"] == "KL is at most 0.5 of the quantized model's, for the fewest extra bytes"
-    assert facts(result)["goal met"] == "yes, on these images"
+    assert facts(result)["goal met"].startswith("yes, by the 95 % interval on 1,200 images that did not choose")
     assert facts(result)["calibration"] == "400 images of /data/shapes"
 
 
@@ -77,10 +78,10 @@ def test_keeping_units_can_save_time(make: SimpleNamespace):
 @pytest.mark.parametrize(
     ("goal", "images", "met"),
     [
-        (Goal(max_top1_drop=20), 400, "yes, by the whole 95 % interval of top-1"),
-        (Goal(max_top1_drop=0.5), 400, "by the estimate; the floor could not be shown"),
-        (Goal(max_kl_share=0.5), 400, "yes, on these images"),
-        (Goal(max_top1_drop=0.5, max_kl_share=0.5), 400, "by the estimate; the floor could not be shown"),
+        (Goal(max_top1_drop=20), 400, "yes, by the 95 % interval on 1,200 images"),
+        (Goal(max_top1_drop=0.5), 40, "not shown, by the 95 % interval on 120 images"),
+        (Goal(max_kl_share=0.5), 400, "yes, by the 95 % interval on 1,200 images"),
+        (Goal(max_top1_drop=0.5, max_kl_share=0.5), 40, "not shown, by the 95 % interval on 120 images"),
     ],
 )
 def test_it_says_whether_the_floor_was_shown(make: SimpleNamespace, goal, images, met):
@@ -88,15 +89,15 @@ def test_it_says_whether_the_floor_was_shown(make: SimpleNamespace, goal, images
     found = facts(result)
 
     assert found["goal met"].startswith(met)
-    assert ("advice" in found) is (not result.search.floor_shown)
+    assert ("advice" in found) is (result.search.decision != "shown")
     assert found["goal"].startswith(goal.words())
 
 
 def test_a_goal_out_of_reach_is_not_offered_as_a_recipe(make: SimpleNamespace):
     part = part_of("nf4", make.sensitivity(12, "linear", goal=Goal(max_kl_share=0.1), sample=8))
 
-    assert part.answer == "The goal was not reached on 400 images, not even with 8 of 72 layers in bf16."
-    assert dict(part.facts)["goal met"] == "no"
+    assert part.answer == "No list came within the goal on 400 images; nearest comes 8 of 72 layers in bf16."
+    assert dict(part.facts)["goal met"].startswith("no, ")
     assert dict(part.facts)["advice"] == part.advice is not None
     assert part.skip is None
 
@@ -104,7 +105,7 @@ def test_a_goal_out_of_reach_is_not_offered_as_a_recipe(make: SimpleNamespace):
 def test_a_quantized_model_that_is_good_enough_needs_nothing(make: SimpleNamespace):
     part = part_of("nf4", make.sensitivity(12, goal=Goal(max_top1_drop=50)))
 
-    assert part.answer.startswith("Nothing needs to stay in 16 bit")
+    assert part.answer.startswith("Nothing was chosen to stay in 16 bit")
     assert part.skip is None
     assert part.strip.words == "all 12 blocks nf4; head bf16"
 
@@ -257,13 +258,14 @@ def test_floors_that_were_not_shown_and_unreadable_analyses_are_cautions(run):
     words = Reader((run / "report.html").read_text()).words
     cautions = words[: words.index("Batch size 1")]
 
-    assert "nf4: 400 images cannot show that top-1 drops by at most 0.5 points" in cautions
+    assert "nf4: that top-1 drops by at most 0.5 points is not shown" in cautions
     assert "old.json is not a sensitivity result of this version" in cautions
     assert "partial" not in words
 
 
-def test_figures_of_a_run_are_files_and_those_of_an_earlier_analysis_go(run, copy_of):
-    run = copy_of(run)
+def test_figures_of_a_run_are_files_and_those_of_an_earlier_analysis_go(run, tmp_path):
+    storage.copy_folder(run, tmp_path / "run")
+    run = tmp_path / "run"
     drawn = {path.name for path in (run / "plots").glob("sensitivity-*")}
     assert {f"sensitivity-nf4-{name}.{end}" for name in ("damage", "size") for end in ("svg", "png")} <= drawn
     assert "sensitivity-bf16-map.svg" in drawn
@@ -337,3 +339,16 @@ def test_sensitivity_writes_a_page_and_says_where(
     assert done.exit_code == 0, done.output
     assert (tmp_path / "sensitivity.html").is_file() is not as_json
     assert (f"page: {tmp_path / 'sensitivity.html'}" in done.stdout) is not as_json
+
+
+@pytest.mark.parametrize(("decision", "words"), [("shown", "met"), ("failed", "missed"), ("undecided", "not shown")])
+def test_the_floor_is_judged_on_the_tested_images(make: SimpleNamespace, comparison, decision, words):
+    record = comparison[0][2]
+    floor = Requirement(name="auto.max_top1_drop", limit=0.5, measured=0.25, ci95=(-0.5, 1), decision=decision)
+    judged = record.model_copy(update={"requirements": (floor,)})
+    found = dict(part_of("nf4", make.sensitivity(12, goal=Goal(max_top1_drop=0.5)), judged).facts)[
+        "on the tested images"
+    ]
+
+    assert "loss of top-1 at most 0.5 points: 0.25 (-0.5 to 1)" in found and found.endswith(words)
+    assert "on the tested images" not in dict(part_of("nf4", make.sensitivity(12), record).facts)

@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex, to_rgba
 from vitopt.formats import colour_of
 from vitopt.report import unit_plots
 from vitopt.report.figures import rendered
-from vitopt.search.skiplist import Goal
+from vitopt.search.goal import Goal
 
 
 def marks(axes):
@@ -110,7 +110,7 @@ def test_all_skip_lists_are_dots_and_the_front_is_a_line(make: SimpleNamespace):
 
     upper, lower = unit_plots.cost_front(result, "size").axes
 
-    expected = [(point.extra_bytes / 1e6, point.loss.kl, point.meets_goal) for point in points]
+    expected = [(point.extra_bytes / 1e6, point.loss.kl, point.within_target) for point in points]
     assert marks(upper) == expected
     assert [y for _, y, _ in marks(lower)] == [-point.loss.top1_delta_points for point in points]
     front = upper.get_lines()[0].get_ydata()

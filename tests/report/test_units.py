@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import pytest
 
 from vitopt.report import units
+from vitopt.search.goal import Goal
 from vitopt.search.results import Loss
-from vitopt.search.skiplist import Goal
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Sensitivity on tiny models: the same as the naive loop, and a fragile block is found."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,20 @@ from conftest import make_checkpoint
 from vitopt.data.images import ImageSet, open_images
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor, batches
-from vitopt.errors import CheckpointError, DataError, RecipeError, UnsupportedError
+from vitopt.errors import BadImageError, CheckpointError, DataError, RecipeError, UnsupportedError
+from vitopt.measure import statistics
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint
 from vitopt.models.names import block_names, linear_layers
 from vitopt.optimize.formats import quantization_config
 from vitopt.optimize.quantize import plan_for, quantize
 from vitopt.recipe import AutoSkipSpec, DataSpec, VariantSpec
-from vitopt.search import analysis
+from vitopt.search import analysis, sensitivity
 from vitopt.search.analysis import analyse, analyse_for, require_disjoint
+from vitopt.search.confirmation import divide
+from vitopt.search.goal import Goal
 from vitopt.search.hybrid import Boundary, Hybrid
 from vitopt.search.results import load_sensitivity
 from vitopt.search.sensitivity import Calibration, table_logits, units
-from vitopt.search.skiplist import Goal
 
 BLOCKS = 4
 FRAGILE = 2
@@ -61,9 +64,8 @@ def pixels_of(images: ImageSet, checkpoint: Checkpoint, batch_size: int) -> tupl
 
 def calibration_of(images: ImageSet, checkpoint: Checkpoint, batch_size: int = 8) -> Calibration:
     fitted = fit_labels(images, checkpoint.label_names)
-    return Calibration(
-        images.ids, images.image_hashes, np.array(fitted.labels), pixels_of(images, checkpoint, batch_size)
-    )
+    pixels = pixels_of(images, checkpoint, batch_size)
+    return Calibration(images.ids, images.image_hashes, np.array(fitted.labels), lambda: pixels, len(pixels))
 
 
 def hybrid_of(checkpoint: Checkpoint, format: str) -> Hybrid:
@@ -87,7 +89,7 @@ def test_both_tables_equal_the_naive_loop_to_the_bit(
         assert list(found) == [unit.name for unit in chosen]
         for unit in chosen:
             with hybrid.lending(unit.layers):
-                naive = [hybrid.logits(pixels) for pixels in calibration.batches]
+                naive = [hybrid.logits(pixels) for pixels in calibration.stream()]
             assert all(torch.equal(a, b) for a, b in zip(found[unit.name], naive, strict=True)), unit.name
 
 
@@ -103,7 +105,7 @@ def test_a_mixture_equals_the_checkpoint_that_quantize_writes(
     quantize(fragile, VariantSpec(name="x", format="nf4", skip="block.1"), tmp_path / "kept")
     written = load_model(open_checkpoint(str(tmp_path / "kept")))
     with torch.inference_mode():
-        for pixels, logits in zip(calibration.batches, found["block.1"], strict=True):
+        for pixels, logits in zip(calibration.stream(), found["block.1"], strict=True):
             assert torch.equal(written(pixels).logits.float(), logits)
 
 
@@ -118,12 +120,12 @@ def test_blocks_that_run_are_counted(fragile: Checkpoint, images: ImageSet) -> N
 
     calibration = calibration_of(images, fragile, batch_size=32)
     # Once before counting: the first call looks at what a block returns.
-    hybrid.logits_from(hybrid.block_input(calibration.batches[0], 1), 1)
+    hybrid.logits_from(hybrid.block_input(next(iter(calibration.stream())), 1), 1)
     # A block that only passes on runs none of its parts, so its first norm is what counts.
     for name in hybrid.blocks:
         hybrid.base.get_submodule(f"{name}.layernorm_before").register_forward_hook(count)
     table_logits(hybrid, calibration, units(linear_layers(hybrid.base, "vit"), "block"), done=lambda *_: None)
-    per_batch = calls / len(calibration.batches)
+    per_batch = calls / calibration.count
     assert per_batch == BLOCKS * (BLOCKS + 1) / 2 + BLOCKS
 
 
@@ -166,7 +168,10 @@ def test_auto_keeps_exactly_the_fragile_block(result) -> None:
     scores, _ = result
     assert scores.search.chosen == (f"block.{FRAGILE}",)
     assert scores.search.points[0].skip == ()
-    assert scores.search.floor_shown
+    assert (scores.search.choosing_images, scores.search.confirming_images) == (8, 24)
+    assert scores.images == 8
+    assert scores.search.confirmed.kl_share is not None and scores.search.confirmed.kl_share < 0.5
+    assert scores.search.decision == "shown"
 
 
 def test_the_stored_result_reads_back_and_nothing_partial_stays(result) -> None:
@@ -197,9 +202,10 @@ def interrupted(fragile: Checkpoint, images: ImageSet, tmp_path: Path) -> Path:
         if calls == 4:  # the first is not a mixture but what identifies the inputs
             raise KeyboardInterrupt
 
+    goal = Goal(max_kl_share=0.5)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(analysis.storage, "write_bytes", interrupt_after_three)
-        analyse(fragile, images, "nf4", path)
+        analyse(fragile, images, "nf4", path, goal=goal)
     return path
 
 
@@ -222,7 +228,7 @@ def test_an_interrupted_analysis_goes_on(
 ) -> None:
     assert not interrupted.exists()
     assert interrupted.with_suffix(".partial").exists()
-    resumed = analyse(fragile, images, "nf4", interrupted)
+    resumed = analyse(fragile, images, "nf4", interrupted, goal=Goal(max_kl_share=0.5))
     assert seen == ["block.3", "block.0", "block.1", "block.2", "block.3"]
     complete, _ = result
     for ours, theirs in zip(resumed.units, complete.units, strict=True):
@@ -249,16 +255,147 @@ def test_an_analysis_goes_on_only_where_it_was_begun(
 ) -> None:
     here = analysis.environment.provenance
     monkeypatch.setattr(analysis.environment, "provenance", lambda device: here(device) | provenance)
-    analyse(fragile, images, "nf4", interrupted, **options)
+    analyse(fragile, images, "nf4", interrupted, goal=Goal(max_kl_share=0.5), **options)
     assert seen == [f"block.{n}" for n in range(BLOCKS)] * 2
 
 
 def test_a_sample_without_labels_picks_the_candidates(fragile: Checkpoint, images: ImageSet, tmp_path: Path) -> None:
     found = analyse(fragile, images, "nf4", tmp_path / "s.json", sample=8, candidates=2, batch_size=4)
     assert found.sample_images == 8
+    assert found.search is None
     assert len(found.sample_kl) == BLOCKS
     assert [unit.unit for unit in found.units if unit.unit == f"block.{FRAGILE}"]
     assert len(found.units) == 2
+
+
+def test_a_sample_holds_all_classes_and_counts_what_it_holds(
+    fragile: Checkpoint, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images come sorted by class, so the first batches would hold one or two classes."""
+    seen: list[Calibration] = []
+    run = analysis.table_logits
+
+    def watching(hybrid, calibration, chosen, **options):
+        seen.append(calibration)
+        return run(hybrid, calibration, chosen, **options)
+
+    monkeypatch.setattr(analysis, "table_logits", watching)
+    found = analyse(fragile, images, "nf4", tmp_path / "s.json", sample=9, candidates=2, batch_size=4)
+    assert sorted(seen[0].labels.tolist()) == [0, 0, 0, 1, 1, 2, 2, 3, 3]
+    assert found.sample_images == 9
+    few = analyse(fragile, images, "nf4", tmp_path / "few.json", sample=100, candidates=2, goal=Goal(max_kl_share=0.5))
+    assert few.sample_images == 8  # all that choose
+
+
+def test_what_was_not_tried_is_not_spoken_of(fragile: Checkpoint, images: ImageSet, tmp_path: Path) -> None:
+    goal = Goal(max_kl_share=0.01)
+    found = analyse(fragile, images, "nf4", tmp_path / "s.json", sample=8, candidates=1, goal=goal)
+    assert found.search is not None and found.search.advice is not None
+    assert f"{BLOCKS - 1} units were not tried" in found.search.advice
+
+
+# The two parts of the images
+
+
+def test_the_search_never_sees_the_images_that_confirm(
+    fragile: Checkpoint, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    parts: list[tuple[str, ...]] = []
+    make = analysis.calibration_of
+
+    def watching(images: ImageSet, *rest):
+        parts.append(images.ids)
+        return make(images, *rest)
+
+    confirmed: list[frozenset[str]] = []
+    search = analysis.search_skip_list
+
+    def counting(scores, evaluate, confirm, goal, **options):
+        def once(names: frozenset[str]):
+            confirmed.append(names)
+            return confirm(names)
+
+        return search(scores, evaluate, once, goal, **options)
+
+    monkeypatch.setattr(analysis, "calibration_of", watching)
+    monkeypatch.setattr(analysis, "search_skip_list", counting)
+    found = analyse(fragile, images, "nf4", tmp_path / "s.json", goal=Goal(max_top1_drop=50)).search
+    choosing, confirming = parts
+    assert not set(choosing) & set(confirming)
+    assert set(choosing) | set(confirming) == set(images.ids)
+    assert found is not None and confirmed == [frozenset(found.chosen)]
+    assert any("there are 32" in message for message in caplog.messages)  # said before the work
+
+
+def test_the_confirming_loss_is_that_of_the_checkpoint_that_quantize_writes(
+    fragile: Checkpoint, images: ImageSet, tmp_path: Path
+) -> None:
+    found = analyse(fragile, images, "nf4", tmp_path / "s.json", goal=Goal(max_kl_share=0.5)).search
+    assert found is not None
+    quantize(fragile, VariantSpec(name="x", format="nf4", skip=found.chosen), tmp_path / "kept")
+    written, exact = load_model(open_checkpoint(str(tmp_path / "kept"))), load_model(fragile, dtype=torch.bfloat16)
+    _, confirming = divide(fit_labels(images, fragile.label_names))
+    with torch.inference_mode():
+        pixels = torch.cat(pixels_of(confirming, fragile, 32)).bfloat16()
+        before, after = (model(pixels).logits.float().numpy() for model in (exact, written))
+    assert found.confirmed.kl == pytest.approx(statistics.mean_kl_divergence(before, after), rel=1e-5)
+    lost = (before.argmax(1) == confirming.labels).mean() - (after.argmax(1) == confirming.labels).mean()
+    assert found.confirmed.top1_delta_points == pytest.approx(-100 * lost)
+
+
+def test_never_are_the_pixels_of_all_batches_held(
+    fragile: Checkpoint, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+    read = sensitivity.batches
+
+    def counting(*args, **options):
+        nonlocal most
+        for batch in read(*args, **options):
+            alive.add(batch.pixel_values)
+            most = max(most, len(alive))
+            yield batch
+
+    monkeypatch.setattr(sensitivity, "batches", counting)
+    analyse(fragile, images, "nf4", tmp_path / "s.json", goal=Goal(max_kl_share=0.5), sample=4, batch_size=1)
+    assert 1 <= most <= 3  # of 32 batches; decoding is at most four ahead
+
+
+@pytest.fixture
+def with_a_broken_one(shapes: Path, copy_of: Callable[[Path], Path]) -> ImageSet:
+    folder = copy_of(shapes)
+    (folder / "train" / "cross" / "03.png").write_bytes(b"no image")
+    return open_images(DataSpec(source=str(folder)), "train")
+
+
+def test_broken_images_are_an_error_or_left_out(
+    fragile: Checkpoint, with_a_broken_one: ImageSet, tmp_path: Path, caplog
+) -> None:
+    goal = Goal(max_kl_share=0.5)
+    with pytest.raises(BadImageError, match=r"cross/03\.png"):
+        analyse(fragile, with_a_broken_one, "nf4", tmp_path / "s.json", goal=goal)
+    found = analyse(fragile, with_a_broken_one, "nf4", tmp_path / "s.json", goal=goal, skip_bad=True).search
+    assert found is not None and (found.choosing_images, found.confirming_images) == (8, 23)
+    assert any("1 calibration images" in message and "cross/03.png" in message for message in caplog.messages)
+
+
+def test_what_another_batch_size_left_is_not_gone_on_with(
+    fragile: Checkpoint, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s.json"
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(analysis, "extra_ms", interrupt)
+        analyse(fragile, images, "nf4", path, batch_size=4)
+    left = (path.with_suffix(".partial") / "inputs.sha256").read_text()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(analysis, "extra_ms", interrupt)
+        analyse(fragile, images, "nf4", path, batch_size=8)
+    assert (path.with_suffix(".partial") / "inputs.sha256").read_text() != left
 
 
 def test_linear_granularity_names_the_fragile_layers(fragile: Checkpoint, images: ImageSet, tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from vitopt.measure.chance import explain_guessing, is_guessing
 from vitopt.measure.overlap import seen
 from vitopt.models.calibration import TRAINING, load_uses, save_uses
 from vitopt.models.checkpoint import (
-    CONFIG_FILE,
     Checkpoint,
     load_model,
     load_processor,
@@ -87,6 +86,7 @@ def finetune(
         BadImageError: a training image cannot be decoded.
         MeasurementError: the GPU's memory is full; or the loss or a weight is no longer a number, and then
             nothing is kept of such a training.
+        StorageError: the output would replace something else, is in use, or cannot be written.
     """
     if checkpoint.is_quantized:
         raise CheckpointError(
@@ -94,7 +94,19 @@ def finetune(
         )
     if reason := why_not_trained(checkpoint.config):
         raise CheckpointError(f"{checkpoint.source} cannot be fine-tuned: {reason}; take a model with one head")
-    storage.require_replaceable(output, {CONFIG_FILE})
+    with environment.in_main_process(storage.reserved(output, checkpoint.folder, train.name)):
+        return _finetune(checkpoint, train, spec, output, test, device, seed)
+
+
+def _finetune(
+    checkpoint: Checkpoint,
+    train: ImageSet,
+    spec: FinetuneSpec,
+    output: Path,
+    test: ImageSet | None,
+    device: str,
+    seed: int,
+) -> TrainingReport:
     set_seed(seed)
     target = environment.resolve_device(device)
     preprocess = Preprocessor(load_processor(checkpoint))

@@ -12,9 +12,8 @@ from vitopt.data.pixels import random_pixels
 from vitopt.environment import DTYPES
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.formats import QUANTIZED_FORMATS
-from vitopt.models.calibration import load_uses, save_uses
+from vitopt.models.calibration import Use, load_uses, save_uses
 from vitopt.models.checkpoint import (
-    CONFIG_FILE,
     Checkpoint,
     empty_model,
     load_model,
@@ -33,11 +32,19 @@ def plan_for(checkpoint: Checkpoint, variant: VariantSpec) -> LayerPlan:
     return plan_layers(empty_model(checkpoint), checkpoint.config.model_type, variant)
 
 
-def quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device: str = "auto") -> LayerPlan:
+def quantize(
+    checkpoint: Checkpoint,
+    variant: VariantSpec,
+    output: Path,
+    device: str = "auto",
+    *,
+    calibration: Use | None = None,
+) -> LayerPlan:
     """Write `checkpoint` in the formats that `variant` asks for and return the plan that was carried out.
 
     The folder at `output` opens with plain transformers and gives finite logits on this device. It is complete or
-    absent.
+    absent. `calibration`: the images on which `variant` was chosen; they are noted there, beside those that
+    `checkpoint` has seen.
 
     Raises:
         PatternError: a skip pattern matches nothing.
@@ -46,10 +53,21 @@ def quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device:
             was made does not run on it.
         MeasurementError: what was made gives logits that are not finite.
         CheckpointError: the checkpoint is quantized already, or the libraries did not follow the plan.
+        StorageError: the output would replace something else, is in use, or cannot be written.
     """
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.source} is quantized already; start from the 16- or 32-bit checkpoint")
-    storage.require_replaceable(output, {CONFIG_FILE})
+    with storage.reserved(output, checkpoint.folder):
+        return _quantize(checkpoint, variant, output, device, calibration)
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    variant: VariantSpec,
+    output: Path,
+    device: str,
+    calibration: Use | None,
+) -> LayerPlan:
     target = environment.resolve_device(device)
     plan = plan_for(checkpoint, variant)
     for format in {variant.format, *(planned.format for planned in plan.layers)}:
@@ -67,7 +85,8 @@ def quantize(checkpoint: Checkpoint, variant: VariantSpec, output: Path, device:
     _check(plan, live_formats(model, checkpoint.config.model_type))
     with storage.staged_folder(output) as folder:
         save_checkpoint(model, processor, folder)
-        save_uses(load_uses(checkpoint.folder), folder)  # what it was made from has seen, it has seen
+        # What it was made from has seen, it has seen.
+        save_uses([*load_uses(checkpoint.folder), *([calibration] if calibration else [])], folder)
         del model  # not in memory twice
         _require_finite_logits(folder, variant, target)
     return plan

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from vitopt import storage
+from vitopt import ownership, storage
 from vitopt.report.svg import INK, png_of, svg_of
 
 WIDTH = 400  # points; CSS pixels at natural size
@@ -100,8 +100,11 @@ def rendered(drawables: Iterable[Drawable], folder: Path | None) -> list[Plot]:
 
 
 def remove_others(folder: Path, own: re.Pattern[str], plots: Iterable[Plot]) -> None:
-    """Delete figures that an earlier report left in `folder`: files named like `own` that are not of `plots`."""
+    """Delete figures that an earlier report left in `folder`: files named like `own` that are not of `plots`.
+
+    Only what vitopt lists as its own is deleted.
+    """
     drawn = {plot.name for plot in plots}
     for path in folder.glob("*") if folder.is_dir() else ():
-        if own.fullmatch(path.name) and path.stem not in drawn:
-            path.unlink()
+        if own.fullmatch(path.name) and path.stem not in drawn and ownership.is_listed(path):
+            storage.remove(path)

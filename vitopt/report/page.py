@@ -91,12 +91,14 @@ def _open_run(folder: Path) -> Run:
     found = sorted(folder.glob(f"variants/*/{RECORD_FILE}"))
     if not found:
         raise RecordError(f"{folder} holds no records (variants/*/{RECORD_FILE}): give the folder of a `vitopt run`")
-    records = {path.parent.name: load_record(path) for path in found}
+    names = [path.parent.name for path in found]
     path = folder / "recipe.yaml"
     recipe = load_recipe(path) if path.is_file() else None
     order = [variant.name for variant in recipe.variants] if recipe else []
     # Variants that have left the recipe may still lie there; without a recipe, all that lie there count.
-    ordered = [records[name] for name in order if name in records] or [records[name] for name in sorted(records)]
+    wanted = [name for name in order if name in names] or names
+    records = {name: load_record(folder / "variants" / name) for name in wanted}
+    ordered = list(records.values())
     baseline = summary.baseline_of(ordered, recipe.baseline_name if recipe else None)
     folders = {record.variant.name: folder / "variants" / name for name, record in records.items()}
     chain = chain_of(ordered, recipe.waterfall if recipe else ())
@@ -106,7 +108,8 @@ def _open_run(folder: Path) -> Run:
 def _analyses(run: Run, folder: Path) -> Analyses:
     """Every sensitivity analysis of the run, its figures saved in `folder`."""
     found, unreadable = sensitivity.read_all(run.folder, [record.variant.name for record in run.records])
-    parts = [sensitivity.part_of(name, result) for name, result in found.items()]
+    records = {record.variant.name: record for record in run.records}
+    parts = [sensitivity.part_of(name, result, records.get(name)) for name, result in found.items()]
     parts = [sensitivity.drawn(part, sensitivity.plot_prefix(part.name), folder) for part in parts]
     remove_others(folder, sensitivity.OWN_FILE, [plot for part in parts for plot in part.plots])
     return Analyses(parts, sensitivity.cautions(parts) + unreadable)

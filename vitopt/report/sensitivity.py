@@ -11,10 +11,12 @@ from vitopt.errors import RecordError
 from vitopt.formats import FORMATS, OTHER_COLOUR
 from vitopt.measure import statistics
 from vitopt.recipe import LINEARS
+from vitopt.records import Record
 from vitopt.report import unit_plots, units
 from vitopt.report.details import environment_facts
 from vitopt.report.figures import Plot, rendered
 from vitopt.report.rendering import inlined, templates
+from vitopt.report.requirements import requirement_sentence
 from vitopt.report.strip import HEAD, Strip, formats_in, strip_of
 from vitopt.report.table import UNKNOWN, Table, delta_words, device_name, human_bytes, markdown_text, percent
 from vitopt.report.unit_plots import kl_words
@@ -61,8 +63,8 @@ def read_all(folder: Path, order: Sequence[str] = ()) -> tuple[dict[str, Sensiti
     return found, unreadable
 
 
-def part_of(name: str, result: Sensitivity) -> Part:
-    """What is to be said about one analysis; its plots are not drawn yet."""
+def part_of(name: str, result: Sensitivity, record: Record | None = None) -> Part:
+    """What is to be said about one analysis, and about what its variant's `record` says of its floor; no plots yet."""
     strip = strip_of(name, _layers(result)) if result.search else None
     known, shown = len(units.by_name(result)), len(units.telling(result))
     hidden = f"The {shown} of {known} layers that matter most by damage or recovery are shown"
@@ -70,7 +72,7 @@ def part_of(name: str, result: Sensitivity) -> Part:
         name=name,
         result=result,
         answer=_answer(result),
-        facts=tuple(_facts(result)),
+        facts=tuple(_facts(result, record)),
         advice=result.search.advice if result.search else None,
         skip=_skip_line(result.search) if result.search else None,
         strip=strip,
@@ -120,7 +122,7 @@ def plot_prefix(name: str) -> str:
 
 
 def cautions(parts: Sequence[Part]) -> list[str]:
-    """What a reader of the whole page must know: floors that could not be shown, with what to do."""
+    """What a reader of the whole page must know: goals that were not shown, with what to do."""
     return [f"{part.name}: {part.advice}" for part in parts if part.advice]
 
 
@@ -170,20 +172,20 @@ def _answer(result: Sensitivity) -> str:
     if search is None:
         return f"No goal was given, so no skip list was chosen. {_best_alone(result)}".rstrip()
     point = _chosen_point(search)
-    if point is None or not point.meets_goal:
+    if point is None or not point.within_target:
         return (
-            f"The goal was not reached on {result.images:,} images, not even with {_count_words(result, search)} "
+            f"No list came within the goal on {result.images:,} images; nearest comes {_count_words(result, search)} "
             f"in {result.half}."
         )
     if not search.chosen:
-        return f"Nothing needs to stay in 16 bit: all in {result.format}, the model meets the goal on these images."
+        return f"Nothing was chosen to stay in 16 bit. With all in {result.format}, {_decision_words(search)}."
     price = [f"{human_bytes(point.extra_bytes)} more weights"]
     if point.extra_ms is not None:
         price.append(_time(point.extra_ms))
     return (
         f"Keep {_chosen_words(result, search)} in {result.half} and the rest in {result.format}. "
         f"On {result.images:,} calibration images KL falls from {kl_words(result.quantized.kl)} to "
-        f"{kl_words(point.loss.kl)} nats, for {' and '.join(price)}."
+        f"{kl_words(point.loss.kl)} nats, for {' and '.join(price)}. With this list, {_decision_words(search)}."
     )
 
 
@@ -201,7 +203,7 @@ def _chosen_words(result: Sensitivity, search: SearchResult) -> str:
 
 def _skip_line(search: SearchResult) -> str | None:
     point = _chosen_point(search)
-    return f"skip: [{', '.join(search.chosen)}]" if search.chosen and point and point.meets_goal else None
+    return f"skip: [{', '.join(search.chosen)}]" if search.chosen and point and point.within_target else None
 
 
 def _time(milliseconds: float) -> str:
@@ -219,8 +221,10 @@ def _best_alone(result: Sensitivity) -> str:
     )
 
 
-def _facts(result: Sensitivity) -> list[tuple[str, str]]:
+def _facts(result: Sensitivity, record: Record | None) -> list[tuple[str, str]]:
     facts: list[tuple[str, str]] = []
+    floors = [] if record is None else [one for one in record.requirements if one.name == "auto.max_top1_drop"]
+    facts += [("on the tested images", requirement_sentence(one)) for one in floors]
     search = result.search
     if search is not None:
         facts += _search_facts(result, search)
@@ -238,7 +242,7 @@ def _search_facts(result: Sensitivity, search: SearchResult) -> list[tuple[str, 
     cheapest = {"size": "fewest extra bytes", "latency": "least extra time"}.get(search.objective, search.objective)
     facts = [("goal", f"{search.goal}, for the {cheapest}")]
     facts.append(("stays in 16 bit", _count_words(result, search)))
-    facts.append(("goal met", _met(search, point)))
+    facts.append(("goal met", _met(search)))
     if search.advice:
         facts.append(("advice", search.advice))
     if point is not None:
@@ -248,13 +252,25 @@ def _search_facts(result: Sensitivity, search: SearchResult) -> list[tuple[str, 
     return facts
 
 
-def _met(search: SearchResult, point: Point | None) -> str:
-    has_floor = "top-1" in search.goal  # else the goal is about KL alone, which has no interval
-    if search.floor_shown:
-        return "yes, by the whole 95 % interval of top-1" if has_floor else "yes, on these images"
-    if point is not None and point.meets_goal:
-        return "by the estimate; the floor could not be shown, as the 95 % interval of top-1 reaches below it"
-    return "no"
+def _met(search: SearchResult) -> str:
+    words = {"shown": "yes", "failed": "no", "undecided": "not shown"}[search.decision]
+    confirmed = search.confirmed
+    share = ""
+    if confirmed.kl_share is not None and confirmed.kl_share_ci95 is not None:
+        low, high = (100 * end for end in confirmed.kl_share_ci95)
+        share = f" ({low:.0f} to {high:.0f} %) of that with all quantized"
+        share = f", KL {100 * confirmed.kl_share:.0f} %{share}"
+    return (
+        f"{words}, by the 95 % interval on {search.confirming_images:,} images that did not choose: "
+        f"{_loss_words(confirmed)}{share}"
+    )
+
+
+def _decision_words(search: SearchResult) -> str:
+    words = {"shown": "the goal is shown to be met", "failed": "the goal is not met"}.get(
+        search.decision, "it is not shown that the goal is met"
+    )
+    return f"{words} on {search.confirming_images:,} other images"
 
 
 def _top1_words(result: Sensitivity) -> str:

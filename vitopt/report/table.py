@@ -30,6 +30,7 @@ HEADINGS = (
     "required",
 )
 UNKNOWN = "–"
+SUMMARY_MARK = "<!-- vitopt compare -->\n"  # what a summary begins with; unseen where Markdown is shown
 _TEXT_COLUMNS = 3  # name, format and attention; figures follow
 
 
@@ -291,9 +292,8 @@ def pull_request(records: tuple[Record, Record]) -> str:
         title += f": requirements {DECISIONS[overall(after.requirements)]}"
         rows = tuple(map(requirement_cells, after.requirements))
         parts.insert(0, markdown(Table("", ("required", "measured", "95 %", ""), rows)))
-    return (
-        "\n\n".join([f"### {markdown_text(title)}", *parts, "\n".join(f"- {markdown_text(x)}" for x in lines)]) + "\n"
-    )
+    parts = [f"### {markdown_text(title)}", *parts, "\n".join(f"- {markdown_text(x)}" for x in lines)]
+    return SUMMARY_MARK + "\n\n".join(parts) + "\n"
 
 
 def markdown_text(text: str) -> str:

@@ -259,7 +259,7 @@ def _dot_colour(result: Sensitivity, point: Point) -> str:
 def _dot(axes: Axes, result: Sensitivity, point: Point, x: float, y: float) -> None:
     colour = _dot_colour(result, point)
     is_chosen = frozenset(point.skip) == _chosen(result)
-    face = colour if point.meets_goal else "none"
+    face = colour if point.within_target else "none"
     axes.plot(
         [x], [y], "o", markersize=5.5, markerfacecolor=face, markeredgecolor=colour, markeredgewidth=1.5, zorder=3
     )

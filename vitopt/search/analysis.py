@@ -1,31 +1,32 @@
 """A whole sensitivity analysis of one checkpoint and format: tables, costs, and, if asked, the skip list."""
 
-import shutil
+import logging
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
 
 from vitopt import environment, progress, storage
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
-from vitopt.data.pixels import Preprocessor, batches
+from vitopt.data.pixels import Preprocessor
 from vitopt.environment import DTYPES
-from vitopt.errors import CheckpointError, DataError, RecipeError
+from vitopt.errors import BadImageError, CheckpointError, DataError, RecipeError
 from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
 from vitopt.measure import statistics
-from vitopt.measure.accuracy import compare
-from vitopt.measure.latency import clock_for, time_interleaved
 from vitopt.measure.predictions import Predictions
-from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, weight_bytes
-from vitopt.models.names import block_names
+from vitopt.models.checkpoint import Checkpoint, load_model, load_processor
+from vitopt.models.names import Layer, block_names
 from vitopt.optimize.formats import quantization_config
 from vitopt.optimize.quantize import plan_for
-from vitopt.recipe import LatencySpec, VariantSpec
-from vitopt.search.hybrid import Hybrid
+from vitopt.recipe import VariantSpec
+from vitopt.search.confirmation import divide, loss, loss_with_share
+from vitopt.search.costs import extra_bytes, extra_ms
+from vitopt.search.goal import Goal, power_note
+from vitopt.search.hybrid import Boundary, Hybrid
 from vitopt.search.results import Loss, SearchResult, Sensitivity, UnitScores, save_sensitivity
 from vitopt.search.sensitivity import (
     DEFAULT_MEMORY_BYTES,
@@ -33,13 +34,15 @@ from vitopt.search.sensitivity import (
     Granularity,
     Table,
     Unit,
+    calibration_of,
     table_logits,
     units,
 )
-from vitopt.search.skiplist import Goal, Objective, search_skip_list
+from vitopt.search.skiplist import Objective, search_skip_list
+
+logger = logging.getLogger(__name__)
 
 _FINGERPRINT_FILE = "inputs.sha256"
-_LATENCY = LatencySpec(batch_sizes=(1,), iterations=60, rounds=10, warmup_seconds=5)
 
 
 def analyse(
@@ -57,18 +60,21 @@ def analyse(
     device: str = "auto",
     batch_size: int = 32,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    skip_bad: bool = False,
 ) -> Sensitivity:
     """Score every unit of `checkpoint` in `format`; with a `goal`, also search the skip list that meets it.
 
+    With a goal a fixed part of the images scores and chooses, and the rest confirms (see `confirmation`).
     `sample` first ranks all units by their KL on so many images, labels unused, and scores only the best
-    `candidates` exactly. The result is the file `output`; finished units are stored beside it as they come, and
-    an interrupted analysis goes on from there.
+    `candidates` exactly. `skip_bad` leaves out images that cannot be decoded. The result is the file `output`;
+    finished units are stored beside it as they come, and an interrupted analysis goes on from there.
 
     Raises:
         RecipeError: the format quantizes nothing.
         UnsupportedError: the device cannot run the format.
         CheckpointError: the checkpoint is quantized already.
-        DataError: the labels do not fit the head.
+        DataError: the labels do not fit the head, or there are too few images.
+        BadImageError: an image cannot be decoded and `skip_bad` is false.
     """
     if format not in QUANTIZED_FORMATS:
         raise RecipeError(f"format {format} quantizes nothing; sensitivity needs one of {', '.join(QUANTIZED_FORMATS)}")
@@ -77,28 +83,31 @@ def analyse(
     target = environment.resolve_device(device)
     environment.require_format(format, target)
     started = time.perf_counter()
-    images = fit_labels(images, checkpoint.label_names)
-    analysis = _Analysis(checkpoint, format, half, granularity, target, memory_bytes)
-    calibration = _calibrate(images, checkpoint, target, batch_size)
-    analysis.start(calibration, output)
+    images = fit_labels(_decodable(images) if skip_bad else images, checkpoint.label_names)
+    scoring, confirming = (images, None) if goal is None else divide(images)
+    if goal is not None and goal.max_top1_drop is not None:
+        logger.warning(power_note(goal.max_top1_drop, len(images)))
+    analysis = _Analysis(checkpoint, format, half, granularity, target, batch_size, memory_bytes)
+    analysis.start(scoring, output)
     sample_kl: dict[str, float] = {}
     chosen = analysis.units
+    sampled = scoring.limited(sample)
     if sample is not None and len(chosen) > candidates:
-        sample_kl = analysis.sample_scores(sample)
+        sample_kl = analysis.sample_scores(sampled)
         best = sorted(sample_kl, key=lambda name: sample_kl[name])[:candidates]
         chosen = [unit for unit in chosen if unit.name in best]
     scores = analysis.scores(chosen)
-    found = analysis.search(scores, goal, objective) if goal is not None else None
+    found = None if goal is None or confirming is None else analysis.search(scores, confirming, goal, objective)
     result = Sensitivity(
         checkpoint=checkpoint.source,
         checkpoint_sha256=checkpoint.fingerprint(),
         format=format,
         half=half,
         granularity=granularity,
-        images=len(images),
+        images=len(scoring),
         dataset=images.name,
         dataset_sha256=images.sha256,
-        sample_images=min(sample, len(images)) if sample_kl and sample is not None else None,
+        sample_images=len(sampled) if sample_kl else None,
         sample_kl=sample_kl,
         quantized=analysis.quantized,
         units=tuple(scores),
@@ -107,12 +116,18 @@ def analyse(
         environment=environment.describe(target),
     )
     save_sensitivity(result, output)
-    shutil.rmtree(analysis.partial, ignore_errors=True)
+    storage.remove(analysis.partial)
     return result
 
 
 def analyse_for(
-    checkpoint: Checkpoint, images: ImageSet, variant: VariantSpec, output: Path, device: str = "auto"
+    checkpoint: Checkpoint,
+    images: ImageSet,
+    variant: VariantSpec,
+    output: Path,
+    device: str = "auto",
+    *,
+    skip_bad: bool = False,
 ) -> Sensitivity:
     """The analysis and search that a variant with `skip: auto` asks for; see `analyse`."""
     auto = variant.auto
@@ -127,6 +142,7 @@ def analyse_for(
         goal=Goal(auto.max_top1_drop, auto.max_kl_share),
         objective=auto.objective,
         device=device,
+        skip_bad=skip_bad,
     )
 
 
@@ -145,11 +161,17 @@ def require_disjoint(calibration: ImageSet, test: ImageSet) -> None:
         )
 
 
-def _calibrate(images: ImageSet, checkpoint: Checkpoint, device: torch.device, batch_size: int) -> Calibration:
-    stream = batches(images, Preprocessor(load_processor(checkpoint)), batch_size)
-    steps = -(-len(images) // batch_size)
-    pixels = [batch.pixel_values.to(device) for batch in progress.track(stream, "calibration images", steps)]
-    return Calibration(images.ids, images.image_hashes, np.array(images.labels), tuple(pixels))
+def _decodable(images: ImageSet) -> ImageSet:
+    """The images that can be decoded; they must be known before the division, which counts them."""
+    bad = []
+    for index in progress.track(range(len(images)), "looking for broken images", len(images)):
+        try:
+            images.image(index)
+        except BadImageError:
+            bad.append(images.ids[index])
+    if bad:
+        logger.warning("%d calibration images cannot be decoded and are left out (first: %s)", len(bad), bad[0])
+    return images.without(bad)
 
 
 class _Analysis:
@@ -162,6 +184,7 @@ class _Analysis:
         half: HalfFormat,
         granularity: Granularity,
         device: torch.device,
+        batch_size: int,
         memory_bytes: int,
     ):
         variant = VariantSpec(name=format, format=format, half=half)
@@ -174,32 +197,29 @@ class _Analysis:
         self.from_exact = Hybrid(exact, packed, blocks)
         self.from_packed = Hybrid(packed, exact, blocks)
         self.units = units(layers, granularity)
-        self._device, self._memory_bytes = device, memory_bytes
-        self._identity = [checkpoint.fingerprint(), format, half, granularity, environment.provenance(device)]
+        self._device, self._batch_size, self._memory_bytes = device, batch_size, memory_bytes
+        self._preprocess = Preprocessor(load_processor(checkpoint))
+        # Formats round differently on other devices, in other batches and in other versions.
+        made_by = environment.provenance(device)
+        self._identity = [checkpoint.fingerprint(), format, half, granularity, batch_size, made_by]
 
-    def start(self, calibration: Calibration, output: Path) -> None:
+    def _calibration(self, images: ImageSet) -> Calibration:
+        return calibration_of(images, self._preprocess, self._device, self._batch_size)
+
+    def start(self, images: ImageSet, output: Path) -> None:
         """Take over what an interrupted analysis of the same inputs has left, and nothing of another's."""
-        self.calibration = calibration
+        self.calibration = self._calibration(images)
         self.partial = output.with_suffix(".partial")
-        batches = list(map(len, calibration.batches))  # rounding differs from one batch size to another
-        fingerprint = storage.sha256_of_json([*self._identity, list(calibration.image_sha256), batches])
+        fingerprint = storage.sha256_of_json([*self._identity, list(images.image_hashes)])
         left = self.partial / _FINGERPRINT_FILE
         if not left.is_file() or left.read_text() != fingerprint:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            storage.write_text(left, fingerprint)
+            with storage.staged_folder(self.partial) as folder:
+                storage.write_text(folder / _FINGERPRINT_FILE, fingerprint)
 
-    def sample_scores(self, images: int) -> dict[str, float]:
-        """Recovery KL of every unit on the first batches that hold `images` images; labels are not used."""
-        size = len(self.calibration.batches[0])
-        count = max(1, min(len(self.calibration.batches), round(images / size)))
-        few = self.calibration.batches[:count]
-        if images < size:
-            few = (self.calibration.batches[0][:images],)
-        seen = sum(map(len, few))
-        sample = Calibration(
-            self.calibration.ids[:seen], self.calibration.image_sha256[:seen], self.calibration.labels[:seen], few
-        )
-        reference = sample.predictions([self.from_exact.logits(pixels) for pixels in few]).logits
+    def sample_scores(self, images: ImageSet) -> dict[str, float]:
+        """Recovery KL of every unit on a few images; labels are not used."""
+        sample = self._calibration(images)
+        reference = sample.predictions([self.from_exact.logits(pixels) for pixels in sample.stream()]).logits
         found: dict[str, float] = {}
 
         def done(unit: str, logits: list[torch.Tensor]) -> None:
@@ -212,14 +232,14 @@ class _Analysis:
         """Both tables for `chosen`, with what keeping each unit costs."""
         self.exact = self._fill("damage", self.from_exact, chosen)
         self.packed = self._fill("recovery", self.from_packed, chosen)
-        self.quantized = _loss(self.exact, self.exact, self.packed)
-        milliseconds = self._extra_ms(chosen)
+        self.quantized = loss(self.exact, self.exact, self.packed)
+        milliseconds = extra_ms(self.from_packed, chosen, next(iter(self.calibration.stream()))[:1])
         return [
             UnitScores(
                 unit=unit.name,
-                damage=_loss(self.exact, self.exact, self._stored("damage", unit)),
-                recovery=_loss(self.exact, self.packed, self._stored("recovery", unit)),
-                extra_bytes=self._extra_bytes(unit),
+                damage=loss(self.exact, self.exact, self._stored("damage", unit)),
+                recovery=loss(self.exact, self.packed, self._stored("recovery", unit)),
+                extra_bytes=extra_bytes(self.from_packed, unit),
                 extra_ms=milliseconds[unit.name],
             )
             for unit in chosen
@@ -252,67 +272,46 @@ class _Analysis:
             hybrid, calibration, chosen, memory_bytes=self._memory_bytes, done=done, description=description
         )
 
-    def _extra_bytes(self, unit: Unit) -> int:
-        exact, packed = self.from_exact.base, self.from_packed.base
-        return sum(
-            weight_bytes(exact.get_submodule(layer.module)) - weight_bytes(packed.get_submodule(layer.module))
-            for layer in unit.layers
-        )
+    def search(
+        self, scores: Sequence[UnitScores], confirming: ImageSet, goal: Goal, objective: Objective
+    ) -> SearchResult:
+        """The cheapest skip list for `goal` on the calibration images, decided upon on `confirming`."""
+        layers = {unit.name: unit.layers for unit in self.units}
+        packed = self.from_packed
+        with tempfile.TemporaryDirectory() as folder:
+            # No look decodes an image or computes its patches again.
+            inputs = Boundary(Path(folder), self._memory_bytes)
+            for index, pixels in enumerate(self.calibration.stream()):
+                inputs[index] = packed.block_input(pixels, 0)
 
-    def _extra_ms(self, chosen: Sequence[Unit]) -> dict[str, float | None]:
-        """Milliseconds that each unit costs in 16 bit, at batch 1, measured once per kind of unit.
+            def evaluate(names: frozenset[str]) -> Loss:
+                with packed.lending(layer for name in names for layer in layers[name]):
+                    logits = [packed.logits_from(inputs[index], 0) for index in range(self.calibration.count)]
+                return loss_with_share(self.exact, self.packed, self.calibration.predictions(logits))
 
-        Units of the same shapes take the same time; one block of each kind is timed with and without it.
-        """
-        found: dict[tuple[object, ...], float | None] = {}
-        result: dict[str, float | None] = {}
-        for unit in chosen:
-            kind = tuple((layer.logical.rsplit(".", 1)[-1], layer.parameters) for layer in unit.layers)
-            if kind not in found:
-                found[kind] = self._time_unit(unit)
-            result[unit.name] = found[kind]
-        return result
+            def confirm(names: frozenset[str]) -> Loss:
+                others = self._calibration(confirming)
+                found = zip(*self._three_models(others, [one for name in names for one in layers[name]]), strict=True)
+                return loss_with_share(*map(others.predictions, found))
 
-    def _time_unit(self, unit: Unit) -> float | None:
-        hybrid = self.from_packed
-        call = hybrid.block_call(self.calibration.batches[0][:1], unit.block)
+            return search_skip_list(
+                scores,
+                evaluate,
+                confirm,
+                goal,
+                quantized=self.quantized,
+                images=len(self.calibration.ids),
+                confirming_images=len(confirming),
+                objective=objective,
+                untried=len(self.units) - len(scores),
+            )
 
-        @torch.inference_mode()
-        def packed() -> object:
-            return call()
-
-        def kept() -> object:
-            with hybrid.lending(unit.layers):
-                return packed()
-
-        timings = time_interleaved({"packed": packed, "kept": kept}, _LATENCY, clock_for(self._device), "cost")
-        if any(timing.failure for timing in timings.values()):
-            return None
-        medians = {name: float(np.median(timing.samples_ms)) for name, timing in timings.items()}
-        return medians["kept"] - medians["packed"]
-
-    def search(self, scores: Sequence[UnitScores], goal: Goal, objective: Objective) -> SearchResult:
-        """The cheapest skip list that meets `goal` on the calibration images."""
-        by_name = {unit.name: unit for unit in self.units}
-
-        def evaluate(names: frozenset[str]) -> Loss:
-            kept = [layer for name in names for layer in by_name[name].layers]
+    def _three_models(
+        self, calibration: Calibration, kept: Sequence[Layer]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """By batch the logits of the 16-bit model, of the quantized one, and of that with `kept` in 16 bit."""
+        for pixels in progress.track(calibration.stream(), "confirming", calibration.count):
+            exact, packed = self.from_exact.logits(pixels), self.from_packed.logits(pixels)
             with self.from_packed.lending(kept):
-                logits = [self.from_packed.logits(pixels) for pixels in self.calibration.batches]
-            return _loss(self.exact, self.exact, self.calibration.predictions(logits))
-
-        return search_skip_list(
-            scores, evaluate, goal, quantized=self.quantized, images=len(self.calibration.ids), objective=objective
-        )
-
-
-def _loss(exact: Predictions, reference: Predictions, changed: Predictions) -> Loss:
-    """`changed` against the 16-bit model; its top-1 against `reference`."""
-    versus = compare("reference", reference, changed)
-    return Loss(
-        top1_delta_points=versus.top1_delta_points,
-        top1_delta_ci95_points=versus.top1_delta_ci95_points,
-        agreement_percent=100 * statistics.agreement(exact.classes, changed.classes),
-        kl=statistics.mean_kl_divergence(exact.logits, changed.logits),
-        logit_error=statistics.normalised_error(exact.logits, changed.logits),
-    )
+                mixed = self.from_packed.logits(pixels)
+            yield exact, packed, mixed

@@ -5,6 +5,7 @@ measured against fp32 on the same images and, turn by turn, for the same time.
 """
 
 import logging
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +17,14 @@ from vitopt import environment
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor
-from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
+from vitopt.errors import CheckpointError, MeasurementError, RecipeError, UnsupportedError
 from vitopt.formats import FORMATS, QUANTIZED_FORMATS, HalfFormat
+from vitopt.measure.claims import at_least
+from vitopt.measure.comparison import paired_speedup
 from vitopt.measure.evaluator import evaluate
+from vitopt.measure.latency_statistics import Speedup
+from vitopt.measure.power import trials_to_bound_share
+from vitopt.measure.statistics import Interval, wilson_interval
 from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import Runnable, prepare
@@ -42,11 +48,32 @@ class Choice:
         """What was chosen and why, in one line."""
         chosen = next(record for record in self.records if record.variant.name == self.variant.name)
         if chosen.versus_baseline is None or chosen.dataset is None:
-            return f"nothing faster agrees with fp32 on {self.min_agreement_percent:g} % of the images: fp32 it is"
+            return (
+                f"nothing is shown to be faster and to agree with fp32 on {self.min_agreement_percent:g} %: fp32 it is"
+            )
+        speed, agreed = speedup(self.records[0], chosen), _agreement(chosen)
         return (
-            f"{self.variant.name} is the fastest: {chosen.latency[0].speedup_vs_baseline:.2f} times fp32, and agrees "
-            f"with it on {chosen.versus_baseline.agreement_percent:.1f} % of {chosen.dataset.images} images"
+            f"{self.variant.name} is chosen: {speed.ratio:.2f} times as fast as fp32{_range(speed.interval)}, and "
+            f"agrees with it on {chosen.versus_baseline.agreement_percent:.1f} % ({100 * agreed.low:.1f} to "
+            f"{100 * agreed.high:.1f}) of {chosen.dataset.images:,} images"
         )
+
+    def undecided(self) -> list[str]:
+        """A line for each candidate that was faster, but on so few images is neither shown to agree nor not to."""
+        limit = self.min_agreement_percent / 100
+        lines = []
+        for record in self.records[1:]:
+            if record.dataset is None or record.versus_baseline is None or not record.latency:
+                continue
+            if at_least(_agreement(record), limit) == "undecided" and speedup(self.records[0], record).ratio > 1:
+                found = record.versus_baseline.agreement_percent
+                more = _images_to_show(found / 100, limit)
+                remedy = f"give about {more:,} images" if more else "allow less agreement"
+                lines.append(
+                    f"{record.variant.name} agrees on {found:.1f} % of {record.dataset.images:,} images, which does "
+                    f"not show {self.min_agreement_percent:g} % (95 %): {remedy}"
+                )
+        return lines
 
 
 def candidates(device: torch.device, half: HalfFormat, compile: bool) -> list[VariantSpec]:
@@ -69,16 +96,43 @@ def candidates(device: torch.device, half: HalfFormat, compile: bool) -> list[Va
 
 
 def choose(records: list[Record], min_agreement_percent: float) -> str:
-    """Name of the fastest record that agrees with the first on so many of the images; the first if none does."""
-    agreeing = [
-        record
-        for record in records[1:]
-        if record.latency
-        and record.versus_baseline is not None
-        and record.versus_baseline.agreement_percent >= min_agreement_percent
-    ]
-    fastest = min([records[0], *agreeing], key=lambda record: record.latency[0].p50_ms)
-    return fastest.variant.name
+    """Name of the fastest record that is shown to agree with the first; the first itself if none is.
+
+    An agreement is shown by the lower end of its interval. Of those that agree the fastest leads, but what comes
+    earlier in the list is simpler, and stays unless the leader is shown to be faster.
+    """
+    limit = min_agreement_percent / 100
+    agreeing = [one for one in records[1:] if one.latency and one.dataset and one.versus_baseline]
+    known = [records[0], *(one for one in agreeing if at_least(_agreement(one), limit) == "shown")]
+    leader = max(known, key=lambda record: speedup(records[0], record).ratio)
+    for record in known:
+        interval = speedup(record, leader).interval
+        if record is leader or interval is None or interval.low <= 1:
+            return record.variant.name
+    return leader.variant.name
+
+
+def speedup(slower: Record, faster: Record) -> Speedup:
+    """How many times faster one record is than another whose calls took turns with it; 1 for the same record."""
+    if slower is faster:
+        return Speedup(1.0, Interval(1.0, 1.0))
+    return paired_speedup(slower.latency[0], faster.latency[0])
+
+
+def _agreement(record: Record) -> Interval:
+    """Interval of the share of images, 0 to 1, that get the same class."""
+    assert record.dataset is not None and record.versus_baseline is not None
+    images = record.dataset.images
+    return wilson_interval(round(images * record.versus_baseline.agreement_percent / 100), images)
+
+
+def _images_to_show(agreement: float, limit: float) -> int | None:
+    """Images on which such an agreement likely shows `limit`, both shares from 0 to 1; None where no number would."""
+    return math.ceil(trials_to_bound_share(limit, agreement)) if agreement > limit else None
+
+
+def _range(interval: Interval | None) -> str:
+    return "" if interval is None else f" ({interval.low:.2f} to {interval.high:.2f})"
 
 
 def find_fastest(
@@ -90,13 +144,22 @@ def find_fastest(
     half: HalfFormat = "bf16",
     compile: bool = True,
     device: str = "auto",
+    skip_bad: bool = False,
 ) -> Choice:
     """Measure all candidates of this device and choose.
 
     Raises:
+        RecipeError: so few images could not show the agreement even if they all agreed.
         DataError: the images' classes are not the checkpoint's.
         UnsupportedError: not even fp32 could be measured.
     """
+    if wilson_interval(len(images), len(images)).low < min_agreement_percent / 100:
+        fewest = _images_to_show(1.0, min_agreement_percent / 100)
+        remedy = f"give at least {fewest:,}" if fewest else "no number of images does; ask for less than 100 %"
+        raise RecipeError(
+            f"{len(images):,} images cannot show (95 %) that a format agrees with fp32 on {min_agreement_percent:g} %, "
+            f"not even if it agrees on each of them: {remedy}"
+        )
     target = environment.resolve_device(device)
     with tempfile.TemporaryDirectory() as folder:
         made = list(_prepared(checkpoint, candidates(target, half, compile), Path(folder), target))
@@ -107,6 +170,7 @@ def find_fastest(
             spec,
             images=fit_labels(images, checkpoint.label_names),
             preprocess=Preprocessor(load_processor(checkpoint)),
+            skip_bad=skip_bad,
             baseline=REFERENCE,
             untrained=checkpoint.is_random,
         )

@@ -58,11 +58,10 @@ class Hybrid:
         return hidden
 
     @torch.inference_mode()
-    def block_call(self, pixel_values: torch.Tensor, block: int) -> Callable[[], object]:
-        """A call of block `block` of `base` alone, given all that the whole model gives it for these images."""
+    def block_call(self, pixel_values: torch.Tensor, block: int) -> Callable[[nn.Module], object]:
+        """A call of a module alone as block `block`, given all that the whole model gives that for these images."""
         args, options = self._given(block, pixel_values)
-        module = self.base.get_submodule(self.blocks[block])
-        return lambda: module(*args, **options)
+        return lambda module: module(*args, **options)
 
     @torch.inference_mode()
     def advance(self, hidden: torch.Tensor, block: int) -> torch.Tensor:
@@ -190,6 +189,7 @@ class Boundary:
         self._folder, self._limit = folder, memory_bytes
         self._held: dict[int, torch.Tensor] = {}
         self._used = 0
+        self._device = torch.device("cpu")
 
     def __setitem__(self, batch: int, hidden: torch.Tensor) -> None:
         old = self._held.pop(batch, None)
@@ -198,9 +198,10 @@ class Boundary:
             self._held[batch] = hidden
             self._used += hidden.nbytes
         else:
+            self._device = hidden.device
             save_file({"hidden": hidden.contiguous()}, self._folder / f"boundary-{batch}.safetensors")
 
     def __getitem__(self, batch: int) -> torch.Tensor:
         if batch in self._held:
             return self._held[batch]
-        return load_file(self._folder / f"boundary-{batch}.safetensors")["hidden"]
+        return load_file(self._folder / f"boundary-{batch}.safetensors", device=str(self._device))["hidden"]

@@ -8,9 +8,10 @@ from pydantic import Field, ValidationError
 
 from vitopt import storage
 from vitopt.errors import RecordError
+from vitopt.measure.claims import Decision
 from vitopt.records import Part
 
-SENSITIVITY_SCHEMA = "vitopt.sensitivity/1"
+SENSITIVITY_SCHEMA = "vitopt.sensitivity/2"
 
 
 class Loss(Part):
@@ -21,6 +22,8 @@ class Loss(Part):
     agreement_percent: float = Field(description="with the 16-bit model")
     kl: float = Field(description="mean KL(16 bit || mixture), nats")
     logit_error: float = Field(description="norm of the difference to the 16-bit logits over their norm")
+    kl_share: float | None = Field(None, description="KL over that of the fully quantized model on the same images")
+    kl_share_ci95: tuple[float, float] | None = Field(None, description="bootstrap over images")
 
 
 class UnitScores(Part):
@@ -40,18 +43,23 @@ class Point(Part):
     loss: Loss
     extra_bytes: int
     extra_ms: float | None
-    meets_goal: bool
+    within_target: bool = Field(description="whether its KL is what the search aimed at; shows nothing by itself")
 
 
 class SearchResult(Part):
-    """Outcome of a skip-list search: the choice, and everything that was tried."""
+    """Outcome of a skip-list search: the choice, how it stood on images of its own, and everything that was tried."""
 
     goal: str
     objective: str
     chosen: tuple[str, ...]
-    floor_shown: bool = Field(description="whether the interval, not only the estimate, is within the floor")
-    advice: str | None = Field(None, description="what to do where the floor could not be shown")
-    points: tuple[Point, ...] = Field(description="in the order in which they were tried; the first skips nothing")
+    decision: Decision = Field(description="whether the confirming images show (95 %) that the choice meets the goal")
+    choosing_images: int
+    confirming_images: int
+    confirmed: Loss = Field(description="the choice against the 16-bit model on the confirming images")
+    advice: str | None = Field(None, description="what to do where the goal was not shown")
+    points: tuple[Point, ...] = Field(
+        description="in the order in which they were tried on the choosing images; the first skips nothing"
+    )
 
 
 class Sensitivity(Part):
@@ -63,10 +71,12 @@ class Sensitivity(Part):
     format: str
     half: str
     granularity: str
-    images: int
+    images: int = Field(description="that the scores are from; with a goal, those that choose")
     dataset: str
     dataset_sha256: str
-    sample_images: int | None = Field(None, description="images of the label-free first pass; null without one")
+    sample_images: int | None = Field(
+        None, description="images of the label-free first pass, spread over the classes; null without one"
+    )
     sample_kl: dict[str, float] = Field(default_factory=dict, description="recovery KL on that sample, by unit")
     quantized: Loss = Field(description="every unit quantized")
     units: tuple[UnitScores, ...]

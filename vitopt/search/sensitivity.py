@@ -5,7 +5,7 @@ images cannot rank units, so each also gets the KL divergence and the normalised
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 from vitopt import progress
+from vitopt.data.images import ImageSet
+from vitopt.data.pixels import Preprocessor, batches, on_device
 from vitopt.measure.predictions import Predictions
 from vitopt.models.names import Layer
 from vitopt.search.hybrid import Boundary, Hybrid
@@ -34,19 +36,31 @@ class Unit:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Preprocessed images in fixed batches, with what identifies them.
+    """Images in fixed batches, read anew at each pass so that never all pixels are held, with what identifies them.
 
-    `batches`: tensors (batch, 3, height, width) on the models' device.
+    `stream` starts a pass: tensors (batch, 3, height, width) on the models' device, `count` of them.
     """
 
     ids: tuple[str, ...]
     image_sha256: tuple[str, ...]
     labels: np.ndarray
-    batches: tuple[torch.Tensor, ...]
+    stream: Callable[[], Iterable[torch.Tensor]]
+    count: int
 
     def predictions(self, logits: Sequence[torch.Tensor]) -> Predictions:
         """Logits per batch as predictions over these images."""
         return Predictions(self.ids, self.image_sha256, self.labels, torch.cat(list(logits)).numpy())
+
+
+def calibration_of(images: ImageSet, preprocess: Preprocessor, device: torch.device, batch_size: int) -> Calibration:
+    """Images whose labels fit the head, ready for the models on `device`."""
+
+    def stream() -> Iterator[torch.Tensor]:
+        for batch in on_device(batches(images, preprocess, batch_size), device):
+            yield batch.pixel_values
+
+    count = -(-len(images) // batch_size)
+    return Calibration(images.ids, images.image_hashes, np.array(images.labels), stream, count)
 
 
 def units(layers: Sequence[Layer], granularity: Granularity) -> list[Unit]:
@@ -76,31 +90,31 @@ def table_logits(
     boundary moves on.
     """
     if not chosen:
-        return [hybrid.logits(pixels) for pixels in calibration.batches]
-    batches = range(len(calibration.batches))
+        return [hybrid.logits(pixels) for pixels in calibration.stream()]
+    every = range(calibration.count)
     last = max(unit.block for unit in chosen)
     start = min(unit.block for unit in chosen)
     blocks = len(hybrid.blocks)
     steps = sum(blocks - unit.block for unit in chosen) + blocks
-    with tempfile.TemporaryDirectory() as folder, progress.task(description, steps * len(batches)) as bar:
+    with tempfile.TemporaryDirectory() as folder, progress.task(description, steps * len(every)) as bar:
         boundary = Boundary(Path(folder), memory_bytes)
-        for index in batches:
-            boundary[index] = hybrid.block_input(calibration.batches[index], start)
+        for index, pixels in enumerate(calibration.stream()):
+            boundary[index] = hybrid.block_input(pixels, start)
             bar.advance(start)
         for block in range(start, last + 1):
             for unit in (unit for unit in chosen if unit.block == block):
                 with hybrid.lending(unit.layers):
                     logits = []
-                    for index in batches:
+                    for index in every:
                         logits.append(hybrid.logits_from(boundary[index], block))
                         bar.advance(blocks - block)
                 done(unit.name, logits)
             if block < last:
-                for index in batches:
+                for index in every:
                     boundary[index] = hybrid.advance(boundary[index], block)
                     bar.advance()
         base = []
-        for index in batches:
+        for index in every:
             base.append(hybrid.logits_from(boundary[index], last))
             bar.advance(blocks - last)
     return base

@@ -1,143 +1,180 @@
 """The search for a skip list: the cheapest set of units in 16 bit that meets a goal.
 
-Greedy by score per cost, each step verified by evaluation, then a step back: units that turn out not to be
-needed are given back. All that was tried is returned, because the frontier matters more than one point.
+Scores that add up say which set is cheapest, measuring says whether it is enough: what a set lacks, or has too much,
+is asked of the next set on top of what the scores promised of this one, until a set comes out again. All of this
+looks at the choosing images alone; the set that it ends with is measured once on the confirming images. All that was
+tried is returned, because the frontier matters more than one point.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from vitopt.measure import statistics
+from vitopt.measure.claims import Decision
+from vitopt.search.goal import Goal, decide, images_to_show, likely_shown
+from vitopt.search.knapsack import cheapest
 from vitopt.search.results import Loss, Point, SearchResult, UnitScores
 
 Objective = Literal["size", "latency"]
 Evaluate = Callable[[frozenset[str]], Loss]
 
-
-@dataclass(frozen=True)
-class Goal:
-    """What a skip list must reach: a floor of accuracy, a share of the quantized model's KL, or both.
-
-    `max_top1_drop`: points of top-1 against the 16-bit model. `max_kl_share`: KL divergence at most this share
-    of that of the fully quantized model.
-    """
-
-    max_top1_drop: float | None = None
-    max_kl_share: float | None = None
-
-    def words(self) -> str:
-        """The goal as a phrase."""
-        parts = []
-        if self.max_top1_drop is not None:
-            parts.append(f"top-1 drops by at most {self.max_top1_drop:g} points")
-        if self.max_kl_share is not None:
-            parts.append(f"KL is at most {self.max_kl_share:g} of the quantized model's")
-        return " and ".join(parts)
-
-
-def can_show(goal: Goal, images: int) -> bool:
-    """Whether so many images could show the floor at all: with not one image changed, is the interval within it?"""
-    if goal.max_top1_drop is None:
-        return True
-    return -100 * statistics.paired_delta_interval(images, 0, 0, 0).low <= goal.max_top1_drop
+_MOST_LOOKS = 24
+_MS_STEP = 1e-4  # times are added up in such steps, finer than any of them is measured
 
 
 def search_skip_list(
     units: Sequence[UnitScores],
     evaluate: Evaluate,
+    confirm: Evaluate,
     goal: Goal,
     *,
     quantized: Loss,
     images: int,
+    confirming_images: int,
     objective: Objective = "size",
+    untried: int = 0,
 ) -> SearchResult:
-    """Find the cheapest skip list that meets `goal` on the calibration images.
+    """Find the cheapest skip list that meets `goal`, and decide on other images whether it does.
 
-    `evaluate` measures the model with exactly these units in 16 bit; `quantized` is its value for none. Where
-    so few images cannot show the floor, the estimate decides instead of the interval's end, and the result
-    says so and how many images it would take.
+    `evaluate` measures the model with exactly these units in 16 bit on the `images` that choose; `quantized` is its
+    value for none. `confirm` does the same on the `confirming_images` others and is called once. `untried` units
+    exist beside `units` that nobody scored.
     """
-    by_interval = can_show(goal, images)
-    costs = {unit.unit: _cost(unit, objective) for unit in units}
-    gains = {unit.unit: quantized.kl - unit.recovery.kl for unit in units if unit.recovery is not None}
-    order = sorted(gains, key=lambda name: _worth(gains[name], costs[name]), reverse=True)
-    tried: dict[frozenset[str], Loss] = {frozenset(): quantized}
-
-    def meets(chosen: frozenset[str]) -> bool:
-        if chosen not in tried:
-            tried[chosen] = evaluate(chosen)
-        return _meets(goal, tried[chosen], quantized, by_interval)
-
-    kept: list[str] = []
-    for name in order:
-        if meets(frozenset(kept)):
+    names = [unit.unit for unit in units]
+    costs, gains = _costs(units, objective), [_gain(unit, quantized) for unit in units]
+    most_kl = _highest_kl(goal, units, quantized, confirming_images)
+    tried: dict[frozenset[str], Loss] = {}
+    demand = _excess(goal, most_kl, quantized, quantized)
+    while len(tried) < _MOST_LOOKS:
+        indices = cheapest(costs, gains, demand)
+        if indices is None:  # the scores do not reach it; all units together may
+            indices = frozenset(range(len(units)))
+        chosen = frozenset(names[index] for index in indices)
+        if chosen in tried:
             break
-        kept.append(name)
-    reached = meets(frozenset(kept))
-    # Dearest first: giving back a dear unit saves most.
-    for name in sorted(kept, key=lambda name: costs[name], reverse=True) if reached else ():
-        without = frozenset(kept) - {name}
-        if meets(without):
-            kept.remove(name)
-    chosen = tuple(sorted(kept, key=[unit.unit for unit in units].index))
-    shown = reached and (by_interval or _meets(goal, tried[frozenset(kept)], quantized, by_interval=True))
+        tried[chosen] = evaluate(chosen) if chosen else quantized
+        # What it lacks (or has too much) is asked of the next set, on top of what the scores promised of this one.
+        demand = sum(gains[index] for index in indices) + _excess(goal, most_kl, quantized, tried[chosen])
+    tried = {frozenset(): quantized} | tried
+    excess = {chosen: _excess(goal, most_kl, quantized, loss) for chosen, loss in tried.items()}
+    cost = {chosen: sum(costs[names.index(name)] for name in chosen) for chosen in tried}
+    reached = [chosen for chosen in tried if excess[chosen] <= 0]
+    # Where none reaches it, the one that comes nearest.
+    best = min(reached, key=lambda chosen: cost[chosen]) if reached else min(tried, key=lambda chosen: excess[chosen])
+    confirmed = confirm(best)
+    decision = decide(goal, confirmed)
     return SearchResult(
         goal=goal.words(),
         objective=objective,
-        chosen=chosen,
-        floor_shown=shown,
-        advice=None if shown else _advice(goal, reached, images),
-        points=tuple(_point(names, loss, units, goal, quantized, by_interval) for names, loss in tried.items()),
+        chosen=tuple(name for name in names if name in best),
+        decision=decision,
+        choosing_images=images,
+        confirming_images=confirming_images,
+        confirmed=confirmed,
+        advice=_advice(goal, decision, confirmed, confirming_images, len(best) == len(names), untried),
+        points=tuple(_point(chosen, loss, units, excess[chosen] <= 0) for chosen, loss in tried.items()),
     )
 
 
-def _cost(unit: UnitScores, objective: Objective) -> float:
-    if objective == "latency" and unit.extra_ms is not None:
-        return unit.extra_ms
-    return float(unit.extra_bytes)
+def _costs(units: Sequence[UnitScores], objective: Objective) -> list[int]:
+    milliseconds = [unit.extra_ms for unit in units if unit.extra_ms is not None]
+    if objective == "latency" and len(milliseconds) == len(units):
+        return [round(ms / _MS_STEP) for ms in milliseconds]
+    return [unit.extra_bytes for unit in units]  # also where a time is unknown: two kinds of cost do not add up
 
 
-def _worth(gain: float, cost: float) -> tuple[bool, float]:
-    # A unit that helps and costs nothing (16 bit can be faster than unpacking 4 bit) goes before all others.
-    return (gain > 0 and cost <= 0, gain / cost if cost > 0 else gain)
+def _gain(unit: UnitScores, quantized: Loss) -> float:
+    """The KL that keeping a unit brings back, wherever in the search that is.
+
+    The mean of what it brings back as the first unit to be kept and as the last: its Shapley value, if units act on
+    each other in pairs, so that the gains of all units add up to the whole KL (Shapley 1953, "A value for n-person
+    games"; Owen 1972, "Multilinear extensions of games").
+    """
+    known = [] if unit.recovery is None else [quantized.kl - unit.recovery.kl]
+    known += [] if unit.damage is None else [unit.damage.kl]
+    return sum(known) / len(known) if known else 0.0
 
 
-def _meets(goal: Goal, loss: Loss, quantized: Loss, by_interval: bool) -> bool:
-    if goal.max_kl_share is not None and loss.kl > goal.max_kl_share * quantized.kl:
-        return False
+def _excess(goal: Goal, most_kl: float, quantized: Loss, loss: Loss) -> float:
+    """KL in nats by which a mixture is over what the search aims at; zero or less is within it.
+
+    A share of KL is aimed at with the upper end of its interval on the choosing images: the confirming images are more,
+    and show about four of five such lists.
+    """
+    over = [loss.kl - most_kl] if goal.max_top1_drop is not None else []
+    if goal.max_kl_share is not None:
+        share = loss.kl if loss.kl_share_ci95 is None else loss.kl_share_ci95[1] * quantized.kl
+        over.append(share - goal.max_kl_share * quantized.kl)
+    return max(over)
+
+
+def _highest_kl(goal: Goal, units: Sequence[UnitScores], quantized: Loss, confirming_images: int) -> float:
+    """The KL at which the confirming images likely show the floor of top-1.
+
+    On a few hundred images the top-1 of one mixture is noise, so the search ranks and aims by KL alone. What KL the
+    floor allows is read from all mixtures of the tables together. Small errors of the logits flip images that are near
+    a border: as many as the errors are large, so as the root of KL; and nearly as many to either side, so that what is
+    lost net goes as KL itself.
+
+    Where so few images would show it of no mixture at all, the KL that is estimated to lose half of the floor: one that
+    is estimated to lose all of it would be below it every other time.
+    """
     if goal.max_top1_drop is None:
-        return True
-    delta = loss.top1_delta_ci95_points[0] if by_interval else loss.top1_delta_points
-    return -delta <= goal.max_top1_drop
+        return math.inf
+    floor = goal.max_top1_drop
+    seen = [(quantized.kl, quantized.top1_delta_points, quantized.agreement_percent)]
+    for unit in units:
+        # Recovery's top-1 is against the quantized model.
+        for one, start in ((unit.damage, 0.0), (unit.recovery, quantized.top1_delta_points)):
+            seen += [(one.kl, start + one.top1_delta_points, one.agreement_percent)] if one else []
+    roots = sum(math.sqrt(kl) for kl, _, _ in seen)
+    if roots == 0:
+        return 0.0
+    drop_per_kl = max(0.0, -sum(delta for _, delta, _ in seen) / sum(kl for kl, _, _ in seen))
+    changed_per_root = sum(1 - agreement / 100 for _, _, agreement in seen) / roots
+
+    def enough(kl: float) -> bool:
+        changed = min(1.0, changed_per_root * math.sqrt(kl))
+        return likely_shown(confirming_images, floor, drop_per_kl * kl, changed)
+
+    low, high = (quantized.kl, quantized.kl) if enough(quantized.kl) else (0.0, quantized.kl)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if enough(middle) else (low, middle)
+    if low >= min((unit.damage.kl for unit in units if unit.damage), default=0.0) and enough(low):
+        return low
+    return min(quantized.kl, floor / 2 / drop_per_kl) if drop_per_kl else quantized.kl
 
 
-def _advice(goal: Goal, reached: bool, images: int) -> str:
-    if not reached:
-        return f"not even all units in 16 bit show that {goal.words()} on {images} images: relax the goal"
-    needed = _images_to_show(goal.max_top1_drop or 0.0)
+def _advice(
+    goal: Goal, decision: Decision, confirmed: Loss, confirming_images: int, all_kept: bool, untried: int
+) -> str | None:
+    """What to do where the goal was not shown; None where it was."""
+    if decision == "shown":
+        return None
+    seen, enough = [], None
+    if goal.max_top1_drop is not None:
+        low, high = confirmed.top1_delta_ci95_points
+        seen.append(f"top-1 {confirmed.top1_delta_points:+.1f} ({low:+.1f} to {high:+.1f}) points")
+        enough = images_to_show(
+            goal.max_top1_drop, max(0.0, -confirmed.top1_delta_points), 1 - confirmed.agreement_percent / 100
+        )
+    if goal.max_kl_share is not None and confirmed.kl_share is not None and confirmed.kl_share_ci95 is not None:
+        low, high = confirmed.kl_share_ci95
+        seen.append(f"KL {confirmed.kl_share:.2f} ({low:.2f} to {high:.2f}) of the quantized model's")
+    words = "is not met" if decision == "failed" else "is not shown (95 %)"
+    remedies = [f"give about {enough:,} calibration images"] if enough is not None and decision == "undecided" else []
+    if all_kept and untried:
+        remedies.append(f"score more than these candidates ({untried} units were not tried)")
+    remedies.append("relax the goal")
     return (
-        f"{images} images cannot show that {goal.words()} (95 %): the estimate meets it, the interval does not; "
-        f"give at least {needed:,} calibration images, or allow a larger drop"
+        f"that {goal.words()} {words} on {confirming_images:,} images that did not choose: {', '.join(seen)}; "
+        f"{', or '.join(remedies)}"
     )
 
 
-def _images_to_show(drop: float) -> int:
-    """Fewest images, in steps of 10 %, whose interval lies within `drop` when no image changes."""
-    images = 10
-    while not can_show(Goal(max_top1_drop=drop), images) and images < 10_000_000:
-        images = round(images * 1.1) + 1
-    return images
-
-
-def _point(
-    names: frozenset[str],
-    loss: Loss,
-    units: Sequence[UnitScores],
-    goal: Goal,
-    quantized: Loss,
-    by_interval: bool,
-) -> Point:
+def _point(names: frozenset[str], loss: Loss, units: Sequence[UnitScores], within_target: bool) -> Point:
     chosen = [unit for unit in units if unit.unit in names]
     milliseconds = [unit.extra_ms for unit in chosen]
     return Point(
@@ -145,7 +182,7 @@ def _point(
         loss=loss,
         extra_bytes=sum(unit.extra_bytes for unit in chosen),
         extra_ms=None if None in milliseconds else sum(ms for ms in milliseconds if ms is not None),
-        meets_goal=_meets(goal, loss, quantized, by_interval),
+        within_target=within_target,
     )
 
 

@@ -1,0 +1,53 @@
+"""The division of the calibration images, and what one mixture of formats loses on a part of them.
+
+A list chosen as the best of many on some images looks better there than it is. So one part of the images chooses, and
+the one list that the search ends with is judged once, on the other part.
+"""
+
+from vitopt.data.images import ImageSet
+from vitopt.errors import DataError
+from vitopt.measure import statistics
+from vitopt.measure.accuracy import compare
+from vitopt.measure.predictions import Predictions
+from vitopt.measure.ratio import ratio_interval
+from vitopt.search.goal import CHOOSING
+from vitopt.search.results import Loss
+
+
+def divide(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """The part that chooses and the part that confirms: always the same, and each class in both in its proportion.
+
+    Raises:
+        DataError: a single image cannot do both.
+    """
+    if len(images) < 2:
+        raise DataError(f"{images.name}: one image cannot both choose a skip list and confirm it; give more")
+    by_class = sorted(range(len(images)), key=lambda index: images.labels[index])
+    # Every fourth of all, class after class: this also spreads where a class has fewer than four.
+    choosing = set(by_class[::CHOOSING])
+    parts = [[index for index in range(len(images)) if (index in choosing) == wanted] for wanted in (True, False)]
+    return images.subset(parts[0]), images.subset(parts[1])
+
+
+def loss(exact: Predictions, reference: Predictions, changed: Predictions) -> Loss:
+    """`changed` against the 16-bit model `exact`; its top-1 against `reference`."""
+    versus = compare("reference", reference, changed)
+    return Loss(
+        top1_delta_points=versus.top1_delta_points,
+        top1_delta_ci95_points=versus.top1_delta_ci95_points,
+        agreement_percent=100 * statistics.agreement(exact.classes, changed.classes),
+        kl=statistics.mean_kl_divergence(exact.logits, changed.logits),
+        logit_error=statistics.normalised_error(exact.logits, changed.logits),
+    )
+
+
+def loss_with_share(exact: Predictions, quantized: Predictions, changed: Predictions) -> Loss:
+    """`loss` against the 16-bit model, with its KL as a share of the fully quantized model's."""
+    measured = loss(exact, exact, changed)
+    before = statistics.kl_divergences(exact.logits, quantized.logits)
+    if not before.any():  # quantizing changed nothing, so there is nothing to have a share of
+        return measured
+    after = statistics.kl_divergences(exact.logits, changed.logits)
+    interval = ratio_interval(after, before)
+    share = float(after.mean() / before.mean())
+    return measured.model_copy(update={"kl_share": share, "kl_share_ci95": (interval.low, interval.high)})
