@@ -38,7 +38,7 @@ from vitopt.recipe import (
     RunSpec,
     VariantSpec,
 )
-from vitopt.search import analysis
+from vitopt.search import analysis, costs
 
 CPU = torch.device("cpu")
 FORMATS: list[Format] = [format for format in get_args(Format) if why_not_format(format, CPU) is None]
@@ -173,7 +173,7 @@ def test_predicts_in_every_format_what_plain_transformers_does(
 def test_every_block_is_scored_in_every_quantized_format(
     name: str, originals: dict[str, Checkpoint], images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(analysis, "_LATENCY", BRIEFLY)
+    monkeypatch.setattr(costs, "_LATENCY", BRIEFLY)
     for format in set(FORMATS) & set(QUANTIZED_FORMATS):
         found = analysis.analyse(originals[name], images, format, tmp_path / f"{format}.json", device="cpu")
         blocks = 4 if name.startswith("swin") else 2
@@ -188,7 +188,7 @@ def test_every_block_is_scored_in_every_quantized_format(
 def test_a_linear_layer_that_stays_in_16_bit_anyway_is_no_unit(
     originals: dict[str, Checkpoint], images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(analysis, "_LATENCY", BRIEFLY)
+    monkeypatch.setattr(costs, "_LATENCY", BRIEFLY)
     found = analysis.analyse(originals["swin"], images, "nf4", tmp_path / "s.json", granularity="linear", device="cpu")
     # Of the first stage only fc2, 128 wide, is quantized.
     first_stage = [unit.unit for unit in found.units if unit.unit.startswith(("block.0.", "block.1."))]
