@@ -104,7 +104,7 @@ class FinetuneSpec(Spec):
 class AutoSkipSpec(Spec):
     """How `skip: auto` chooses: the cheapest skip list, confirmed on calibration images that did not choose it."""
 
-    max_top1_drop: float | None = Field(1.0, gt=0, description="points of top-1 against the 16-bit model")
+    max_top1_drop: float | None = Field(1.0, gt=0, le=100, description="points of top-1 against the 16-bit model")
     max_kl_share: float | None = Field(None, gt=0, lt=1, description="KL at most this share of the quantized model's")
     objective: Literal["size", "latency"] = Field("size", description="what a kept layer costs")
     granularity: Literal["block", "linear"] = "block"
