@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from vitopt import pipeline
+from vitopt import inference
 from vitopt.data.images import ImageSet, open_images
 from vitopt.data.pixels import Preprocessor, random_pixels
 from vitopt.environment import why_not_format
 from vitopt.errors import CheckpointError
 from vitopt.finetune.training import finetune
+from vitopt.inference import Candidate
 from vitopt.measure import evaluator
 from vitopt.measure.rates import flops_per_image
 from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
@@ -27,7 +28,6 @@ from vitopt.models.names import families
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import prepare
-from vitopt.pipeline import Candidate
 from vitopt.recipe import (
     QUANTIZED_FORMATS,
     DataSpec,
@@ -136,7 +136,7 @@ def test_evaluates_in_every_format_to_the_logits_of_plain_transformers(
         Candidate(name=format, source=str(root / f"{name}-{format}"), run=RunSpec(), asked=None) for format in FORMATS
     ]
     spec = EvaluateSpec(batch_size=len(images), latency=BRIEFLY, end_to_end=False)
-    measured = pipeline.measure(candidates, spec, images=images, baseline="fp32", device="cpu")
+    measured = inference.measure(candidates, spec, images=images, baseline="fp32", device="cpu")
     flops = flops_per_image(originals[name])
     exact = plain[f"{name}-fp32"]
     for format, one in zip(FORMATS, measured, strict=True):
@@ -160,7 +160,7 @@ def test_predicts_in_every_format_what_plain_transformers_does(
 ) -> None:
     file = shapes / images.ids[0] if (shapes / images.ids[0]).is_file() else shapes / "test" / images.ids[0]
     for format in FORMATS:
-        (found,) = pipeline.predict(str(root / f"{name}-{format}"), [file], top=4, device="cpu")
+        (found,) = inference.predict(str(root / f"{name}-{format}"), [file], top=4, device="cpu")
         logits = torch.from_numpy(plain[f"{name}-{format}"][0])
         best = found["classes"][0]
         assert best["index"] == int(logits.argmax())

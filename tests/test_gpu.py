@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitopt import environment, pipeline
+from vitopt import environment, inference, pipeline
 from vitopt.data.images import open_images
 from vitopt.data.pixels import Preprocessor, batches, on_device, random_pixels
+from vitopt.inference import Candidate
 from vitopt.measure.rates import copy_rate, gemm_rate
 from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import Runnable, prepare
-from vitopt.pipeline import Candidate
 from vitopt.recipe import DataSpec, EvaluateSpec, LatencySpec, Recipe, RunSpec, VariantSpec, validate
 
 pytestmark = pytest.mark.gpu
@@ -61,7 +61,7 @@ def test_flash_attention_runs_or_says_why_not(tiny_checkpoint: Path, tmp_path: P
 def test_records_hold_device_time_memory_and_the_gpu(tiny_checkpoint: Path, shapes: Path) -> None:
     spec = EvaluateSpec(batch_size=8, latency=LatencySpec(batch_sizes=(1, 8), iterations=20, rounds=4))
     images = open_images(DataSpec(source=str(shapes)), "test")
-    (measured,) = pipeline.measure([Candidate("v", str(tiny_checkpoint))], spec, images=images, device="cuda")
+    (measured,) = inference.measure([Candidate("v", str(tiny_checkpoint))], spec, images=images, device="cuda")
     record = measured.record
     assert record.failure is None
     assert record.environment["gpu"]["name"] == torch.cuda.get_device_name(0)
@@ -155,7 +155,7 @@ def test_compiled_variants_are_measured_on_images_that_another_thread_pins(half:
         Candidate("graph", str(half.folder), RunSpec(compile=True, fuse_qkv=True)),
     ]
     eager, graph = (
-        one.record for one in pipeline.measure(candidates, spec, images=images, baseline="eager", device="cuda")
+        one.record for one in inference.measure(candidates, spec, images=images, baseline="eager", device="cuda")
     )
     assert graph.failure is None and graph.variant.compile_used and not graph.latency_failures
     assert graph.versus_baseline is not None and graph.versus_baseline.agreement_percent > 95
@@ -182,7 +182,7 @@ def test_a_batch_that_does_not_fit_is_told_with_one_that_does() -> None:
     total = torch.cuda.get_device_properties(CUDA).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, 3e9 / total))
     try:
-        (measured,) = pipeline.measure([Candidate("v", "random:vit-base-patch16-224")], spec, device="cuda")
+        (measured,) = inference.measure([Candidate("v", "random:vit-base-patch16-224")], spec, device="cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert [row.batch_size for row in measured.record.latency] == [1]

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from vitopt import environment, pipeline
+from vitopt import environment, inference, pipeline
 from vitopt.data.images import open_images
 from vitopt.errors import BadImageError, CheckpointError, DataError, MeasurementError, RecipeError, UnsupportedError
 from vitopt.measure import evaluator
@@ -459,7 +459,7 @@ def test_the_export_has_a_card_whose_code_runs_without_vitopt(
     )
     assert done.returncode == 0, done.stderr
     guesses = {guess["label"]: guess["score"] for guess in eval(done.stdout)}
-    (ours,) = pipeline.predict(str(result.export), [image], top=4, device="cpu")
+    (ours,) = inference.predict(str(result.export), [image], top=4, device="cpu")
     assert guesses == pytest.approx({c["label"]: c["percent"] / 100 for c in ours["classes"]}, abs=5e-3)
 
 
@@ -635,8 +635,8 @@ def test_models_with_other_classes_or_pixels_are_not_measured_together(
 
     def together(one: Path, other: Path) -> None:
         images = open_images(DataSpec(source=str(shapes)), "test")
-        pipeline.measure(
-            [pipeline.Candidate("a", str(one)), pipeline.Candidate("b", str(other))],
+        inference.measure(
+            [inference.Candidate("a", str(one)), inference.Candidate("b", str(other))],
             EvaluateSpec(),
             images=images,
             device="cpu",
@@ -660,7 +660,7 @@ def test_predictions_are_the_softmax_of_the_models_logits(tiny_checkpoint: Path,
     from transformers import AutoModelForImageClassification
 
     paths = [shapes / "test" / "circle" / "00.png", shapes / "test" / "stripe" / "03.png"]
-    got = pipeline.predict(str(tiny_checkpoint), paths, top=3, device="cpu")
+    got = inference.predict(str(tiny_checkpoint), paths, top=3, device="cpu")
     model = AutoModelForImageClassification.from_pretrained(tiny_checkpoint)
     for path, one in zip(paths, got, strict=True):
         pixels = np.asarray(Image.open(path).convert("RGB"), np.float32) / 127.5 - 1
@@ -674,17 +674,17 @@ def test_predictions_are_the_softmax_of_the_models_logits(tiny_checkpoint: Path,
 
 
 def test_more_classes_than_there_are_gives_all(tiny_checkpoint: Path, shapes: Path) -> None:
-    (got,) = pipeline.predict(str(tiny_checkpoint), [shapes / "test" / "circle" / "00.png"], top=50, device="cpu")
+    (got,) = inference.predict(str(tiny_checkpoint), [shapes / "test" / "circle" / "00.png"], top=50, device="cpu")
     assert len(got["classes"]) == 4
     assert sum(c["percent"] for c in got["classes"]) == pytest.approx(100, abs=1e-3)
 
 
 def test_an_image_that_is_not_there_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(BadImageError, match=r"no image at .*nothing.png"):
-        pipeline.predict(str(tiny_checkpoint), [tmp_path / "nothing.png"], top=1, device="cpu")
+        inference.predict(str(tiny_checkpoint), [tmp_path / "nothing.png"], top=1, device="cpu")
     (tmp_path / "text.png").write_text("text")
     with pytest.raises(BadImageError, match=r"image .*text.png cannot be decoded"):
-        pipeline.predict(str(tiny_checkpoint), [tmp_path / "text.png"], top=1, device="cpu")
+        inference.predict(str(tiny_checkpoint), [tmp_path / "text.png"], top=1, device="cpu")
 
 
 def test_a_first_recipe_for_a_fitting_head_loads_plans_and_trains_nothing(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from vitopt import inference
 from vitopt.data.images import ImageSet, open_images
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor
@@ -363,7 +364,6 @@ def test_what_keeps_a_smaller_batch_from_running_is_told_as_well(subjects: list[
 
 
 def test_a_batch_whose_pixels_do_not_fit_fails_alone(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vitopt import pipeline
 
     def small_memory(batch_size: int, size: tuple[int, int]) -> torch.Tensor:
         if batch_size > 4:
@@ -373,7 +373,7 @@ def test_a_batch_whose_pixels_do_not_fit_fails_alone(tiny_checkpoint: Path, monk
     monkeypatch.setattr(latency_rows, "random_pixels", small_memory)
     monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: None)
     spec = EvaluateSpec(latency=LatencySpec(batch_sizes=(1, 8), iterations=4, rounds=2))
-    (measured,) = pipeline.measure([pipeline.Candidate("v", str(tiny_checkpoint))], spec, device="cpu")
+    (measured,) = inference.measure([inference.Candidate("v", str(tiny_checkpoint))], spec, device="cpu")
     assert [row.batch_size for row in measured.record.latency] == [1]
     assert [row.batch_size for row in measured.record.latency_failures] == [8]
     assert measured.record.latency_failures[0].reason == "out of memory; batch 4 fits"
