@@ -22,8 +22,8 @@ from vitopt.errors import CheckpointError
 from vitopt.finetune.training import finetune
 from vitopt.inference import Candidate
 from vitopt.measure import evaluator
-from vitopt.measure.rates import flops_per_image
 from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
+from vitopt.models.forward import flops_per_image
 from vitopt.models.names import families
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import quantize
@@ -151,7 +151,7 @@ def test_evaluates_in_every_format_to_the_logits_of_plain_transformers(
         assert one.record.accuracy.top1_percent == pytest.approx(100 * correct)
         assert [row.iterations for row in one.record.latency] == [BRIEFLY.iterations]
         assert one.record.model.flops_per_image == flops > 0
-        assert one.record.variant.attention_used == ("eager" if name == "swinv2" else "sdpa")
+        assert one.record.variant.ran.get("attention") == ("eager" if name == "swinv2" else "sdpa")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -213,7 +213,7 @@ def test_compiled_it_answers_the_same(
     compiled = prepare(checkpoint, name="compiled", device=CPU, run=RunSpec(compile=True))
     pixels = random_pixels(2, (32, 32))
     found, expected = compiled(pixels).float(), plain(pixels).float()
-    assert compiled.compile_reason is None and compiled.compiled
+    assert compiled.reasons.get("compile") is None and compiled.fixed_shapes
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 

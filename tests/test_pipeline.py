@@ -154,8 +154,8 @@ def test_records_are_complete_and_those_on_disk(finished: tuple[RunResult, list[
 
 def test_the_fallback_of_flash_attention_is_recorded(finished: tuple[RunResult, list[str]]) -> None:
     variant = finished[0].records[2].variant
-    assert (variant.attention_requested, variant.attention_used) == ("flash_attention_2", "sdpa")
-    assert variant.attention_reason == "FlashAttention-2 needs a CUDA device"
+    assert (variant.asked["attention"], variant.ran["attention"]) == ("flash_attention_2", "sdpa")
+    assert variant.reasons.get("attention") == "FlashAttention-2 needs a CUDA device"
     assert "flash_attention_2" in (finished[0].folder / "report.md").read_text()
 
 
@@ -837,10 +837,10 @@ def test_ways_to_run_are_in_the_records_of_a_run(timed: tuple[RunResult, list[st
     assert packed.layer_plan == {"nf4": 66, "bf16": 7} and packed.variant.stored_format is None
     assert expanded.layer_plan == {"bf16": 73}
     assert (expanded.variant.format, expanded.variant.stored_format) == ("bf16", "nf4")
-    assert (expanded.variant.fused_attentions, packed.variant.fused_attentions) == (12, 0)
+    assert (expanded.variant.ran["fuse_qkv"], packed.variant.ran["fuse_qkv"]) == (True, False)
     assert expanded.size.disk_bytes == packed.size.disk_bytes
     assert expanded.size.weight_bytes > packed.size.weight_bytes
-    assert (plain.variant.sdpa_kernel_requested, plain.variant.sdpa_kernel_used) == ("math", "math")
+    assert (plain.variant.asked["sdpa_kernel"], plain.variant.ran.get("sdpa_kernel")) == ("math", "math")
 
 
 def test_without_data_the_report_is_written_all_the_same(timed: tuple[RunResult, list[str]]) -> None:

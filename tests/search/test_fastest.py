@@ -42,7 +42,7 @@ def record(name: str, p50_ms: float | None, agreement: float | None = None) -> R
         times = {"mean_ms": p50_ms, "std_ms": 0, "min_ms": p50_ms, "p50_ms": p50_ms, "p95_ms": None, "p99_ms": None}
         counts = {"batch_size": 1, "iterations": 1, "rounds": 1, "warmup_ms": 0, "warmup_iterations": 1}
         latency = [Latency(**times, **counts, images_per_second=1000 / p50_ms, samples_ms=())]
-    variant = Variant(name=name, format=name, attention_requested="sdpa", attention_used="sdpa")
+    variant = Variant(name=name, format=name)
     return Record(variant=variant, versus_baseline=versus, latency=tuple(latency))
 
 

@@ -84,7 +84,7 @@ def evaluate(
         notes = outcome.notes.get(runnable.name, []) if outcome else []
         own: dict[str, Any] = {}
         if images is not None and outcome is not None and tested is not None:
-            overlaps = tested.overlaps(runnable.seen() if isinstance(runnable, HasSeenImages) else ())
+            overlaps = tested.overlaps(runnable.images_seen() if isinstance(runnable, HasSeenImages) else ())
             own["dataset"] = _describe_dataset(images, runnable, outcome.skipped, overlaps)
             notes = [*notes, *(warning(overlap, len(images)) for overlap in overlaps)]
         own["warnings"] = (*warnings, *notes)

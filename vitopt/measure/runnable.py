@@ -97,7 +97,7 @@ class KeepsWeights(Protocol):
 class HasSeenImages(Protocol):
     """Was trained or calibrated on images, whose hashes are known."""
 
-    def seen(self) -> Sequence[Use]: ...
+    def images_seen(self) -> Sequence[Use]: ...
 
 
 def fixed_shapes(runnable: Runnable) -> bool:

@@ -151,7 +151,7 @@ class TorchRunnable:
         """Bytes of the weights as held."""
         return weight_bytes(self.model)
 
-    def seen(self) -> tuple[Use, ...]:
+    def images_seen(self) -> tuple[Use, ...]:
         """Images that the checkpoint was trained or calibrated on."""
         return load_uses(self.checkpoint.folder)
 
@@ -170,8 +170,8 @@ class TorchRunnable:
         return self._eager(pixel_values)
 
     def kernel_used(self, pixel_values: torch.Tensor) -> str | None:
-        """The attention kernel that a profiled call ran; None where it is none of torch's. Last of all timings."""
-        return kernel_used(lambda: self(pixel_values), self.device)
+        """The kernel of sdpa that a profiled call ran; None where it is none of torch's. Last of all timings."""
+        return kernel_used(lambda: self(pixel_values), self.device) if self.attention_used == "sdpa" else None
 
     def graph_bytes(self, shape: torch.Size) -> int:
         """Memory that a captured CUDA graph for pixels of this shape keeps beside the weights, else 0."""
