@@ -30,7 +30,7 @@ try:
 
     from vitopt import environment, storage
     from vitopt.errors import VitoptError
-    from vitopt.records import Record
+    from vitopt.records import Record, upgraded
     from vitopt.report.table import cautions
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed for {sys.executable}; `make install`, or name another GPU_PYTHON")
@@ -177,7 +177,7 @@ def _tell(step: Step) -> None:
         for row in record["latency"]:
             line = f"  {record['variant']['name']:16} batch {row['batch_size']:4} p50 {row['p50_ms']:9.3f} ms"
             print(f"{line} {row['images_per_second']:9.1f} images/s", flush=True)
-    for line in cautions([Record.model_validate(record) for record in step.records]):
+    for line in cautions([Record.model_validate(upgraded(record)) for record in step.records]):
         print(f"  {line}", flush=True)
 
 

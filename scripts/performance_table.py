@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from vitopt.recipe import load_recipe
-from vitopt.records import Record
+from vitopt.records import Record, upgraded
 from vitopt.report.table import HEADINGS, UNKNOWN, cautions, device_name, markdown_text, row
 
 SCHEMA = "vitopt.device/1"
@@ -74,7 +74,7 @@ def load_results(folder: Path) -> list[Results]:
         if content.get("schema") != SCHEMA:
             continue
         steps = content["steps"]
-        records = {s["name"]: [Record.model_validate(r) for r in s["records"]] for s in steps if s["records"]}
+        records = {s["name"]: [Record.model_validate(upgraded(r)) for r in s["records"]] for s in steps if s["records"]}
         skipped = {s["name"]: s["skipped"] or s["failure"] for s in steps if s["skipped"] or s["failure"]}
         for earlier in found:
             if device_name(earlier.environment) == device_name(content["environment"]):

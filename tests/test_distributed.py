@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from vitopt import pipeline
+from vitopt import inference, pipeline
 from vitopt.data.images import open_images
 from vitopt.measure import evaluator
 from vitopt.measure.accuracy import compare
@@ -103,8 +103,8 @@ def test_predictions_and_accuracy_are_those_of_one_process(
     root, _ = launched
     monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: None)
     recipe = load_recipe(root / "recipe.yaml")
-    alone = pipeline.measure(
-        [pipeline.Candidate(name, str(root / "run" / "variants" / name)) for name in NAMES],
+    alone = inference.measure(
+        [inference.Candidate(name, str(root / "run" / "variants" / name)) for name in NAMES],
         EvaluateSpec(batch_size=4, latency={"iterations": 3, "rounds": 3, "warmup_seconds": 0}, end_to_end=False),
         images=open_images(recipe.data, None),
         skip_bad=True,

@@ -14,20 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from vitopt import pipeline
+from vitopt import inference
 from vitopt.data.images import ImageSet, open_images
 from vitopt.data.pixels import Preprocessor, random_pixels
 from vitopt.environment import why_not_format
 from vitopt.errors import CheckpointError
 from vitopt.finetune.training import finetune
+from vitopt.inference import Candidate
 from vitopt.measure import evaluator
-from vitopt.measure.rates import flops_per_image
 from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
+from vitopt.models.forward import flops_per_image
 from vitopt.models.names import families
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import prepare
-from vitopt.pipeline import Candidate
 from vitopt.recipe import (
     QUANTIZED_FORMATS,
     DataSpec,
@@ -136,7 +136,7 @@ def test_evaluates_in_every_format_to_the_logits_of_plain_transformers(
         Candidate(name=format, source=str(root / f"{name}-{format}"), run=RunSpec(), asked=None) for format in FORMATS
     ]
     spec = EvaluateSpec(batch_size=len(images), latency=BRIEFLY, end_to_end=False)
-    measured = pipeline.measure(candidates, spec, images=images, baseline="fp32", device="cpu")
+    measured = inference.measure(candidates, spec, images=images, baseline="fp32", device="cpu")
     flops = flops_per_image(originals[name])
     exact = plain[f"{name}-fp32"]
     for format, one in zip(FORMATS, measured, strict=True):
@@ -151,7 +151,7 @@ def test_evaluates_in_every_format_to_the_logits_of_plain_transformers(
         assert one.record.accuracy.top1_percent == pytest.approx(100 * correct)
         assert [row.iterations for row in one.record.latency] == [BRIEFLY.iterations]
         assert one.record.model.flops_per_image == flops > 0
-        assert one.record.variant.attention_used == ("eager" if name == "swinv2" else "sdpa")
+        assert one.record.variant.ran.get("attention") == ("eager" if name == "swinv2" else "sdpa")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -160,7 +160,7 @@ def test_predicts_in_every_format_what_plain_transformers_does(
 ) -> None:
     file = shapes / images.ids[0] if (shapes / images.ids[0]).is_file() else shapes / "test" / images.ids[0]
     for format in FORMATS:
-        (found,) = pipeline.predict(str(root / f"{name}-{format}"), [file], top=4, device="cpu")
+        (found,) = inference.predict(str(root / f"{name}-{format}"), [file], top=4, device="cpu")
         logits = torch.from_numpy(plain[f"{name}-{format}"][0])
         best = found["classes"][0]
         assert best["index"] == int(logits.argmax())
@@ -213,7 +213,7 @@ def test_compiled_it_answers_the_same(
     compiled = prepare(checkpoint, name="compiled", device=CPU, run=RunSpec(compile=True))
     pixels = random_pixels(2, (32, 32))
     found, expected = compiled(pixels).float(), plain(pixels).float()
-    assert compiled.compile_reason is None and compiled.compiled
+    assert compiled.reasons.get("compile") is None and compiled.fixed_shapes
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitopt import environment, pipeline
+from vitopt import environment, inference, pipeline
 from vitopt.data.images import open_images
 from vitopt.data.pixels import Preprocessor, batches, on_device, random_pixels
+from vitopt.inference import Candidate
 from vitopt.measure.rates import copy_rate, gemm_rate
 from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
-from vitopt.optimize.runtime import Runnable, prepare
-from vitopt.pipeline import Candidate
+from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import DataSpec, EvaluateSpec, LatencySpec, Recipe, RunSpec, VariantSpec, validate
 
 pytestmark = pytest.mark.gpu
@@ -46,9 +46,9 @@ def test_flash_attention_runs_or_says_why_not(tiny_checkpoint: Path, tmp_path: P
     half = open_checkpoint(str(tmp_path / "v"))
     flash = prepare(half, name="flash", device=CUDA, run=RunSpec(attention="flash_attention_2"))
     if environment.installed("flash_attn"):
-        assert (flash.attention_used, flash.attention_reason) == ("flash_attention_2", None)
+        assert (flash.attention_used, flash.reasons.get("attention")) == ("flash_attention_2", None)
     else:
-        assert (flash.attention_used, flash.attention_reason) == (
+        assert (flash.attention_used, flash.reasons.get("attention")) == (
             "sdpa",
             "flash_attn is not installed (pip install flash-attn)",
         )
@@ -61,7 +61,7 @@ def test_flash_attention_runs_or_says_why_not(tiny_checkpoint: Path, tmp_path: P
 def test_records_hold_device_time_memory_and_the_gpu(tiny_checkpoint: Path, shapes: Path) -> None:
     spec = EvaluateSpec(batch_size=8, latency=LatencySpec(batch_sizes=(1, 8), iterations=20, rounds=4))
     images = open_images(DataSpec(source=str(shapes)), "test")
-    (measured,) = pipeline.measure([Candidate("v", str(tiny_checkpoint))], spec, images=images, device="cuda")
+    (measured,) = inference.measure([Candidate("v", str(tiny_checkpoint))], spec, images=images, device="cuda")
     record = measured.record
     assert record.failure is None
     assert record.environment["gpu"]["name"] == torch.cuda.get_device_name(0)
@@ -101,13 +101,13 @@ def test_a_graph_gives_the_logits_of_the_eager_model(half: Checkpoint, run_as: s
         for _ in range(2):  # captured, then replayed
             assert relative_error(graph(pixels), eager(pixels)) < 0.05
         assert graph.graph_bytes(pixels.shape) > 0
-    assert graph.compiled and graph.compile_reason is None
+    assert graph.fixed_shapes and graph.reasons.get("compile") is None
 
 
 def test_what_a_graph_returned_is_not_overwritten_by_its_next_call(half: Checkpoint) -> None:
     graph = prepare(half, name="graph", device=CUDA, run=RunSpec(compile=True))
     first = graph(pixels_of(4))
-    assert graph.compiled
+    assert graph.fixed_shapes
     kept = first.clone()
     graph(-pixels_of(4))
     torch.testing.assert_close(first, kept, rtol=0, atol=0)
@@ -116,7 +116,7 @@ def test_what_a_graph_returned_is_not_overwritten_by_its_next_call(half: Checkpo
 def test_a_replayed_graph_compiles_nothing(half: Checkpoint) -> None:
     graph = prepare(half, name="graph", device=CUDA, run=RunSpec(compile=True))
     graph(pixels_of(4))
-    assert graph.compiled
+    assert graph.fixed_shapes
     with torch.compiler.set_stance("fail_on_recompile"):
         graph(pixels_of(4))
 
@@ -125,10 +125,10 @@ def test_a_replayed_graph_compiles_nothing(half: Checkpoint) -> None:
 @pytest.mark.parametrize("kernel", ["flash", "cudnn", "efficient", "math"])
 def test_the_attention_kernel_asked_for_runs(half: Checkpoint, kernel: str, compile: bool) -> None:
     expected = prepare(half, name="auto", device=CUDA)(pixels_of(4))
-    held: Runnable = prepare(half, name=kernel, device=CUDA, run=RunSpec(sdpa_kernel=kernel, compile=compile))
-    assert held.kernel_reason is None
+    held: TorchRunnable = prepare(half, name=kernel, device=CUDA, run=RunSpec(sdpa_kernel=kernel, compile=compile))
+    assert held.reasons.get("sdpa_kernel") is None
     assert relative_error(held(pixels_of(4)), expected) < 0.05
-    assert held.compile_reason is None
+    assert held.reasons.get("compile") is None
     # Compiled, plain matrix products are no operator of their own any more.
     assert held.kernel_used(pixels_of(4)) == (None if compile and kernel == "math" else kernel)
 
@@ -144,7 +144,7 @@ def test_packed_checkpoints_expand_at_load(tiny_checkpoint: Path, tmp_path: Path
     expanded = prepare(stored, name="expanded", device=CUDA, run=RunSpec(run_as=run_as, compile=True, fuse_qkv=True))
     assert (expanded.stored_format, set(expanded.layers.values())) == (format, {run_as, "bf16"})
     assert relative_error(expanded(pixels_of(8)), packed(pixels_of(8))) < 0.15
-    assert expanded.compiled and expanded.compile_reason is None
+    assert expanded.fixed_shapes and expanded.reasons.get("compile") is None
 
 
 def test_compiled_variants_are_measured_on_images_that_another_thread_pins(half: Checkpoint, shapes: Path) -> None:
@@ -155,11 +155,11 @@ def test_compiled_variants_are_measured_on_images_that_another_thread_pins(half:
         Candidate("graph", str(half.folder), RunSpec(compile=True, fuse_qkv=True)),
     ]
     eager, graph = (
-        one.record for one in pipeline.measure(candidates, spec, images=images, baseline="eager", device="cuda")
+        one.record for one in inference.measure(candidates, spec, images=images, baseline="eager", device="cuda")
     )
-    assert graph.failure is None and graph.variant.compile_used and not graph.latency_failures
+    assert graph.failure is None and graph.variant.ran.get("compile", False) and not graph.latency_failures
     assert graph.versus_baseline is not None and graph.versus_baseline.agreement_percent > 95
-    assert eager.variant.sdpa_kernel_used is not None
+    assert eager.variant.ran.get("sdpa_kernel") is not None
     for row in graph.latency:
         assert row.floor_ms is not None and row.peak_bytes is not None
         assert 0 < row.floor_ms < row.p50_ms
@@ -182,7 +182,7 @@ def test_a_batch_that_does_not_fit_is_told_with_one_that_does() -> None:
     total = torch.cuda.get_device_properties(CUDA).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, 3e9 / total))
     try:
-        (measured,) = pipeline.measure([Candidate("v", "random:vit-base-patch16-224")], spec, device="cuda")
+        (measured,) = inference.measure([Candidate("v", "random:vit-base-patch16-224")], spec, device="cuda")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert [row.batch_size for row in measured.record.latency] == [1]
@@ -219,4 +219,4 @@ def test_random_weights_in_every_format_without_data(tmp_path: Path) -> None:
         reason = environment.why_not_format(record.variant.format, CUDA)
         assert (record.failure is None) == (reason is None), record.failure
         assert record.failure or [row.batch_size for row in record.latency] == [1, 2]
-        assert record.variant.compile_reason is None
+        assert record.variant.reasons.get("compile") is None

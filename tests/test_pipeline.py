@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from vitopt import environment, pipeline
+from vitopt import environment, inference, pipeline
 from vitopt.data.images import open_images
 from vitopt.errors import (
     BadImageError,
@@ -165,8 +165,8 @@ def test_records_are_complete_and_those_on_disk(finished: tuple[RunResult, list[
 
 def test_the_fallback_of_flash_attention_is_recorded(finished: tuple[RunResult, list[str]]) -> None:
     variant = finished[0].records[2].variant
-    assert (variant.attention_requested, variant.attention_used) == ("flash_attention_2", "sdpa")
-    assert variant.attention_reason == "FlashAttention-2 needs a CUDA device"
+    assert (variant.asked["attention"], variant.ran["attention"]) == ("flash_attention_2", "sdpa")
+    assert variant.reasons.get("attention") == "FlashAttention-2 needs a CUDA device"
     assert "flash_attention_2" in (finished[0].folder / "report.md").read_text()
 
 
@@ -574,7 +574,7 @@ def test_the_export_has_a_card_whose_code_runs_without_vitopt(
     )
     assert done.returncode == 0, done.stderr
     guesses = {guess["label"]: guess["score"] for guess in eval(done.stdout)}
-    (ours,) = pipeline.predict(str(result.export), [image], top=4, device="cpu")
+    (ours,) = inference.predict(str(result.export), [image], top=4, device="cpu")
     assert guesses == pytest.approx({c["label"]: c["percent"] / 100 for c in ours["classes"]}, abs=5e-3)
 
 
@@ -750,8 +750,8 @@ def test_models_with_other_classes_or_pixels_are_not_measured_together(
 
     def together(one: Path, other: Path) -> None:
         images = open_images(DataSpec(source=str(shapes)), "test")
-        pipeline.measure(
-            [pipeline.Candidate("a", str(one)), pipeline.Candidate("b", str(other))],
+        inference.measure(
+            [inference.Candidate("a", str(one)), inference.Candidate("b", str(other))],
             EvaluateSpec(),
             images=images,
             device="cpu",
@@ -775,7 +775,7 @@ def test_predictions_are_the_softmax_of_the_models_logits(tiny_checkpoint: Path,
     from transformers import AutoModelForImageClassification
 
     paths = [shapes / "test" / "circle" / "00.png", shapes / "test" / "stripe" / "03.png"]
-    got = pipeline.predict(str(tiny_checkpoint), paths, top=3, device="cpu")
+    got = inference.predict(str(tiny_checkpoint), paths, top=3, device="cpu")
     model = AutoModelForImageClassification.from_pretrained(tiny_checkpoint)
     for path, one in zip(paths, got, strict=True):
         pixels = np.asarray(Image.open(path).convert("RGB"), np.float32) / 127.5 - 1
@@ -789,17 +789,17 @@ def test_predictions_are_the_softmax_of_the_models_logits(tiny_checkpoint: Path,
 
 
 def test_more_classes_than_there_are_gives_all(tiny_checkpoint: Path, shapes: Path) -> None:
-    (got,) = pipeline.predict(str(tiny_checkpoint), [shapes / "test" / "circle" / "00.png"], top=50, device="cpu")
+    (got,) = inference.predict(str(tiny_checkpoint), [shapes / "test" / "circle" / "00.png"], top=50, device="cpu")
     assert len(got["classes"]) == 4
     assert sum(c["percent"] for c in got["classes"]) == pytest.approx(100, abs=1e-3)
 
 
 def test_an_image_that_is_not_there_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(BadImageError, match=r"no image at .*nothing.png"):
-        pipeline.predict(str(tiny_checkpoint), [tmp_path / "nothing.png"], top=1, device="cpu")
+        inference.predict(str(tiny_checkpoint), [tmp_path / "nothing.png"], top=1, device="cpu")
     (tmp_path / "text.png").write_text("text")
     with pytest.raises(BadImageError, match=r"image .*text.png cannot be decoded"):
-        pipeline.predict(str(tiny_checkpoint), [tmp_path / "text.png"], top=1, device="cpu")
+        inference.predict(str(tiny_checkpoint), [tmp_path / "text.png"], top=1, device="cpu")
 
 
 def test_a_first_recipe_for_a_fitting_head_loads_plans_and_trains_nothing(
@@ -979,10 +979,10 @@ def test_ways_to_run_are_in_the_records_of_a_run(timed: tuple[RunResult, list[st
     assert packed.layer_plan == {"nf4": 66, "bf16": 7} and packed.variant.stored_format is None
     assert expanded.layer_plan == {"bf16": 73}
     assert (expanded.variant.format, expanded.variant.stored_format) == ("bf16", "nf4")
-    assert (expanded.variant.fused_attentions, packed.variant.fused_attentions) == (12, 0)
+    assert (expanded.variant.ran["fuse_qkv"], packed.variant.ran["fuse_qkv"]) == (True, False)
     assert expanded.size.disk_bytes == packed.size.disk_bytes
     assert expanded.size.weight_bytes > packed.size.weight_bytes
-    assert (plain.variant.sdpa_kernel_requested, plain.variant.sdpa_kernel_used) == ("math", "math")
+    assert (plain.variant.asked["sdpa_kernel"], plain.variant.ran.get("sdpa_kernel")) == ("math", "math")
 
 
 def test_without_data_the_report_is_written_all_the_same(timed: tuple[RunResult, list[str]]) -> None:

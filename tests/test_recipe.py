@@ -85,7 +85,7 @@ def test_baseline_name_is_the_one_named():
         ),
         (
             {"evaluate": {"latency": {"zzz": 1}}},
-            "evaluate.latency.zzz: unknown key; known: batch_sizes, iterations, rounds, warmup_seconds",
+            "evaluate.latency.zzz: unknown key; known: batch_sizes, iterations, rounds, warmup_seconds, inputs",
         ),
     ],
 )

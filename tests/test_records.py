@@ -31,17 +31,10 @@ def full_record() -> Record:
             format="nf4",
             half="bf16",
             skip=("block.0",),
-            attention_requested="flash_attention_2",
-            attention_used="sdpa",
-            attention_reason="FlashAttention-2 needs a CUDA device",
-            sdpa_kernel_requested="cudnn",
-            sdpa_kernel_used="flash",
-            sdpa_kernel_reason="the cudnn kernel needs a CUDA device",
             stored_format="nf4",
-            fused_attentions=12,
-            channels_last=True,
-            compile_requested=True,
-            autotune=True,
+            asked={"attention": "flash_attention_2", "sdpa_kernel": "cudnn", "compile": True},
+            ran={"attention": "sdpa", "sdpa_kernel": "flash", "compile": False},
+            reasons={"attention": "FlashAttention-2 needs a CUDA device", "compile": "no compiler"},
         ),
         model=Model(
             source="m",
@@ -108,7 +101,7 @@ def test_stored_records_are_plain_json(tmp_path):
 
 
 def test_a_failed_variant_needs_only_its_name_and_reason(tmp_path):
-    variant = Variant(name="fp8", format="fp8", attention_requested="sdpa", attention_used="sdpa")
+    variant = Variant(name="fp8", format="fp8")
     save_record(Record(variant=variant, failure="needs CUDA"), tmp_path)
     loaded = load_record(tmp_path)
     assert (loaded.failure, loaded.accuracy, loaded.latency) == ("needs CUDA", None, ())
@@ -135,7 +128,7 @@ def test_a_record_cannot_be_changed():
         full_record().failure = "x"
 
 
-@pytest.mark.parametrize("schema", ["vitopt.record/0", "vitopt.record/2", None, 1])
+@pytest.mark.parametrize("schema", ["vitopt.record/0", "vitopt.record/3", None, 1])
 def test_another_schema_is_refused(tmp_path, schema):
     path = tmp_path / RECORD_FILE
     path.write_text(json.dumps(full_record().to_json() | {"schema": schema}))
@@ -146,25 +139,35 @@ def test_another_schema_is_refused(tmp_path, schema):
     )
 
 
-def test_a_record_from_before_there_were_ways_to_run_a_checkpoint_still_loads(tmp_path):
-    content = full_record().to_json()
-    for field in (
-        "sdpa_kernel_requested",
-        "sdpa_kernel_used",
-        "sdpa_kernel_reason",
-        "stored_format",
-        "fused_attentions",
-        "channels_last",
-        "autotune",
-    ):
+def test_a_record_of_the_schema_before_still_loads(tmp_path):
+    content = full_record().to_json() | {"schema": "vitopt.record/1"}
+    for field in ("asked", "ran", "reasons"):
         del content["variant"][field]
+    content["variant"] |= {
+        "attention_requested": "flash_attention_2",
+        "attention_used": "sdpa",
+        "attention_reason": "FlashAttention-2 needs a CUDA device",
+        "fused_attentions": 12,
+        "compile_requested": True,
+        "compile_used": True,
+        "autotune": True,
+    }
     for field in ("floor_ms", "model_flop_utilisation_percent", "peak_bytes"):
         del content["latency"][0][field]
     del content["model"]["flops_per_image"], content["roofline"]
     (tmp_path / RECORD_FILE).write_text(json.dumps(content))
+    variant = load_record(tmp_path).variant
+    assert (variant.asked["attention"], variant.ran["attention"]) == ("flash_attention_2", "sdpa")
+    assert variant.reasons == {"attention": "FlashAttention-2 needs a CUDA device"}
+    assert variant.ran["fuse_qkv"] and variant.ran["compile"] and variant.ran["autotune"]
+    assert load_record(tmp_path).roofline is None
+
+
+def test_what_failed_before_it_ran_has_not_run_in_the_schema_before_either(tmp_path):
+    old = {"name": "fp8", "format": "fp8", "attention_requested": "sdpa", "attention_used": None}
+    (tmp_path / RECORD_FILE).write_text(json.dumps({"schema": "vitopt.record/1", "variant": old, "failure": "no GPU"}))
     loaded = load_record(tmp_path)
-    assert (loaded.variant.sdpa_kernel_requested, loaded.variant.sdpa_kernel_used) == ("auto", None)
-    assert (loaded.variant.fused_attentions, loaded.variant.channels_last, loaded.roofline) == (0, False, None)
+    assert (loaded.variant.ran, loaded.failure) == ({}, "no GPU")
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", "{}"])

@@ -49,7 +49,7 @@ def row(batch_size: int, p50_ms: float, **changes: Any) -> Latency:
 
 
 def record(name: str, *rows: Latency, **changes: Any) -> Record:
-    variant = Variant(name=name, format="bf16", attention_requested="sdpa", attention_used="sdpa" if rows else None)
+    variant = Variant(name=name, format="bf16", asked={"attention": "sdpa"}, ran={"attention": "sdpa"} if rows else {})
     return Record(variant=variant, latency=rows, **changes)
 
 

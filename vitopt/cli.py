@@ -575,13 +575,14 @@ def evaluate(
     content["skip_bad_images"] = skip_bad_images
     source = validate(DataSpec, content, where="data")
     _start(as_json, threads)
-    from vitopt import pipeline
     from vitopt.data.images import open_images
 
     sources = [checkpoint] if baseline is None else [baseline, checkpoint]
     candidates = _candidates(sources, run, expanded=[checkpoint])
+    from vitopt import inference
+
     with _claimed(output, source.folder, *sources):
-        measured = pipeline.measure(
+        measured = inference.measure(
             candidates,
             spec,
             images=open_images(source, None),
@@ -629,12 +630,12 @@ def benchmark(
     spec = _evaluate_spec(32, 0, batch_size, iterations, rounds, throughput, roofline)
     run = _run_spec(attention, sdpa_kernel, run_as, fuse_qkv, channels_last, compile, autotune)
     _start(as_json, threads)
-    from vitopt import pipeline
-
     candidates = _candidates(checkpoints, run, expanded=checkpoints)
+    from vitopt import inference
+
     folders = [f"variants/{candidate.name}" for candidate in candidates]
     with _claimed(output, *checkpoints, folders=folders):
-        measured = pipeline.measure(candidates, spec, baseline=candidates[0].name, device=device, strict=strict)
+        measured = inference.measure(candidates, spec, baseline=candidates[0].name, device=device, strict=strict)
         if output is not None:
             for one in measured:
                 _keep(one, output / "variants" / one.record.variant.name)
@@ -740,9 +741,10 @@ def predict(
     """Classify images."""
     run = _run_spec(attention, sdpa_kernel, run_as)
     _start(as_json, threads)
-    from vitopt import pipeline
 
-    predictions = pipeline.predict(checkpoint, images, top=top, run=run, device=device)
+    from vitopt import inference
+
+    predictions = inference.predict(checkpoint, images, top=top, run=run, device=device)
     if as_json:
         _print_json(predictions)
         return
@@ -889,7 +891,7 @@ def _require(
 def _candidates(sources: Sequence[str], run: RunSpec, expanded: Sequence[str]) -> list[Any]:
     """One candidate per source and, with `run_as`, one more for each of `expanded`: packed layers beside expanded
     ones, so that the memory of the one and the speed of the other are both seen."""
-    from vitopt.pipeline import Candidate
+    from vitopt.inference import Candidate
 
     short = [source.rstrip("/").rsplit("/", 1)[-1] for source in sources]
     # Folders of one name are told apart by their whole path; names are also folder names, so without slashes.

@@ -7,7 +7,7 @@ not as it was written (a file is missing, cut short or unreadable) is made again
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import yaml
 
-from vitopt import environment, ownership, progress, storage
-from vitopt.data.images import ALL, ImageSet, image_files, open_images
+from vitopt import environment, ownership, storage
+from vitopt.data.images import ALL, ImageSet, open_images
 from vitopt.data.labels import fit_labels
-from vitopt.data.pixels import Preprocessor
 from vitopt.data.sources import parse_source
 from vitopt.environment import DTYPES
 from vitopt.errors import (
@@ -30,18 +29,18 @@ from vitopt.errors import (
     RecordError,
     UnsupportedError,
 )
-from vitopt.measure.evaluator import Measured, evaluate, failed
+from vitopt.inference import Candidate, measure
+from vitopt.measure.evaluator import Measured
 from vitopt.measure.gate import judge, judge_floor
 from vitopt.measure.overlap import seen
 from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
 from vitopt.models.architectures import RANDOM_PREFIX
-from vitopt.models.checkpoint import CONFIG_FILE, Checkpoint, empty_model, load_processor, open_checkpoint
+from vitopt.models.checkpoint import CONFIG_FILE, Checkpoint, empty_model, open_checkpoint
 from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel, why_not_trained
 from vitopt.models.names import linear_layers, select
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import plan_for, quantize
-from vitopt.optimize.runtime import Runnable, prepare
-from vitopt.recipe import DataSpec, EvaluateSpec, Labels, Recipe, RunSpec, VariantSpec, dump_yaml, load_recipe, validate
+from vitopt.recipe import DataSpec, Labels, Recipe, VariantSpec, dump_yaml, load_recipe, validate
 from vitopt.records import RECORD_FILE, Record, Requirement, load_record, save_record
 
 logger = logging.getLogger(__name__)
@@ -60,17 +59,6 @@ class RunResult:
     records: list[Record]
     report: Path | None  # None where its packages are not installed, and in processes other than the main one
     export: Path | None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A checkpoint to measure and how to run it; `failure` says why it could not even be made."""
-
-    name: str
-    source: str
-    run: RunSpec = field(default_factory=RunSpec)
-    asked: VariantSpec | None = None
-    failure: str | None = None
 
 
 @dataclass
@@ -454,81 +442,6 @@ def _measure(
     )
 
 
-def measure(
-    candidates: Sequence[Candidate],
-    spec: EvaluateSpec,
-    *,
-    images: ImageSet | None = None,
-    skip_bad: bool = False,
-    baseline: str | None = None,
-    device: str = "auto",
-    strict: bool = False,
-    untrained: bool = False,
-    ready: Callable[[Measured], None] = lambda one: None,
-) -> list[Measured]:
-    """Prepare checkpoints and measure them together; results in the order of `candidates`.
-
-    `ready` gets each result as soon as there is something in it, and again with more, see `evaluate`.
-
-    Raises:
-        UnsupportedError: none of them can run here, or, with `strict`, one of them cannot.
-        DataError: the labels do not fit a model's head.
-        MeasurementError: the baseline or first only guesses, and its weights are not `untrained` or `random:`.
-    """
-    target = environment.resolve_device(device)
-    subjects: list[Runnable] = []
-    specs: list[VariantSpec | None] = []
-    failures = {one.name: one.failure for one in candidates if one.failure is not None}
-    for one in candidates:
-        if one.name in failures:
-            continue
-        try:
-            subject = prepare(
-                open_checkpoint(one.source),
-                name=one.name,
-                device=target,
-                run=one.run,
-                strict=strict,
-            )
-        except UnsupportedError as error:
-            if strict or one.asked is None:
-                raise
-            failures[one.name] = str(error)
-        else:
-            subjects.append(subject)
-            specs.append(one.asked)
-    if not subjects:
-        raise UnsupportedError("no variant can run here: " + "; ".join(f"{k}: {v}" for k, v in failures.items()))
-    first = subjects[0].checkpoint
-    measured = evaluate(
-        subjects,
-        specs,
-        spec,
-        images=None if images is None else _fit_all(images, subjects),
-        preprocess=None if images is None else Preprocessor(load_processor(first)),
-        skip_bad=skip_bad,
-        baseline=baseline,
-        untrained=untrained or any(subject.checkpoint.is_random for subject in subjects),
-        ready=ready,
-    )
-    results = {one.record.variant.name: one for one in measured}
-    for candidate in candidates:
-        if candidate.name in failures and candidate.asked is not None:
-            results[candidate.name] = failed(candidate.name, candidate.asked, failures[candidate.name], target)
-    return [results[one.name] for one in candidates if one.name in results]
-
-
-def _fit_all(images: ImageSet, subjects: Sequence[Runnable]) -> ImageSet:
-    """Labels as the first subject's head orders them; all heads and input sizes must agree with it."""
-    first = subjects[0].checkpoint
-    for other in (subject.checkpoint for subject in subjects[1:]):
-        if other.label_names != first.label_names:
-            raise DataError(f"{other.source} and {first.source} have different classes, so they cannot be compared")
-        if load_processor(other).to_dict() != load_processor(first).to_dict():
-            raise DataError(f"{other.source} and {first.source} prepare images differently: compare them in two runs")
-    return fit_labels(images, first.label_names)
-
-
 def _judged(current: _Run, records: list[Record]) -> list[Record]:
     """The records with what the recipe requires of each variant; what was measured stands when that changes."""
     asked = {variant.name: variant for variant in current.recipe.variants}
@@ -578,31 +491,6 @@ def _write_report(current: _Run, records: list[Record]) -> Path | None:
         if record.failure is None:
             write_card(record, current.variant_folder(record.variant.name), records)
     return write_report(current.folder)
-
-
-def predict(
-    source: str, paths: Sequence[Path], *, top: int, run: RunSpec | None = None, device: str = "auto"
-) -> list[dict[str, Any]]:
-    """Classify image files: per image its path and the `top` classes with their probabilities in percent.
-
-    Raises:
-        BadImageError: a file is missing or cannot be decoded.
-    """
-    checkpoint = open_checkpoint(source)
-    runnable = prepare(checkpoint, name=source, device=environment.resolve_device(device), run=run)
-    preprocess = Preprocessor(load_processor(checkpoint))
-    images = image_files(paths)
-    results = []
-    for index, path in enumerate(progress.track(paths, "predicting", len(paths))):
-        pixels = preprocess(images.image(index)).unsqueeze(0).to(runnable.device)
-        probabilities = runnable(pixels)[0].float().softmax(-1)
-        best = probabilities.topk(min(top, len(probabilities)))
-        classes = [
-            {"label": checkpoint.label_names[label], "index": label, "percent": 100 * share}
-            for share, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
-        results.append({"image": str(path), "classes": classes})
-    return results
 
 
 def starting_recipe(model: str, data: str, name: str, labels: Labels = "name") -> str:

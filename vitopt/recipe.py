@@ -136,6 +136,11 @@ class RunSpec(Spec):
     compile: bool = Field(False, description="compile for each batch size; on a GPU, replay it as one CUDA graph")
     autotune: bool = Field(False, description="let the compiler time its kernels first: slower to start")
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is set, by option; `run_as` is a format, and told as one."""
+        return {name: getattr(self, name) for name in RunSpec.model_fields if name != "run_as"}
+
     @model_validator(mode="after")
     def _options_fit(self) -> "RunSpec":
         if self.autotune and not self.compile:
@@ -195,6 +200,9 @@ class LatencySpec(Spec):
     iterations: int = Field(100, ge=1, description="timed calls per variant and batch size")
     rounds: int = Field(10, ge=1, description="the calls are spread over so many interleaved rounds")
     warmup_seconds: float = Field(20, ge=0, description="longest warm-up per variant and batch size")
+    inputs: Literal["random", "data"] = Field(
+        "random", description="data: real images in turn, for what takes longer on some of them"
+    )
 
     @model_validator(mode="after")
     def _rounds_fit(self) -> "LatencySpec":

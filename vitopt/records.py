@@ -5,6 +5,7 @@ meaning or goes away; records of another schema are refused rather than misread.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vitopt import storage
 from vitopt.errors import RecordError
 
-SCHEMA = "vitopt.record/1"
+SCHEMA = "vitopt.record/2"
+_OLD_SCHEMA = "vitopt.record/1"
 RECORD_FILE = "record.json"
+
+Option = str | bool | None  # what an option of a run is set to
 
 
 class Part(BaseModel):
@@ -33,22 +37,13 @@ class Variant(Part):
     )
     half: str | None = Field(None, description="16-bit type of the layers that are not quantized")
     skip: tuple[str, ...] = Field((), description="patterns that were kept in 16 bit")
-    attention_requested: str
     layers: dict[str, str] = Field(default_factory=dict, description="patterns that got another format")
-    attention_used: str | None = Field(description="read back from the live model; null if it never ran")
-    attention_reason: str | None = Field(None, description="why another attention than the requested one ran")
-    sdpa_kernel_requested: str = "auto"
-    sdpa_kernel_used: str | None = Field(None, description="read from a profiled call; null if none was recognised")
-    sdpa_kernel_reason: str | None = Field(None, description="why another kernel than the requested one ran")
     stored_format: str | None = Field(None, description="format on disk where the layers were expanded at load")
-    fused_attentions: int = Field(0, description="attentions whose query, key and value run as one matrix product")
-    channels_last: bool = Field(False, description="pixels and patch embedding in NHWC memory order")
-    compile_requested: bool = False
-    compile_used: bool = False
-    compile_reason: str | None = Field(
-        None, description="why compilation was asked for and did not happen, at all or for one batch size"
+    asked: dict[str, Option] = Field(default_factory=dict, description="how it was to be run, by option")
+    ran: dict[str, Option] = Field(
+        default_factory=dict, description="how it ran, by option, read back from what ran; empty if nothing did"
     )
-    autotune: bool = Field(False, description="whether the compiler was asked to time its kernels first")
+    reasons: dict[str, str] = Field(default_factory=dict, description="option -> why it ran otherwise than asked")
 
 
 class Model(Part):
@@ -309,6 +304,7 @@ def load_record(path: Path) -> Record:
         raise RecordError(f"no record at {file}: run `vitopt evaluate` or `vitopt run` first") from error
     except ValueError as error:
         raise RecordError(f"{file} is not a JSON record: {error}; measure again") from error
+    content = upgraded(content)
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise RecordError(
@@ -320,6 +316,29 @@ def load_record(path: Path) -> Record:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise RecordError(f"{file} is not a complete record: {where}: {first['msg']}; measure again") from error
+
+
+def upgraded(content: Any) -> Any:
+    """The JSON of a record in today's schema, where it is of the one before; anything else as it is."""
+    if not isinstance(content, dict) or content.get("schema") != _OLD_SCHEMA:
+        return content
+    old = dict(content.get("variant") or {})
+    take: Callable[..., Any] = lambda *names: next((old.pop(name) for name in names if name in old), None)  # noqa: E731
+    switches = {"channels_last": take("channels_last"), "autotune": take("autotune")}
+    fused = bool(take("fused_attentions"))
+    asked = {"attention": take("attention_requested"), "sdpa_kernel": take("sdpa_kernel_requested")}
+    ran = {"attention": take("attention_used"), "sdpa_kernel": take("sdpa_kernel_used")}
+    reasons = {"attention": take("attention_reason"), "sdpa_kernel": take("sdpa_kernel_reason")}
+    asked |= switches | {"fuse_qkv": fused, "compile": take("compile_requested")}
+    compiled = take("compile_used")
+    ran |= switches | {"fuse_qkv": fused, "compile": compiled, "autotune": bool(compiled and switches["autotune"])}
+    reasons["compile"] = take("compile_reason")
+    old |= {
+        "asked": asked,
+        "ran": ran if ran["attention"] is not None else {},
+        "reasons": {option: why for option, why in reasons.items() if why is not None},
+    }
+    return content | {"schema": SCHEMA, "variant": old}
 
 
 def json_schema() -> dict[str, Any]:

@@ -13,14 +13,18 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from vitopt.data.images import ImageSet, open_images
-from vitopt.data.pixels import Preprocessor
 from vitopt.errors import BadImageError, DataError, RecordError
 from vitopt.measure.accuracy import adjusted, compare, predict, summarise
 from vitopt.measure.predictions import Predictions
-from vitopt.models.checkpoint import load_processor, open_checkpoint
 from vitopt.recipe import DataSpec
 
 CLASSES = 4
+
+
+def pixels_of(image: Image.Image) -> torch.Tensor:
+    """(3, 32, 32), as a checkpoint's own processor would give."""
+    resized = np.asarray(image.resize((32, 32)), dtype=np.float32) / 127.5 - 1
+    return torch.from_numpy(resized).permute(2, 0, 1)
 
 
 class Fake:
@@ -35,7 +39,8 @@ class Fake:
         spoil: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
         fits: int = 10**9,
     ):
-        self.name, self.compiled, self.spoil, self.fits = name, compiled, spoil, fits
+        self.name, self.fixed_shapes, self.spoil, self.fits = name, compiled, spoil, fits
+        self.preprocess = pixels_of
         self.full: Exception = torch.OutOfMemoryError("CUDA out of memory")
         self.batches: list[int] = []
 
@@ -53,11 +58,6 @@ def images(shapes: Path) -> ImageSet:
     return open_images(DataSpec(source=str(shapes)), "test")
 
 
-@pytest.fixture(scope="module")
-def preprocess(tiny_checkpoint: Path) -> Preprocessor:
-    return Preprocessor(load_processor(open_checkpoint(str(tiny_checkpoint))))
-
-
 def expected_logits(images: ImageSet) -> np.ndarray:
     """The fake's logits from the pixels themselves: 32 x 32 needs no resizing."""
     pixels = np.stack([np.asarray(images.image(i), np.float64) / 127.5 - 1 for i in range(len(images))])
@@ -65,11 +65,9 @@ def expected_logits(images: ImageSet) -> np.ndarray:
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 24, 100])
-def test_every_image_is_seen_once_in_order(
-    batch_size: int, images: ImageSet, preprocess: Preprocessor, shapes: Path
-) -> None:
+def test_every_image_is_seen_once_in_order(batch_size: int, images: ImageSet, shapes: Path) -> None:
     subject = Fake()
-    outcome = predict([subject], images, preprocess, batch_size=batch_size)
+    outcome = predict([subject], images, batch_size=batch_size)
     got = outcome.predictions["fake"]
     np.testing.assert_allclose(got.logits, expected_logits(images), rtol=1e-4, atol=1e-5)
     assert got.ids == tuple(f"{kind}/{n:02d}.png" for kind in ("circle", "cross", "square", "stripe") for n in range(6))
@@ -79,11 +77,9 @@ def test_every_image_is_seen_once_in_order(
     assert (outcome.failures, outcome.skipped) == ({}, ())
 
 
-def test_a_compiled_subject_sees_one_shape_only_and_answers_the_same(
-    images: ImageSet, preprocess: Preprocessor
-) -> None:
+def test_a_compiled_subject_sees_one_shape_only_and_answers_the_same(images: ImageSet) -> None:
     plain, compiled = Fake("plain"), Fake("compiled", compiled=True)
-    outcome = predict([plain, compiled], images, preprocess, batch_size=10)
+    outcome = predict([plain, compiled], images, batch_size=10)
     assert plain.batches == [10, 10, 4]
     assert compiled.batches == [10, 10, 10]
     np.testing.assert_array_equal(outcome.predictions["compiled"].logits, outcome.predictions["plain"].logits)
@@ -98,11 +94,11 @@ def test_a_compiled_subject_sees_one_shape_only_and_answers_the_same(
     ],
 )
 def test_a_batch_that_does_not_fit_is_halved_until_it_does(
-    full: Exception, images: ImageSet, preprocess: Preprocessor, caplog: pytest.LogCaptureFixture
+    full: Exception, images: ImageSet, caplog: pytest.LogCaptureFixture
 ) -> None:
     small, large = Fake("small", fits=4), Fake("large")
     small.full = full
-    outcome = predict([small, large], images, preprocess, batch_size=16)
+    outcome = predict([small, large], images, batch_size=16)
     assert small.batches == [4] * 6 and large.batches == [16, 8]
     np.testing.assert_array_equal(outcome.predictions["small"].logits, outcome.predictions["large"].logits)
     assert outcome.failures == {}
@@ -113,24 +109,24 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(
     ]
 
 
-def test_a_compiled_subject_keeps_to_the_halved_shape(images: ImageSet, preprocess: Preprocessor) -> None:
+def test_a_compiled_subject_keeps_to_the_halved_shape(images: ImageSet) -> None:
     plain, compiled = Fake("plain"), Fake("compiled", compiled=True, fits=5)
-    outcome = predict([plain, compiled], images, preprocess, batch_size=10)
+    outcome = predict([plain, compiled], images, batch_size=10)
     # 10, 10 and 4 images in fives, the last four filled up
     assert compiled.batches == [5] * 5
     np.testing.assert_array_equal(outcome.predictions["compiled"].logits, outcome.predictions["plain"].logits)
 
 
-def test_a_model_of_which_not_one_image_fits_fails_alone(images: ImageSet, preprocess: Preprocessor) -> None:
-    outcome = predict([Fake("none", fits=0), Fake("good")], images, preprocess, batch_size=6)
+def test_a_model_of_which_not_one_image_fits_fails_alone(images: ImageSet) -> None:
+    outcome = predict([Fake("none", fits=0), Fake("good")], images, batch_size=6)
     assert outcome.failures == {"none": "out of memory: not even one image fits"}
     assert set(outcome.predictions) == {"good"}
 
 
-def test_other_errors_are_not_answered_with_smaller_batches(images: ImageSet, preprocess: Preprocessor) -> None:
+def test_other_errors_are_not_answered_with_smaller_batches(images: ImageSet) -> None:
     picky = Fake("picky", fits=4)
     picky.full = RuntimeError("no kernel for this shape")
-    outcome = predict([picky], images, preprocess, batch_size=8)
+    outcome = predict([picky], images, batch_size=8)
     assert outcome.failures == {"picky": "RuntimeError: no kernel for this shape"} and outcome.notes == {}
 
 
@@ -140,9 +136,9 @@ def raises_in_second_batch(batch: int, logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def test_one_failing_subject_leaves_the_others(images: ImageSet, preprocess: Preprocessor) -> None:
+def test_one_failing_subject_leaves_the_others(images: ImageSet) -> None:
     good, bad, also_good = Fake("good"), Fake("bad", spoil=raises_in_second_batch), Fake("also good")
-    outcome = predict([good, bad, also_good], images, preprocess, batch_size=8)
+    outcome = predict([good, bad, also_good], images, batch_size=8)
     assert outcome.failures == {"bad": "RuntimeError: this kernel cannot do that"}
     assert bad.batches == [8, 8]  # not asked again
     assert set(outcome.predictions) == {"good", "also good"}
@@ -151,15 +147,13 @@ def test_one_failing_subject_leaves_the_others(images: ImageSet, preprocess: Pre
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_logits_that_are_not_finite_name_the_image_and_a_remedy(
-    value: float, images: ImageSet, preprocess: Preprocessor
-) -> None:
+def test_logits_that_are_not_finite_name_the_image_and_a_remedy(value: float, images: ImageSet) -> None:
     def spoil(batch: int, logits: torch.Tensor) -> torch.Tensor:
         if batch == 2:
             logits[1, 2] = logits[3, 0] = value
         return logits
 
-    outcome = predict([Fake("broken", spoil=spoil), Fake("good")], images, preprocess, batch_size=8)
+    outcome = predict([Fake("broken", spoil=spoil), Fake("good")], images, batch_size=8)
     assert outcome.failures == {
         "broken": "logits are not finite, first for image cross/03.png: the 16-bit type overflows; "
         "try half: bf16 or skip layers"
@@ -177,21 +171,19 @@ def with_bad(shapes: Path, copy_of: Callable[[Path], Path]) -> Path:
     return folder
 
 
-def test_a_broken_image_stops_the_run_by_name(with_bad: Path, preprocess: Preprocessor) -> None:
+def test_a_broken_image_stops_the_run_by_name(with_bad: Path) -> None:
     broken = open_images(DataSpec(source=str(with_bad)), "all")
     with pytest.raises(
         BadImageError, match=r"image circle/02.png cannot be decoded .* or leave it out with --skip-bad"
     ):
-        predict([Fake()], broken, preprocess, batch_size=8)
+        predict([Fake()], broken, batch_size=8)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_broken_images_are_left_out_for_all_and_counted(
-    compiled: bool, with_bad: Path, images: ImageSet, preprocess: Preprocessor
-) -> None:
+def test_broken_images_are_left_out_for_all_and_counted(compiled: bool, with_bad: Path, images: ImageSet) -> None:
     broken = open_images(DataSpec(source=str(with_bad)), "all")
     subjects = [Fake("a", compiled=compiled), Fake("b")]
-    outcome = predict(subjects, broken, preprocess, batch_size=6, skip_bad=True)
+    outcome = predict(subjects, broken, batch_size=6, skip_bad=True)
     assert outcome.skipped == ("circle/02.png", "square/00.png")
     kept = [index for index, name in enumerate(images.ids) if name not in outcome.skipped]
     for subject in subjects:
@@ -203,17 +195,17 @@ def test_broken_images_are_left_out_for_all_and_counted(
     assert subjects[0].batches == ([6] * 4 if compiled else [5, 6, 5, 6])
 
 
-def test_a_batch_of_broken_images_only_is_passed_over(with_bad: Path, preprocess: Preprocessor) -> None:
+def test_a_batch_of_broken_images_only_is_passed_over(with_bad: Path) -> None:
     broken = open_images(DataSpec(source=str(with_bad)), "all")
     subject = Fake(compiled=True)
-    outcome = predict([subject], broken, preprocess, batch_size=1, skip_bad=True)
+    outcome = predict([subject], broken, batch_size=1, skip_bad=True)
     assert subject.batches == [1] * 22 and len(outcome.skipped) == 2
 
 
-def test_nothing_but_broken_images_is_refused(with_bad: Path, preprocess: Preprocessor) -> None:
+def test_nothing_but_broken_images_is_refused(with_bad: Path) -> None:
     broken = open_images(DataSpec(source=str(with_bad)), "all").subset([2, 12])
     with pytest.raises(DataError, match=r"none of the 2 images of .*test can be decoded"):
-        predict([Fake()], broken, preprocess, batch_size=8, skip_bad=True)
+        predict([Fake()], broken, batch_size=8, skip_bad=True)
 
 
 def predictions(logits: list[list[float]], labels: list[int], sha: str = "") -> Predictions:
@@ -328,11 +320,11 @@ def test_other_classes_are_not_compared() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_large_image_is_refused_before_it_is_decoded(tmp_path: Path, preprocess: Preprocessor) -> None:
+def test_a_large_image_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     for kind, size in (("a", (11000, 10000)), ("b", (8, 8))):
         (tmp_path / kind).mkdir()
         Image.new("1", size).save(tmp_path / kind / "0.png")
     images = open_images(DataSpec(source=str(tmp_path)), "all")
     with pytest.raises(BadImageError, match=r"image a/0.png has 110 megapixels"):
-        predict([Fake()], images, preprocess, batch_size=2)
-    assert predict([Fake()], images, preprocess, batch_size=2, skip_bad=True).skipped == ("a/0.png",)
+        predict([Fake()], images, batch_size=2)
+    assert predict([Fake()], images, batch_size=2, skip_bad=True).skipped == ("a/0.png",)

@@ -34,7 +34,7 @@ def timed(samples_ms: Sequence[float], rounds: int = 1, batch_size: int = 1) -> 
 
 
 def result(name: str, *rows: Latency, **fields: Any) -> Record:
-    variant = Variant(name=name, format="fp32", attention_requested="sdpa", attention_used="sdpa")
+    variant = Variant(name=name, format="fp32")
     return Record(variant=variant, latency=rows, **fields)
 
 

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from vitopt import inference
 from vitopt.data.images import ImageSet, open_images
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor
@@ -22,7 +22,7 @@ from vitopt.measure.comparison import speed_ratio
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
-from vitopt.optimize.runtime import Runnable, prepare
+from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import DataSpec, EvaluateSpec, LatencySpec, RunSpec, VariantSpec
 from vitopt.records import Memory, Record, load_record, save_record
 
@@ -42,11 +42,15 @@ QUICK = EvaluateSpec(latency={"iterations": 6, "rounds": 3, "warmup_seconds": 0}
 class Spoiled:
     """A subject that fails as the test says and is otherwise the one it wraps."""
 
-    def __init__(self, subject: Runnable, name: str, spoil: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+    def __init__(self, subject: TorchRunnable, name: str, spoil: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
         self._subject, self.name, self._spoil = subject, name, spoil
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._subject, attribute)
+
+    def describe(self) -> dict[str, Any]:
+        fields = self._subject.describe()
+        return fields | {"variant": fields["variant"].model_copy(update={"name": self.name})}
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         return self._spoil(pixels, self._subject(pixels))
@@ -74,18 +78,18 @@ def preprocess(tiny_checkpoint: Path) -> Preprocessor:
 
 
 @pytest.fixture(scope="module")
-def subjects(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Runnable]:
+def subjects(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[TorchRunnable]:
     root = tmp_path_factory.mktemp("variants")
     for variant in VARIANTS:
         quantize(open_checkpoint(str(tiny_checkpoint)), variant, root / variant.name, "cpu")
-    return [prepare(open_checkpoint(str(root / v.name)), name=v.name, device=CPU, run=v.run) for v in VARIANTS]
+    return [prepare(open_checkpoint(str(root / v.name)), name=v.name, device=CPU, run=v.run, asked=v) for v in VARIANTS]
 
 
 @pytest.fixture(scope="module")
-def measured(subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor) -> list[Measured]:
+def measured(subjects: list[TorchRunnable], images: ImageSet) -> list[Measured]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluator, "peak_memory", fake_memory)
-        return evaluate(subjects, VARIANTS, SPEC, images=images, preprocess=preprocess, baseline="base")
+        return evaluate(subjects, SPEC, images=images, baseline="base")
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +104,14 @@ def test_one_record_per_subject_in_order(records: list[Record]) -> None:
 
 def test_a_record_tells_what_was_asked_for_and_what_ran(records: list[Record]) -> None:
     base, small = (record.variant for record in records)
-    assert (base.format, base.skip, base.attention_requested, base.attention_used) == ("fp32", (), "sdpa", "sdpa")
+    assert (base.format, base.skip, base.asked["attention"], base.ran["attention"]) == ("fp32", (), "sdpa", "sdpa")
     assert (small.format, small.half, small.skip) == ("nf4", "bf16", ("block.0",))
-    assert (small.attention_requested, small.attention_used) == ("flash_attention_2", "sdpa")
-    assert small.attention_reason == "FlashAttention-2 needs a CUDA device"
-    assert not small.compile_requested and not small.compile_used and small.compile_reason is None
+    assert (small.asked["attention"], small.ran["attention"]) == ("flash_attention_2", "sdpa")
+    assert small.reasons.get("attention") == "FlashAttention-2 needs a CUDA device"
+    assert not small.asked["compile"] and not small.ran["compile"] and small.reasons.get("compile") is None
 
 
-def test_the_layer_plan_counts_the_live_layers(records: list[Record], subjects: list[Runnable]) -> None:
+def test_the_layer_plan_counts_the_live_layers(records: list[Record], subjects: list[TorchRunnable]) -> None:
     assert records[0].layer_plan == {"fp32": 19}
     assert records[1].layer_plan == {"bf16": 7, "nf4": 12}
     for record, subject in zip(records, subjects, strict=True):
@@ -125,7 +129,7 @@ def test_the_model_is_described_with_its_logical_size(records: list[Record], tin
     assert records[0].model.sha256 != records[1].model.sha256
 
 
-def test_sizes_are_those_of_the_files_and_of_the_weights(records: list[Record], subjects: list[Runnable]) -> None:
+def test_sizes_are_those_of_the_files_and_of_the_weights(records: list[Record], subjects: list[TorchRunnable]) -> None:
     for record, subject in zip(records, subjects, strict=True):
         assert record.size.disk_bytes == sum(path.stat().st_size for path in subject.checkpoint.folder.glob("[!.]*"))
     assert records[0].size.weight_bytes == 4 * records[0].model.parameters
@@ -134,7 +138,7 @@ def test_sizes_are_those_of_the_files_and_of_the_weights(records: list[Record], 
 
 
 def test_accuracy_equals_an_independent_count(
-    measured: list[Measured], images: ImageSet, subjects: list[Runnable]
+    measured: list[Measured], images: ImageSet, subjects: list[TorchRunnable]
 ) -> None:
     pixels = np.stack([np.asarray(images.image(i), np.float32) / 127.5 - 1 for i in range(len(images))])
     pixel_values = torch.from_numpy(pixels).permute(0, 3, 1, 2)
@@ -215,9 +219,9 @@ def test_records_survive_the_disk(records: list[Record], tmp_path: Path) -> None
         assert json.loads((tmp_path / "record.json").read_text()) == record.to_json()
 
 
-def test_few_samples_have_no_tail_and_few_rounds_no_interval(subjects: list[Runnable]) -> None:
+def test_few_samples_have_no_tail_and_few_rounds_no_interval(subjects: list[TorchRunnable]) -> None:
     spec = EvaluateSpec(latency={"iterations": 10, "rounds": 2, "warmup_seconds": 0})
-    base, small = (one.record for one in evaluate(subjects, VARIANTS, spec, baseline="base"))
+    base, small = (one.record for one in evaluate(subjects, spec, baseline="base"))
     (row,) = small.latency
     assert row.p95_ms is None and row.p99_ms is None
     assert row.speedup_vs_baseline is not None and row.speedup_ci95 is None
@@ -225,11 +229,9 @@ def test_few_samples_have_no_tail_and_few_rounds_no_interval(subjects: list[Runn
     assert base.accuracy is base.dataset is small.versus_baseline is None and base.end_to_end == ()
 
 
-def test_end_to_end_has_a_row_per_batch_size(
-    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
-) -> None:
+def test_end_to_end_has_a_row_per_batch_size(subjects: list[TorchRunnable], images: ImageSet) -> None:
     spec = EvaluateSpec(latency={"batch_sizes": [1, 2], "iterations": 3, "rounds": 1, "warmup_seconds": 0})
-    (one,) = evaluate(subjects[:1], VARIANTS[:1], spec, images=images, preprocess=preprocess)
+    (one,) = evaluate(subjects[:1], spec, images=images)
     assert [row.batch_size for row in one.record.end_to_end] == [1, 2]
     for row in one.record.end_to_end:
         parts = row.decode_ms + row.preprocess_ms + row.copy_ms + row.model_ms + row.postprocess_ms
@@ -248,13 +250,11 @@ def no_batches(pixels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_subject_that_fails_has_a_row_with_its_reason_and_the_others_finish(
-    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
+    subjects: list[TorchRunnable], images: ImageSet
 ) -> None:
     broken = Spoiled(subjects[1], "broken", not_a_number)
-    specs = [VARIANTS[0], VARIANTS[1], None]
-    got = evaluate(
-        [subjects[0], broken, subjects[1]], specs, QUICK, images=images, preprocess=preprocess, baseline="base"
-    )
+    elsewhere = dataclasses.replace(subjects[1], asked=None)
+    got = evaluate([subjects[0], broken, elsewhere], QUICK, images=images, baseline="base")
     base, failure, small = (one.record for one in got)
     assert failure.failure is not None and failure.failure.startswith(
         "logits are not finite, first for image circle/00"
@@ -267,10 +267,10 @@ def test_a_subject_that_fails_has_a_row_with_its_reason_and_the_others_finish(
 
 
 def test_without_the_baselines_figures_the_others_are_compared_with_nothing(
-    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
+    subjects: list[TorchRunnable], images: ImageSet
 ) -> None:
     broken = Spoiled(subjects[0], "base", not_a_number)
-    got = evaluate([broken, subjects[1]], VARIANTS, QUICK, images=images, preprocess=preprocess, baseline="base")
+    got = evaluate([broken, subjects[1]], QUICK, images=images, baseline="base")
     assert got[0].record.failure is not None
     small = got[1].record
     assert small.failure is None and small.accuracy is not None
@@ -278,11 +278,11 @@ def test_without_the_baselines_figures_the_others_are_compared_with_nothing(
 
 
 def test_a_batch_size_that_cannot_run_is_told_beside_those_that_can(
-    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
+    subjects: list[TorchRunnable], images: ImageSet
 ) -> None:
     spec = QUICK.model_copy(update={"latency": QUICK.latency.model_copy(update={"batch_sizes": (1, 3)})})
     picky = Spoiled(subjects[0], "base", no_batches)
-    got = evaluate([picky, subjects[1]], VARIANTS, spec, images=images, preprocess=preprocess, baseline="base")
+    got = evaluate([picky, subjects[1]], spec, images=images, baseline="base")
     base, small = (one.record for one in got)
     assert [row.batch_size for row in base.latency] == [1]
     assert [(row.batch_size, row.reason) for row in base.latency_failures] == [(3, "RuntimeError: three are too many")]
@@ -291,12 +291,12 @@ def test_a_batch_size_that_cannot_run_is_told_beside_those_that_can(
 
 
 def test_skipped_images_are_in_the_record_and_not_in_the_count(
-    subjects: list[Runnable], shapes: Path, copy_of: Callable[[Path], Path], preprocess: Preprocessor, images: ImageSet
+    subjects: list[TorchRunnable], shapes: Path, copy_of: Callable[[Path], Path], images: ImageSet
 ) -> None:
     folder = copy_of(shapes)
     (folder / "test" / "circle" / "01.png").write_bytes(b"broken")
     spoiled = fit_labels(open_images(DataSpec(source=str(folder)), "test"), images.class_names)
-    (one,) = evaluate(subjects[:1], VARIANTS[:1], QUICK, images=spoiled, preprocess=preprocess, skip_bad=True)
+    (one,) = evaluate(subjects[:1], QUICK, images=spoiled, skip_bad=True)
     assert one.record.dataset.skipped == ("circle/01.png",)
     assert one.record.dataset.images == one.record.accuracy.images == len(one.predictions.ids) == 23
     kept = images.subset(index for index in range(24) if index != 1)
@@ -309,8 +309,8 @@ def test_a_variant_that_could_not_be_made_has_a_record_with_its_reason(tmp_path:
     record = one.record
     assert one.predictions is None and record.failure == "fp8 cannot run here"
     assert (record.variant.name, record.variant.format, record.variant.skip) == ("v", "fp8", ("block.1",))
-    assert (record.variant.attention_requested, record.variant.attention_used) == ("eager", None)
-    assert record.variant.compile_requested and not record.variant.compile_used
+    assert (record.variant.asked["attention"], record.variant.ran.get("attention")) == ("eager", None)
+    assert record.variant.asked["compile"] and not record.variant.ran.get("compile", False)
     assert record.model is None and record.latency == () and record.accuracy is None
     assert record.environment["libraries"]["torch"] == torch.__version__
     save_record(record, tmp_path)
@@ -340,30 +340,29 @@ def at(*batch_sizes: int) -> EvaluateSpec:
     ],
 )
 def test_a_batch_that_does_not_fit_is_told_with_the_largest_half_that_does(
-    fits: int, reason: str, subjects: list[Runnable]
+    fits: int, reason: str, subjects: list[TorchRunnable]
 ) -> None:
     small = Spoiled(subjects[0], "base", full_above(fits))
-    base, other = (one.record for one in evaluate([small, subjects[1]], VARIANTS, at(8), baseline="base"))
+    base, other = (one.record for one in evaluate([small, subjects[1]], at(8), baseline="base"))
     assert [(row.batch_size, row.reason) for row in base.latency_failures] == [(8, reason)]
     assert base.latency == () and base.memory is None and base.failure is None
-    assert base.variant.sdpa_kernel_used is None  # nothing ran that could be looked at
+    assert base.variant.ran.get("sdpa_kernel") is None  # nothing ran that could be looked at
     assert [row.batch_size for row in other.latency] == [8] and other.latency_failures == ()
 
 
-def test_what_keeps_a_smaller_batch_from_running_is_told_as_well(subjects: list[Runnable]) -> None:
+def test_what_keeps_a_smaller_batch_from_running_is_told_as_well(subjects: list[TorchRunnable]) -> None:
     def spoil(pixels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         if len(pixels) == 4:
             raise RuntimeError("no kernel for four")
         return full_above(4)(pixels, logits)
 
-    (one,) = evaluate([Spoiled(subjects[0], "base", spoil)], VARIANTS[:1], at(8))
+    (one,) = evaluate([Spoiled(subjects[0], "base", spoil)], at(8))
     assert [row.reason for row in one.record.latency_failures] == [
         "out of memory; at batch 4: RuntimeError: no kernel for four"
     ]
 
 
 def test_a_batch_whose_pixels_do_not_fit_fails_alone(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vitopt import pipeline
 
     def small_memory(batch_size: int, size: tuple[int, int]) -> torch.Tensor:
         if batch_size > 4:
@@ -373,26 +372,26 @@ def test_a_batch_whose_pixels_do_not_fit_fails_alone(tiny_checkpoint: Path, monk
     monkeypatch.setattr(latency_rows, "random_pixels", small_memory)
     monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: None)
     spec = EvaluateSpec(latency=LatencySpec(batch_sizes=(1, 8), iterations=4, rounds=2))
-    (measured,) = pipeline.measure([pipeline.Candidate("v", str(tiny_checkpoint))], spec, device="cpu")
+    (measured,) = inference.measure([inference.Candidate("v", str(tiny_checkpoint))], spec, device="cpu")
     assert [row.batch_size for row in measured.record.latency] == [1]
     assert [row.batch_size for row in measured.record.latency_failures] == [8]
     assert measured.record.latency_failures[0].reason == "out of memory; batch 4 fits"
 
 
 def test_halved_batches_of_accuracy_are_a_warning_in_that_record(
-    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
+    subjects: list[TorchRunnable], images: ImageSet
 ) -> None:
     small = Spoiled(subjects[0], "small memory", full_above(8))
-    got = evaluate([small, subjects[1]], VARIANTS, QUICK, images=images, preprocess=preprocess)
+    got = evaluate([small, subjects[1]], QUICK, images=images)
     note = "accuracy ran in batches of 8: 32 images did not fit the memory"
     assert [note in one.record.warnings for one in got] == [True, False]
-    (whole,) = evaluate(subjects[:1], VARIANTS[:1], QUICK, images=images, preprocess=preprocess)
+    (whole,) = evaluate(subjects[:1], QUICK, images=images)
     # Another batch size may sum in another order.
     np.testing.assert_allclose(got[0].predictions.logits, whole.predictions.logits, atol=1e-4)
 
 
 def test_the_kernel_that_ran_is_read_back(records: list[Record], tiny_checkpoint: Path) -> None:
-    assert [record.variant.sdpa_kernel_used for record in records] == ["flash", "flash"]
+    assert [record.variant.ran.get("sdpa_kernel") for record in records] == ["flash", "flash"]
     runs = {
         "math": RunSpec(sdpa_kernel="math"),
         "cudnn": RunSpec(sdpa_kernel="cudnn"),
@@ -401,19 +400,24 @@ def test_the_kernel_that_ran_is_read_back(records: list[Record], tiny_checkpoint
     prepared = [
         prepare(open_checkpoint(str(tiny_checkpoint)), name=name, device=CPU, run=run) for name, run in runs.items()
     ]
-    math, cudnn, eager = (one.record.variant for one in evaluate(prepared, [None] * 3, QUICK))
-    assert (math.sdpa_kernel_requested, math.sdpa_kernel_used, math.sdpa_kernel_reason) == ("math", "math", None)
-    assert (cudnn.sdpa_kernel_requested, cudnn.sdpa_kernel_used) == ("cudnn", "flash")
-    assert cudnn.sdpa_kernel_reason == "the cudnn kernel needs a CUDA device"
-    assert (eager.sdpa_kernel_requested, eager.sdpa_kernel_used) == ("auto", None)
-    assert (math.attention_used, eager.attention_used) == ("sdpa", "eager")
+    math, cudnn, eager = (one.record.variant for one in evaluate(prepared, QUICK))
+    assert (math.asked["sdpa_kernel"], math.ran["sdpa_kernel"], math.reasons.get("sdpa_kernel")) == (
+        "math",
+        "math",
+        None,
+    )
+    assert (cudnn.asked["sdpa_kernel"], cudnn.ran["sdpa_kernel"]) == ("cudnn", "flash")
+    assert cudnn.reasons.get("sdpa_kernel") == "the cudnn kernel needs a CUDA device"
+    assert (eager.asked["sdpa_kernel"], eager.ran["sdpa_kernel"]) == ("auto", None)
+    assert (math.ran["attention"], eager.ran["attention"]) == ("sdpa", "eager")
 
 
 def test_a_record_tells_how_the_checkpoint_was_run(
-    subjects: list[Runnable], records: list[Record], monkeypatch: pytest.MonkeyPatch
+    subjects: list[TorchRunnable], records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = records[1].variant
-    assert (plain.stored_format, plain.fused_attentions, plain.channels_last, plain.autotune) == (None, 0, False, False)
+    off = {"fuse_qkv": False, "channels_last": False, "compile": False, "autotune": False}
+    assert plain.stored_format is None and off.items() <= plain.ran.items()
 
     def no_compiler(model: torch.nn.Module, **_: Any) -> Any:
         def call(**_: torch.Tensor) -> None:
@@ -423,13 +427,13 @@ def test_a_record_tells_how_the_checkpoint_was_run(
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     run = RunSpec(run_as="bf16", fuse_qkv=True, channels_last=True, compile=True, autotune=True)
-    expanded = prepare(subjects[1].checkpoint, name="v", device=CPU, run=run)
-    (one,) = evaluate([expanded], [VARIANTS[1]], QUICK)
+    expanded = prepare(subjects[1].checkpoint, name="v", device=CPU, run=run, asked=VARIANTS[1])
+    (one,) = evaluate([expanded], QUICK)
     variant = one.record.variant
     assert (variant.format, variant.stored_format, variant.skip) == ("bf16", "nf4", ("block.0",))
-    assert (variant.fused_attentions, variant.channels_last) == (3, True)
-    assert (variant.compile_requested, variant.autotune, variant.compile_used) == (True, True, False)
-    assert variant.compile_reason == "RuntimeError: no compiler here"
+    assert variant.ran["fuse_qkv"] and variant.ran["channels_last"]
+    assert variant.asked["compile"] and variant.asked["autotune"] and not variant.ran["compile"]
+    assert variant.reasons.get("compile") == "RuntimeError: no compiler here"
     assert one.record.layer_plan == {"bf16": 19}
     assert one.record.model == records[1].model.model_copy(update={"source": one.record.model.source})
 
@@ -456,9 +460,11 @@ def small_rates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         rate.cache_clear()
 
 
-def test_floor_and_utilisation_are_against_the_rates_in_the_record(subjects: list[Runnable], small_rates: None) -> None:
+def test_floor_and_utilisation_are_against_the_rates_in_the_record(
+    subjects: list[TorchRunnable], small_rates: None
+) -> None:
     spec = at(1, 3).model_copy(update={"roofline": True})
-    for one, format in zip(evaluate(subjects, VARIANTS, spec), ("fp32", "bf16"), strict=True):
+    for one, format in zip(evaluate(subjects, spec), ("fp32", "bf16"), strict=True):
         record, device = one.record, one.record.roofline
         assert device.gemm_format == format  # NF4 is expanded to bf16 and computed in it
         for row in record.latency:
@@ -483,9 +489,8 @@ def mislabelled(images: ImageSet, measured: list[Measured]) -> ImageSet:
 
 @pytest.mark.parametrize("baseline", ["base", None])
 def test_a_baseline_that_guesses_ends_before_it_is_timed(
-    subjects: list[Runnable],
+    subjects: list[TorchRunnable],
     images: ImageSet,
-    preprocess: Preprocessor,
     measured: list[Measured],
     monkeypatch: pytest.MonkeyPatch,
     baseline: str | None,
@@ -495,25 +500,25 @@ def test_a_baseline_that_guesses_ends_before_it_is_timed(
     with pytest.raises(
         MeasurementError, match=r"^base is right on 0 of 24 images.*order.*`vitopt benchmark`"
     ) as caught:
-        evaluate(subjects, VARIANTS, QUICK, images=wrong, preprocess=preprocess, baseline=baseline)
+        evaluate(subjects, QUICK, images=wrong, baseline=baseline)
     assert "\n" not in str(caught.value)
 
 
 def test_a_variant_may_guess_beside_a_baseline_that_does_not(
-    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor, measured: list[Measured]
+    subjects: list[TorchRunnable], images: ImageSet, measured: list[Measured]
 ) -> None:
     right = replace(images, labels=tuple(measured[0].predictions.classes.tolist()))
     guessing = Spoiled(subjects[1], "small", lambda _, logits: -logits)
-    found = evaluate([subjects[0], guessing], VARIANTS, QUICK, images=right, preprocess=preprocess, baseline="base")
+    found = evaluate([subjects[0], guessing], QUICK, images=right, baseline="base")
     assert [one.record.failure for one in found] == [None, None]
     assert found[0].record.accuracy.top1_percent == 100
 
 
 def test_untrained_weights_guess_with_a_warning(
-    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor, measured: list[Measured]
+    subjects: list[TorchRunnable], images: ImageSet, measured: list[Measured]
 ) -> None:
     wrong = mislabelled(images, measured)
-    found = evaluate(subjects[:1], VARIANTS[:1], QUICK, images=wrong, preprocess=preprocess, untrained=True)
+    found = evaluate(subjects[:1], QUICK, images=wrong, untrained=True)
     assert sum("no better than guessing" in line for line in found[0].record.warnings) == 1
 
 
@@ -528,48 +533,45 @@ def fail(*_: Any, **__: Any) -> Any:
         ("energy_per_image", "energy_joules_per_image"),
         ("find_throughput", "throughput"),
         ("roofline", "roofline"),
-        ("flops_per_image", "flops_per_image"),
         ("batch_invariance", "batch_invariance"),
     ],
 )
 def test_a_figure_that_fails_loses_only_itself(
     broken: str,
     figure: str,
-    subjects: list[Runnable],
+    subjects: list[TorchRunnable],
     images: ImageSet,
-    preprocess: Preprocessor,
     monkeypatch: pytest.MonkeyPatch,
     small_rates: None,
 ) -> None:
     monkeypatch.setattr(evaluator, broken, fail)
     monkeypatch.setattr(throughput, "_LARGEST_BATCH", 1)
     spec = QUICK.model_copy(update={"throughput": True, "roofline": True})
-    got = evaluate(subjects, VARIANTS, spec, images=images, preprocess=preprocess, baseline="base")
+    got = evaluate(subjects, spec, images=images, baseline="base")
     for one in (measured.record for measured in got):
         assert one.unmeasured == {figure: "RuntimeError: no such counter"} and one.failure is None
         known = {"memory": one.memory, "throughput": one.throughput, "roofline": one.roofline}
         known |= {"flops_per_image": one.model.flops_per_image, "batch_invariance": one.batch_invariance}
         assert {name for name, value in known.items() if value is None} == {figure} & set(known)
-        assert one.accuracy is not None and len(one.latency) == 1 and one.variant.sdpa_kernel_used == "flash"
+        assert one.accuracy is not None and len(one.latency) == 1 and one.variant.ran.get("sdpa_kernel") == "flash"
 
 
 @pytest.mark.parametrize(("broken", "figure"), [("summarise", "accuracy"), ("compare", "versus_baseline")])
 def test_predictions_that_cannot_be_summed_up_are_kept(
     broken: str,
     figure: str,
-    subjects: list[Runnable],
+    subjects: list[TorchRunnable],
     images: ImageSet,
-    preprocess: Preprocessor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(evaluator.accuracy, broken, fail)
-    got = evaluate(subjects, VARIANTS, QUICK, images=images, preprocess=preprocess, baseline="base")
+    got = evaluate(subjects, QUICK, images=images, baseline="base")
     assert figure in got[1].record.unmeasured and getattr(got[1].record, figure) is None
     assert got[1].record.latency and got[1].predictions is not None
 
 
 def test_a_profiler_that_fails_and_a_row_that_fails_lose_only_their_own(
-    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
+    subjects: list[TorchRunnable], images: ImageSet
 ) -> None:
     class Odd(Spoiled):
         kernel_used = fail
@@ -584,32 +586,27 @@ def test_a_profiler_that_fails_and_a_row_that_fails_lose_only_their_own(
 
     odd = Odd(subjects[0], "base", after_timing)
     spec = at(1, 2).model_copy(update={"end_to_end": True})
-    base, small = (
-        one.record
-        for one in evaluate([odd, subjects[1]], VARIANTS, spec, images=images, preprocess=preprocess, baseline="base")
-    )
-    assert base.unmeasured["sdpa_kernel_used"] == "RuntimeError: no such counter"
+    base, small = (one.record for one in evaluate([odd, subjects[1]], spec, images=images, baseline="base"))
+    assert base.unmeasured["sdpa_kernel"] == "RuntimeError: no such counter"
     assert [row.batch_size for row in base.latency] == [1]
     assert [row.batch_size for row in base.end_to_end] == [1]
     assert small.unmeasured == {} and [row.batch_size for row in small.end_to_end] == [1, 2]
 
 
 def test_a_checkpoint_that_cannot_be_described_is_a_failed_row(
-    subjects: list[Runnable], monkeypatch: pytest.MonkeyPatch
+    subjects: list[TorchRunnable], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Odd(Spoiled):
-        @property
-        def checkpoint(self) -> Any:
-            return SimpleNamespace(folder=None, image_size=(32, 32), source="odd", fingerprint=fail)
+        describe = fail
 
     odd = Odd(subjects[0], "base", lambda pixels, logits: logits)
-    base, small = (one.record for one in evaluate([odd, subjects[1]], VARIANTS, QUICK, baseline="base"))
+    base, small = (one.record for one in evaluate([odd, subjects[1]], QUICK, baseline="base"))
     assert base.failure is not None and base.variant.name == "base"
     assert small.failure is None and small.latency
 
 
 def test_results_are_handed_out_as_soon_as_there_is_something_in_them(
-    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor, monkeypatch: pytest.MonkeyPatch
+    subjects: list[TorchRunnable], images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Record] = []
 
@@ -620,10 +617,8 @@ def test_results_are_handed_out_as_soon_as_there_is_something_in_them(
     with pytest.raises(KeyboardInterrupt):
         evaluate(
             subjects,
-            VARIANTS,
             QUICK,
             images=images,
-            preprocess=preprocess,
             baseline="base",
             ready=lambda one: seen.append(one.record),
         )
@@ -634,9 +629,9 @@ def test_results_are_handed_out_as_soon_as_there_is_something_in_them(
     assert last["small"].versus_baseline is not None and last["small"].latency[0].speedup_vs_baseline is not None
 
 
-def test_the_last_result_handed_out_is_the_one_returned(subjects: list[Runnable]) -> None:
+def test_the_last_result_handed_out_is_the_one_returned(subjects: list[TorchRunnable]) -> None:
     seen: dict[str, Measured] = {}
-    got = evaluate(subjects, VARIANTS, QUICK, ready=lambda one: seen.update({one.record.variant.name: one}))
+    got = evaluate(subjects, QUICK, ready=lambda one: seen.update({one.record.variant.name: one}))
     assert list(seen.values()) == got
 
 
@@ -649,21 +644,17 @@ def test_records_timed_together_say_so_and_compare_to_the_same_figure(measured: 
         assert (found.interval.low, found.interval.high) == row.speedup_ci95
 
 
-def test_sessions_have_names_of_their_own(subjects: list[Runnable]) -> None:
-    names = {evaluate(subjects[:1], VARIANTS[:1], QUICK)[0].record.measured_together for _ in range(2)}
+def test_sessions_have_names_of_their_own(subjects: list[TorchRunnable]) -> None:
+    names = {evaluate(subjects[:1], QUICK)[0].record.measured_together for _ in range(2)}
     assert len(names) == 2 and None not in names
 
 
-def test_an_answer_that_depends_on_its_batch_is_a_warning(
-    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
-) -> None:
+def test_an_answer_that_depends_on_its_batch_is_a_warning(subjects: list[TorchRunnable], images: ImageSet) -> None:
     def swayed(pixels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return logits.flip(1) if len(pixels) > 1 else logits
 
     odd = Spoiled(subjects[0], "base", swayed)
-    base, small = (
-        one.record for one in evaluate([odd, subjects[1]], VARIANTS, QUICK, images=images, preprocess=preprocess)
-    )
+    base, small = (one.record for one in evaluate([odd, subjects[1]], QUICK, images=images))
     assert base.batch_invariance.agreement_percent < 100 == small.batch_invariance.agreement_percent
     assert [any("depends on the others of its batch" in line for line in one.warnings) for one in (base, small)] == [
         True,
@@ -677,16 +668,14 @@ def test_the_format_of_a_record_is_what_was_asked_for(tiny_checkpoint: Path, tmp
     quantize(open_checkpoint(str(tiny_checkpoint)), asked, tmp_path / "v")
     checkpoint = open_checkpoint(str(tmp_path / "v"))
     made, elsewhere = (prepare(checkpoint, name=name, device=CPU) for name in ("made", "elsewhere"))
-    records = [one.record for one in evaluate([made, elsewhere], [asked, None], QUICK)]
+    records = [one.record for one in evaluate([made, elsewhere], QUICK)]
     assert [record.variant.format for record in records] == ["nf4", "nf4"]
     assert records[0].layer_plan["bf16"] > records[0].layer_plan["nf4"]
 
 
-def test_variants_of_one_baseline_share_the_chance_of_an_error(
-    subjects: list[Runnable], images: ImageSet, preprocess: Preprocessor
-) -> None:
+def test_variants_of_one_baseline_share_the_chance_of_an_error(subjects: list[TorchRunnable], images: ImageSet) -> None:
     three = [*subjects, dataclasses.replace(subjects[1], name="twin")]
-    measured = evaluate(three, [None] * 3, QUICK, images=images, preprocess=preprocess, baseline="base")
+    measured = evaluate(three, QUICK, images=images, baseline="base")
     compared = [one.record.versus_baseline for one in measured[1:]]
     assert [one.mcnemar_holm_p for one in compared] == [min(1.0, 2 * one.mcnemar_p) for one in compared]
     assert measured[0].record.versus_baseline is None

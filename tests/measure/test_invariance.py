@@ -42,7 +42,7 @@ class StandIn:
     name, device = "stand-in", CPU
 
     def __init__(self, neighbours: float, compiled: bool = False):
-        self.neighbours, self.compiled = neighbours, compiled
+        self.neighbours, self.fixed_shapes = neighbours, compiled
         self.sizes: list[int] = []
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -55,9 +55,10 @@ class StandIn:
 def checked(
     subject: Any, images: ImageSet, preprocess: Preprocessor, batch_size: int = 8, timed_at: tuple[int, ...] = (1,)
 ) -> BatchInvariance:
-    outcome = accuracy.predict([subject], images, preprocess, batch_size=batch_size)
+    subject.preprocess = preprocess
+    outcome = accuracy.predict([subject], images, batch_size=batch_size)
     found = outcome.predictions[subject.name]
-    return batch_invariance(subject, images, preprocess, found, batch_size, timed_at=timed_at)
+    return batch_invariance(subject, images, found, batch_size, timed_at=timed_at)
 
 
 def test_an_answer_that_depends_on_its_neighbours_is_seen(images: ImageSet, preprocess: Preprocessor) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from vitopt.measure import rates
-from vitopt.measure.rates import copy_rate, floor_ms, flops_per_image, gemm_rate, roofline, utilisation_percent
+from vitopt.measure.rates import copy_rate, floor_ms, gemm_rate, roofline, utilisation_percent
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
+from vitopt.models.forward import flops_per_image
 from vitopt.models.names import families
 from vitopt.records import Roofline
 

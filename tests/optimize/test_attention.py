@@ -13,7 +13,7 @@ from vitopt.errors import UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.models.names import block_names
 from vitopt.optimize.attention import attention_of, implementation, recognise
-from vitopt.optimize.runtime import Runnable, prepare
+from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import RunSpec
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def tiny(tiny_checkpoint: Path) -> Checkpoint:
     return open_checkpoint(str(tiny_checkpoint))
 
 
-def running(checkpoint: Checkpoint, name: str = "v", **run: object) -> Runnable:
+def running(checkpoint: Checkpoint, name: str = "v", **run: object) -> TorchRunnable:
     return prepare(checkpoint, name=name, device=CPU, run=RunSpec(**run))
 
 
@@ -34,8 +34,8 @@ def running(checkpoint: Checkpoint, name: str = "v", **run: object) -> Runnable:
 def test_the_kernel_asked_for_runs_and_answers_the_same(kernel: str, fuse: bool, tiny: Checkpoint) -> None:
     runnable = running(tiny, sdpa_kernel=kernel, fuse_qkv=fuse)
     assert runnable.kernel_used(PIXELS) == kernel
-    assert runnable.kernel_reason is None
-    assert (runnable.attention_used, runnable.attention_reason) == ("sdpa", None)
+    assert runnable.reasons.get("sdpa_kernel") is None
+    assert (runnable.attention_used, runnable.reasons.get("attention")) == ("sdpa", None)
     torch.testing.assert_close(runnable(PIXELS), running(tiny)(PIXELS), rtol=0, atol=1e-5)
 
 
@@ -65,7 +65,7 @@ def test_a_kernel_that_cannot_run_falls_back_says_so_once_and_keeps_the_reason(
         runnable = running(tiny, "mine", sdpa_kernel=kernel)
         logits = [runnable(PIXELS) for _ in range(2)]
     assert caplog.messages == [f"mine: sdpa kernel {kernel} cannot run ({reason}); using the one torch chooses"]
-    assert (runnable.run.sdpa_kernel, runnable.kernel_reason) == (kernel, reason)
+    assert (runnable.run.sdpa_kernel, runnable.reasons.get("sdpa_kernel")) == (kernel, reason)
     assert runnable.kernel_used(PIXELS) == running(tiny).kernel_used(PIXELS) == "flash"
     torch.testing.assert_close(logits[1], running(tiny)(PIXELS), rtol=0, atol=0)
 

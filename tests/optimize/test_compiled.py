@@ -10,7 +10,7 @@ from conftest import make_checkpoint
 
 from vitopt.data.pixels import random_pixels
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
-from vitopt.optimize.runtime import Runnable, prepare
+from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import RunSpec
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ class Counting:
         return graph.forward
 
 
-def compiling(checkpoint: Checkpoint, name: str = "mine", **run: object) -> Runnable:
+def compiling(checkpoint: Checkpoint, name: str = "mine", **run: object) -> TorchRunnable:
     return prepare(checkpoint, name=name, device=CPU, run=RunSpec(compile=True, **run))
 
 
@@ -100,8 +100,8 @@ def test_a_compiled_model_gives_the_same_answers(
     runnable = compiling(tiny, **run)
     plain = prepare(tiny, name="plain", device=CPU)
     torch.testing.assert_close(runnable(pixels(2)), plain(pixels(2)), rtol=1e-4, atol=1e-5)
-    assert runnable.compiled and runnable.run.compile and runnable.compile_reason is None
-    assert not plain.compiled
+    assert runnable.fixed_shapes and runnable.run.compile and runnable.reasons.get("compile") is None
+    assert not plain.fixed_shapes
 
 
 def test_a_new_shape_is_compiled_and_a_known_one_is_not(
@@ -142,7 +142,7 @@ def test_known_shapes_may_be_called_where_nothing_may_be_compiled(
     with torch.compiler.set_stance("fail_on_recompile"):
         for size in (2, 1):
             torch.testing.assert_close(runnable(pixels(size)), expected[size - 1], rtol=0, atol=0)
-    assert runnable.compiled
+    assert runnable.fixed_shapes
 
 
 def test_many_variants_and_shapes_are_all_compiled(
@@ -157,7 +157,7 @@ def test_many_variants_and_shapes_are_all_compiled(
         for runnable in runnables:
             runnable(pixels(size))
     assert backend.graphs == 2 * 5
-    assert all(runnable.compiled and runnable.compile_reason is None for runnable in runnables)
+    assert all(runnable.fixed_shapes and runnable.reasons.get("compile") is None for runnable in runnables)
 
 
 def test_a_model_that_cannot_be_compiled_runs_all_the_same_and_keeps_the_reason(
@@ -171,14 +171,14 @@ def test_a_model_that_cannot_be_compiled_runs_all_the_same_and_keeps_the_reason(
 
     monkeypatch.setattr(torch, "compile", lambda model, **_: no_compiler)
     runnable = compiling(tiny)
-    assert runnable.compiled
+    assert runnable.fixed_shapes
     expected = prepare(tiny, name="v", device=CPU)(pixels(2))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             torch.testing.assert_close(runnable(pixels(2)), expected, rtol=0, atol=0)
     assert len(tries) == 1
-    assert runnable.run.compile and not runnable.compiled
-    assert runnable.compile_reason == "RuntimeError: no C++ compiler"
+    assert runnable.run.compile and not runnable.fixed_shapes
+    assert runnable.reasons.get("compile") == "RuntimeError: no C++ compiler"
     assert said(caplog) == ["mine: compilation failed (RuntimeError: no C++ compiler); running eager"]
 
 
@@ -189,15 +189,15 @@ def test_a_later_shape_that_cannot_be_compiled_runs_eager_and_leaves_the_earlier
     compile_with(backend)
     runnable, plain = compiling(tiny), prepare(tiny, name="plain", device=CPU)
     runnable(pixels(2))
-    assert runnable.compiled and backend.graphs == 1
+    assert runnable.fixed_shapes and backend.graphs == 1
     with caplog.at_level(logging.WARNING):
         for size in (3, 3, 2, 4):
             torch.testing.assert_close(runnable(pixels(size)), plain(pixels(size)), rtol=0, atol=0)
-    assert runnable.compiled and backend.graphs == 2  # a third size was not even tried
-    assert runnable.compile_reason is not None and "RuntimeError: no kernel for this shape" in runnable.compile_reason
-    assert runnable.compile_reason.startswith("batch 3: ")
-    assert "\n" not in runnable.compile_reason
-    assert said(caplog) == [f"mine: compilation failed ({runnable.compile_reason}); running eager"]
+    assert runnable.fixed_shapes and backend.graphs == 2  # a third size was not even tried
+    reason = runnable.reasons["compile"]
+    assert reason.startswith("batch 3: ") and "RuntimeError: no kernel for this shape" in reason
+    assert "\n" not in reason
+    assert said(caplog) == [f"mine: compilation failed ({reason}); running eager"]
 
 
 def test_full_memory_is_no_reason_to_give_up_compilation(
@@ -219,7 +219,7 @@ def test_full_memory_is_no_reason_to_give_up_compilation(
                 runnable(pixels(size))
         else:
             assert runnable(pixels(size)).shape == (2, 4)
-    assert runnable.compiled and runnable.compile_reason is None and said(caplog) == []
+    assert runnable.fixed_shapes and runnable.reasons.get("compile") is None and said(caplog) == []
 
 
 def test_an_error_of_the_model_is_not_blamed_on_the_compiler(tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,4 +227,4 @@ def test_an_error_of_the_model_is_not_blamed_on_the_compiler(tiny: Checkpoint, m
     runnable = compiling(tiny)
     with pytest.raises(ValueError, match="Input image size"):
         runnable(random_pixels(1, (64, 64)))
-    assert runnable.compiled and runnable.compile_reason is None
+    assert runnable.fixed_shapes and runnable.reasons.get("compile") is None

@@ -14,7 +14,7 @@ from vitopt.errors import UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.models.names import linear_layers
 from vitopt.optimize.quantize import quantize
-from vitopt.optimize.runtime import Runnable, prepare
+from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import LINEARS, RunSpec, VariantSpec
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def stored(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return {folder.name: open_checkpoint(str(folder)) for folder in root.iterdir()}
 
 
-def running(checkpoint: Checkpoint, run_as: str | None, **run: object) -> Runnable:
+def running(checkpoint: Checkpoint, run_as: str | None, **run: object) -> TorchRunnable:
     return prepare(checkpoint, name="v", device=CPU, run=RunSpec(run_as=run_as, **run))
 
 

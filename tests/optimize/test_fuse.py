@@ -12,7 +12,7 @@ from vitopt.models.checkpoint import Checkpoint, open_checkpoint, parameter_coun
 from vitopt.models.names import FUSED_LEAF, block_names, families
 from vitopt.optimize.fuse import FusedAttention
 from vitopt.optimize.quantize import quantize
-from vitopt.optimize.runtime import Runnable, prepare
+from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import RunSpec, VariantSpec
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ PIXELS = random_pixels(3, (32, 32))
 STACKED = [family for family in families() if not family.startswith("swin")]
 
 
-def both(checkpoint: Checkpoint, **run: object) -> tuple[Runnable, Runnable]:
+def both(checkpoint: Checkpoint, **run: object) -> tuple[TorchRunnable, TorchRunnable]:
     """The same checkpoint as it is, and fused."""
     plain = prepare(checkpoint, name="plain", device=CPU, run=RunSpec(**run))
     return plain, prepare(checkpoint, name="fused", device=CPU, run=RunSpec(fuse_qkv=True, **run))

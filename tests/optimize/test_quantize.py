@@ -19,7 +19,7 @@ from vitopt.models.checkpoint import disk_bytes, load_model, open_checkpoint
 from vitopt.optimize import quantize as module
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import plan_for, quantize
-from vitopt.optimize.runtime import Runnable, prepare
+from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.ownership import LIST_FILE
 from vitopt.recipe import VariantSpec
 
@@ -76,7 +76,7 @@ def plans(tiny_checkpoint: Path, root: Path) -> dict[str, LayerPlan]:
 
 
 @pytest.fixture(scope="module")
-def runnables(plans: dict[str, LayerPlan], root: Path) -> dict[str, Runnable]:
+def runnables(plans: dict[str, LayerPlan], root: Path) -> dict[str, TorchRunnable]:
     return {name: prepare(open_checkpoint(str(root / name)), name=name, device=CPU) for name in plans}
 
 
@@ -91,7 +91,7 @@ def plain_logits(plans: dict[str, LayerPlan], root: Path) -> dict[str, np.ndarra
 
 @pytest.mark.parametrize("name", NAMES)
 def test_live_layers_are_what_the_plan_says(
-    name: str, tiny_checkpoint: Path, plans: dict[str, LayerPlan], runnables: dict[str, Runnable]
+    name: str, tiny_checkpoint: Path, plans: dict[str, LayerPlan], runnables: dict[str, TorchRunnable]
 ) -> None:
     variant = next(v for v in VARIANTS if v["name"] == name)
     planned = plan_for(open_checkpoint(str(tiny_checkpoint)), spec(variant))
@@ -101,7 +101,7 @@ def test_live_layers_are_what_the_plan_says(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_plain_transformers_gives_the_same_logits_to_the_bit(
-    name: str, plain_logits: dict[str, np.ndarray], runnables: dict[str, Runnable]
+    name: str, plain_logits: dict[str, np.ndarray], runnables: dict[str, TorchRunnable]
 ) -> None:
     runnable = runnables[name]
     pixels = random_pixels(5, (32, 32)).to(runnable.model.dtype)
@@ -187,7 +187,9 @@ def test_nf4_weights_are_the_nearest_of_16_values_in_blocks_of_64(
     np.testing.assert_allclose(held[".quant_map"].double().numpy(), NF4_VALUES, atol=1e-6)
 
 
-def test_live_nf4_weights_are_close_to_an_nf4_round_trip(tiny_checkpoint: Path, runnables: dict[str, Runnable]) -> None:
+def test_live_nf4_weights_are_close_to_an_nf4_round_trip(
+    tiny_checkpoint: Path, runnables: dict[str, TorchRunnable]
+) -> None:
     from bitsandbytes.functional import dequantize_4bit
 
     blocks = blocks_of_64(tiny_checkpoint, "vit.layers.1.mlp.fc1")

@@ -29,7 +29,7 @@ def tiny(tiny_checkpoint: Path) -> Checkpoint:
 def test_the_attention_asked_for_runs(tiny: Checkpoint, attention: str) -> None:
     runnable = prepare(tiny, name="v", device=CPU, run=RunSpec(attention=attention))
     assert runnable.run.attention == runnable.attention_used == attention
-    assert runnable.attention_reason is None
+    assert runnable.reasons.get("attention") is None
 
 
 def test_sdpa_and_eager_attention_agree_with_each_other_and_with_the_bare_model(tiny: Checkpoint) -> None:
@@ -49,7 +49,7 @@ def test_flash_attention_falls_back_says_so_once_and_keeps_both(
         runnable = prepare(tiny, name="mine", device=CPU, run=RunSpec(attention="flash_attention_2"))
     assert runnable.run.attention == "flash_attention_2"
     assert runnable.attention_used == "sdpa"
-    assert runnable.attention_reason == "FlashAttention-2 needs a CUDA device"
+    assert runnable.reasons.get("attention") == "FlashAttention-2 needs a CUDA device"
     said = [record.getMessage() for record in caplog.records if "flash" in record.getMessage()]
     assert said == ["mine: flash_attention_2 cannot run (FlashAttention-2 needs a CUDA device); using sdpa"]
     pixels = random_pixels(2, (32, 32))
@@ -182,7 +182,11 @@ def test_a_family_without_sdpa_runs_eager_and_says_so_once(
         f"mine: sdpa cannot run ({reason}); using eager",
         f"mine: sdpa kernel math cannot run ({reason}); using the one torch chooses",
     ]
-    assert (runnable.attention_used, runnable.attention_reason, runnable.kernel_reason) == ("eager", reason, reason)
+    assert (runnable.attention_used, runnable.reasons.get("attention"), runnable.reasons.get("sdpa_kernel")) == (
+        "eager",
+        reason,
+        reason,
+    )
     with pytest.raises(UnsupportedError, match="falls back to eager"):
         prepare(runnable.checkpoint, name="mine", device=CPU, strict=True)
     caplog.clear()

@@ -92,7 +92,8 @@ def make_record(
     With `floor_ms` it has a roofline, and a utilisation as if arithmetic alone made the floor.
     """
     of_variant = {key: fields.pop(key) for key in list(fields) if key in Variant.model_fields}
-    variant = {"name": name, "format": format, "attention_requested": "sdpa", "attention_used": "sdpa"} | of_variant
+    run = {"asked": {"attention": "sdpa"}, "ran": {"attention": "sdpa"}}
+    variant = {"name": name, "format": format} | run | of_variant
     timed = {} if p50_ms is None else p50_ms
     content: dict[str, Any] = {
         "model": Model(

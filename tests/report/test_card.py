@@ -47,16 +47,12 @@ def test_card_says_what_the_code_does_without(make: SimpleNamespace, tmp_path):
     _, words = measured(
         make,
         tmp_path,
-        sdpa_kernel_requested="cudnn",
-        sdpa_kernel_used="cudnn",
-        fused_attentions=12,
-        compile_requested=True,
-        compile_used=True,
-        autotune=True,
+        asked={"sdpa_kernel": "cudnn"},
+        ran={"attention": "sdpa", "sdpa_kernel": "cudnn", "fuse_qkv": True, "compile": True},
     )
 
     assert words == (
-        "Measured with the cudnn kernel, fused qkv and compile (autotuned), which the code above does without.\n\n"
+        "Measured with the cudnn kernel, fuse qkv and compile, which the code above does without.\n\n"
         "Speed, size and memory alone, on Test CPU, batch size 1."
     )
 

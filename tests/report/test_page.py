@@ -191,9 +191,9 @@ def speed_alone(make: SimpleNamespace, **more):
     first = {1: 8.0, 8: 16.0, 32: 40.0}
     floors = {1: 0.05, 8: 0.4, 32: 1.6}
     return [
-        make.record("bf16", "bf16", p50_ms=first, floor_ms=floors, sdpa_kernel_used="flash"),
-        make.record("fused", "bf16", p50_ms={1: 7.0, 8: 14.0, 32: 36.0}, floor_ms=floors, fused_attentions=12),
-        make.record("w8a8", "w8a8", p50_ms={1: 4.0, 8: 8.0, 32: 16.0}, floor_ms=floors, fused_attentions=12, **more),
+        make.record("bf16", "bf16", p50_ms=first, floor_ms=floors, ran={"attention": "sdpa", "sdpa_kernel": "flash"}),
+        make.record("fused", "bf16", p50_ms={1: 7.0, 8: 14.0, 32: 36.0}, floor_ms=floors),
+        make.record("w8a8", "w8a8", p50_ms={1: 4.0, 8: 8.0, 32: 16.0}, floor_ms=floors, **more),
     ]
 
 

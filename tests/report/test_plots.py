@@ -172,7 +172,7 @@ def test_waterfall_marks_the_floor_of_each_step(make: SimpleNamespace, tmp_path)
     records = [
         make.record("fp32", "fp32", p50_ms={1: 8.0}, floor_ms={1: 2.0}),
         make.record("bf16", "bf16", p50_ms={1: 4.0}, floor_ms={1: 0.5}),
-        make.record("fused-qkv", "bf16", p50_ms={1: 3.0}, floor_ms={1: 0.5}, fused_attentions=24),
+        make.record("fused-qkv", "bf16", p50_ms={1: 3.0}, floor_ms={1: 0.5}),
     ]
 
     axes = plots.waterfall(steps(records, 1), 1).axes[0]

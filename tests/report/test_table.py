@@ -7,9 +7,9 @@ from vitopt.report import table as report_table
 from vitopt.report.table import (
     HEADINGS,
     UNKNOWN,
-    describe_attention,
     describe_device,
     describe_format,
+    describe_run,
     human_bytes,
     markdown_table,
     milliseconds,
@@ -53,47 +53,41 @@ def test_milliseconds_keep_about_three_digits(value, text):
     assert milliseconds(value) == text
 
 
-COMPILED = {"compile_requested": True, "compile_used": True}
+def run(asked=(), ran=(), **reasons) -> dict:
+    """Fields of a variant that asks for plain sdpa, and more."""
+    plain = {"attention": "sdpa", "sdpa_kernel": "auto"}
+    return {
+        "asked": plain | dict(asked),
+        "ran": {"attention": "sdpa", "sdpa_kernel": None} | dict(ran),
+        "reasons": reasons,
+    }
+
+
+FLASH_2 = {"attention": "flash_attention_2"}
+CUDNN = {"sdpa_kernel": "cudnn"}
 
 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({}, "sdpa"),
-        ({"attention_used": None}, UNKNOWN),
-        ({"sdpa_kernel_used": "flash"}, "sdpa flash"),
-        ({"sdpa_kernel_requested": "cudnn", "sdpa_kernel_used": "cudnn"}, "sdpa cudnn"),
-        (
-            {"sdpa_kernel_requested": "cudnn", "sdpa_kernel_used": "math", "sdpa_kernel_reason": "no cuDNN"},
-            "sdpa math (not cudnn)",
-        ),
-        ({"sdpa_kernel_requested": "cudnn", "sdpa_kernel_reason": "no cuDNN"}, "sdpa (not cudnn)"),
-        ({"sdpa_kernel_requested": "cudnn"}, "sdpa"),  # it ran, and the profile showed no name that is known
-        ({"sdpa_kernel_requested": "cudnn", "sdpa_kernel_used": "flash"}, "sdpa flash (not cudnn)"),
-        (
-            {"attention_requested": "flash_attention_2", "sdpa_kernel_used": "flash"},
-            "sdpa flash (not flash_attention_2)",
-        ),
-        (
-            {
-                "attention_requested": "flash_attention_2",
-                "attention_used": "flash_attention_2",
-                "sdpa_kernel_used": "flash",
-            },
-            "flash_attention_2",
-        ),
-        ({"fused_attentions": 24}, "sdpa + fused qkv"),
-        ({"channels_last": True}, "sdpa + channels last"),
-        (COMPILED, "sdpa + compile"),
-        ({"compile_requested": True, "autotune": True, "compile_reason": "graph breaks"}, "sdpa"),
-        (
-            {"sdpa_kernel_used": "flash", "fused_attentions": 12, "channels_last": True, "autotune": True, **COMPILED},
-            "sdpa flash + fused qkv + channels last + compile (autotuned)",
-        ),
+        (run(), "sdpa"),
+        ({"ran": {}}, UNKNOWN),
+        (run(ran={"sdpa_kernel": "flash"}), "sdpa flash"),
+        (run(CUDNN, CUDNN), "sdpa cudnn"),
+        (run(CUDNN, {"sdpa_kernel": "math"}, sdpa_kernel="no cuDNN"), "sdpa math (not cudnn)"),
+        (run(CUDNN, sdpa_kernel="no cuDNN"), "sdpa (not cudnn)"),
+        (run(CUDNN), "sdpa"),  # it ran, and the profile showed no name that is known
+        (run(CUDNN, {"sdpa_kernel": "flash"}), "sdpa flash (not cudnn)"),
+        (run(FLASH_2, {"sdpa_kernel": "flash"}), "sdpa flash (not flash_attention_2)"),
+        (run(FLASH_2, FLASH_2), "flash_attention_2"),
+        (run(ran={"fuse_qkv": True, "channels_last": False}), "sdpa + fuse qkv"),
+        (run({"compile": True}, {"compile": False}, compile="graph breaks"), "sdpa"),
+        (run(ran={"compile": True, "autotune": True}), "sdpa + compile + autotune"),
+        (run({"backend": "x"}, {"attention": None, "backend": "x", "turbo": True}), "x + turbo"),
     ],
 )
-def test_attention_says_what_ran(make: SimpleNamespace, fields, text):
-    assert describe_attention(make.record("a", **fields)) == text
+def test_how_a_variant_ran_is_told_for_any_option(make: SimpleNamespace, fields, text):
+    assert describe_run(make.record("a", **fields)) == text
 
 
 @pytest.mark.parametrize(
@@ -157,24 +151,26 @@ def test_points_get_a_second_decimal_from_ten_thousand_images_on(make: SimpleNam
 
 
 def test_notes_name_variants_with_the_same_note_together(make: SimpleNamespace):
-    fallback = {"attention_requested": "flash_attention_2", "attention_reason": "it needs a GPU"}
-    kernel = {"sdpa_kernel_requested": "cudnn", "sdpa_kernel_reason": "it needs a CUDA device"}
+    fallback = run(FLASH_2, attention="it needs a GPU")
+    kernel = run(CUDNN, {"sdpa_kernel": "math"}, sdpa_kernel="it needs a CUDA device")
     records = [
         make.record("a", **fallback),
         make.record("b", **fallback),
-        make.record("c", compile_requested=True, compile_reason="graph breaks"),
+        make.record("c", **run({"compile": True}, {"compile": False}, compile="graph breaks")),
         make.record("d", failure="out of memory"),
-        make.record("e", sdpa_kernel_used="math", **kernel),
-        make.record("f", sdpa_kernel_used="math", **kernel),
-        make.record("g", **kernel),
+        make.record("e", **kernel),
+        make.record("f", **kernel),
+        make.record("g", **run(CUDNN, sdpa_kernel="it needs a CUDA device")),
+        make.record("h", **run({"compile": True}, {"compile": True}, compile="batch 3: no kernel")),
     ]
 
     assert notes(records) == [
-        "a, b: flash_attention_2 was asked for, sdpa ran (it needs a GPU)",
-        "c: not compiled (graph breaks)",
+        "a, b: attention flash_attention_2 was asked for, sdpa ran (it needs a GPU)",
+        "c: compile was asked for and did not run (graph breaks)",
         "d failed: out of memory",
-        "e, f: sdpa cudnn was asked for, sdpa math ran (it needs a CUDA device)",
-        "g: sdpa cudnn was asked for, the kernel that torch chose ran (it needs a CUDA device)",
+        "e, f: sdpa kernel cudnn was asked for, math ran (it needs a CUDA device)",
+        "g: sdpa kernel cudnn was asked for, another ran (it needs a CUDA device)",
+        "h: compile was asked for (batch 3: no kernel)",
     ]
 
 

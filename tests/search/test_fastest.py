@@ -51,7 +51,7 @@ def record(name: str, p50_ms: float | None, agreement: float | None = None, imag
         rng = np.random.default_rng(list(name.encode()))
         samples = np.repeat(p50_ms * (1 + rng.uniform(-0.01, 0.01, ROUNDS)), 2).tolist()
         latency = [Latency(**times, **counts, images_per_second=1000 / p50_ms, samples_ms=tuple(samples))]
-    variant = Variant(name=name, format=name, attention_requested="sdpa", attention_used="sdpa")
+    variant = Variant(name=name, format=name)
     return Record(variant=variant, versus_baseline=versus, latency=tuple(latency), dataset=dataset)
 
 

@@ -3,7 +3,7 @@
 import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,14 @@ class Preprocessor:
 
     def __init__(self, processor: Any):
         self.processor = processor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Preprocessor) and (self.name, self.processor.to_dict()) == (
+            other.name,
+            other.processor.to_dict(),
+        )
+
+    __hash__ = None  # type: ignore[assignment]
 
     @property
     def name(self) -> str:
@@ -78,7 +86,9 @@ class Batch:
 class PixelDataset(Dataset):
     """Preprocessed images for the trainer and for the batches of evaluation."""
 
-    def __init__(self, images: ImageSet, preprocess: Preprocessor, augment: Augmentation | None = None):
+    def __init__(
+        self, images: ImageSet, preprocess: Callable[[Image.Image], torch.Tensor], augment: Augmentation | None = None
+    ):
         self.images = images
         self.preprocess = preprocess
         self.augment = augment
@@ -127,7 +137,7 @@ def _accept(collated: Iterable[tuple[Batch, list[BadImageError]]], skip_bad: boo
 
 def batches(
     images: ImageSet,
-    preprocess: Preprocessor,
+    preprocess: Callable[[Image.Image], torch.Tensor],
     batch_size: int,
     *,
     workers: int = 0,

@@ -9,7 +9,7 @@ import torch
 
 from vitopt import environment, progress
 from vitopt.data.images import ImageSet
-from vitopt.data.pixels import Batch, Preprocessor, batches, on_device
+from vitopt.data.pixels import Batch, batches, on_device
 from vitopt.errors import DataError, MeasurementError, RecordError
 from vitopt.measure import statistics
 from vitopt.measure.bootstrap import positive_mean_interval
@@ -17,7 +17,7 @@ from vitopt.measure.clusters import clustered, proportion_interval
 from vitopt.measure.failures import explain_failure, is_out_of_memory
 from vitopt.measure.power import smallest_visible_loss
 from vitopt.measure.predictions import Predictions
-from vitopt.measure.subject import Subject
+from vitopt.measure.runnable import Runnable, fixed_shapes
 from vitopt.measure.verdict import accuracy_verdict
 from vitopt.records import Accuracy, ClassAccuracy, VersusBaseline
 
@@ -41,76 +41,92 @@ class Outcome:
 
 
 def predict(
-    subjects: Sequence[Subject],
+    runnables: Sequence[Runnable],
     images: ImageSet,
-    preprocess: Preprocessor,
     *,
     batch_size: int,
     workers: int = 0,
     skip_bad: bool = False,
 ) -> Outcome:
-    """Run every subject over every image, each batch decoded once for all of them.
+    """Run every runnable over every image; those that prepare images alike share each decoded batch.
 
-    Under `accelerate launch` each process takes its share of the images and all get the whole result. A
-    subject that raises or gives NaN is dropped with its reason; the others go on. A batch that does not fit the
-    memory is halved from then on.
+    Under `accelerate launch` each process takes its share of the images and all get the whole result. One that
+    raises or gives NaN is dropped with its reason; the others go on. A batch that does not fit the memory is halved
+    from then on.
 
     Raises:
         BadImageError: an image cannot be decoded and `skip_bad` is false.
         DataError: no image could be decoded.
     """
     share = environment.process_share()
-    found: dict[str, dict[int, np.ndarray]] = {subject.name: {} for subject in subjects}
+    found: dict[str, dict[int, np.ndarray]] = {runnable.name: {} for runnable in runnables}
     failures: dict[str, str] = {}
-    sizes = {subject.name: batch_size for subject in subjects}
-    bad: list[int] = []
-    device = subjects[0].device
+    sizes = {runnable.name: batch_size for runnable in runnables}
+    bad: set[int] = set()
     steps = -(-len(images) // (batch_size * share[1]))
-    stream = batches(
-        images, preprocess, batch_size, workers=workers, skip_bad=skip_bad, share=share, pin=device.type == "cuda"
-    )
-    for batch in progress.track(on_device(stream, device), "accuracy", steps):
-        bad += batch.bad
-        for subject in subjects:
-            if subject.name in failures or not batch.indices:
-                continue
-            try:
-                logits = _logits(subject, batch, sizes)
-                _refuse_nan(logits, batch, images)
-            except Exception as error:  # whatever a kernel raises is this variant's failure, not the run's
-                failures[subject.name] = explain_failure(error)
-            else:
-                found[subject.name].update(zip(batch.indices, logits, strict=True))
-    shares = environment.gather_objects((found, failures, sizes, bad))
+    for group in _alike(runnables):
+        device, preprocess = group[0].device, group[0].preprocess
+        pin = device.type == "cuda"
+        stream = batches(images, preprocess, batch_size, workers=workers, skip_bad=skip_bad, share=share, pin=pin)
+        for batch in progress.track(on_device(stream, device), "accuracy", steps):
+            bad.update(batch.bad)
+            for runnable in group:
+                if runnable.name in failures or not batch.indices:
+                    continue
+                try:
+                    logits = _logits(runnable, batch, sizes)
+                    _refuse_nan(logits, batch, images)
+                except Exception as error:  # whatever a kernel raises is this variant's failure, not the run's
+                    failures[runnable.name] = explain_failure(error)
+                else:
+                    found[runnable.name].update(zip(batch.indices, logits, strict=True))
+    shares = environment.gather_objects((found, failures, sizes, sorted(bad)))
     return _merge(shares, images, batch_size)
 
 
-def _logits(subject: Subject, batch: Batch, sizes: dict[str, int]) -> np.ndarray:
+def _alike(runnables: Sequence[Runnable]) -> list[list[Runnable]]:
+    """Those that take the same pixels on the same device together."""
+    groups: list[list[Runnable]] = []
+    for runnable in runnables:
+        fits = (
+            group
+            for group in groups
+            if group[0].device == runnable.device and group[0].preprocess == runnable.preprocess
+        )
+        group = next(fits, None)
+        if group is None:
+            groups.append([runnable])
+        else:
+            group.append(runnable)
+    return groups
+
+
+def _logits(runnable: Runnable, batch: Batch, sizes: dict[str, int]) -> np.ndarray:
     """(images, classes), float32; halves the subject's batch size in `sizes` for as long as it does not fit."""
     while True:
-        size = sizes[subject.name]
+        size = sizes[runnable.name]
         try:
-            parts = [padded_call(subject, part, size) for part in batch.pixel_values.split(size)]
+            parts = [padded_call(runnable, part, size) for part in batch.pixel_values.split(size)]
             return torch.cat(parts).float().cpu().numpy()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             if size == 1:
                 raise MeasurementError("out of memory: not even one image fits") from error
-            sizes[subject.name] = size // 2
-            logger.warning("%s: batch %d does not fit the memory; going on with %d", subject.name, size, size // 2)
+            sizes[runnable.name] = size // 2
+            logger.warning("%s: batch %d does not fit the memory; going on with %d", runnable.name, size, size // 2)
 
 
-def padded_call(subject: Subject, pixels: torch.Tensor, size: int) -> torch.Tensor:
+def padded_call(runnable: Runnable, pixels: torch.Tensor, size: int) -> torch.Tensor:
     """Logits (images, classes) of `pixels` (images, 3, height, width).
 
-    A compiled subject is called with `size` images; what is missing are copies of the last one.
+    One of fixed shapes is called with `size` images; what is missing are copies of the last one.
     """
     images = len(pixels)
-    if subject.compiled and images < size:
+    if fixed_shapes(runnable) and images < size:
         # A new shape would be compiled anew: the last batch is filled up and cut back.
         pixels = torch.cat([pixels, pixels[-1:].expand(size - images, -1, -1, -1)])
-    return subject(pixels)[:images]
+    return runnable(pixels)[:images]
 
 
 def _refuse_nan(logits: np.ndarray, batch: Batch, images: ImageSet) -> None:

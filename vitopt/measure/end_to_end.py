@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import torch
 
 from vitopt.data.images import ImageSet
-from vitopt.data.pixels import Preprocessor
 from vitopt.measure.failures import attempt
 from vitopt.measure.latency import balanced_orders
 from vitopt.measure.latency_statistics import latency_summary
-from vitopt.measure.subject import Subject
+from vitopt.measure.runnable import Runnable
 from vitopt.records import EndToEnd
 
 _TURNS = 10
@@ -24,56 +23,51 @@ _SECONDS = 5.0  # for each variant
 
 
 def time_end_to_end(
-    subjects: Sequence[Subject], images: ImageSet, preprocess: Preprocessor, batch_size: int
+    runnables: Sequence[Runnable], images: ImageSet, batch_size: int
 ) -> tuple[dict[str, EndToEnd], dict[str, str]]:
     """Mean milliseconds per call of each part, one after another as a simple server does them.
 
-    Images, all of which must be decodable, are taken in turn from `images`, the same for each subject. Returns
-    rows by the subjects' names, and by name the reason of those that failed.
+    Images, all of which must be decodable, are taken in turn from `images`, the same for each runnable. Returns
+    rows by name, and by name the reason of those that failed.
     """
-    by_name = {subject.name: subject for subject in subjects}
+    by_name = {runnable.name: runnable for runnable in runnables}
     calls: dict[str, list[list[float]]] = {name: [] for name in by_name}
     failures: dict[str, str] = {}
     started = time.perf_counter()
     for number in range(_TURNS):
         orders = balanced_orders([name for name in by_name if name not in failures])
         for name in orders[number % len(orders)]:
-            made = attempt(name, lambda: _one_turn(by_name[name], images, preprocess, batch_size, number), failures)  # noqa: B023
+            made = attempt(name, lambda: _one_turn(by_name[name], images, batch_size, number), failures)  # noqa: B023
             calls[name] += made or []
         if time.perf_counter() - started > _SECONDS * len(by_name):
             break
     return {name: _summary(batch_size, calls[name]) for name in by_name if name not in failures}, failures
 
 
-def _one_turn(
-    subject: Subject, images: ImageSet, preprocess: Preprocessor, batch_size: int, number: int
-) -> list[list[float]]:
+def _one_turn(runnable: Runnable, images: ImageSet, batch_size: int, number: int) -> list[list[float]]:
     """The counted calls of one turn; the one before them warms caches and, in the first turn, compiles shapes."""
     first = number * (1 + _CALLS_A_TURN) * batch_size
     turn = itertools.islice(itertools.cycle(range(len(images))), first % len(images), None)
-    made = [
-        _one_call(subject, images, preprocess, list(itertools.islice(turn, batch_size)))
-        for _ in range(1 + _CALLS_A_TURN)
-    ]
+    made = [_one_call(runnable, images, list(itertools.islice(turn, batch_size))) for _ in range(1 + _CALLS_A_TURN)]
     return made[1:]
 
 
-def _one_call(subject: Subject, images: ImageSet, preprocess: Preprocessor, indices: Sequence[int]) -> list[float]:
+def _one_call(runnable: Runnable, images: ImageSet, indices: Sequence[int]) -> list[float]:
     """Milliseconds of decode, preprocess, copy, model, postprocess."""
     marks = [time.perf_counter()]
 
     def mark() -> None:
-        if subject.device.type == "cuda":
-            torch.cuda.synchronize(subject.device)
+        if runnable.device.type == "cuda":
+            torch.cuda.synchronize(runnable.device)
         marks.append(time.perf_counter())
 
     decoded = [images.image(index) for index in indices]
     mark()
-    pixels = torch.stack([preprocess(image) for image in decoded])
+    pixels = torch.stack([runnable.preprocess(image) for image in decoded])
     mark()
-    on_device = pixels.to(subject.device)
+    on_device = pixels.to(runnable.device)
     mark()
-    logits = subject(on_device)
+    logits = runnable(on_device)
     mark()
     _answer(logits)
     mark()

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from vitopt.data.images import ImageSet
-from vitopt.data.pixels import Preprocessor
 from vitopt.errors import MeasurementError
 from vitopt.measure.accuracy import padded_call
 from vitopt.measure.predictions import Predictions
-from vitopt.measure.subject import Subject
+from vitopt.measure.runnable import Runnable, fixed_shapes
 from vitopt.records import BatchInvariance
 
 _MOST_IMAGES = 64
@@ -22,16 +21,15 @@ _SECONDS = 10.0
 
 
 def batch_invariance(
-    subject: Subject,
+    runnable: Runnable,
     images: ImageSet,
-    preprocess: Preprocessor,
     predictions: Predictions,
     batch_size: int,
     timed_at: Sequence[int],
 ) -> BatchInvariance:
     """Compare `predictions`, made over `images` in batches of `batch_size`, with those of single images.
 
-    A compiled variant that was not `timed_at` a batch of one is not compiled for it: there a batch is filled up
+    One of fixed shapes that was not `timed_at` a batch of one is not built for it: there a batch is filled up
     with copies of the image, which leaves it without other neighbours all the same.
 
     Raises:
@@ -39,7 +37,7 @@ def batch_invariance(
     """
     if min(batch_size, len(images)) == 1:
         raise MeasurementError("accuracy ran one image at a time")
-    alone = batch_size if subject.compiled and 1 not in timed_at else 1
+    alone = batch_size if fixed_shapes(runnable) and 1 not in timed_at else 1
     # Folders are sorted by class: these are spread over all of them.
     chosen = np.unique(np.linspace(0, len(images) - 1, _MOST_IMAGES).round().astype(int)).tolist()
     found: list[np.ndarray] = []
@@ -47,8 +45,8 @@ def batch_invariance(
     # In an order that covers the data set wherever the time runs out.
     order = [index for start in range(_FEWEST_IMAGES) for index in chosen[start::_FEWEST_IMAGES]]
     for index in order:
-        pixels = preprocess(images.image(index)).unsqueeze(0).to(subject.device)
-        found.append(padded_call(subject, pixels, alone)[0].float().cpu().numpy())
+        pixels = runnable.preprocess(images.image(index)).unsqueeze(0).to(runnable.device)
+        found.append(padded_call(runnable, pixels, alone)[0].float().cpu().numpy())
         if time.perf_counter() - started > _SECONDS:
             break
     if len(found) < min(_FEWEST_IMAGES, len(chosen)):
@@ -56,7 +54,7 @@ def batch_invariance(
     single, among = np.stack(found), predictions.logits[order[: len(found)]]
     return BatchInvariance(
         images=len(found),
-        batch_size=batch_size if subject.compiled else min(batch_size, len(images)),
+        batch_size=batch_size if fixed_shapes(runnable) else min(batch_size, len(images)),
         agreement_percent=100 * float(np.mean(single.argmax(axis=1) == among.argmax(axis=1))),
         max_logit_difference=float(np.abs(single - among).max()),
     )

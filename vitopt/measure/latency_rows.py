@@ -1,20 +1,23 @@
 """Latency of prepared variants, timed together, as the rows of their records."""
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from vitopt.data.images import ImageSet
 from vitopt.data.pixels import random_pixels
 from vitopt.measure.comparison import paired_speedup
 from vitopt.measure.failures import explain_failure, is_out_of_memory
 from vitopt.measure.latency import Timing, clock_for, time_interleaved
 from vitopt.measure.latency_statistics import latency_summary
-from vitopt.measure.subject import Subject
+from vitopt.measure.runnable import Runnable, input_size
 from vitopt.recipe import LatencySpec
 from vitopt.records import FailedLatency, Latency
 
+_MOST_BATCHES = 32  # of real images, kept on the device
 _UNSTEADY = 1.5  # p95 over p50; where nothing disturbs the machine it is 1.02 to 1.2
 
 
@@ -43,15 +46,18 @@ class Rows:
         return found
 
 
-def time_rows(subjects: Sequence[Subject], spec: LatencySpec, baseline: str | None) -> dict[str, Rows]:
-    """Time all subjects against each other at every batch size; name -> its rows.
+def time_rows(
+    runnables: Sequence[Runnable], spec: LatencySpec, baseline: str | None, images: ImageSet | None = None
+) -> dict[str, Rows]:
+    """Time all against each other at every batch size; name -> its rows.
 
+    `images` are what they are called with where the spec asks for data.
     Those of the others than the baseline tell their speed-up over it, where both could be timed.
     """
-    rows: dict[str, list[Latency]] = {subject.name: [] for subject in subjects}
-    failures: dict[str, list[FailedLatency]] = {subject.name: [] for subject in subjects}
+    rows: dict[str, list[Latency]] = {runnable.name: [] for runnable in runnables}
+    failures: dict[str, list[FailedLatency]] = {runnable.name: [] for runnable in runnables}
     for batch_size in spec.batch_sizes:
-        timings = _time_all(subjects, batch_size, spec)
+        timings = _time_all(runnables, batch_size, spec, images)
         timed = {name: _row(batch_size, timing) for name, timing in timings.items() if timing.failure is None}
         reference = timed.get(baseline or "")
         for name, timing in timings.items():
@@ -64,35 +70,48 @@ def time_rows(subjects: Sequence[Subject], spec: LatencySpec, baseline: str | No
     return {name: Rows(tuple(rows[name]), tuple(failures[name])) for name in rows}
 
 
-def call_of(subject: Subject, batch_size: int) -> Callable[[], object]:
-    """What calls the subject on so many random images, the same in every call."""
+def call_of(runnable: Runnable, batch_size: int, images: ImageSet | None = None) -> Callable[[], object]:
+    """What calls it on so many random images, the same in every call, or on batches of `images` in turn."""
 
     @functools.cache
-    def pixels() -> torch.Tensor:
+    def batches() -> Iterator[torch.Tensor]:
         # Made by the first call, where a batch that does not fit is this row's failure and not the run's.
-        return random_pixels(batch_size, subject.checkpoint.image_size).to(subject.device)
+        if images is None:
+            return itertools.repeat(random_pixels(batch_size, input_size(runnable)).to(runnable.device))
+        turn = itertools.cycle(range(len(images)))
+        count = min(_MOST_BATCHES, -(-len(images) // batch_size))
+        return itertools.cycle([_prepared(runnable, images, turn, batch_size) for _ in range(count)])
 
-    return lambda: subject(pixels())
+    return lambda: runnable(next(batches()))
 
 
-def _time_all(subjects: Sequence[Subject], batch_size: int, spec: LatencySpec) -> dict[str, Timing]:
-    if not subjects:
+def _prepared(runnable: Runnable, images: ImageSet, turn: Iterator[int], batch_size: int) -> torch.Tensor:
+    chosen = itertools.islice(turn, batch_size)
+    return torch.stack([runnable.preprocess(images.image(index)) for index in chosen]).to(runnable.device)
+
+
+def _time_all(
+    runnables: Sequence[Runnable], batch_size: int, spec: LatencySpec, images: ImageSet | None
+) -> dict[str, Timing]:
+    if not runnables:
         return {}
-    calls = {subject.name: call_of(subject, batch_size) for subject in subjects}
-    timings = time_interleaved(calls, spec, clock_for(subjects[0].device), f"latency at batch {batch_size}")
+    if spec.inputs == "random":
+        images = None
+    calls = {runnable.name: call_of(runnable, batch_size, images) for runnable in runnables}
+    timings = time_interleaved(calls, spec, clock_for(runnables[0].device), f"latency at batch {batch_size}")
     calls.clear()  # and with them pixels that may be what did not fit
-    for subject in subjects:
-        timing = timings[subject.name]
+    for runnable in runnables:
+        timing = timings[runnable.name]
         if timing.out_of_memory:
-            timing.failure = f"out of memory; {_largest_that_fits(subject, batch_size // 2)}"
+            timing.failure = f"out of memory; {_largest_that_fits(runnable, batch_size // 2)}"
     return timings
 
 
-def _largest_that_fits(subject: Subject, batch_size: int) -> str:
+def _largest_that_fits(runnable: Runnable, batch_size: int) -> str:
     """The batch halved until it fits, in words."""
     while batch_size >= 1:
         try:
-            call_of(subject, batch_size)()
+            call_of(runnable, batch_size)()
         except Exception as error:
             if not is_out_of_memory(error):
                 return f"at batch {batch_size}: {explain_failure(error)}"

@@ -15,39 +15,42 @@ import torch
 from vitopt import threads
 from vitopt.data.pixels import random_pixels
 from vitopt.errors import MeasurementError
-from vitopt.measure.subject import Subject
-from vitopt.models.checkpoint import weight_bytes
+from vitopt.measure.runnable import HoldsGraphs, KeepsWeights, Runnable, RunsAlone, input_size
 from vitopt.records import Memory
 
 _TIME_LIMIT_SECONDS = 600
 
 
-def peak_memory(subject: Subject, batch_size: int) -> Memory:
-    """Peak memory of `subject` at `batch_size`.
+def peak_memory(runnable: Runnable, batch_size: int) -> Memory:
+    """Peak memory of `runnable` at `batch_size`.
 
     On the CPU it is that of the model as it runs without a compiler, whose own memory would hide the model's.
 
     Raises:
-        MeasurementError: on the CPU, the process that runs the model alone failed.
+        MeasurementError: on the CPU, the process that runs the model alone failed, or there is none.
     """
-    if subject.device.type == "cuda":
-        return _cuda_peak(subject, batch_size)
-    return _process_peak(subject.alone(batch_size), batch_size)
+    if runnable.device.type == "cuda":
+        return _cuda_peak(runnable, batch_size)
+    if not isinstance(runnable, RunsAlone):
+        raise MeasurementError("it cannot be run by a process of its own")
+    return _process_peak(runnable.alone(batch_size), batch_size)
 
 
-def _cuda_peak(subject: Subject, batch_size: int) -> Memory:
-    pixels = random_pixels(batch_size, subject.checkpoint.image_size).to(subject.device)
-    torch.cuda.synchronize(subject.device)
-    torch.cuda.reset_peak_memory_stats(subject.device)
-    before = torch.cuda.memory_allocated(subject.device)
-    subject(pixels)
-    torch.cuda.synchronize(subject.device)
+def _cuda_peak(runnable: Runnable, batch_size: int) -> Memory:
+    pixels = random_pixels(batch_size, input_size(runnable)).to(runnable.device)
+    torch.cuda.synchronize(runnable.device)
+    torch.cuda.reset_peak_memory_stats(runnable.device)
+    before = torch.cuda.memory_allocated(runnable.device)
+    runnable(pixels)
+    torch.cuda.synchronize(runnable.device)
     # Other variants are loaded too: count what this call added, and this variant's own weights. A replayed graph
     # adds nothing, its memory has been set aside when it was captured.
-    added = max(torch.cuda.max_memory_allocated(subject.device) - before, subject.graph_bytes(pixels.shape))
+    graphs = runnable.graph_bytes(pixels.shape) if isinstance(runnable, HoldsGraphs) else 0
+    added = max(torch.cuda.max_memory_allocated(runnable.device) - before, graphs)
+    weights = runnable.weight_bytes() if isinstance(runnable, KeepsWeights) else 0
     return Memory(
-        peak_bytes=added + weight_bytes(subject.model) + pixels.numel() * pixels.element_size(),
-        reserved_bytes=torch.cuda.max_memory_reserved(subject.device),
+        peak_bytes=added + weights + pixels.numel() * pixels.element_size(),
+        reserved_bytes=torch.cuda.max_memory_reserved(runnable.device),
         kind="cuda_allocated",
         batch_size=batch_size,
     )

@@ -10,27 +10,15 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from vitopt.formats import FORMATS
 from vitopt.measure.latency import clock_for
-from vitopt.models.checkpoint import Checkpoint, empty_model
-from vitopt.models.forward import logits
 from vitopt.records import Roofline
 
 _GEMM_SIDE = {"cuda": 8192, "cpu": 2048}
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
 _CALLS = 15
 _FP8_MAX = 448.0
-
-
-def flops_per_image(checkpoint: Checkpoint) -> int:
-    """Arithmetic of one image in matrix products and convolutions, a multiply-add counted as two."""
-    model = empty_model(checkpoint)
-    model.set_attn_implementation("eager")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        logits(model, torch.empty(1, 3, *checkpoint.image_size, device="meta"))
-    return int(counter.get_total_flops())
 
 
 def roofline(format: str, device: torch.device) -> Roofline | None:

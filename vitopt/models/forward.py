@@ -1,9 +1,11 @@
-"""Calling a model: some families do not cast the pixels that they are given, so it is done here for all."""
+"""Calling a model, and the arithmetic of a call. Some families do not cast their pixels, so it is done here for all."""
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vitopt.environment import DTYPES
+from vitopt.models.checkpoint import Checkpoint, empty_model
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:
@@ -15,3 +17,12 @@ def logits(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """(batch, classes), in the model's type, from images of any: (batch, 3, height, width)."""
     found: torch.Tensor = model(pixel_values=pixel_values.to(input_dtype(model))).logits
     return found
+
+
+def flops_per_image(checkpoint: Checkpoint) -> int:
+    """Arithmetic of one image in matrix products and convolutions, a multiply-add counted as two."""
+    model = empty_model(checkpoint)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        logits(model, torch.empty(1, 3, *checkpoint.image_size, device="meta"))
+    return int(counter.get_total_flops())

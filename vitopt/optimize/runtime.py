@@ -1,41 +1,58 @@
 """One function prepares a runnable model, for the evaluator, the benchmark, predictions and serving alike."""
 
+import functools
 import logging
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from vitopt import environment
+from vitopt.data.pixels import Preprocessor
 from vitopt.errors import UnsupportedError
-from vitopt.models.checkpoint import Checkpoint, load_model
+from vitopt.models.calibration import Use, load_uses
+from vitopt.models.checkpoint import (
+    Checkpoint,
+    disk_bytes,
+    empty_model,
+    load_model,
+    load_processor,
+    parameter_count,
+    weight_bytes,
+)
 from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel
-from vitopt.models.forward import input_dtype
+from vitopt.models.forward import flops_per_image, input_dtype
 from vitopt.models.names import block_names
 from vitopt.optimize.attention import attention_of, implementation, kernel_used
 from vitopt.optimize.compiled import Compiled, compiled
 from vitopt.optimize.expand import EXPANDABLE, expand
 from vitopt.optimize.formats import live_formats, stored_formats
 from vitopt.optimize.fuse import FusedAttention, fuse_projections
-from vitopt.recipe import RunSpec
+from vitopt.recipe import HeldSpec, RunSpec
+from vitopt.records import Model, Option, Size, Variant
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Runnable:
-    """A model on its device, with what was asked for and what will run."""
+class TorchRunnable:
+    """A checkpoint as a torch module on its device; a `vitopt.measure.runnable.Runnable`.
+
+    `asked`: the variant that it was made for, None for a checkpoint from elsewhere. `reasons`: option of `run` -> why
+    something else runs. `layers`: logical name -> format, read from the live model.
+    """
 
     name: str
     checkpoint: Checkpoint
     model: PreTrainedModel
     device: torch.device
     run: RunSpec
-    attention_reason: str | None = None
-    kernel_reason: str | None = None
-    compile_reason: str | None = None
+    asked: HeldSpec | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
     layers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -47,14 +64,24 @@ class Runnable:
             modules = [self.model.get_submodule(name) for name in blocks]
             self._compiled = compiled(self.model, modules, self.device, self.run.autotune)
 
+    @functools.cached_property
+    def preprocess(self) -> Preprocessor:
+        """The checkpoint's own."""
+        return Preprocessor(load_processor(self.checkpoint))
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.checkpoint.image_size
+
     @property
     def attention_used(self) -> str:
         """The attention implementation of the live model."""
         return attention_of(str(self.model.config._attn_implementation))
 
     @property
-    def compiled(self) -> bool:
-        """Whether calls go through a compiler."""
+    def fixed_shapes(self) -> bool:
+        """Whether calls go through a compiler, which compiles each shape anew."""
         return self._compiled is not None
 
     @property
@@ -67,6 +94,67 @@ class Runnable:
         """Attentions of the live model whose query, key and value are one matrix product."""
         return sum(isinstance(module, FusedAttention) for module in self.model.modules())
 
+    def describe(self) -> dict[str, Any]:
+        """Its fields of a record: variant, model, layers, size."""
+        held: Any = self.asked or self.run  # of a checkpoint from elsewhere, nothing was asked
+        folder = self.checkpoint.folder
+        return {
+            "variant": Variant(
+                name=self.name,
+                format=self._format,
+                half=getattr(held, "half", None),
+                skip=getattr(held, "skip", ()),
+                layers=dict(getattr(held, "layers", {})),
+                stored_format=self.stored_format if self.run.run_as else None,
+                asked=self.run.options,
+                ran=self._ran,
+                reasons=self.reasons,
+            ),
+            "model": Model(
+                source=self.checkpoint.source,
+                sha256=self.checkpoint.fingerprint() if folder else None,
+                architecture=str((self.checkpoint.config.architectures or ["unknown"])[0]),
+                parameters=parameter_count(empty_model(self.checkpoint)),
+                image_size=self.checkpoint.image_size,
+                classes=self.checkpoint.config.num_labels,
+            ),
+            "layer_plan": dict(Counter(self.layers.values())),
+            "layers": self.layers,
+            "size": Size(weight_bytes=self.weight_bytes(), disk_bytes=disk_bytes(folder) if folder else None),
+        }
+
+    @property
+    def _format(self) -> str:
+        """What was asked for, however many layers a skip list keeps; else what the checkpoint is stored in."""
+        if self.run.run_as is not None:
+            return self.run.run_as
+        most = Counter(self.layers.values()).most_common(1)[0][0]
+        return self.asked.format if self.asked else self.stored_format or most
+
+    @property
+    def _ran(self) -> dict[str, Option]:
+        """How it runs, by option."""
+        return {
+            "attention": self.attention_used,
+            "sdpa_kernel": None,  # a profiled call tells
+            "fuse_qkv": self.fused_attentions > 0,
+            "channels_last": self.run.channels_last,
+            "compile": self.fixed_shapes,
+            "autotune": self.run.autotune and self.fixed_shapes,
+        }
+
+    def flops_per_image(self) -> int:
+        """Arithmetic of one image."""
+        return flops_per_image(self.checkpoint)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as held."""
+        return weight_bytes(self.model)
+
+    def images_seen(self) -> tuple[Use, ...]:
+        """Images that the checkpoint was trained or calibrated on."""
+        return load_uses(self.checkpoint.folder)
+
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`pixel_values`: (batch, 3, height, width), on the device. Returns logits (batch, classes).
@@ -77,13 +165,13 @@ class Runnable:
         pixel_values = pixel_values.to(self._dtype, memory_format=layout)
         if self._compiled is not None and self._compiled.knows(pixel_values.shape):
             return self._compiled(pixel_values)
-        if self._compiled is not None and self.compile_reason is None:
+        if self._compiled is not None and "compile" not in self.reasons:
             return self._first_call(self._compiled, pixel_values)
         return self._eager(pixel_values)
 
     def kernel_used(self, pixel_values: torch.Tensor) -> str | None:
-        """The attention kernel that a profiled call ran; None where it is none of torch's. Last of all timings."""
-        return kernel_used(lambda: self(pixel_values), self.device)
+        """The kernel of sdpa that a profiled call ran; None where it is none of torch's. Last of all timings."""
+        return kernel_used(lambda: self(pixel_values), self.device) if self.attention_used == "sdpa" else None
 
     def graph_bytes(self, shape: torch.Size) -> int:
         """Memory that a captured CUDA graph for pixels of this shape keeps beside the weights, else 0."""
@@ -113,7 +201,7 @@ class Runnable:
                 reason = f"batch {len(pixel_values)}: {reason}"
             else:
                 self._compiled = None
-            self.compile_reason = reason
+            self.reasons["compile"] = reason
             logger.warning("%s: compilation failed (%s); running eager", self.name, reason)
         else:
             self._has_compiled = True
@@ -126,9 +214,10 @@ def prepare(
     name: str,
     device: torch.device,
     run: RunSpec | None = None,
+    asked: HeldSpec | None = None,
     strict: bool = False,
-) -> Runnable:
-    """Load a checkpoint so that it can be called.
+) -> TorchRunnable:
+    """Load a checkpoint so that it can be called; `asked` is the variant that it was made for.
 
     An attention that cannot run falls back to SDPA, that to eager where a family has none, and a kernel of SDPA to
     torch's own choice; each says so once, and the reason is kept.
@@ -143,9 +232,12 @@ def prepare(
     config = checkpoint.config
     attention_reason = why_not_attention(config, run.attention, device, dtype)
     kernel_reason = why_not_kernel(config, run.sdpa_kernel, device, dtype)
+    reasons = {}
     if attention_reason:
+        reasons["attention"] = attention_reason
         _fall_back(name, run.attention, attention_reason, best_attention(config), strict)
     if kernel_reason:
+        reasons["sdpa_kernel"] = kernel_reason
         _fall_back(name, f"sdpa kernel {run.sdpa_kernel}", kernel_reason, "the one torch chooses", strict)
     attention = implementation(
         best_attention(config) if attention_reason else run.attention,
@@ -157,19 +249,20 @@ def prepare(
         expand(model, checkpoint.config.model_type, run.run_as)
     model.requires_grad_(False)
     if run.fuse_qkv and fuse_projections(model) == 0:
-        logger.warning("%s: no query, key and value here can be fused (packed, eager, or another attention)", name)
+        reasons["fuse_qkv"] = "no query, key and value here can be fused (packed, eager, or another attention)"
+        logger.warning("%s: %s", name, reasons["fuse_qkv"])
     if run.channels_last:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last)
-    return Runnable(
+    return TorchRunnable(
         name=name,
         checkpoint=checkpoint,
         model=model,
         device=device,
         run=run,
-        attention_reason=attention_reason,
-        kernel_reason=kernel_reason,
+        asked=asked,
+        reasons=reasons,
         layers=live_formats(model, checkpoint.config.model_type),
     )
 

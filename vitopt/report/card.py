@@ -9,15 +9,15 @@ from vitopt.records import Record, Variant
 from vitopt.report.rendering import templates
 from vitopt.report.summary import listed
 from vitopt.report.table import (
-    describe_attention,
+    chosen,
     describe_device,
     describe_format,
+    describe_run,
     expansion,
-    kernel_chosen,
     markdown_table,
     notes,
-    ran_with,
     stored_as,
+    switched_on,
 )
 
 CARD_FILE = "README.md"
@@ -29,7 +29,7 @@ def write_card(record: Record, folder: Path, records: Sequence[Record]) -> None:
     text = templates.get_template("card.md").render(
         record=record,
         format=describe_format(record),
-        attention=describe_attention(record),
+        attention=describe_run(record),
         device=describe_device(record),
         table=markdown_table(records),
         notes=notes(records),
@@ -49,13 +49,13 @@ def _formats_on_disk(record: Record) -> list[str]:
 
 def _left_out(variant: Variant) -> list[str]:
     """What the variant was measured with and the loading code does without."""
-    kernel = kernel_chosen(variant)
-    return ([] if kernel == "auto" else [f"the {kernel} kernel"]) + ran_with(variant)
+    kernel = chosen(variant, "sdpa_kernel")
+    return ([f"the {kernel} kernel"] if kernel else []) + switched_on(variant)
 
 
 def loading_code(record: Record, folder: str) -> str:
     """Python that loads the checkpoint with plain transformers and classifies one image."""
-    attention = record.variant.attention_used
+    attention = record.variant.ran.get("attention")
     return "\n".join(
         [
             "from transformers import pipeline",

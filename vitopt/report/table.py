@@ -82,7 +82,7 @@ def row(record: Record, batch_size: int | None = None) -> list[str]:
         record.variant.name,
         describe_format(record),
         # What was asked for has not run, so it is not shown as if it had.
-        "failed" if record.failure else describe_attention(record),
+        "failed" if record.failure else describe_run(record),
         _number(accuracy.top1_percent if accuracy else None, digits),
         _delta(versus, digits),
         UNKNOWN if versus is None else percent(versus.agreement_percent),
@@ -127,38 +127,38 @@ def expansion(variant: Variant) -> str:
     return f"{'expanded to' if variant.stored_format in QUANTIZED_FORMATS else 'run as'} {variant.format}"
 
 
-def describe_attention(record: Record) -> str:
-    """What ran, and what was asked for where that differs; then what else it ran with."""
+def describe_run(record: Record) -> str:
+    """How a variant ran: what its options were set to, what was asked for where that differs, then what was on."""
     variant = record.variant
-    if variant.attention_used is None:
+    choices = [value for value in variant.ran.values() if isinstance(value, str)]
+    if not variant.ran:
         return UNKNOWN
-    text, missing = variant.attention_used, []
-    if variant.attention_requested != variant.attention_used:
-        missing.append(variant.attention_requested)
-    if variant.attention_used == "sdpa":
-        asked, kernel = variant.sdpa_kernel_requested, variant.sdpa_kernel_used
-        text += f" {kernel}" if kernel else ""
-        # Without a reason and without a kernel that was recognised, nothing says that another one ran.
-        if asked != "auto" and asked != kernel and (kernel or variant.sdpa_kernel_reason):
-            missing.append(asked)
-    text += f" (not {', '.join(missing)})" if missing else ""
-    return " + ".join([text, *ran_with(variant)])
+    missing = [str(variant.asked[option]) for option in variant.asked if _fell_back(variant, option)]
+    text = " ".join(choices) + (f" (not {', '.join(missing)})" if missing else "")
+    return " + ".join(filter(None, [text, *switched_on(variant)]))
 
 
-def ran_with(variant: Variant) -> list[str]:
-    """What a variant ran with beside its format and its attention."""
-    compiled = "compile (autotuned)" if variant.autotune else "compile"
-    things = {
-        "fused qkv": variant.fused_attentions > 0,
-        "channels last": variant.channels_last,
-        compiled: variant.compile_used,
-    }
-    return [words for words, used in things.items() if used]
+def switched_on(variant: Variant) -> list[str]:
+    """Options that a variant ran with and that are either on or off."""
+    return [option_words(option) for option, value in variant.ran.items() if value is True]
 
 
-def kernel_chosen(variant: Variant) -> str:
-    """The kernel of sdpa that was demanded of torch; `auto` where torch chose, also after a fallback."""
-    return "auto" if variant.sdpa_kernel_reason else variant.sdpa_kernel_requested
+def option_words(option: str) -> str:
+    """Name of an option as people read it."""
+    return option.replace("_", " ")
+
+
+def chosen(variant: Variant, option: str) -> str | None:
+    """What was demanded for an option and ran; None where the choice was left open, or something else ran."""
+    value = variant.asked.get(option)
+    return value if isinstance(value, str) and value != "auto" and option not in variant.reasons else None
+
+
+def _fell_back(variant: Variant, option: str) -> bool:
+    asked, ran = variant.asked[option], variant.ran.get(option)
+    # Without a reason, and without anything that was recognised, nothing says that another one ran.
+    told = ran is not None or option in variant.reasons
+    return isinstance(asked, str) and asked not in ("auto", ran) and told
 
 
 def describe_device(record: Record) -> str:
@@ -228,15 +228,7 @@ def cautions(records: Sequence[Record]) -> list[str]:
         name, variant = record.variant.name, record.variant
         if record.failure:
             found.append((name, f" failed: {record.failure}"))
-        if variant.attention_reason:
-            asked = f"{variant.attention_requested} was asked for, {variant.attention_used} ran"
-            found.append((name, f": {asked} ({variant.attention_reason})"))
-        if variant.sdpa_kernel_reason:
-            ran = f"sdpa {variant.sdpa_kernel_used}" if variant.sdpa_kernel_used else "the kernel that torch chose"
-            asked = f"sdpa {variant.sdpa_kernel_requested} was asked for, {ran} ran"
-            found.append((name, f": {asked} ({variant.sdpa_kernel_reason})"))
-        if variant.compile_reason:
-            found.append((name, f": not compiled ({variant.compile_reason})"))
+        found += [(name, f": {_reason(variant, option)}") for option in variant.reasons]
         found += [(name, f": batch {f.batch_size} not timed ({f.reason})") for f in record.latency_failures]
         found += [(name, f": {figure} not measured ({why})") for figure, why in record.unmeasured.items()]
     lines = _together(found)
@@ -244,6 +236,13 @@ def cautions(records: Sequence[Record]) -> list[str]:
     if skipped:
         lines.append(f"{len(skipped)} images could not be decoded and were left out, first {skipped[0]}")
     return lines + _warnings([record for record in records if record.failure is None])
+
+
+def _reason(variant: Variant, option: str) -> str:
+    asked, ran, reason = variant.asked.get(option), variant.ran.get(option), variant.reasons[option]
+    if isinstance(asked, str):
+        return f"{option_words(option)} {asked} was asked for, {ran or 'another'} ran ({reason})"
+    return f"{option_words(option)} was asked for{'' if ran else ' and did not run'} ({reason})"
 
 
 def _unbounded(records: Sequence[Record]) -> list[str]:

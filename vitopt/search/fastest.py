@@ -16,7 +16,6 @@ import torch
 from vitopt import environment
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
-from vitopt.data.pixels import Preprocessor
 from vitopt.errors import CheckpointError, MeasurementError, RecipeError, UnsupportedError
 from vitopt.formats import FORMATS, QUANTIZED_FORMATS, HalfFormat
 from vitopt.measure.claims import at_least
@@ -25,9 +24,9 @@ from vitopt.measure.evaluator import evaluate
 from vitopt.measure.latency_statistics import Speedup
 from vitopt.measure.power import trials_to_bound_share
 from vitopt.measure.statistics import Interval, wilson_interval
-from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
+from vitopt.models.checkpoint import Checkpoint, open_checkpoint
 from vitopt.optimize.quantize import quantize
-from vitopt.optimize.runtime import Runnable, prepare
+from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import EvaluateSpec, VariantSpec
 from vitopt.records import Record
 
@@ -165,11 +164,9 @@ def find_fastest(
         made = list(_prepared(checkpoint, candidates(target, half, compile), Path(folder), target))
         variants = [variant for variant, _ in made]
         measured = evaluate(
-            [subject for _, subject in made],
-            variants,
+            [runnable for _, runnable in made],
             spec,
             images=fit_labels(images, checkpoint.label_names),
-            preprocess=Preprocessor(load_processor(checkpoint)),
             skip_bad=skip_bad,
             baseline=REFERENCE,
             untrained=checkpoint.is_random,
@@ -183,16 +180,17 @@ def find_fastest(
 
 def _prepared(
     checkpoint: Checkpoint, variants: list[VariantSpec], folder: Path, device: torch.device
-) -> Iterator[tuple[VariantSpec, Runnable]]:
+) -> Iterator[tuple[VariantSpec, TorchRunnable]]:
     for variant in variants:
         made = folder / variant.format
         try:
             if not made.exists():
                 quantize(checkpoint, variant, made, str(device))
-            subject = prepare(open_checkpoint(str(made)), name=variant.name, device=device, run=variant.run)
+            made_as = open_checkpoint(str(made))
+            runnable = prepare(made_as, name=variant.name, device=device, run=variant.run, asked=variant)
         except (CheckpointError, MeasurementError, UnsupportedError) as error:
             if variant.name == REFERENCE:
                 raise
             logger.warning("%s is left out: %s", variant.name, error)
         else:
-            yield variant, subject
+            yield variant, runnable
