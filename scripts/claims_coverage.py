@@ -20,11 +20,16 @@ from vitopt import environment
 
 environment.quiet_libraries()
 
-from vitopt.measure.latency_statistics import speedup_interval
+from vitopt.measure.bootstrap import positive_mean_interval
+from vitopt.measure.claims import at_least
+from vitopt.measure.clusters import proportion_interval
+from vitopt.measure.latency_statistics import quantile_interval, speedup_interval
 from vitopt.measure.predictions import Predictions
 from vitopt.measure.ratio import ratio_interval
 from vitopt.measure.statistics import (
     Interval,
+    holm,
+    mcnemar_exact_p,
     paired_counts,
     paired_delta_interval,
     wilson_interval,
@@ -77,6 +82,63 @@ def speedup(rng: Generator, *, rounds: int) -> bool:
 
     interval = speedup_interval(samples(13.0), samples(10.0)).interval
     return interval is None or misses(interval, 1.3)
+
+
+def quantile(rng: Generator, *, q: float, calls: int) -> bool:
+    """Calls of which one in twenty stalls for a time without bound (Pareto): the true quantile over the upper limit."""
+    samples = 10 * rng.lognormal(0, 0.05, calls) * (1 + (rng.random(calls) < 0.05) * rng.pareto(1.5, calls))
+    limit = quantile_interval(samples, q)[1]
+    return limit is not None and true_quantile(q) > limit
+
+
+@functools.cache
+def true_quantile(q: float) -> float:
+    rng = np.random.default_rng(1)
+    calls = 4_000_000
+    return float(
+        np.quantile(10 * rng.lognormal(0, 0.05, calls) * (1 + (rng.random(calls) < 0.05) * rng.pareto(1.5, calls)), q)
+    )
+
+
+def mean_kl(rng: Generator, *, images: int, spread: float) -> bool:
+    """Divergences that are lognormal: the true mean over the upper limit."""
+    interval = positive_mean_interval(rng.lognormal(0, spread, images), seed=int(rng.integers(2**31)))
+    return interval is not None and math.exp(spread**2 / 2) > interval.high
+
+
+def clustered(rng: Generator, *, groups: int, size: int) -> bool:
+    """Accuracy on videos whose frames are alike: each has a rate of its own, 0.8 in the mean."""
+    rates = rng.beta(0.8 * 3, 0.2 * 3, groups)
+    right = (rng.random((groups, size)) < rates[:, None]).ravel()
+    names = [str(group) for group in range(groups) for _ in range(size)]
+    return misses(proportion_interval(right, names), 0.8)
+
+
+# Decisions
+
+
+def margin(rng: Generator, *, images: int) -> bool:
+    """The gate at a true loss of just the margin, 1 point: whether it calls it shown."""
+    kinds = rng.choice(4, images, p=[0.77, 0.03, 0.02, 0.18])
+    counts = paired_counts((kinds == 0) | (kinds == 1), (kinds == 0) | (kinds == 2))
+    interval = paired_delta_interval(counts.both_right, counts.right_to_wrong, counts.wrong_to_right, counts.both_wrong)
+    return at_least(interval, -0.01) == "shown"
+
+
+def agreement(rng: Generator, *, share: float, images: int) -> bool:
+    """The gate at an agreement that is just what is asked: whether it calls it shown."""
+    return at_least(wilson_interval(int(rng.binomial(images, share)), images), share) == "shown"
+
+
+def any_change(rng: Generator, *, variants: int, images: int) -> bool:
+    """Variants that are all as good as the baseline: whether any is said to lose or gain."""
+    found = []
+    for _ in range(variants):
+        kinds = rng.choice(4, images, p=[0.86, 0.03, 0.03, 0.08])
+        lost, gained = int((kinds == 1).sum()), int((kinds == 2).sum())
+        interval = paired_delta_interval(int((kinds == 0).sum()), lost, gained, int((kinds == 3).sum()))
+        found.append((misses(interval, 0), mcnemar_exact_p(lost, gained)))
+    return any(out and p < 0.05 for (out, _), p in zip(found, holm([p for _, p in found]), strict=True))
 
 
 def kl_share(rng: Generator, *, images: int, spread: float) -> bool:
@@ -205,6 +267,41 @@ CLAIMS: dict[str, Claim] = {
         functools.partial(tango, lost=0.02, gained=0.02, images=100),
     ),
     "speedup": Claim("speed-up (t on logs)", "10 rounds, drift, stalls", 5, functools.partial(speedup, rounds=10)),
+    "p95": Claim("p95 under its upper limit", "100 calls, stalls", 2.5, functools.partial(quantile, q=0.95, calls=100)),
+    "p99": Claim("p99 under its upper limit", "400 calls, stalls", 2.5, functools.partial(quantile, q=0.99, calls=400)),
+    "kl": Claim(
+        "mean KL under its upper limit (bootstrap)",
+        "400 images, log spread 1",
+        2.5,
+        functools.partial(mean_kl, images=400, spread=1.0),
+    ),
+    "kl-wild": Claim(
+        "mean KL under its upper limit (bootstrap)",
+        "400 images, log spread 2",
+        2.5,
+        functools.partial(mean_kl, images=400, spread=2.0),
+    ),
+    "clustered": Claim(
+        "top-1 with groups (effective share)",
+        "40 videos of 10 frames",
+        5,
+        functools.partial(clustered, groups=40, size=10),
+    ),
+    "margin": Claim(
+        "a loss of 1 point called within 1 point", "1,000 images", 5, functools.partial(margin, images=1000)
+    ),
+    "shown-agreement": Claim(
+        "an agreement of 98.5 % called at least 98.5 %",
+        "400 images",
+        5,
+        functools.partial(agreement, share=0.985, images=400),
+    ),
+    "holm": Claim(
+        "a change that is none called shown (Holm)",
+        "5 variants, 400 images",
+        5,
+        functools.partial(any_change, variants=5, images=400),
+    ),
     "kl-share": Claim("share of KL (bootstrap)", "400 images", 5, functools.partial(kl_share, images=400, spread=1.0)),
     "kl-share-wild": Claim(
         "share of KL (bootstrap)", "100 images, heavy tail", 5, functools.partial(kl_share, images=100, spread=1.5)

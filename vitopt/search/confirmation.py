@@ -7,7 +7,6 @@ the one list that the search ends with is judged once, on the other part.
 from vitopt.data.images import ImageSet
 from vitopt.errors import DataError
 from vitopt.measure import statistics
-from vitopt.measure.accuracy import compare
 from vitopt.measure.predictions import Predictions
 from vitopt.measure.ratio import ratio_interval
 from vitopt.search.goal import CHOOSING
@@ -31,10 +30,13 @@ def divide(images: ImageSet) -> tuple[ImageSet, ImageSet]:
 
 def loss(exact: Predictions, reference: Predictions, changed: Predictions) -> Loss:
     """`changed` against the 16-bit model `exact`; its top-1 against `reference`."""
-    versus = compare("reference", reference, changed)
+    counts = statistics.paired_counts(reference.correct, changed.correct)
+    interval = statistics.paired_delta_interval(
+        counts.both_right, counts.right_to_wrong, counts.wrong_to_right, counts.both_wrong
+    )
     return Loss(
-        top1_delta_points=versus.top1_delta_points,
-        top1_delta_ci95_points=versus.top1_delta_ci95_points,
+        top1_delta_points=100 * (counts.wrong_to_right - counts.right_to_wrong) / len(changed.labels),
+        top1_delta_ci95_points=(100 * interval.low, 100 * interval.high),
         agreement_percent=100 * statistics.agreement(exact.classes, changed.classes),
         kl=statistics.mean_kl_divergence(exact.logits, changed.logits),
         logit_error=statistics.normalised_error(exact.logits, changed.logits),
