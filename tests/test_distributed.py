@@ -86,6 +86,7 @@ def test_training_is_shared_and_leaves_one_complete_checkpoint(
         "model.safetensors",
         "preprocessor_config.json",
         "training.json",
+        "calibration.json",
         LIST_FILE,
     }
     report = json.loads((folder / "training.json").read_text())
@@ -133,7 +134,7 @@ def test_one_process_finds_all_stages_of_two_complete(
     def measured_again(*_: Any, **__: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(pipeline, "evaluate", measured_again)
+    monkeypatch.setattr(inference, "evaluate", measured_again)
     said: list[str] = []
     pipeline.run(load_recipe(launched[0] / "recipe.yaml"), launched[0] / "run", said.append)
     assert said == [
