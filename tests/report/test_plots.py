@@ -184,12 +184,6 @@ def test_waterfall_marks_the_floor_of_each_step(make: SimpleNamespace, tmp_path)
     assert drawn["waterfall-1"].startswith("fp32: p50 ms 8.00, floor ms 2.00; bf16")
 
 
-def test_waterfall_without_floors_names_none(comparison):
-    axes = plots.waterfall(steps(comparison[0][:3], 1), 1).axes[0]
-
-    assert axes.get_xlabel() == "median latency at batch 1, ms"
-
-
 def test_sizes_and_memory_are_bars_with_their_figures(make: SimpleNamespace):
     used = Memory(peak_bytes=1_500_000_000, kind="cuda_allocated", batch_size=4)
     records = [make.record("a", memory=used), make.record("b", weight_bytes=None)]

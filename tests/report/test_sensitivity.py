@@ -36,7 +36,8 @@ def run(comparison, make: SimpleNamespace, tmp_path_factory):
     (folder / "sensitivity").mkdir()
     save_sensitivity(make.sensitivity(12, goal=Goal(max_top1_drop=0.5)), folder / "sensitivity" / "nf4.json")
     save_sensitivity(make.sensitivity(8, "linear"), folder / "sensitivity" / "bf16.json")
-    (folder / "sensitivity" / "nf4.partial.json").write_text("{}")
+    for name in ("nf4", "v1.5"):
+        (folder / "sensitivity" / f"{name}.partial.json").write_text("{}")
     (folder / "sensitivity" / "old.json").write_text("{}")
     write_report(folder)
     return folder

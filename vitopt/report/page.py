@@ -19,7 +19,7 @@ from vitopt.report.flips import Flips, Thumbnails, flips
 from vitopt.report.plots import save_plots
 from vitopt.report.rendering import templates
 from vitopt.report.strip import strips
-from vitopt.report.table import batch_sizes, cautions, comparison, describe_device, notes
+from vitopt.report.table import batch_sizes, cautions, comparison, device_name, notes
 from vitopt.report.waterfall import chain_of, floor_words
 
 PAGE_FILE = "report.html"
@@ -116,7 +116,7 @@ def _context(run: Run, plots: Sequence[Plot]) -> dict[str, Any]:
         "title": run.folder.resolve().name,
         "records": records,
         "baseline": baseline.variant.name if baseline else None,
-        "device": describe_device(records[0]),
+        "device": device_name(records[0].environment),
         "dataset": next((record.dataset for record in records if record.dataset), None),
         "headline": summary.headline(records, baseline),
         "highlights": summary.highlights(records, baseline),
@@ -194,7 +194,7 @@ def _differences(records: Sequence[Record]) -> list[str]:
     """Variants that were not measured under the same conditions cannot be compared without saying so."""
     measured = [record for record in records if record.failure is None]
     lines = []
-    if len({describe_device(record) for record in measured}) > 1:
+    if len({device_name(record.environment) for record in measured}) > 1:
         lines.append("the variants were measured on different devices: their latencies do not compare")
     if len({record.dataset.sha256 for record in measured if record.dataset}) > 1:
         lines.append("the variants were measured on different images: their accuracies do not compare")

@@ -5,15 +5,10 @@ from collections.abc import Callable, Sequence
 from vitopt.records import Record
 
 TITLE = "What the device allows"
-_FLOOR = "the larger of batch × FLOP per image over the matrix rate and weight bytes over the copy rate"
-_MFU = (
-    "model FLOP utilisation: batch × FLOP per image over the median latency, "
-    "in % of the matrix rate of the format that a variant computes in"
-)
 
 
 def facts(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Name and text of the device's rates, the model's arithmetic, and what follows; empty where no rate is known."""
+    """Name and text of the device's rates, and the model's arithmetic; empty where no rate is known."""
     by_format: dict[str, list[float]] = {}
     copies = []
     for one in (record.roofline for record in records if record.roofline):
@@ -28,7 +23,7 @@ def facts(records: Sequence[Record]) -> list[tuple[str, str]]:
     if images:
         arithmetic = f"{_span(images, _flops)} in matrix products and convolutions, a multiply-add counted as two"
         found.append(("one image", arithmetic))
-    return [*found, ("floor", _FLOOR), ("MFU", _MFU)]
+    return found
 
 
 def _span(values: Sequence[float], words: Callable[[float], str]) -> str:

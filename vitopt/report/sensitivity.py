@@ -60,9 +60,8 @@ class Part:
 def read_all(folder: Path, order: Sequence[str] = ()) -> tuple[dict[str, Sensitivity], list[str]]:
     """The analyses of a run by name, those of `order` first, and what could not be read."""
     # What ends in `.partial` is what an interrupted analysis goes on from.
-    paths = {
-        path.stem: path for path in sorted(folder.glob(f"{FOLDER}/*.json")) if path.suffixes != [".partial", ".json"]
-    }
+    complete = [path for path in sorted(folder.glob(f"{FOLDER}/*.json")) if not path.stem.endswith(".partial")]
+    paths = {path.stem: path for path in complete}
     found: dict[str, Sensitivity] = {}
     unreadable: list[str] = []
     for name in dict.fromkeys([*(name for name in order if name in paths), *paths]):

@@ -21,15 +21,6 @@ class Highlight:
     text: str
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """All that can be said about one variant, in sentences; none for the baseline or a failure."""
-
-    variant: str
-    sentences: tuple[str, ...]
-    failed: bool
-
-
 def baseline_of(records: Sequence[Record], name: str | None = None) -> Record | None:
     """The record that the others were compared with; `name` is what the recipe calls the baseline."""
     compared = (record.versus_baseline.baseline for record in records if record.versus_baseline)
@@ -161,11 +152,11 @@ def _loss(record: Record) -> list[str]:
     return [versus.verdict] if versus and loses(versus) else []
 
 
-def verdicts(records: Sequence[Record], baseline: Record | None) -> list[Verdict]:
-    """What is known about each variant against the baseline, in plain words; accuracy or failure first."""
+def verdicts(records: Sequence[Record], baseline: Record | None) -> dict[str, list[str]]:
+    """What is known of each variant against the baseline, in sentences by its name; accuracy or failure first."""
     others = [record for record in records if baseline is None or record.variant.name != baseline.variant.name]
-    said = [(record, tuple(filter(None, _sentences(record, baseline)))) for record in others]
-    return [Verdict(record.variant.name, lines, failed=record.failure is not None) for record, lines in said if lines]
+    said = {record.variant.name: list(filter(None, _sentences(record, baseline))) for record in others}
+    return {name: sentences for name, sentences in said.items() if sentences}
 
 
 def _sentences(record: Record, baseline: Record | None) -> list[str]:

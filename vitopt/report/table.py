@@ -168,11 +168,6 @@ def _fell_back(variant: Variant, option: str) -> bool:
     return isinstance(asked, str) and asked not in ("auto", ran) and told
 
 
-def describe_device(record: Record) -> str:
-    """Name of the GPU, or of the processor."""
-    return device_name(record.environment)
-
-
 def device_name(environment: Mapping[str, Any]) -> str:
     """Name of the GPU, or of the processor, in what a record says about its machine."""
     gpu = environment.get("gpu")
@@ -279,11 +274,6 @@ def verdicts(records: Sequence[Record]) -> list[str]:
     return lines + ([holm] if adjusted > 1 else [])
 
 
-def markdown_table(records: Sequence[Record], batch_size: int | None = None) -> str:
-    """The comparison in GitHub's Markdown."""
-    return markdown(comparison(records, batch_size))
-
-
 def markdown(table: Table) -> str:
     """A table in GitHub's Markdown."""
     figures = len(table.headings) - table.text_columns
@@ -296,7 +286,7 @@ def pull_request(records: tuple[Record, Record]) -> str:
     """What a pull request needs of a comparison: the decision, what was required, the table, the notes."""
     before, after = records
     title = f"{after.variant.name} against {before.variant.name}"
-    parts = [markdown_table(records, size) for size in batch_sizes(records) or (None,)]
+    parts = [markdown(comparison(records, size)) for size in batch_sizes(records) or (None,)]
     if after.requirements:
         title += f": requirements {DECISIONS[overall(after.requirements)]}"
         rows = tuple(map(requirement_cells, after.requirements))
