@@ -31,10 +31,7 @@ def test_card_of_an_expanded_run_is_about_what_the_folder_holds(make: SimpleName
 
     assert "Format: bf16 (stored as nf4)." in text
     assert "and bitsandbytes installed" in text
-    assert words.startswith(
-        "This folder holds nf4. All figures are of the model as vitopt ran it, expanded to bf16 at load; "
-        "the code above runs nf4 as it is stored.\n"
-    )
+    assert words.startswith("This folder holds nf4.") and "expanded to bf16 at load" in words
 
 
 def test_card_names_the_packages_of_the_stored_formats_only(make: SimpleNamespace, tmp_path):
@@ -51,10 +48,8 @@ def test_card_says_what_the_code_does_without(make: SimpleNamespace, tmp_path):
         ran={"attention": "sdpa", "sdpa_kernel": "cudnn", "fuse_qkv": True, "compile": True},
     )
 
-    assert words == (
-        "Measured with the cudnn kernel, fuse qkv and compile, which the code above does without.\n\n"
-        "Speed, size and memory alone, on Test CPU, batch size 1."
-    )
+    assert "the cudnn kernel, fuse qkv and compile" in words
+    assert words.endswith("on Test CPU, batch size 1.")
 
 
 def test_card_of_a_plain_variant_has_no_such_words(make: SimpleNamespace, tmp_path):

@@ -19,12 +19,6 @@ def test_facts_are_the_rates_per_format_and_what_follows(make: SimpleNamespace):
         ("matrix rate", "52.0 TFLOP/s in fp32, 712 TFLOP/s in bf16"),
         ("copy rate", "4,104 GB/s, bytes read and bytes written"),
         ("one image", "35.1 GFLOP in matrix products and convolutions, a multiply-add counted as two"),
-        ("floor", "the larger of batch × FLOP per image over the matrix rate and weight bytes over the copy rate"),
-        (
-            "MFU",
-            "model FLOP utilisation: batch × FLOP per image over the median latency, "
-            "in % of the matrix rate of the format that a variant computes in",
-        ),
     ]
 
 
@@ -62,6 +56,4 @@ def test_without_rates_or_arithmetic_there_is_less_to_say(make: SimpleNamespace)
     assert [name for name, _ in facts([limited(make, "bf16", 1e12, flops_per_image=None)])] == [
         "matrix rate",
         "copy rate",
-        "floor",
-        "MFU",
     ]

@@ -36,7 +36,8 @@ def run(comparison, make: SimpleNamespace, tmp_path_factory):
     (folder / "sensitivity").mkdir()
     save_sensitivity(make.sensitivity(12, goal=Goal(max_top1_drop=0.5)), folder / "sensitivity" / "nf4.json")
     save_sensitivity(make.sensitivity(8, "linear"), folder / "sensitivity" / "bf16.json")
-    (folder / "sensitivity" / "nf4.partial.json").write_text("{}")
+    for name in ("nf4", "v1.5"):
+        (folder / "sensitivity" / f"{name}.partial.json").write_text("{}")
     (folder / "sensitivity" / "old.json").write_text("{}")
     write_report(folder)
     return folder
@@ -65,8 +66,7 @@ def test_many_layers_are_counted_in_the_answer_and_named_in_the_recipe(make: Sim
     part = part_of("nf4", make.sensitivity(24, "linear"))
 
     assert re.match(r"Keep \d+ of 144 layers in bf16 and the rest in nf4", part.answer)
-    assert part.hidden == "The 24 of 144 layers that matter most by damage or recovery are shown, 120 are left out."
-    assert len(part.table.rows) == 144
+    assert (len(part.telling), len(part.table)) == (24, 144)
 
 
 def test_keeping_units_can_save_time(make: SimpleNamespace):
@@ -96,7 +96,7 @@ def test_it_says_whether_the_floor_was_shown(make: SimpleNamespace, goal, images
 def test_a_goal_out_of_reach_is_not_offered_as_a_recipe(make: SimpleNamespace):
     part = part_of("nf4", make.sensitivity(12, "linear", goal=Goal(max_kl_share=0.1), sample=8))
 
-    assert part.answer == "No list came within the goal on 400 images; nearest comes 8 of 72 layers in bf16."
+    assert "No list met the goal" in part.answer and "8 of 72 layers in bf16" in part.answer
     assert dict(part.facts)["goal met"].startswith("no, ")
     assert dict(part.facts)["advice"] == part.advice is not None
     assert part.skip is None
@@ -126,10 +126,8 @@ def test_the_first_pass_is_correlated_with_the_exact_table(make: SimpleNamespace
     scored = [unit.unit for unit in result.units]
     expected = statistics.spearman([shuffled[name] for name in scored], [unit.recovery.kl for unit in result.units])
 
-    assert facts(result)["first pass"] == (
-        "72 layers ranked by KL on 64 images, labels unused; 8 of them then scored exactly. Over these 8, its rank "
-        "correlation with the exact recovery KL is 1.00"
-    )
+    words = facts(result)["first pass"]
+    assert words.startswith("72 layers ranked by KL on 64 images") and words.endswith("is 1.00")
     assert f"is {expected:.2f}" in facts(result.model_copy(update={"sample_kl": shuffled}))["first pass"]
     assert "first pass" not in facts(make.sensitivity(12))
 
@@ -153,7 +151,7 @@ def test_the_plan_is_a_strip_of_all_known_layers(make: SimpleNamespace):
     assert len(part.strip.blocks) == 12
     assert [len(block.formats) for block in part.strip.blocks] == [6] * 12
     assert f"block {kept.split('.')[1]} {kept.split('.')[2]} bf16, others nf4" in part.strip.words
-    assert part.formats == ("nf4", "bf16")
+    assert part.strip.formats == ["nf4", "bf16"]
 
 
 def test_the_table_has_every_unit_and_leaves_out_what_nobody_knows(make: SimpleNamespace):

@@ -62,17 +62,15 @@ def test_headline_of_equal_variants_does_not_claim_more_than_the_images_show(mak
 
 
 @pytest.mark.parametrize(
-    ("failures", "text"),
-    [
-        (("no", None), "The baseline a failed, so the variants are compared with nothing."),
-        (("no", "no"), "No variant could be measured. The reasons are below."),
-        ((None, None), "Measured on random pixels: these figures tell about speed, size and memory only."),
-    ],
+    ("failures", "words"),
+    [(("no", None), "baseline a failed"), (("no", "no"), "No variant"), ((None, None), "random pixels")],
 )
-def test_headline_where_there_is_nothing_to_compare(make: SimpleNamespace, failures, text):
+def test_headline_where_there_is_nothing_to_compare(make: SimpleNamespace, failures, words):
     records = [make.record(name, failure=failure) for name, failure in zip("ab", failures, strict=True)]
 
-    assert headline(records, records[0]) == [text]
+    (sentence,) = headline(records, records[0])
+
+    assert words in sentence
 
 
 def test_highlights_are_smallest_fastest_and_most_faithful(comparison):
@@ -110,31 +108,28 @@ def test_one_variant_has_no_highlights(make: SimpleNamespace):
 def test_verdicts_speak_of_accuracy_speed_and_size(comparison):
     records = comparison[0]
 
-    bf16, nf4, fp8 = verdicts(records, records[0])
+    found = verdicts(records, records[0])
 
-    assert bf16.variant == "bf16"
-    assert bf16.sentences[1:] == (
+    assert found["bf16"][1:] == [
         "same class as fp32 on 100.0 % of the images",
         "at batch 1: 1.50x faster (1.42 to 1.58)",
         "at batch 8: 1.80x faster (1.71 to 1.89)",
         "weights 2.0x smaller than those of fp32",
-    )
-    assert nf4.sentences[0].startswith("loses")
-    assert fp8.failed
-    assert fp8.sentences == ("failed: fp8 cannot run on cpu",)
+    ]
+    assert found["nf4"][0].startswith("loses")
+    assert found["fp8"] == ["failed: fp8 cannot run on cpu"]
 
 
 def test_verdicts_say_what_is_on_disk_where_another_format_ran(make: SimpleNamespace):
     records = [make.record("nf4", "nf4"), make.record("as-bf16", "bf16", stored_format="nf4", weight_bytes=40_000_000)]
 
-    assert verdicts(records, records[0])[0].sentences == (
-        "weights 2.0x larger than those of nf4",
-        "stored as nf4, expanded to bf16 at load",
-    )
+    size, stored = verdicts(records, records[0])["as-bf16"]
+    assert "2.0x larger" in size
+    assert "nf4" in stored and "expanded to bf16" in stored
 
 
 def test_a_variant_alone_has_no_verdict(make: SimpleNamespace):
-    assert verdicts([make.record("a", predictions=make.predictions())], None) == []
+    assert verdicts([make.record("a", predictions=make.predictions())], None) == {}
 
 
 def test_equals_are_named_the_smallest_together(make: SimpleNamespace):
@@ -176,4 +171,4 @@ def test_headline_says_by_whom_requirements_are_met(make: SimpleNamespace):
     records = [make.record("fp32"), make.record("a", **required("failed")), make.record("b", **required("shown"))]
 
     assert "What is required is met by b and missed by a." in headline(records, records[0])
-    assert "KL divergence at most 0.1 nats: 0.2 (0.1 to 0.3), missed" in verdicts(records, records[0])[0].sentences
+    assert "KL divergence at most 0.1 nats: 0.2 (0.1 to 0.3), missed" in verdicts(records, records[0])["a"]

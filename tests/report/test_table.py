@@ -7,15 +7,18 @@ from vitopt.report import table as report_table
 from vitopt.report.table import (
     HEADINGS,
     UNKNOWN,
-    describe_device,
     describe_format,
     describe_run,
+    device_name,
     human_bytes,
-    markdown_table,
+    in_words,
+    markdown,
     milliseconds,
     notes,
+    of,
     percent,
     row,
+    tabulate,
     tail,
 )
 
@@ -204,7 +207,7 @@ def test_untimed_batch_sizes_and_skipped_images_are_noted(make: SimpleNamespace)
 
 
 def test_markdown_cells_cannot_break_the_table_or_bring_html(make: SimpleNamespace):
-    table = markdown_table([make.record("a|b<script>\nc")])
+    table = markdown(report_table.comparison([make.record("a|b<script>\nc")], None))
 
     lines = table.splitlines()
     assert len(lines) == 3
@@ -215,7 +218,7 @@ def test_markdown_cells_cannot_break_the_table_or_bring_html(make: SimpleNamespa
 def test_markdown_leaves_out_columns_without_any_figure(make: SimpleNamespace):
     records = [make.record("a", p50_ms={1: 3.0}), make.record("b", failure="no", weight_bytes=None)]
 
-    assert markdown_table(records).splitlines() == [
+    assert markdown(report_table.comparison(records, None)).splitlines() == [
         "| variant | format | attention | p50 ms | p95 ms | p99 ms | images/s | weights | on disk |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
         "| a | fp32 | sdpa | 3.00 | 3.27 | 3.29 | 333 | 20 MB | 20 MB |",
@@ -223,21 +226,36 @@ def test_markdown_leaves_out_columns_without_any_figure(make: SimpleNamespace):
     ]
 
 
-def test_comparison_leaves_out_columns_without_any_figure(make: SimpleNamespace):
-    table = report_table.comparison(
-        [make.record("a", p50_ms={1: 3.0}), make.record("b", failure="no", weight_bytes=None)], 1
-    )
+def test_a_failed_variant_has_its_reason_in_the_table(make: SimpleNamespace):
+    records = [make.record("a", p50_ms={1: 3.0}), make.record("b", failure="no", weight_bytes=None)]
 
-    assert not {"top-1 %", "floor ms", "MFU %"} & set(table.headings)
-    assert table.headings[:3] == ("variant", "format", "attention")
-    assert all(len(cells) == len(table.headings) for cells in table.rows)
-    assert table.failures == {"b": "no"}
+    assert report_table.comparison(records, 1).failures == {"b": "no"}
+
+
+def test_a_table_has_a_dash_for_what_is_missing_on_the_way_and_no_column_without_a_figure():
+    items = [SimpleNamespace(name="a", size=SimpleNamespace(bytes=0)), SimpleNamespace(name="b", size=None)]
+    columns = {"name": of("name"), "bytes": of("size.bytes", "{:,}".format), "none": of("size", lambda _: None)}
+
+    table = tabulate("Sizes", columns, items)
+
+    assert (table.headings, table.rows) == (("name", "bytes"), (("a", "0"), ("b", UNKNOWN)))
+    assert table and not tabulate("Sizes", columns, [])
+
+
+def test_figures_in_words_leave_out_what_is_missing(make: SimpleNamespace):
+    records = [
+        make.record("a", p50_ms={1: 3.0}, weight_bytes=None),
+        make.record("b"),
+        make.record("c", weight_bytes=None),
+    ]
+
+    assert in_words(records, 1, "p50 ms", "weights") == "a: p50 ms 3.00; b: weights 20 MB"
 
 
 def test_device_is_the_gpu_where_there_is_one(make: SimpleNamespace):
-    assert describe_device(make.record("a")) == "Test CPU"
-    assert describe_device(make.record("a", environment={"gpu": {"name": "H200"}})) == "H200"
-    assert describe_device(make.record("a", environment={})) == "unknown device"
+    assert device_name(make.record("a").environment) == "Test CPU"
+    assert device_name({"gpu": {"name": "H200"}}) == "H200"
+    assert device_name({}) == "unknown device"
 
 
 @pytest.mark.parametrize(

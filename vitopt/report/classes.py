@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from vitopt.records import Record
+from vitopt.report.table import Table, of, tabulate
 
 MOST_SHOWN = 10
 
@@ -29,7 +30,7 @@ class ClassChange:
 
 @dataclass(frozen=True)
 class ClassChanges:
-    """Changed classes of one variant: the most changed ones, and how many there are besides."""
+    """Changed classes of one variant: how many became worse and better, and the most changed ones."""
 
     variant: str
     baseline: str
@@ -39,14 +40,24 @@ class ClassChanges:
     shown: tuple[ClassChange, ...]
 
     @property
-    def changed(self) -> int:
-        """Number of classes whose accuracy differs."""
-        return self.worse + self.better
-
-    @property
     def rest(self) -> int:
         """Changed classes that are not shown."""
-        return self.changed - len(self.shown)
+        return self.worse + self.better - len(self.shown)
+
+    @property
+    def table(self) -> Table:
+        """The classes that are shown."""
+        return tabulate(f"Classes of {self.variant} that changed most", _COLUMNS, self.shown)
+
+
+_COLUMNS = {
+    "class": of("name"),
+    "images": of("images", "{:,}".format),
+    "baseline %": of("baseline_percent", "{:.1f}".format),
+    "variant %": of("variant_percent", "{:.1f}".format),
+    "points": of("points", "{:+.1f}".format),
+    "images won or lost": of("images_changed", "{:+d}".format),
+}
 
 
 def class_changes(record: Record, baseline: Record, most: int = MOST_SHOWN) -> ClassChanges | None:
@@ -56,18 +67,13 @@ def class_changes(record: Record, baseline: Record, most: int = MOST_SHOWN) -> C
     """
     if not (record.accuracy and baseline.accuracy and record.accuracy.classes and baseline.accuracy.classes):
         return None
-    reference = {one.label: one for one in baseline.accuracy.classes}
-    found = [
-        ClassChange(one.name, one.images, reference[one.label].top1_percent, one.top1_percent)
+    before = {one.label: one.top1_percent for one in baseline.accuracy.classes}
+    changed = [
+        ClassChange(one.name, one.images, before[one.label], one.top1_percent)
         for one in record.accuracy.classes
-        if one.label in reference and one.top1_percent != reference[one.label].top1_percent
+        if before.get(one.label, one.top1_percent) != one.top1_percent
     ]
-    found.sort(key=lambda change: (-abs(change.images_changed), -abs(change.points), change.points, change.name))
-    return ClassChanges(
-        variant=record.variant.name,
-        baseline=baseline.variant.name,
-        classes=len(record.accuracy.classes),
-        worse=sum(change.points < 0 for change in found),
-        better=sum(change.points > 0 for change in found),
-        shown=tuple(found[:most]),
-    )
+    changed.sort(key=lambda change: (-abs(change.images_changed), -abs(change.points), change.points, change.name))
+    worse = sum(change.points < 0 for change in changed)
+    names, classes = (record.variant.name, baseline.variant.name), len(record.accuracy.classes)
+    return ClassChanges(*names, classes, worse, len(changed) - worse, tuple(changed[:most]))

@@ -1,159 +1,46 @@
-"""The tables beside the comparison: agreement, other timings, what the images can show, changed classes."""
+"""The tables beside the comparison: agreement, what one image alone gets, and how latency was timed."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from vitopt.records import Record
-from vitopt.report.classes import ClassChanges
-from vitopt.report.table import UNKNOWN, Table, milliseconds, percent, rate
-
-_SETTLED = {True: "yes", False: "no", None: UNKNOWN}
+from vitopt.records import Latency, Record
+from vitopt.report.table import Cell, Table, milliseconds, of, percent, rate, tabulate
 
 
-def agreement(records: Sequence[Record]) -> Table | None:
-    """How close each variant stays to the baseline, image by image; None where no accuracy was measured."""
-    rows = []
-    for record in records:
-        accuracy, versus = record.accuracy, record.versus_baseline
-        if accuracy is None:
-            continue
-        top5 = UNKNOWN if accuracy.top5_percent is None else f"{accuracy.top5_percent:.1f}"
-        compared = [UNKNOWN] * 6
-        if versus is not None:
-            compared = [
-                _with(percent, versus.agreement_percent, versus.agreement_ci95_percent),
-                f"{versus.right_to_wrong:,}",
-                f"{versus.wrong_to_right:,}",
-                p_value(versus.mcnemar_p if versus.mcnemar_holm_p is None else versus.mcnemar_holm_p),
-                _with("{:.4f}".format, versus.mean_kl_divergence, versus.kl_ci95),
-                f"{versus.normalised_logit_error:.3f}",
-            ]
-        noise = accuracy.calibration_noise
-        calibration = f"{accuracy.expected_calibration_error:.3f}" + ("" if noise is None else f" ({noise:.3f})")
-        rows.append(
-            (
-                record.variant.name,
-                _with("{:.1f}".format, accuracy.top1_percent, accuracy.top1_ci95_percent),
-                top5,
-                *compared,
-                calibration,
-            )
-        )
-    headings = (
-        "variant",
-        "top-1 % (95 %)",
-        "top-5 %",
-        "agree % (95 %)",
-        "right to wrong",
-        "wrong to right",
-        "McNemar p",
-        "KL, nats (95 %)",
-        "logit error",
-        "calibration error (by chance)",
-    )
-    return Table("Accuracy and agreement in detail", headings, tuple(rows)).known() if rows else None
+def agreement(records: Sequence[Record]) -> Table:
+    """How close each variant stays to the baseline, image by image."""
+    return tabulate("Accuracy and agreement in detail", _AGREEMENT, [record for record in records if record.accuracy])
 
 
-def batch_invariance(records: Sequence[Record]) -> Table | None:
-    """Whether an image gets the same answer alone as in a batch; None where it was not tried."""
-    rows = tuple(
-        (
-            record.variant.name,
-            f"{found.images:,}",
-            str(found.batch_size),
-            percent(found.agreement_percent),
-            f"{found.max_logit_difference:.2g}",
-        )
-        for record in records
-        if (found := record.batch_invariance) is not None
-    )
-    headings = ("variant", "images", "batch", "same class alone, %", "largest difference of a logit")
-    return Table("One image alone against the same image in a batch", headings, rows) if rows else None
+def batch_invariance(records: Sequence[Record]) -> Table:
+    """Whether an image gets the same answer alone as in a batch."""
+    tried = [record for record in records if record.batch_invariance]
+    return tabulate("One image alone against the same image in a batch", _BATCH_INVARIANCE, tried)
 
 
 def end_to_end(records: Sequence[Record]) -> list[Table]:
     """Per batch size, the mean milliseconds of each part of a call from file to class."""
-    tables = []
-    for size in sorted({one.batch_size for record in records for one in record.end_to_end}):
-        rows = tuple(
-            (
-                record.variant.name,
-                *map(milliseconds, (one.decode_ms, one.preprocess_ms, one.copy_ms, one.model_ms, one.postprocess_ms)),
-                milliseconds(one.total_p50_ms),
-                milliseconds(one.total_p95_ms),
-                rate(one.images_per_second),
-            )
-            for record in records
-            for one in record.end_to_end
-            if one.batch_size == size
+    calls = [_Row(record, call) for record in records for call in record.end_to_end]
+    return [
+        tabulate(
+            f"From image file to class at batch {size}, in ms",
+            _END_TO_END,
+            [call for call in calls if call.of.batch_size == size],
         )
-        headings = (
-            "variant",
-            "decode",
-            "preprocess",
-            "copy",
-            "model",
-            "postprocess",
-            "total p50",
-            "total p95",
-            "images/s",
-        )
-        tables.append(Table(f"From image file to class at batch {size}, in ms", headings, rows).known())
-    return tables
+        for size in sorted({call.of.batch_size for call in calls})
+    ]
 
 
-def other_timings(records: Sequence[Record]) -> Table | None:
-    """Warm-up, device time, highest rate and energy; None where nothing was timed."""
-    rows = []
-    for record in records:
-        for number, latency in enumerate(record.latency):
-            most, energy = record.throughput, record.energy_joules_per_image
-            # What belongs to the variant and to no batch size stands in its first row.
-            once = number == 0
-            rows.append(
-                (
-                    record.variant.name,
-                    str(latency.batch_size),
-                    f"{latency.warmup_ms / 1000:.2f}",
-                    f"{latency.iterations:,}",
-                    str(latency.rounds),
-                    f"{latency.discarded_calls:,}",
-                    _SETTLED[latency.settled],
-                    milliseconds(latency.device_p50_ms),
-                    f"{rate(most.images_per_second)} at batch {most.batch_size}" if most and once else UNKNOWN,
-                    f"{energy:.3g}" if energy is not None and once else UNKNOWN,
-                )
-            )
-    headings = (
-        "variant",
-        "batch",
-        "warm-up, s",
-        "timed calls",
-        "rounds",
-        "discarded calls",
-        "warm-up settled",
-        "device p50, ms",
-        "highest images/s",
-        "joules/image",
-    )
-    return Table("How latency was timed", headings, tuple(rows)).known() if rows else None
-
-
-def changed_classes(changes: ClassChanges) -> Table:
-    """The most changed classes of one variant."""
-    rows = tuple(
-        (
-            change.name,
-            f"{change.images:,}",
-            f"{change.baseline_percent:.1f}",
-            f"{change.variant_percent:.1f}",
-            f"{change.points:+.1f}",
-            f"{change.images_changed:+d}",
-        )
-        for change in changes.shown
-    )
-    headings = ("class", "images", "baseline %", "variant %", "points", "images won or lost")
-    return Table(f"Classes of {changes.variant} that changed most", headings, rows)
+def other_timings(records: Sequence[Record]) -> Table:
+    """Warm-up, device time, highest rate and energy."""
+    # What belongs to the variant and to no batch size stands in its first row.
+    rows = [
+        _Row(record, latency, None if number else record)
+        for record in records
+        for number, latency in enumerate(record.latency)
+    ]
+    return tabulate("How latency was timed", _TIMINGS, rows)
 
 
 def environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -164,11 +51,79 @@ def environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(key.replace("_", " "), str(value)) for key, value in facts.items() if value is not None]
 
 
-def _with(words: Callable[[float], str], figure: float, interval: tuple[float, float] | None) -> str:
-    """A figure with its interval where there is one."""
-    return words(figure) + (f" ({words(interval[0])} to {words(interval[1])})" if interval else "")
-
-
 def p_value(p: float) -> str:
     """Three decimals, or that it is below the last of them."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A part of a record as a row of its own; `first` is the record in the first row of it."""
+
+    record: Record
+    of: Any
+    first: Record | None = None
+
+
+def _with(words: Callable[[float], str], figure: str, interval: str) -> Cell:
+    """A figure with its interval where there is one; both by the names of their fields."""
+
+    def cell(item: Any) -> str:
+        ends = getattr(item, interval)
+        return words(getattr(item, figure)) + (f" ({words(ends[0])} to {words(ends[1])})" if ends else "")
+
+    return cell
+
+
+def _settled(latency: Latency) -> str | None:
+    return None if latency.settled is None else "yes" if latency.settled else "no"
+
+
+_AGREEMENT: dict[str, Cell] = {
+    "variant": of("variant.name"),
+    "top-1 % (95 %)": of("accuracy", _with("{:.1f}".format, "top1_percent", "top1_ci95_percent")),
+    "top-5 %": of("accuracy.top5_percent", "{:.1f}".format),
+    "agree % (95 %)": of("versus_baseline", _with(percent, "agreement_percent", "agreement_ci95_percent")),
+    "right to wrong": of("versus_baseline.right_to_wrong", "{:,}".format),
+    "wrong to right": of("versus_baseline.wrong_to_right", "{:,}".format),
+    "McNemar p": of(
+        "versus_baseline", lambda v: p_value(v.mcnemar_p if v.mcnemar_holm_p is None else v.mcnemar_holm_p)
+    ),
+    "KL, nats (95 %)": of("versus_baseline", _with("{:.4f}".format, "mean_kl_divergence", "kl_ci95")),
+    "logit error": of("versus_baseline.normalised_logit_error", "{:.3f}".format),
+    "calibration error (by chance)": of(
+        "accuracy",
+        lambda found: (
+            f"{found.expected_calibration_error:.3f}"
+            + ("" if found.calibration_noise is None else f" ({found.calibration_noise:.3f})")
+        ),
+    ),
+}
+_BATCH_INVARIANCE: dict[str, Cell] = {
+    "variant": of("variant.name"),
+    "images": of("batch_invariance.images", "{:,}".format),
+    "batch": of("batch_invariance.batch_size"),
+    "same class alone, %": of("batch_invariance.agreement_percent", percent),
+    "largest difference of a logit": of("batch_invariance.max_logit_difference", "{:.2g}".format),
+}
+_END_TO_END: dict[str, Cell] = {
+    "variant": of("record.variant.name"),
+    **{part: of(f"of.{part}_ms", milliseconds) for part in ("decode", "preprocess", "copy", "model", "postprocess")},
+    "total p50": of("of.total_p50_ms", milliseconds),
+    "total p95": of("of.total_p95_ms", milliseconds),
+    "images/s": of("of.images_per_second", rate),
+}
+_TIMINGS: dict[str, Cell] = {
+    "variant": of("record.variant.name"),
+    "batch": of("of.batch_size"),
+    "warm-up, s": of("of.warmup_ms", lambda value: f"{value / 1000:.2f}"),
+    "timed calls": of("of.iterations", "{:,}".format),
+    "rounds": of("of.rounds"),
+    "discarded calls": of("of.discarded_calls", "{:,}".format),
+    "warm-up settled": of("of", _settled),
+    "device p50, ms": of("of.device_p50_ms", milliseconds),
+    "highest images/s": of(
+        "first.throughput", lambda most: f"{rate(most.images_per_second)} at batch {most.batch_size}"
+    ),
+    "joules/image": of("first.energy_joules_per_image", "{:.3g}".format),
+}

@@ -3,12 +3,13 @@
 import contextlib
 import re
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -30,6 +31,8 @@ STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "xtick.color": INK,
     "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
     "grid.color": INK,
     "grid.alpha": 0.14,
     "grid.linewidth": 0.6,
@@ -40,18 +43,15 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure as the page shows it."""
+    """A figure, to be drawn (None: it has no data) or as the page shows it (its SVG, every name in it escaped)."""
 
     name: str  # of its files
     kind: str
-    batch_size: int | None
     title: str
     alt: str  # what it shows, in words, for those who cannot see it
-    svg: str
-
-
-Drawable = tuple[str, str, int | None, str, str, Figure | None]
-"""File name, kind, batch size, title, text alternative and figure of what might be drawn; None has no data."""
+    figure: Figure | None
+    batch_size: int | None = None
+    svg: str = ""
 
 
 @contextlib.contextmanager
@@ -80,23 +80,29 @@ def blank(height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def rendered(drawables: Iterable[Drawable], folder: Path | None) -> list[Plot]:
+def step_line(axes: Axes, x: np.ndarray, y: np.ndarray, front: Sequence[int]) -> None:
+    """A line along the points of a front: what one reaches holds until the next one is affordable."""
+    steps_x, steps_y = np.repeat(x[front], 2)[1:], np.repeat(y[front], 2)[:-1]
+    axes.plot(steps_x, steps_y, color=INK, alpha=0.45, linewidth=1.2, zorder=1)
+
+
+@styled()
+def rendered(plots: Iterable[Plot], folder: Path | None) -> list[Plot]:
     """The figures that have data as the page shows them; each also as SVG and PNG in `folder`, unless that is None.
 
     Raises:
         StorageError: the folder cannot be written.
     """
-    plots = []
-    with styled():
-        for name, kind, batch_size, title, alt, figure in drawables:
-            if figure is None:
-                continue
-            svg = svg_of(figure, name, f"{title}. {alt}")
-            if folder is not None:
-                storage.write_text(folder / f"{name}.svg", svg)
-                storage.write_bytes(folder / f"{name}.png", png_of(figure))
-            plots.append(Plot(name, kind, batch_size, title, alt, svg))
-    return plots
+    drawn = []
+    for one in plots:
+        if one.figure is None:
+            continue
+        svg = svg_of(one.figure, one.name, f"{one.title}. {one.alt}")
+        if folder is not None:
+            storage.write_text(folder / f"{one.name}.svg", svg)
+            storage.write_bytes(folder / f"{one.name}.png", png_of(one.figure))
+        drawn.append(replace(one, svg=svg, figure=None))
+    return drawn
 
 
 def remove_others(folder: Path, own: re.Pattern[str], plots: Iterable[Plot]) -> None:

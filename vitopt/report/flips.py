@@ -1,6 +1,7 @@
 """Images that turned from right to wrong, or from wrong to right: what a loss of accuracy looks like."""
 
 import base64
+import functools
 import hashlib
 import io
 from collections.abc import Mapping
@@ -68,30 +69,35 @@ class Thumbnails:
     def __init__(self, dataset: Dataset | None):
         self._images = _open(dataset)
         self._index = {name: index for index, name in enumerate(self._images.ids)} if self._images else {}
-        self._made: dict[str, str | None] = {}
+        self.of = functools.cache(self._of)
 
     @property
     def available(self) -> bool:
         """Whether the images were found at all."""
         return self._images is not None
 
-    def of(self, name: str, sha256: str) -> str | None:
+    def _of(self, name: str, sha256: str) -> str | None:
         """JPEG of one image as a data URI; None where it is absent or no longer has this content."""
-        if name not in self._made:
-            self._made[name] = self._make(name, sha256)
-        return self._made[name]
-
-    def _make(self, name: str, sha256: str) -> str | None:
-        if self._images is None or name not in self._index:
+        if self._images is None or (index := self._index.get(name)) is None:
             return None
-        index = self._index[name]
         try:
             content = self._images.reader.content(self._images.rows[index])
-            if hashlib.sha256(content).hexdigest() != sha256:
-                return None
-            return data_uri(self._images.image(index))
+            same = hashlib.sha256(content).hexdigest() == sha256
+            return data_uri(self._images.image(index)) if same else None
         except (VitoptError, OSError):
             return None
+
+
+def _open(dataset: Dataset | None) -> ImageSet | None:
+    if dataset is None:
+        return None
+    place, _ = parse_source(dataset.name)
+    if place != _BUILT_IN and not any(Path(path).expanduser().is_dir() for path in (dataset.name, place)):
+        return None
+    try:
+        return open_images(DataSpec(source=dataset.name), dataset.split)
+    except (VitoptError, OSError, ValueError):
+        return None
 
 
 def data_uri(image: Image.Image) -> str:
@@ -117,27 +123,27 @@ def flips(
     (baseline_name, before), (variant_name, after) = baseline, variant
     if before.image_sha256 != after.image_sha256 or before.logits.shape != after.logits.shape:
         return None
-    shown = []
-    for index in choose(before, after, most):
-        answers = [_answer(logits, class_names) for logits in (before.logits[index], after.logits[index])]
-        label = int(after.labels[index])
-        shown.append(
-            Flip(
-                image=after.ids[index],
-                label=_name(class_names, label),
-                baseline=answers[0],
-                variant=answers[1],
-                became_right=int(after.logits[index].argmax()) == label,
-                thumbnail=thumbnails.of(after.ids[index], after.image_sha256[index]),
-            )
+
+    def named(label: int) -> str:
+        return class_names.get(label, f"class {label}")
+
+    def answer(logits: NDArray[np.float32]) -> Answer:
+        label = int(logits.argmax())
+        return Answer(named(label), 100 * float(softmax(logits[np.newaxis])[0, label]))
+
+    shown = tuple(
+        Flip(
+            image=after.ids[index],
+            label=named(int(after.labels[index])),
+            baseline=answer(before.logits[index]),
+            variant=answer(after.logits[index]),
+            became_right=bool(after.correct[index]),
+            thumbnail=thumbnails.of(after.ids[index], after.image_sha256[index]),
         )
-    return Flips(
-        variant=variant_name,
-        baseline=baseline_name,
-        right_to_wrong=int((before.correct & ~after.correct).sum()),
-        wrong_to_right=int((~before.correct & after.correct).sum()),
-        shown=tuple(shown),
+        for index in choose(before, after, most)
     )
+    lost, won = int((before.correct & ~after.correct).sum()), int((~before.correct & after.correct).sum())
+    return Flips(variant_name, baseline_name, lost, won, shown)
 
 
 def choose(before: Predictions, after: Predictions, most: int) -> list[int]:
@@ -165,29 +171,3 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """Probabilities (images, classes) of logits of the same shape."""
     exponents = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     return exponents / exponents.sum(axis=1, keepdims=True)
-
-
-def _answer(logits: NDArray[np.float32], class_names: Mapping[int, str]) -> Answer:
-    chosen = int(logits.argmax())
-    return Answer(_name(class_names, chosen), 100 * float(softmax(logits[np.newaxis])[0, chosen]))
-
-
-def _name(class_names: Mapping[int, str], label: int) -> str:
-    return class_names.get(label, f"class {label}")
-
-
-def _open(dataset: Dataset | None) -> ImageSet | None:
-    if dataset is None:
-        return None
-    place, _ = parse_source(dataset.name)
-    is_here = place == _BUILT_IN or any(_is_folder(path) for path in (dataset.name, place))
-    if not is_here:
-        return None
-    try:
-        return open_images(DataSpec(source=dataset.name), dataset.split)
-    except (VitoptError, OSError, ValueError):
-        return None
-
-
-def _is_folder(path: str) -> bool:
-    return Path(path).expanduser().is_dir()

@@ -13,22 +13,13 @@ from vitopt.measure.predictions import PREDICTIONS_FILE, load_predictions
 from vitopt.recipe import load_recipe
 from vitopt.records import RECORD_FILE, Record, load_record
 from vitopt.report import details, roofline, sensitivity, summary
-from vitopt.report.classes import ClassChanges, class_changes
-from vitopt.report.details import environment_facts
+from vitopt.report.classes import class_changes
 from vitopt.report.figures import Plot, remove_others
 from vitopt.report.flips import Flips, Thumbnails, flips
 from vitopt.report.plots import save_plots
-from vitopt.report.rendering import inlined, templates
-from vitopt.report.strip import formats_in, strips
-from vitopt.report.table import (
-    batch_sizes,
-    cautions,
-    comparison,
-    describe_device,
-    markdown_table,
-    markdown_text,
-    notes,
-)
+from vitopt.report.rendering import templates
+from vitopt.report.strip import strips
+from vitopt.report.table import batch_sizes, cautions, comparison, device_name, notes
 from vitopt.report.waterfall import chain_of, floor_words
 
 PAGE_FILE = "report.html"
@@ -46,19 +37,6 @@ class Run:
     baseline: Record | None
     recipe_text: str | None
     chain: list[Record]  # of the waterfall
-
-    @property
-    def title(self) -> str:
-        """The folder's name."""
-        return self.folder.resolve().name
-
-
-@dataclass(frozen=True)
-class Analyses:
-    """The sensitivity analyses of a run, and what a reader of its report must know about them."""
-
-    parts: list[sensitivity.Part]
-    cautions: list[str]
 
 
 def load_run(folder: Path) -> list[Record]:
@@ -78,144 +56,129 @@ def write_report(folder: Path) -> Path:
         StorageError: the folder cannot be written.
     """
     run = _open_run(folder)
-    name = run.baseline.variant.name if run.baseline else None
-    plots = save_plots(run.records, name, folder / PLOTS_FOLDER, run.chain)
-    analyses = _analyses(run, folder / PLOTS_FOLDER)
-    storage.write_text(folder / MARKDOWN_FILE, _markdown(run, plots, analyses))
+    plots = save_plots(
+        run.records, run.baseline.variant.name if run.baseline else None, folder / PLOTS_FOLDER, run.chain
+    )
+    context = _context(run, plots)
+    storage.write_text(folder / MARKDOWN_FILE, templates.get_template(MARKDOWN_FILE).render(context))
     path = folder / PAGE_FILE
-    storage.write_text(path, templates.get_template("report.html").render(_context(run, plots, analyses)))
+    storage.write_text(path, templates.get_template(PAGE_FILE).render(context))
     return path
 
 
 def _open_run(folder: Path) -> Run:
-    found = sorted(folder.glob(f"variants/*/{RECORD_FILE}"))
-    if not found:
+    names = [path.parent.name for path in sorted(folder.glob(f"variants/*/{RECORD_FILE}"))]
+    if not names:
         raise RecordError(f"{folder} holds no records (variants/*/{RECORD_FILE}): give the folder of a `vitopt run`")
-    names = [path.parent.name for path in found]
     path = folder / "recipe.yaml"
     recipe = load_recipe(path) if path.is_file() else None
     order = [variant.name for variant in recipe.variants] if recipe else []
     # Variants that have left the recipe may still lie there; without a recipe, all that lie there count.
-    wanted = [name for name in order if name in names] or names
-    records = {name: load_record(folder / "variants" / name) for name in wanted}
-    ordered = list(records.values())
-    baseline = summary.baseline_of(ordered, recipe.baseline_name if recipe else None)
-    folders = {record.variant.name: folder / "variants" / name for name, record in records.items()}
-    chain = chain_of(ordered, recipe.waterfall if recipe else ())
-    return Run(folder, ordered, folders, baseline, path.read_text(encoding="utf-8") if recipe else None, chain)
+    wanted = [folder / "variants" / name for name in order if name in names] or [
+        folder / "variants" / name for name in names
+    ]
+    records = [load_record(place) for place in wanted]
+    return Run(
+        folder,
+        records,
+        folders={record.variant.name: place for record, place in zip(records, wanted, strict=True)},
+        baseline=summary.baseline_of(records, recipe.baseline_name if recipe else None),
+        recipe_text=path.read_text(encoding="utf-8") if recipe else None,
+        chain=chain_of(records, recipe.waterfall if recipe else ()),
+    )
 
 
-def _analyses(run: Run, folder: Path) -> Analyses:
-    """Every sensitivity analysis of the run, its figures saved in `folder`."""
-    found, unreadable = sensitivity.read_all(run.folder, [record.variant.name for record in run.records])
-    records = {record.variant.name: record for record in run.records}
-    parts = [sensitivity.part_of(name, result, records.get(name)) for name, result in found.items()]
-    parts = [sensitivity.drawn(part, sensitivity.plot_prefix(part.name), folder) for part in parts]
-    remove_others(folder, sensitivity.OWN_FILE, [plot for part in parts for plot in part.plots])
-    return Analyses(parts, sensitivity.cautions(parts) + unreadable)
+def _analyses(run: Run) -> tuple[list[sensitivity.Part], list[str]]:
+    """Every sensitivity analysis of the run, its figures saved, and what could not be read."""
+    records, plots = {record.variant.name: record for record in run.records}, run.folder / PLOTS_FOLDER
+    results, unreadable = sensitivity.read_all(run.folder, list(records))
+    parts = [
+        sensitivity.drawn(sensitivity.part_of(name, result, records.get(name)), sensitivity.plot_prefix(name), plots)
+        for name, result in results.items()
+    ]
+    remove_others(plots, sensitivity.OWN_FILE, [plot for part in parts for plot in part.plots])
+    return parts, unreadable
 
 
-def _context(run: Run, plots: Sequence[Plot], analyses: Analyses) -> dict[str, Any]:
+def _context(run: Run, plots: Sequence[Plot]) -> dict[str, Any]:
+    """What both reports are made of."""
     records, baseline = run.records, run.baseline
-    layer_strips = strips(records)
-    found_flips, unreadable, has_pictures = _flips(run)
-    first = next((record for record in records if record.model), None)
+    analyses, unreadable_analyses = _analyses(run)
+    flipped, unreadable_predictions, has_pictures = _flips(run)
+    together = _differences(records) + [f"{part.name}: {part.advice}" for part in analyses if part.advice]
+    others = [record for record in records if record is not baseline]
+    changes = [class_changes(record, baseline) for record in others] if baseline else []
+    compared = [(versus, record.variant.name) for record in records if (versus := record.versus_baseline)]
+    # Its examples are worth seeing first.
+    worst = max(compared, key=lambda pair: pair[0].right_to_wrong + pair[0].wrong_to_right, default=None)
     return {
-        "title": run.title,
-        "records": records,
         **sensitivity.page_context(),
+        "title": run.folder.resolve().name,
+        "records": records,
         "baseline": baseline.variant.name if baseline else None,
-        "model": first.model if first else None,
-        "device": describe_device(records[0]),
+        "device": device_name(records[0].environment),
         "dataset": next((record.dataset for record in records if record.dataset), None),
-        "created": max((record.created for record in records if record.created), default=None),
         "headline": summary.headline(records, baseline),
         "highlights": summary.highlights(records, baseline),
-        "cautions": cautions(records) + _differences(records) + analyses.cautions + unreadable,
+        "cautions": cautions(records) + together + unreadable_analyses + unreadable_predictions,
+        "notes": notes(records) + together + unreadable_analyses,
         "verdicts": summary.verdicts(records, baseline),
-        "tables": [comparison(records, size) for size in _sizes(records)],
+        "tables": {size: comparison(records, size) for size in batch_sizes(records) or (None,)},
         "agreement": details.agreement(records),
         "batch_invariance": details.batch_invariance(records),
         "end_to_end": details.end_to_end(records),
         "other_timings": details.other_timings(records),
-        "plots": {kind: [inlined(p) for p in plots if p.kind == kind] for kind in _KINDS},
-        "plot_formats": list(dict.fromkeys(record.variant.format for record in records if not record.failure)),
+        "plots": {kind: [plot for plot in plots if plot.kind == kind] for kind in _KINDS},
+        "plots_folder": PLOTS_FOLDER,
         "memory_kind": next((record.memory.kind for record in records if record.memory), None),
-        "untimed": _untimed(records),
-        "strips": layer_strips,
-        "strip_formats": formats_in(layer_strips),
+        "strips": strips(records),
         "chain": [record.variant.name for record in run.chain],
         "floor": floor_words(run.chain),
         "roofline": roofline.facts(records),
         "roofline_title": roofline.TITLE,
         "sensitivity_title": sensitivity.TITLE,
-        "analyses": analyses.parts,
-        "class_changes": [(changes, details.changed_classes(changes)) for changes in _class_changes(run)],
-        "flips": found_flips,
+        "analyses": analyses,
+        "class_changes": [found for found in changes if found is not None],
+        "flips": flipped,
         "has_pictures": has_pictures,
         "formats": FORMATS,
-        "most_affected": _most_affected(records),
-        "commands": list(dict.fromkeys(record.command for record in records if record.command)),
+        "most_affected": worst[1] if worst else None,
         "recipe": run.recipe_text,
-        "environment": environment_facts(records[0].environment),
+        "environment": details.environment_facts(records[0].environment),
     }
 
 
 _KINDS = ("accuracy", "latency", "waterfall", "size")
 
 
-def _sizes(records: Sequence[Record]) -> list[int | None]:
-    """Batch sizes to show a table for; one without any where nothing was timed."""
-    return [*batch_sizes(records)] or [None]
-
-
-def _class_changes(run: Run) -> list[ClassChanges]:
-    if run.baseline is None:
-        return []
-    others = [record for record in run.records if record is not run.baseline]
-    found = [class_changes(record, run.baseline) for record in others]
-    return [changes for changes in found if changes is not None]
-
-
-def _most_affected(records: Sequence[Record]) -> str | None:
-    """The variant whose examples are worth seeing first."""
-    compared = [(record.versus_baseline, record.variant.name) for record in records if record.versus_baseline]
-    worst = max(compared, key=lambda pair: pair[0].right_to_wrong + pair[0].wrong_to_right, default=None)
-    return worst[1] if worst else None
-
-
 def _flips(run: Run) -> tuple[list[Flips], list[str], bool]:
     """Flips of every variant whose predictions were kept; what could not be read; whether images were found."""
-    if run.baseline is None or not _has_predictions(run, run.baseline):
-        return [], [], False
     found: list[Flips] = []
     unreadable: list[str] = []
-    thumbnails = Thumbnails(run.baseline.dataset)
+    kept = [
+        record
+        for record in run.records
+        if record.failure is None and (run.folders[record.variant.name] / PREDICTIONS_FILE).is_file()
+    ]
+    if run.baseline is None or run.baseline not in kept:
+        return [], [], False
+    name, thumbnails = run.baseline.variant.name, Thumbnails(run.baseline.dataset)
     try:
-        reference = load_predictions(run.folders[run.baseline.variant.name])
+        reference = load_predictions(run.folders[name])
     except RecordError as error:
         return [], [str(error)], False
-    for record in run.records:
-        if record is run.baseline or not _has_predictions(run, record):
+    for record in kept:
+        folder, variant = run.folders[record.variant.name], record.variant.name
+        if variant == name:
             continue
-        folder = run.folders[record.variant.name]
         try:
-            predictions = load_predictions(folder)
+            predictions = (variant, load_predictions(folder))
         except RecordError as error:
             unreadable.append(str(error))
             continue
-        of_variant = flips(
-            (run.baseline.variant.name, reference),
-            (record.variant.name, predictions),
-            _class_names(folder, record),
-            thumbnails,
-        )
-        found += [of_variant] if of_variant is not None else []
+        one = flips((name, reference), predictions, _class_names(folder, record), thumbnails)
+        found += [one] if one is not None else []
     return found, unreadable, thumbnails.available
-
-
-def _has_predictions(run: Run, record: Record) -> bool:
-    return record.failure is None and (run.folders[record.variant.name] / PREDICTIONS_FILE).is_file()
 
 
 def _class_names(folder: Path, record: Record) -> dict[int, str]:
@@ -227,47 +190,12 @@ def _class_names(folder: Path, record: Record) -> dict[int, str]:
         return {one.label: one.name for one in record.accuracy.classes} if record.accuracy else {}
 
 
-def _untimed(records: Sequence[Record]) -> list[str]:
-    return [
-        f"{record.variant.name} at batch {failed.batch_size}: {failed.reason}"
-        for record in records
-        for failed in record.latency_failures
-    ]
-
-
 def _differences(records: Sequence[Record]) -> list[str]:
     """Variants that were not measured under the same conditions cannot be compared without saying so."""
     measured = [record for record in records if record.failure is None]
     lines = []
-    if len({describe_device(record) for record in measured}) > 1:
+    if len({device_name(record.environment) for record in measured}) > 1:
         lines.append("the variants were measured on different devices: their latencies do not compare")
     if len({record.dataset.sha256 for record in measured if record.dataset}) > 1:
         lines.append("the variants were measured on different images: their accuracies do not compare")
     return lines
-
-
-def _markdown(run: Run, plots: Sequence[Plot], analyses: Analyses) -> str:
-    records = run.records
-    parts = [f"# {markdown_text(run.title)}", " ".join(map(markdown_text, summary.headline(records, run.baseline)))]
-    lines = notes(records) + _differences(records) + analyses.cautions
-    parts.append("\n".join(f"- {markdown_text(line)}" for line in lines))
-    for size in _sizes(records):
-        parts += [f"## Batch size {size}" if size else "## Comparison", markdown_table(records, size)]
-        parts += [
-            f"![{markdown_text(p.alt)}]({PLOTS_FOLDER}/{p.name}.png)"
-            for p in plots
-            if size is not None and p.batch_size == size and p.kind in ("accuracy", "waterfall")
-        ]
-    if facts := roofline.facts(records):
-        parts += [f"## {roofline.TITLE}", "\n".join(f"- {name}: {text}" for name, text in facts)]
-    if analyses.parts:
-        parts += [f"## {sensitivity.TITLE}", *(sensitivity.markdown(part, PLOTS_FOLDER) for part in analyses.parts)]
-    commands = dict.fromkeys(record.command for record in records if record.command)
-    if commands:
-        parts += ["## Repeat it", "\n".join(["```sh", *commands, "```"])]
-    where = ", ".join(f"{name} {value}" for name, value in environment_facts(records[0].environment))
-    dataset = next((record.dataset for record in records if record.dataset), None)
-    if dataset:
-        where = f"{dataset.images:,} images of {dataset.name}, sha256 {dataset.sha256}; {where}"
-    parts.append(markdown_text(where))
-    return "\n\n".join(part for part in parts if part) + "\n"

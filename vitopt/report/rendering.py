@@ -1,11 +1,8 @@
 """Templates of the report room: HTML is escaped, Markdown is not."""
 
-from typing import Any
-
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
 
-from vitopt.report.figures import Plot
+from vitopt.report.table import markdown, markdown_text
 
 templates = Environment(
     loader=PackageLoader("vitopt.report"),
@@ -13,9 +10,6 @@ templates = Environment(
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
+    keep_trailing_newline=True,
 )
-
-
-def inlined(plot: Plot) -> dict[str, Any]:
-    """A figure for a template of a page: its title, and its SVG as markup."""
-    return {"title": plot.title, "svg": Markup(plot.svg)}  # made by us, every name in it escaped
+templates.filters |= {"text": markdown_text, "markdown": markdown}

@@ -5,35 +5,30 @@ from collections.abc import Callable, Sequence
 from vitopt.records import Record
 
 TITLE = "What the device allows"
-_FLOOR = "the larger of batch × FLOP per image over the matrix rate and weight bytes over the copy rate"
-_MFU = (
-    "model FLOP utilisation: batch × FLOP per image over the median latency, "
-    "in % of the matrix rate of the format that a variant computes in"
-)
 
 
 def facts(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """Name and text of the device's rates, the model's arithmetic, and what follows; empty where no rate is known."""
-    rates = [record.roofline for record in records if record.roofline]
-    if not rates:
-        return []
+    """Name and text of the device's rates, and the model's arithmetic; empty where no rate is known."""
     by_format: dict[str, list[float]] = {}
-    for one in rates:
+    copies = []
+    for one in (record.roofline for record in records if record.roofline):
         by_format.setdefault(one.gemm_format, []).append(one.gemm_flops_per_second)
-    products = [f"{_span(found, _flops)}/s in {format}" for format, found in by_format.items()]
-    copies = _span([one.copy_bytes_per_second for one in rates], lambda rate: f"{_figure(rate / 1e9)} GB")
+        copies.append(one.copy_bytes_per_second)
+    if not copies:
+        return []
+    products = ", ".join(f"{_span(found, _flops)}/s in {format}" for format, found in by_format.items())
+    copy = _span(copies, lambda rate: f"{_figure(rate / 1e9)} GB")
     images = [record.model.flops_per_image for record in records if record.model and record.model.flops_per_image]
-    found = [("matrix rate", ", ".join(products)), ("copy rate", f"{copies}/s, bytes read and bytes written")]
+    found = [("matrix rate", products), ("copy rate", f"{copy}/s, bytes read and bytes written")]
     if images:
         arithmetic = f"{_span(images, _flops)} in matrix products and convolutions, a multiply-add counted as two"
         found.append(("one image", arithmetic))
-    return [*found, ("floor", _FLOOR), ("MFU", _MFU)]
+    return found
 
 
 def _span(values: Sequence[float], words: Callable[[float], str]) -> str:
     """One value in words, or the lowest and the highest where they differ."""
-    low, high = words(min(values)), words(max(values))
-    return low if low == high else f"{low} to {high}"
+    return " to ".join(dict.fromkeys([words(min(values)), words(max(values))]))
 
 
 def _flops(count: float) -> str:

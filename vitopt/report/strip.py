@@ -20,11 +20,11 @@ class Block:
     @property
     def words(self) -> str:
         """As in `nf4`, or `query key bf16, others nf4` where they differ."""
-        present = [(linear, format) for linear, format in zip(LINEARS, self.formats, strict=True) if format]
-        formats = [format for _, format in present]
+        present = {linear: format for linear, format in zip(LINEARS, self.formats, strict=True) if format}
+        formats = list(present.values())
         most = max(dict.fromkeys(formats), key=formats.count, default="nothing")
         others = [
-            f"{' '.join(linear for linear, own in present if own == format)} {format}"
+            f"{' '.join(linear for linear, own in present.items() if own == format)} {format}"
             for format in dict.fromkeys(formats)
             if format != most
         ]
@@ -40,13 +40,20 @@ class Strip:
     head: str | None
 
     @property
+    def formats(self) -> list[str]:
+        """Formats that occur, in order of first occurrence."""
+        cells = [*itertools.chain(*(block.formats for block in self.blocks)), self.head]
+        return list(dict.fromkeys(format for format in cells if format))
+
+    @property
     def words(self) -> str:
         """The plan in one sentence, neighbouring blocks alike taken together."""
-        groups = [list(group) for _, group in itertools.groupby(self.blocks, key=lambda block: block.words)]
-        if len(groups) == 1:
-            parts = [f"all {len(self.blocks)} blocks {groups[0][0].words}"]
-        else:
-            parts = [f"{_span(group)} {group[0].words}" for group in groups]
+        parts = []
+        for words, group in itertools.groupby(self.blocks, key=lambda block: block.words):
+            first, *rest = (block.number for block in group)
+            parts.append(f"blocks {first}–{rest[-1]} {words}" if rest else f"block {first} {words}")
+        if len(parts) == 1:
+            parts = [f"all {len(self.blocks)} blocks {self.blocks[0].words}"]
         return "; ".join([*parts, f"head {self.head}"] if self.head else parts)
 
 
@@ -57,28 +64,10 @@ def strips(records: Sequence[Record]) -> list[Strip]:
 
 def strip_of(name: str, layers: Mapping[str, str]) -> Strip:
     """The strip of a layer plan: logical name -> format."""
-    numbers = sorted({int(parts[1]) for parts in map(_parts, layers) if parts[0] == "block"})
+    numbers = sorted({int(logical.split(".")[1]) for logical in layers if logical.startswith("block.")})
     blocks = tuple(
         Block(number, tuple(layers.get(f"block.{number}.{linear}") for linear in LINEARS)) for number in numbers
     )
     # A model with two heads holds them alike.
-    head = next((format for logical, format in layers.items() if _parts(logical)[0] == HEAD), None)
+    head = next((format for logical, format in layers.items() if logical.split(".")[0] == HEAD), None)
     return Strip(name, blocks, head)
-
-
-def formats_in(found: Sequence[Strip]) -> list[str]:
-    """Formats that occur, in order of first occurrence."""
-    used: list[str] = []
-    for one in found:
-        used += [format for block in one.blocks for format in block.formats if format]
-        used += [one.head] if one.head else []
-    return list(dict.fromkeys(used))
-
-
-def _parts(logical: str) -> list[str]:
-    return logical.split(".")
-
-
-def _span(group: Sequence[Block]) -> str:
-    first, last = group[0].number, group[-1].number
-    return f"block {first}" if first == last else f"blocks {first}–{last}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from vitopt.measure.comparison import speed_ratio
 from vitopt.measure.gate import overall
 from vitopt.measure.verdict import loses, speed_verdict
-from vitopt.records import Latency, Record, VersusBaseline
+from vitopt.records import Latency, Record
 from vitopt.report.requirements import requirement_sentence
 from vitopt.report.table import batch_sizes, expansion, human_bytes, milliseconds, percent, stored_as
 
@@ -19,15 +19,6 @@ class Highlight:
     names: tuple[str, ...]
     figure: str
     text: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """All that can be said about one variant, in sentences; none for the baseline or a failure."""
-
-    variant: str
-    sentences: tuple[str, ...]
-    failed: bool
 
 
 def baseline_of(records: Sequence[Record], name: str | None = None) -> Record | None:
@@ -45,17 +36,63 @@ def headline(records: Sequence[Record], baseline: Record | None) -> list[str]:
     if baseline is not None and baseline.failure:
         return [f"The baseline {baseline.variant.name} failed, so the variants are compared with nothing."]
     sentences = []
-    compared = [(record, record.versus_baseline) for record in records if record.versus_baseline]
-    if compared:
-        sentences += _about_accuracy(compared)
+    if any(record.versus_baseline for record in records):
+        sentences += _about_accuracy([record for record in records if record.versus_baseline])
     elif not any(record.accuracy for record in records):
         sentences.append("Measured on random pixels: these figures tell about speed, size and memory only.")
     elif len(records) == 1:
         sentences.append("There is one variant, so there is nothing to compare it with.")
     sentences += _about_requirements(records)
     if failed:
-        sentences.append(f"{listed(_names(failed))} failed; the reasons are below.")
+        sentences.append(f"{_names(failed)} failed; the reasons are below.")
     return sentences
+
+
+def _about_accuracy(compared: Sequence[Record]) -> list[str]:
+    found = {record.variant.name: record.versus_baseline for record in compared if record.versus_baseline}
+    losing = [record for record in compared if record.versus_baseline and loses(record.versus_baseline)]
+    holding = [record for record in compared if record not in losing]
+    baseline = next(iter(found.values())).baseline
+    images = compared[0].accuracy.images if compared[0].accuracy else 0
+    count = f"{len(compared)} variants were" if len(compared) > 1 else f"{_names(compared)} was"
+    first = f"{count} compared with {baseline} on the same {images:,} images: "
+    if losing:
+        first += f"{_names(losing)} {'lose' if len(losing) > 1 else 'loses'} accuracy"
+        first += "; for the others no loss is shown." if holding else "."
+    else:
+        first += f"no loss of accuracy is shown{' for any of them' if len(compared) > 1 else ''}."
+    if not holding:
+        return [first]
+    versus = [found[record.variant.name] for record in holding]
+    hidden = max(0.0, *(-one.top1_delta_ci95_points[0] for one in versus))
+    last = f"A loss of up to {hidden:.1f} points is not excluded"
+    agreement = min(one.agreement_percent for one in versus)
+    if agreement < 100:
+        least = [one for one in holding if found[one.variant.name].agreement_percent == agreement]
+        verb = "give" if len(least) > 1 else "gives"
+        last += f", and {_names(least)} {verb} another class than {baseline} on {100 - agreement:.2g} % of the images"
+    # Where none loses, the highlights say the same.
+    return [first, *(_best(holding) if losing and len(holding) > 1 else []), f"{last}."]
+
+
+def _best(records: Sequence[Record]) -> list[str]:
+    timed = [(latency.p50_ms, latency.batch_size, record) for record in records if (latency := record.latency_at(None))]
+    parts = []
+    if timed:
+        _, batch_size, fastest = min(timed, key=lambda one: one[0])
+        parts.append(f"{_names([fastest])} is the fastest at batch {batch_size}")
+    if smallest := _smallest(records):
+        parts.append(f"{_names(smallest)} {'are' if len(smallest) > 1 else 'is'} the smallest")
+    return [f"Of those, {listed(parts)}."] if parts else []
+
+
+def _about_requirements(records: Sequence[Record]) -> list[str]:
+    words = {"shown": "met by", "failed": "missed by", "undecided": "not shown for"}
+    judged = {
+        decision: [r for r in records if r.requirements and overall(r.requirements) == decision] for decision in words
+    }
+    parts = [f"{words[decision]} {_names(found)}" for decision, found in judged.items() if found]
+    return [f"What is required is {listed(parts)}."] if parts else []
 
 
 def highlights(records: Sequence[Record], baseline: Record | None) -> list[Highlight]:
@@ -63,91 +100,30 @@ def highlights(records: Sequence[Record], baseline: Record | None) -> list[Highl
     measured = [record for record in records if record.failure is None]
     if len(measured) < 2:
         return []
-    found = [_smallest(measured, baseline)]
-    found += _fastest_at_all_sizes(measured, baseline)
-    found.append(_most_faithful(measured))
-    return [highlight for highlight in found if highlight is not None]
+    found = []
+    smallest = _smallest(measured)
+    if smallest and len({record.size.weight_bytes for record in measured if record.size}) > 1:
+        text = _joined(f"weights {_ratio_of_sizes(smallest[0], baseline) or 'in memory'}", *_loss(smallest[0]))
+        size = smallest[0].size.weight_bytes if smallest[0].size else None
+        found.append(_highlight("Smallest", smallest, human_bytes(size), text))
+    found += [one for size in batch_sizes(measured) if (one := _fastest(measured, baseline, size))]
+    # Agreement is too coarse to rank variants that flip a handful of images; the divergence is not.
+    if versus := [record.versus_baseline for record in measured if record.versus_baseline]:
+        best = min(versus, key=lambda one: one.mean_kl_divergence)
+        equal = [r for r in measured if (v := r.versus_baseline) and v.mean_kl_divergence == best.mean_kl_divergence]
+        within = f" ({best.kl_ci95[0]:.2g} to {best.kl_ci95[1]:.2g})" if best.kl_ci95 else ""
+        text = f"lowest KL divergence from {best.baseline}, in nats{within}"
+        found.append(_highlight("Most faithful", equal, f"KL {best.mean_kl_divergence:.2g}", text))
+    return found
 
 
-def verdicts(records: Sequence[Record], baseline: Record | None) -> list[Verdict]:
-    """What is known about each variant against the baseline, in plain words; accuracy or failure first."""
-    others = [record for record in records if baseline is None or record.variant.name != baseline.variant.name]
-    said = [(record, tuple(_sentences(record, baseline))) for record in others]
-    return [Verdict(record.variant.name, lines, failed=record.failure is not None) for record, lines in said if lines]
+def _highlight(title: str, best: Sequence[Record], figure: str, text: str) -> Highlight:
+    return Highlight(title, tuple(record.variant.name for record in best), figure, text)
 
 
-def _about_accuracy(compared: Sequence[tuple[Record, VersusBaseline]]) -> list[str]:
-    record, versus = compared[0]
-    baseline, images = versus.baseline, record.accuracy.images if record.accuracy else 0
-    losing = [record for record, versus in compared if loses(versus)]
-    holding = [(record, versus) for record, versus in compared if not loses(versus)]
-    count = f"{len(compared)} variants were" if len(compared) > 1 else f"{record.variant.name} was"
-    first = f"{count} compared with {baseline} on the same {images:,} images: "
-    if losing:
-        first += f"{listed(_names(losing))} {'lose' if len(losing) > 1 else 'loses'} accuracy"
-        first += "; for the others no loss is shown." if holding else "."
-    else:
-        first += f"no loss of accuracy is shown{' for any of them' if len(compared) > 1 else ''}."
-    if not holding:
-        return [first]
-    best = _best([record for record, _ in holding]) if losing and len(holding) > 1 else []
-    return [first, *best, _what_is_not_excluded(holding, baseline)]
-
-
-def _what_is_not_excluded(holding: Sequence[tuple[Record, VersusBaseline]], baseline: str) -> str:
-    most = max(-versus.top1_delta_ci95_points[0] for _, versus in holding)
-    text = f"A loss of up to {max(0.0, most):.1f} points is not excluded"
-    agreement = min(versus.agreement_percent for _, versus in holding)
-    if agreement < 100:
-        least = [record for record, versus in holding if versus.agreement_percent == agreement]
-        verb, others = "give" if len(least) > 1 else "gives", f"{100 - agreement:.2g} % of the images"
-        text += f", and {listed(_names(least))} {verb} another class than {baseline} on {others}"
-    return text + "."
-
-
-def _about_requirements(records: Sequence[Record]) -> list[str]:
-    by_decision: dict[str, list[str]] = {}
-    for record in records:
-        if record.requirements:
-            by_decision.setdefault(overall(record.requirements), []).append(record.variant.name)
-    words = {"shown": "met by", "failed": "missed by", "undecided": "not shown for"}
-    parts = [f"{words[decision]} {listed(by_decision[decision])}" for decision in words if decision in by_decision]
-    return [f"What is required is {listed(parts)}."] if parts else []
-
-
-def _best(records: Sequence[Record]) -> list[str]:
-    """Only where some variants lose: else the highlights say the same."""
-    timed = [(record, latency) for record in records if (latency := record.latency_at(None))]
-    sized = [(record.size.weight_bytes, record.variant.name) for record in records if record.size]
-    praise: dict[tuple[str, ...], list[str]] = {}
-    if timed:
-        fastest, latency = min(timed, key=lambda pair: pair[1].p50_ms)
-        praise.setdefault((fastest.variant.name,), []).append(f"the fastest at batch {latency.batch_size}")
-    if sized:
-        smallest = tuple(name for size, name in sized if size == min(sized)[0])
-        praise.setdefault(smallest, []).append("the smallest")
-    parts = [f"{listed(names)} {'are' if len(names) > 1 else 'is'} {listed(words)}" for names, words in praise.items()]
-    return [f"Of those, {listed(parts)}."] if parts else []
-
-
-def _smallest(records: Sequence[Record], baseline: Record | None) -> Highlight | None:
-    sized = [(record, record.size.weight_bytes) for record in records if record.size]
-    if len({size for _, size in sized}) < 2:
-        return None
-    best = min(size for _, size in sized)
-    names = tuple(record.variant.name for record, size in sized if size == best)
-    first = next(record for record, size in sized if size == best)
-    ratio = _ratio_of_sizes(first, baseline)
-    parts = [f"weights {ratio}" if ratio else "weights in memory", *_loss(first)]
-    return Highlight("Smallest", names, human_bytes(best), "; ".join(parts))
-
-
-def _fastest_at_all_sizes(records: Sequence[Record], baseline: Record | None) -> list[Highlight]:
-    return [
-        highlight
-        for batch_size in batch_sizes(records)
-        if (highlight := _fastest(records, baseline, batch_size)) is not None
-    ]
+def _smallest(records: Sequence[Record]) -> list[Record]:
+    sizes = {record.variant.name: record.size.weight_bytes for record in records if record.size}
+    return [record for record in records if sizes.get(record.variant.name) == min(sizes.values())] if sizes else []
 
 
 def _fastest(records: Sequence[Record], baseline: Record | None, batch_size: int) -> Highlight | None:
@@ -155,17 +131,19 @@ def _fastest(records: Sequence[Record], baseline: Record | None, batch_size: int
     if len(timed) < 2:
         return None
     best, latency = min(timed, key=lambda pair: pair[1].p50_ms)
-    parts = []
+    against = ""
     if baseline is not None and best.variant.name == baseline.variant.name:
-        parts.append("the baseline itself")
-    elif latency.speedup_vs_baseline and baseline is not None:
-        parts.append(f"against {baseline.variant.name}: {_speed(latency)}")
-    close = [record.variant.name for record, _ in timed if record is not best and _alike(record, best, batch_size)]
-    if close:
-        parts.append(f"not measurably faster than {listed(close)}")
-    parts += _loss(best)
-    figure = f"{milliseconds(latency.p50_ms)} ms"
-    return Highlight(f"Fastest at batch {batch_size}", (best.variant.name,), figure, "; ".join(parts))
+        against = "the baseline itself"
+    elif baseline is not None and latency.speedup_vs_baseline:
+        against = f"against {baseline.variant.name}: {_speed(latency)}"
+    close = [record for record, _ in timed if record is not best and _alike(record, best, batch_size)]
+    text = _joined(against, f"not measurably faster than {_names(close)}" if close else "", *_loss(best))
+    return _highlight(f"Fastest at batch {batch_size}", [best], f"{milliseconds(latency.p50_ms)} ms", text)
+
+
+def _alike(slower: Record, faster: Record, batch_size: int) -> bool:
+    found = speed_ratio(slower, faster, batch_size)
+    return found is not None and found.interval is not None and found.interval.low <= 1 <= found.interval.high
 
 
 def _loss(record: Record) -> list[str]:
@@ -174,46 +152,33 @@ def _loss(record: Record) -> list[str]:
     return [versus.verdict] if versus and loses(versus) else []
 
 
-def _alike(slower: Record, faster: Record, batch_size: int) -> bool:
-    found = speed_ratio(slower, faster, batch_size)
-    return found is not None and found.interval is not None and found.interval.low <= 1 <= found.interval.high
-
-
-def _most_faithful(records: Sequence[Record]) -> Highlight | None:
-    compared = [(record, record.versus_baseline) for record in records if record.versus_baseline]
-    if not compared:
-        return None
-    # Agreement is too coarse to rank variants that flip a handful of images; the divergence is not.
-    best = min((versus for _, versus in compared), key=lambda versus: versus.mean_kl_divergence)
-    names = tuple(r.variant.name for r, versus in compared if versus.mean_kl_divergence == best.mean_kl_divergence)
-    within = f" ({best.kl_ci95[0]:.2g} to {best.kl_ci95[1]:.2g})" if best.kl_ci95 else ""
-    text = f"lowest KL divergence from {best.baseline}, in nats{within}"
-    return Highlight("Most faithful", names, f"KL {best.mean_kl_divergence:.2g}", text)
+def verdicts(records: Sequence[Record], baseline: Record | None) -> dict[str, list[str]]:
+    """What is known of each variant against the baseline, in sentences by its name; accuracy or failure first."""
+    others = [record for record in records if baseline is None or record.variant.name != baseline.variant.name]
+    said = {record.variant.name: list(filter(None, _sentences(record, baseline))) for record in others}
+    return {name: sentences for name, sentences in said.items() if sentences}
 
 
 def _sentences(record: Record, baseline: Record | None) -> list[str]:
     if record.failure:
         return [f"failed: {record.failure}"]
+    size, stored = _ratio_of_sizes(record, baseline), stored_as(record.variant)
     sentences = []
-    versus = record.versus_baseline
-    if versus:
-        sentences.append(versus.verdict)
-        sentences.append(f"same class as {versus.baseline} on {percent(versus.agreement_percent)} % of the images")
-    sentences += map(requirement_sentence, record.requirements)
-    sentences += [
-        f"at batch {latency.batch_size}: {_speed(latency)}" for latency in record.latency if latency.speedup_vs_baseline
+    if versus := record.versus_baseline:
+        agreement = percent(versus.agreement_percent)
+        sentences = [versus.verdict, f"same class as {versus.baseline} on {agreement} % of the images"]
+    return [
+        *sentences,
+        *map(requirement_sentence, record.requirements),
+        *(f"at batch {one.batch_size}: {_speed(one)}" for one in record.latency if one.speedup_vs_baseline),
+        f"weights {size}" if size else "",
+        f"stored as {stored}, {expansion(record.variant)} at load" if stored else "",
     ]
-    if size := _ratio_of_sizes(record, baseline):
-        sentences.append(f"weights {size}")
-    if stored := stored_as(record.variant):
-        sentences.append(f"stored as {stored}, {expansion(record.variant)} at load")
-    return sentences
 
 
 def _speed(latency: Latency) -> str:
     assert latency.speedup_vs_baseline is not None
-    low, high = latency.speedup_ci95 or (None, None)
-    return speed_verdict(latency.speedup_vs_baseline, low, high)
+    return speed_verdict(latency.speedup_vs_baseline, *(latency.speedup_ci95 or (None, None)))
 
 
 def _ratio_of_sizes(record: Record, baseline: Record | None) -> str | None:
@@ -226,8 +191,12 @@ def _ratio_of_sizes(record: Record, baseline: Record | None) -> str | None:
     return f"{words} than those of {baseline.variant.name}"
 
 
-def _names(records: Sequence[Record]) -> list[str]:
-    return [record.variant.name for record in records]
+def _joined(*parts: str) -> str:
+    return "; ".join(filter(None, parts))
+
+
+def _names(records: Sequence[Record]) -> str:
+    return listed([record.variant.name for record in records])
 
 
 def listed(names: Sequence[str]) -> str:

@@ -1,42 +1,38 @@
 """The comparison table: the same cells in the terminal, in Markdown and on the page."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from vitopt.formats import QUANTIZED_FORMATS
 from vitopt.measure.gate import overall
 from vitopt.measure.latency_statistics import calls_needed
-from vitopt.records import Latency, Record, Variant, VersusBaseline
+from vitopt.records import Latency, Record, Variant
 from vitopt.report.requirements import DECISIONS, requirement_cells, requirement_sentence
 
-HEADINGS = (
-    "variant",
-    "format",
-    "attention",
-    "top-1 %",
-    "Δ points (95 %)",
-    "agree %",
-    "p50 ms",
-    "p95 ms",
-    "p99 ms",
-    "floor ms",
-    "speed-up",
-    "images/s",
-    "MFU %",
-    "weights",
-    "on disk",
-    "peak memory",
-    "required",
-)
 UNKNOWN = "–"
 SUMMARY_MARK = "<!-- vitopt compare -->\n"  # what a summary begins with; unseen where Markdown is shown
 _TEXT_COLUMNS = 3  # name, format and attention; figures follow
 
+Cell = Callable[[Any], str | None]
+
+
+def of(path: str, words: Cell = str) -> Cell:
+    """A cell: what lies at `path` of an item, such as `size.disk_bytes`, in words; None where a step of it is None."""
+
+    def cell(item: Any) -> str | None:
+        for name in path.split("."):
+            item = getattr(item, name)
+            if item is None:
+                return None
+        return words(item)
+
+    return cell
+
 
 @dataclass(frozen=True)
 class Table:
-    """A table ready to show: the first `text_columns` are words, the others figures.
+    """A table ready to show: the first `text_columns` are words, the others figures. It is false without rows.
 
     `failures` gives the reason of every row that has no figures, by its first cell.
     """
@@ -47,57 +43,69 @@ class Table:
     text_columns: int = 1
     failures: Mapping[str, str] = field(default_factory=dict)
 
-    def known(self) -> "Table":
-        """The table without columns of figures in which nothing is known."""
-        shown = [
-            index
-            for index in range(len(self.headings))
-            if index < self.text_columns or any(cells[index] != UNKNOWN for cells in self.rows)
-        ]
-        return replace(
-            self,
-            headings=tuple(self.headings[index] for index in shown),
-            rows=tuple(tuple(cells[index] for index in shown) for cells in self.rows),
-        )
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def tabulate(caption: str, columns: Mapping[str, Cell], items: Iterable[Any], text_columns: int = 1) -> Table:
+    """A row per item and a column per heading, without columns of figures in which nothing is known."""
+    rows = [[cell(item) or UNKNOWN for cell in columns.values()] for item in items]
+    known = [i for i in range(len(columns)) if i < text_columns or any(row[i] != UNKNOWN for row in rows)]
+    headings, *kept = (tuple(row[i] for i in known) for row in [list(columns), *rows])
+    return Table(caption, headings, tuple(kept), text_columns)
+
+
+class _Timed(NamedTuple):
+    """A variant at one batch size."""
+
+    record: Record
+    latency: Latency | None
+
+
+def _top1(record: Record) -> str | None:
+    return f"{record.accuracy.top1_percent:.{_digits(record)}f}" if record.accuracy else None
+
+
+def _delta(record: Record) -> str | None:
+    if (versus := record.versus_baseline) is None:
+        return None
+    return delta_words(versus.top1_delta_points, versus.top1_delta_ci95_points, _digits(record))
+
+
+def _digits(record: Record) -> int:
+    # A tenth of a point is less than one image until there are about 10,000.
+    return 2 if record.accuracy and record.accuracy.images >= 10_000 else 1
+
+
+def _peak(timed: _Timed) -> str | None:
+    """Peak memory at the batch size where it was measured at each, else the one that was measured."""
+    record, latency = timed.record, timed.latency
+    if any(one.peak_bytes is not None for one in record.latency):
+        return human_bytes(latency.peak_bytes) if latency else None
+    return human_bytes(record.memory.peak_bytes) if record.memory else None
 
 
 def comparison(records: Sequence[Record], batch_size: int | None) -> Table:
     """The comparison at one batch size (None: nothing was timed)."""
-    return Table(
-        caption=f"Batch size {batch_size}" if batch_size else "Comparison",
-        headings=HEADINGS,
-        rows=tuple(tuple(row(record, batch_size)) for record in records),
-        text_columns=_TEXT_COLUMNS,
-        failures={record.variant.name: record.failure for record in records if record.failure},
-    ).known()
+    caption = f"Batch size {batch_size}" if batch_size else "Comparison"
+    table = tabulate(caption, _COLUMNS, [_Timed(r, r.latency_at(batch_size)) for r in records], _TEXT_COLUMNS)
+    return replace(table, failures={record.variant.name: record.failure for record in records if record.failure})
 
 
 def row(record: Record, batch_size: int | None = None) -> list[str]:
     """Cells of one variant at one batch size (None: the first measured); a dash where a figure is missing."""
-    latency = record.latency_at(batch_size)
-    versus, accuracy = record.versus_baseline, record.accuracy
-    # A tenth of a point is less than one image until there are about 10,000.
-    digits = 2 if accuracy and accuracy.images >= 10_000 else 1
-    return [
-        record.variant.name,
-        describe_format(record),
-        # What was asked for has not run, so it is not shown as if it had.
-        "failed" if record.failure else describe_run(record),
-        _number(accuracy.top1_percent if accuracy else None, digits),
-        _delta(versus, digits),
-        UNKNOWN if versus is None else percent(versus.agreement_percent),
-        milliseconds(latency.p50_ms if latency else None),
-        tail(latency.p95_ms, latency.p95_ci95_ms) if latency else UNKNOWN,
-        tail(latency.p99_ms, latency.p99_ci95_ms) if latency else UNKNOWN,
-        milliseconds(latency.floor_ms if latency else None),
-        f"{latency.speedup_vs_baseline:.2f}x" if latency and latency.speedup_vs_baseline else UNKNOWN,
-        rate(latency.images_per_second if latency else None),
-        _number(latency.model_flop_utilisation_percent if latency else None, 1),
-        human_bytes(record.size.weight_bytes if record.size else None),
-        human_bytes(record.size.disk_bytes if record.size else None),
-        human_bytes(_peak_bytes(record, latency)),
-        DECISIONS[overall(record.requirements)] if record.requirements else UNKNOWN,
-    ]
+    timed = _Timed(record, record.latency_at(batch_size))
+    return [cell(timed) or UNKNOWN for cell in _COLUMNS.values()]
+
+
+def in_words(records: Sequence[Record], batch_size: int | None, *headings: str) -> str:
+    """Those columns of the comparison as text: `fp32: p50 ms 30.00, weights 20 MB; nf4: …`."""
+    said = []
+    for record in records:
+        cells = dict(zip(HEADINGS, row(record, batch_size), strict=True))
+        known = [f"{heading} {cells[heading]}" for heading in headings if cells[heading] != UNKNOWN]
+        said += [f"{record.variant.name}: {', '.join(known)}"] if known else []
+    return "; ".join(said)
 
 
 def batch_sizes(records: Sequence[Record]) -> list[int]:
@@ -110,9 +118,8 @@ def describe_format(record: Record) -> str:
     variant = record.variant
     kept = f", {' '.join(variant.skip)} in 16 bit" if variant.skip else ""
     others = "".join(f", {pattern} {format}" for pattern, format in variant.layers.items())
-    stored = stored_as(variant)
     # What is excepted is so on disk: packed layers and those in 16 bit may run alike once they are expanded.
-    if stored is not None:
+    if (stored := stored_as(variant)) is not None:
         return f"{variant.format} (stored as {stored}{kept}{others})"
     return f"{variant.format}{kept}{others}"
 
@@ -130,9 +137,9 @@ def expansion(variant: Variant) -> str:
 def describe_run(record: Record) -> str:
     """How a variant ran: what its options were set to, what was asked for where that differs, then what was on."""
     variant = record.variant
-    choices = [value for value in variant.ran.values() if isinstance(value, str)]
     if not variant.ran:
         return UNKNOWN
+    choices = [value for value in variant.ran.values() if isinstance(value, str)]
     missing = [str(variant.asked[option]) for option in variant.asked if _fell_back(variant, option)]
     text = " ".join(choices) + (f" (not {', '.join(missing)})" if missing else "")
     return " + ".join(filter(None, [text, *switched_on(variant)]))
@@ -161,11 +168,6 @@ def _fell_back(variant: Variant, option: str) -> bool:
     return isinstance(asked, str) and asked not in ("auto", ran) and told
 
 
-def describe_device(record: Record) -> str:
-    """Name of the GPU, or of the processor."""
-    return device_name(record.environment)
-
-
 def device_name(environment: Mapping[str, Any]) -> str:
     """Name of the GPU, or of the processor, in what a record says about its machine."""
     gpu = environment.get("gpu")
@@ -179,7 +181,7 @@ def human_bytes(count: int | None) -> str:
     megabytes = count / 1e6
     if megabytes >= 999.5:
         return f"{megabytes / 1000:.2f} GB"
-    return f"{megabytes:.2f} MB" if megabytes < 10 else f"{megabytes:.0f} MB"
+    return f"{megabytes:.{2 if megabytes < 10 else 0}f} MB"
 
 
 def milliseconds(value: float | None) -> str:
@@ -223,19 +225,23 @@ def notes(records: Sequence[Record]) -> list[str]:
 
 def cautions(records: Sequence[Record]) -> list[str]:
     """What makes the figures other than they seem: failures, fallbacks, images left out, disturbed timing."""
-    found: list[tuple[str, str]] = []
+    found = []
     for record in records:
-        name, variant = record.variant.name, record.variant
-        if record.failure:
-            found.append((name, f" failed: {record.failure}"))
-        found += [(name, f": {_reason(variant, option)}") for option in variant.reasons]
-        found += [(name, f": batch {f.batch_size} not timed ({f.reason})") for f in record.latency_failures]
-        found += [(name, f": {figure} not measured ({why})") for figure, why in record.unmeasured.items()]
+        variant = record.variant
+        said = [f" failed: {record.failure}"] if record.failure else []
+        said += [f": {_reason(variant, option)}" for option in variant.reasons]
+        said += [f": batch {one.batch_size} not timed ({one.reason})" for one in record.latency_failures]
+        said += [f": {figure} not measured ({why})" for figure, why in record.unmeasured.items()]
+        found += [(variant.name, sentence) for sentence in said]
     lines = _together(found)
     skipped = next((record.dataset.skipped for record in records if record.dataset and record.dataset.skipped), ())
     if skipped:
         lines.append(f"{len(skipped)} images could not be decoded and were left out, first {skipped[0]}")
-    return lines + _warnings([record for record in records if record.failure is None])
+    measured = [record for record in records if record.failure is None]
+    for sentence in dict.fromkeys(warning for record in measured for warning in record.warnings):
+        names = [record.variant.name for record in measured if sentence in record.warnings]
+        lines.append(sentence if len(names) == len(measured) else f"{', '.join(names)}: {sentence}")
+    return lines
 
 
 def _reason(variant: Variant, option: str) -> str:
@@ -268,11 +274,6 @@ def verdicts(records: Sequence[Record]) -> list[str]:
     return lines + ([holm] if adjusted > 1 else [])
 
 
-def markdown_table(records: Sequence[Record], batch_size: int | None = None) -> str:
-    """The comparison in GitHub's Markdown."""
-    return markdown(comparison(records, batch_size))
-
-
 def markdown(table: Table) -> str:
     """A table in GitHub's Markdown."""
     figures = len(table.headings) - table.text_columns
@@ -285,14 +286,13 @@ def pull_request(records: tuple[Record, Record]) -> str:
     """What a pull request needs of a comparison: the decision, what was required, the table, the notes."""
     before, after = records
     title = f"{after.variant.name} against {before.variant.name}"
-    lines = cautions(records) + verdicts(records)
-    parts = [markdown_table(records, size) for size in batch_sizes(records) or (None,)]
+    parts = [markdown(comparison(records, size)) for size in batch_sizes(records) or (None,)]
     if after.requirements:
         title += f": requirements {DECISIONS[overall(after.requirements)]}"
         rows = tuple(map(requirement_cells, after.requirements))
         parts.insert(0, markdown(Table("", ("required", "measured", "95 %", ""), rows)))
-    parts = [f"### {markdown_text(title)}", *parts, "\n".join(f"- {markdown_text(x)}" for x in lines)]
-    return SUMMARY_MARK + "\n\n".join(parts) + "\n"
+    lines = "\n".join(f"- {markdown_text(line)}" for line in cautions(records) + verdicts(records))
+    return SUMMARY_MARK + "\n\n".join([f"### {markdown_text(title)}", *parts, lines]) + "\n"
 
 
 def markdown_text(text: str) -> str:
@@ -308,28 +308,6 @@ def _together(found: Iterable[tuple[str, str]]) -> list[str]:
     return [", ".join(who) + sentence for sentence, who in names.items()]
 
 
-def _warnings(records: Sequence[Record]) -> list[str]:
-    sentences = dict.fromkeys(warning for record in records for warning in record.warnings)
-    lines = []
-    for sentence in sentences:
-        names = [record.variant.name for record in records if sentence in record.warnings]
-        lines.append(sentence if len(names) == len(records) else f"{', '.join(names)}: {sentence}")
-    return lines
-
-
-def _peak_bytes(record: Record, latency: Latency | None) -> int | None:
-    """Peak memory at the batch size of `latency` where it was measured at each, else the one that was measured."""
-    if any(one.peak_bytes is not None for one in record.latency):
-        return latency.peak_bytes if latency else None
-    return record.memory.peak_bytes if record.memory else None
-
-
-def _delta(versus: VersusBaseline | None, digits: int) -> str:
-    if versus is None:
-        return UNKNOWN
-    return delta_words(versus.top1_delta_points, versus.top1_delta_ci95_points, digits)
-
-
 def delta_words(points: float, interval: tuple[float, float], digits: int) -> str:
     """A change in percentage points with its interval, as in `+0.5 (-1.0 to +2.0)`."""
     low, high = interval
@@ -338,3 +316,26 @@ def delta_words(points: float, interval: tuple[float, float], digits: int) -> st
 
 def _number(value: float | None, digits: int) -> str:
     return UNKNOWN if value is None else f"{value:.{digits}f}"
+
+
+_COLUMNS: dict[str, Cell] = {
+    "variant": of("record.variant.name"),
+    "format": of("record", describe_format),
+    # What was asked for has not run, so it is not shown as if it had.
+    "attention": of("record", lambda record: "failed" if record.failure else describe_run(record)),
+    "top-1 %": of("record", _top1),
+    "Δ points (95 %)": of("record", _delta),
+    "agree %": of("record.versus_baseline.agreement_percent", percent),
+    "p50 ms": of("latency.p50_ms", milliseconds),
+    "p95 ms": of("latency", lambda latency: tail(latency.p95_ms, latency.p95_ci95_ms)),
+    "p99 ms": of("latency", lambda latency: tail(latency.p99_ms, latency.p99_ci95_ms)),
+    "floor ms": of("latency.floor_ms", milliseconds),
+    "speed-up": of("latency.speedup_vs_baseline", "{:.2f}x".format),
+    "images/s": of("latency.images_per_second", rate),
+    "MFU %": of("latency.model_flop_utilisation_percent", "{:.1f}".format),
+    "weights": of("record.size.weight_bytes", human_bytes),
+    "on disk": of("record.size.disk_bytes", human_bytes),
+    "peak memory": _peak,
+    "required": of("record.requirements", lambda found: DECISIONS[overall(found)] if found else None),
+}
+HEADINGS = tuple(_COLUMNS)

@@ -1,7 +1,7 @@
 """Blocks and linear layers of a sensitivity analysis: their order, their names, and which of many to show."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from vitopt.recipe import LINEARS
 from vitopt.report.summary import listed
@@ -54,9 +54,9 @@ def words(units: Sequence[str]) -> str:
     ordered = in_order(units)
     whole = [number for number, linear in map(place, ordered) if not linear]
     parts = [f"block{'s' if len(whole) > 1 else ''} {listed(_spans(whole))}"] if whole else []
-    layers = [unit for unit in ordered if place(unit)[1]]
-    for number, group in itertools.groupby(layers, key=lambda unit: place(unit)[0]):
-        parts.append(f"{listed([place(unit)[1] for unit in group])} of block {number}")
+    layers = [place(unit) for unit in ordered if place(unit)[1]]
+    for number, group in itertools.groupby(layers, key=lambda layer: layer[0]):
+        parts.append(f"{listed([linear for _, linear in group])} of block {number}")
     return ", ".join(parts)
 
 
@@ -68,10 +68,10 @@ def telling(result: Sensitivity, most: int = MOST_SHOWN) -> list[str]:
     scored = by_name(result)
     if result.granularity != "linear" or len(scored) <= most:
         return list(scored)
-    damage = _ranks(scored, lambda unit: None if unit.damage is None else -unit.damage.kl)
-    recovery = _ranks(scored, lambda unit: None if unit.recovery is None else unit.recovery.kl)
-    ranked = sorted(scored, key=lambda name: (min(damage[name], recovery[name]), damage[name] + recovery[name]))
-    return in_order(ranked[:most])
+    damage = _ranks({name: -unit.damage.kl for name, unit in scored.items() if unit.damage})
+    recovery = _ranks({name: unit.recovery.kl for name, unit in scored.items() if unit.recovery})
+    ranks = {name: sorted(of.get(name, len(scored)) for of in (damage, recovery)) for name in scored}
+    return in_order(sorted(scored, key=lambda name: (ranks[name][0], sum(ranks[name])))[:most])
 
 
 def shows_change(loss: Loss) -> bool:
@@ -80,11 +80,9 @@ def shows_change(loss: Loss) -> bool:
     return low > 0 or high < 0
 
 
-def _ranks(scored: dict[str, UnitScores], value: Callable[[UnitScores], float | None]) -> dict[str, int]:
-    """Rank by rising value, ties in order of the units; those without a value share the last."""
-    found = {name: one for name, unit in scored.items() if (one := value(unit)) is not None}
-    ranks = {name: rank for rank, name in enumerate(sorted(found, key=lambda name: found[name]))}
-    return {name: ranks.get(name, len(scored)) for name in scored}
+def _ranks(values: Mapping[str, float]) -> dict[str, int]:
+    """Rank by rising value, ties in order of the units."""
+    return {name: rank for rank, name in enumerate(sorted(values, key=lambda name: values[name]))}
 
 
 def _spans(numbers: Sequence[int]) -> list[str]:

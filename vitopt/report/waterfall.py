@@ -18,6 +18,14 @@ class Step:
     latency: Latency
     speedup: Speedup | None  # None for the first step
 
+    @property
+    def ratio_words(self) -> str:
+        """As in `1.50x (1.42 to 1.58)`; "" for the first step."""
+        if self.speedup is None:
+            return ""
+        within = self.speedup.interval
+        return f"{self.speedup.ratio:.2f}x" + (f" ({within.low:.2f} to {within.high:.2f})" if within else "")
+
 
 def chain_of(records: Sequence[Record], names: Sequence[str]) -> list[Record]:
     """The records called `names`, in that order, without those that failed."""
