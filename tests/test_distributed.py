@@ -133,7 +133,7 @@ def test_one_process_finds_all_stages_of_two_complete(
     def measured_again(*_: Any, **__: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(pipeline, "evaluate", measured_again)
+    monkeypatch.setattr(pipeline, "measure", measured_again)
     said: list[str] = []
     pipeline.run(load_recipe(launched[0] / "recipe.yaml"), launched[0] / "run", said.append)
     assert said == [

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vitopt import environment
-from vitopt.data.images import ImageSet, open_images
+from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor
 from vitopt.environment import DTYPES
 from vitopt.errors import VitoptError
@@ -12,7 +12,7 @@ from vitopt.measure import forecast
 from vitopt.measure.forecast import Stage
 from vitopt.measure.planning import Need, needs
 from vitopt.models.checkpoint import load_processor, open_checkpoint
-from vitopt.pipeline import tested_images
+from vitopt.pipeline import calibration_images, tested_images, training_images
 from vitopt.recipe import Recipe, RequireSpec
 
 
@@ -48,12 +48,10 @@ def preview(recipe: Recipe) -> Preview:
             test = tested_images(recipe, recipe.data)
             counted["test"] = len(test)
             if recipe.finetune is not None:
-                train = recipe.data.model_copy(update={"limit": None})
-                counted["train"] = len(open_images(train, recipe.data.train))
+                counted["train"] = len(training_images(recipe.data))
             for variant in recipe.variants:
                 if variant.skips_automatically:
-                    limited = recipe.data.model_copy(update={"limit": variant.auto.images})
-                    counted[variant.name] = len(open_images(limited, variant.auto.split))
+                    counted[variant.name] = len(calibration_images(recipe.data, variant))
         except VitoptError as error:
             notes.append(f"not all images can be counted: {error}")
     return Preview(_claims(recipe, counted), _stages(recipe, counted, test, notes), notes)

@@ -10,7 +10,7 @@ from vitopt.measure import statistics
 from vitopt.measure.accuracy import compare
 from vitopt.measure.predictions import Predictions
 from vitopt.measure.ratio import ratio_interval
-from vitopt.search.goal import CHOOSING
+from vitopt.recipe import CHOOSING
 from vitopt.search.results import Loss
 
 
