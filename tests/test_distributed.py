@@ -85,6 +85,7 @@ def test_training_is_shared_and_leaves_one_complete_checkpoint(
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
+        "calibration.json",
         "training.json",
         LIST_FILE,
     }

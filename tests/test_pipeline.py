@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from vitopt import environment, inference, pipeline
+from vitopt.checks import plans
 from vitopt.data.images import open_images
 from vitopt.errors import (
     BadImageError,
@@ -657,7 +658,7 @@ def test_formats_that_cannot_be_mixed_are_told_with_the_other_mistakes(content: 
     wrong["variants"][1]["layers"] = {"block.0.fc1": "w8a8"}
     wrong["variants"][3]["skip"] = ["block.9"]
     with pytest.raises(RecipeError) as caught:
-        pipeline.plans(Recipe.model_validate(wrong))
+        plans(Recipe.model_validate(wrong))
     first, second = str(caught.value).splitlines()
     assert first.startswith("variant nf4-skip: formats nf4 and w8a8 cannot be mixed")
     assert second.startswith("variant int8: pattern 'block.9' matches no layer")
@@ -729,10 +730,10 @@ def test_plans_need_shapes_only(content: dict[str, Any]) -> None:
     large = changed(content, model="random:vit-large-patch16-224")
     large["variants"][1]["skip"] = ["block.21"]
     large["finetune"]["targets"] = ["block.0-23.query"]
-    plans = pipeline.plans(Recipe.model_validate(large | {"data": "/nowhere"}))
-    assert list(plans) == list(NAMES)
-    assert plans["nf4-skip"].counts() == {"nf4": 138, "bf16": 7}
-    assert plans["int8"].counts() == {"int8": 144, "bf16": 1}
+    found = plans(Recipe.model_validate(large | {"data": "/nowhere"}))
+    assert list(found) == list(NAMES)
+    assert found["nf4-skip"].counts() == {"nf4": 138, "bf16": 7}
+    assert found["int8"].counts() == {"int8": 144, "bf16": 1}
 
 
 def test_models_with_other_classes_are_not_measured_together(
@@ -881,7 +882,7 @@ def test_calibration_images_are_never_test_images(content: dict[str, Any], tmp_p
 
 
 def test_a_plan_without_weights_leaves_an_automatic_skip_list_open(content: dict[str, Any]) -> None:
-    plan = pipeline.plans(Recipe.model_validate(with_auto(content)))["auto"]
+    plan = plans(Recipe.model_validate(with_auto(content)))["auto"]
     assert plan.counts() == {"nf4": 18, "bf16": 1}
 
 
@@ -1008,7 +1009,7 @@ def test_a_model_that_cannot_be_trained_is_refused_with_the_plan(
 ) -> None:
     with_teacher = make_family("deit", with_teacher=True)
     with pytest.raises(RecipeError, match=r"finetune: .*WithTeacher for inference only"):
-        pipeline.plans(Recipe.model_validate(changed(content, model=with_teacher.source)))
+        plans(Recipe.model_validate(changed(content, model=with_teacher.source)))
 
 
 def test_strict_refuses_an_attention_that_the_family_lacks(

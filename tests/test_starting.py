@@ -7,9 +7,9 @@ import torch
 import yaml
 
 from vitopt import environment
+from vitopt.checks import plans
 from vitopt.errors import CheckpointError, DataError
 from vitopt.models.checkpoint import open_checkpoint
-from vitopt.pipeline import plans
 from vitopt.recipe import load_recipe
 from vitopt.starting import starting_recipe
 

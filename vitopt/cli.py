@@ -223,13 +223,14 @@ def run(
     overrides += ["data.skip_bad_images=true"] if skip_bad_images else []
     resolved = load_recipe(recipe, overrides)
     _start(as_json, threads)
-    from vitopt import pipeline
-
     if dry_run:
+        from vitopt.checks import plans
         from vitopt.preview import preview
 
-        _print_dry_run(resolved, pipeline.plans(resolved), preview(resolved), as_json)
+        _print_dry_run(resolved, plans(resolved), preview(resolved), as_json)
         return
+    from vitopt import pipeline
+
     result = pipeline.run(resolved, output or Path("runs") / resolved.name, _say)
     if as_json:
         _print_json([record.to_json() for record in result.records])

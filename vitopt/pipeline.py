@@ -13,29 +13,17 @@ from typing import TypeVar
 import torch
 
 from vitopt import environment, ownership, storage
-from vitopt.data.images import ALL, ImageSet, open_images
+from vitopt.checks import calibration_images, plans, require_attention, tested_images, training_images
+from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
-from vitopt.data.sources import parse_source
-from vitopt.environment import DTYPES
-from vitopt.errors import (
-    CheckpointError,
-    DataError,
-    MeasurementError,
-    PatternError,
-    RecipeError,
-    RecordError,
-    UnsupportedError,
-)
+from vitopt.errors import CheckpointError, MeasurementError, RecipeError, RecordError, UnsupportedError
 from vitopt.inference import Candidate, measure
 from vitopt.measure.evaluator import Measured
 from vitopt.measure.gate import judge, judge_floor
 from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
 from vitopt.models.architectures import RANDOM_PREFIX
-from vitopt.models.checkpoint import CONFIG_FILE, Checkpoint, empty_model, open_checkpoint
-from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel, why_not_trained
-from vitopt.models.names import linear_layers, select
-from vitopt.optimize.plan import LayerPlan
-from vitopt.optimize.quantize import plan_for, quantize
+from vitopt.models.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
+from vitopt.optimize.quantize import quantize
 from vitopt.recipe import DataSpec, Recipe, VariantSpec, dump_yaml, load_recipe
 from vitopt.records import RECORD_FILE, Record, Requirement, load_record, save_record
 from vitopt.stages import STAGES_FILE, RunFolder, Stage
@@ -79,39 +67,6 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     return [folder / CONFIG_FILE, *(folder / name for name in written if name not in (CONFIG_FILE, *_MEASURED))]
 
 
-def plans(recipe: Recipe) -> dict[str, LayerPlan]:
-    """Layer plan of every variant, from shapes alone.
-
-    Raises:
-        RecipeError: patterns match nothing or targets do not exist; all mistakes at once.
-        CheckpointError: the model cannot be found.
-    """
-    checkpoint = open_checkpoint(recipe.model, config_only=True)
-    resolved, mistakes = {}, []
-    for variant in recipe.variants:
-        try:
-            known = variant.skipping(()) if variant.skips_automatically else variant
-            resolved[variant.name] = plan_for(checkpoint, known)
-        except (PatternError, RecipeError, UnsupportedError) as error:
-            mistakes.append(f"variant {variant.name}: {error}")
-    if recipe.finetune is not None and (reason := why_not_trained(checkpoint.config)):
-        mistakes.append(f"finetune: {reason}")
-    if recipe.finetune is not None and recipe.finetune.method == "lora":
-        mistakes += _target_mistakes(recipe, checkpoint)
-    if mistakes:
-        raise RecipeError("\n".join(mistakes))
-    return resolved
-
-
-def _target_mistakes(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
-    assert recipe.finetune is not None
-    try:
-        select(recipe.finetune.targets, linear_layers(empty_model(checkpoint), checkpoint.config.model_type))
-    except PatternError as error:
-        return [f"finetune.targets: {error}"]
-    return []
-
-
 def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: None) -> RunResult:
     """Carry out a recipe in `folder`: fine-tune, make the variants, measure them together, report, export.
 
@@ -128,7 +83,7 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
     if images is not None and recipe.finetune is None:
         fit_labels(images, source.label_names)
     if recipe.strict:
-        _require_attention(recipe, source, device)
+        require_attention(recipe, source, device)
     inputs = source.folder, recipe.data.folder if recipe.data else None
     files = [RECIPE_FILE, ENVIRONMENT_FILE, STAGES_FILE, "report.html", "report.md"]
     files += [f"sensitivity/{variant.name}.json" for variant in recipe.variants]
@@ -169,50 +124,6 @@ def _run_stages(current: _Run, source: Checkpoint, images: ImageSet | None) -> R
     return _report(current, _judged(current, evaluation.read()))
 
 
-def tested_images(recipe: Recipe, data: DataSpec) -> ImageSet:
-    """The images that the variants of a recipe are measured on; none is decoded.
-
-    Raises:
-        DataError: there are none.
-    """
-    uses_train = recipe.finetune is not None or any(variant.skips_automatically for variant in recipe.variants)
-    source, named = parse_source(data.source)
-    if named is not None and (uses_train or data.test not in (None, named)):
-        # What a source names wins over all other splits, so it would be trained on and tested on.
-        raise DataError(f"{data.source} is one split, and the recipe needs others: set source: {source}, test: {named}")
-    images = open_images(data, data.test)
-    if images.split == ALL and uses_train:
-        # One part of data without splits is trained or calibrated on, so only the other part may test.
-        return open_images(data, "test")
-    return images
-
-
-def training_images(data: DataSpec) -> ImageSet:
-    """The images that a recipe fine-tunes on, all of them; none is decoded."""
-    return open_images(data.model_copy(update={"limit": None}), data.train)
-
-
-def calibration_images(data: DataSpec, variant: VariantSpec) -> ImageSet:
-    """The images on which the skip list of a variant with `skip: auto` is chosen; none is decoded."""
-    return open_images(data.model_copy(update={"limit": variant.auto.images}), variant.auto.split)
-
-
-def _require_attention(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> None:
-    """Refuse, before the first long stage, what `strict` would refuse after it."""
-    for variant in recipe.variants:
-        dtype = DTYPES["bf16"] if variant.run_as else DTYPES.get(variant.format, DTYPES[variant.half])
-        reason = why_not_attention(checkpoint.config, variant.attention, device, dtype)
-        if reason is not None:
-            raise UnsupportedError(
-                f"{variant.name}: {variant.attention} cannot run: {reason}; "
-                f"drop --strict to use {best_attention(checkpoint.config)}"
-            )
-        reason = why_not_kernel(checkpoint.config, variant.sdpa_kernel, device, dtype)
-        if reason is not None:
-            kernel = f"sdpa kernel {variant.sdpa_kernel}"
-            raise UnsupportedError(f"{variant.name}: {kernel} cannot run: {reason}; drop --strict to let torch choose")
-
-
 def _finetuned(current: _Run, source: Checkpoint, data: DataSpec, test: ImageSet) -> Checkpoint:
     """The checkpoint that the variants are made of: the source itself, or fine-tuned as the recipe asks."""
     recipe = current.recipe
@@ -228,16 +139,13 @@ def _finetuned(current: _Run, source: Checkpoint, data: DataSpec, test: ImageSet
     overlap = set(train.image_hashes) & set(test.image_hashes)
     if overlap:
         logger.warning("%d test images are also training images; accuracy will look better than it is", len(overlap))
-
-    def work() -> None:
-        current.folder.say(f"finetune: {spec.method} on {len(train)} images of {train.name}")
-        _transform(current, "finetune", functools.partial(finetune, seed=recipe.seed), source, spec, output, train)
-
+    how = functools.partial(finetune, seed=recipe.seed)
     stage = Stage(
         "finetune",
         inputs=[source.fingerprint(), train.sha256, labels, spec.model_dump(mode="json"), recipe.seed],
         files=_checkpoint_files(output),
-        work=work,
+        task=f"{spec.method} on {len(train)} images of {train.name}",
+        work=lambda: _transform(current, how, source, spec, output, train),
         read=lambda: open_checkpoint(str(output)),
     )
     current.folder.carry_out(stage)
@@ -247,16 +155,9 @@ def _finetuned(current: _Run, source: Checkpoint, data: DataSpec, test: ImageSet
 
 
 def _transform(
-    current: _Run,
-    stage: str,
-    transformation: Transformation[S],
-    checkpoint: Checkpoint,
-    spec: S,
-    output: Path,
-    images: ImageSet | None,
-) -> None:
-    outcome = transformation(checkpoint, spec, output, current.recipe.device, images=images)
-    current.folder.say(f"{stage}: {outcome.summary()}")
+    current: _Run, how: Transformation[S], checkpoint: Checkpoint, spec: S, output: Path, images: ImageSet | None
+) -> str:
+    return how(checkpoint, spec, output, current.recipe.device, images=images).summary()
 
 
 def _with_skip_list(
@@ -275,7 +176,6 @@ def _with_skip_list(
     current.calibrations[variant.name] = calibration
 
     def work() -> None:
-        current.folder.say(f"{name}: {variant.format} on {len(calibration)} calibration images")
         analyse_for(base, calibration, variant, output, device, skip_bad=data.skip_bad_images)
 
     stage = Stage(
@@ -290,6 +190,7 @@ def _with_skip_list(
             SENSITIVITY_SCHEMA,
         ],
         files=[output],
+        task=f"{variant.format} on {len(calibration)} calibration images",
         work=work,
         read=lambda: load_sensitivity(output),
         measured_on=environment.resolve_device(device),
@@ -307,26 +208,25 @@ def _with_skip_list(
 
 def _variant_stage(current: _Run, base: Checkpoint, variant: VariantSpec) -> Stage[Path]:
     """Make a variant's checkpoint. Where that fails, its row tells why and the others still tell something."""
-    name, output = f"variant {variant.name}", current.variant_folder(variant.name)
+    output = current.variant_folder(variant.name)
     held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
     calibration = current.calibrations.get(variant.name)
     tolerated = (CheckpointError, MeasurementError, UnsupportedError)
 
-    def work() -> None:
+    def work() -> str:
         twin = next((other for other in current.variants if _holds_same(current, other, stage)), None)
         if twin is not None:
             storage.copy_folder(current.variant_folder(twin.name), output, leave_out=_MEASURED)
-            current.folder.say(f"{name}: the same weights as {twin.name}")
-            return
+            return f"the same weights as {twin.name}"
         try:
-            _transform(current, name, quantize, base, variant, output, calibration)
+            return _transform(current, quantize, base, variant, output, calibration)
         except tolerated:
             if any(output.glob("*.safetensors")):
                 storage.remove(output)  # of an earlier recipe, which this variant no longer is
             raise
 
     stage = Stage(
-        name,
+        f"variant {variant.name}",
         inputs=[base.fingerprint(), held, calibration.sha256 if calibration else None],
         files=_checkpoint_files(output),
         work=work,
@@ -357,16 +257,28 @@ def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str 
             save_predictions(one.predictions, folder)
 
     def work() -> None:
-        on = f"{len(images)} images of {images.name}" if images else "random pixels"
-        run.say(f"evaluate: {len(made)} variants on {on}")
         run.forget("evaluate")  # the records on disk are replaced one by one from now on
-        measured = _measure(current, images, made, save)
+        measured = measure(
+            [
+                Candidate(variant.name, str(folders[variant.name]), variant.run, variant, made[variant.name])
+                for variant in current.variants
+            ],
+            recipe.evaluate,
+            images=images,
+            skip_bad=recipe.data is not None and recipe.data.skip_bad_images,
+            baseline=recipe.baseline_name,
+            device=recipe.device,
+            strict=recipe.strict,
+            untrained=recipe.finetune is None and recipe.model.startswith(RANDOM_PREFIX),
+            ready=save,
+        )
         if environment.is_main_process():
             for one in measured:
                 save(one)
                 if one.record.failure:
                     run.say(f"evaluate: {one.record.variant.name} failed: {one.record.failure}")
 
+    on = f"{len(images)} images of {images.name}" if images else "random pixels"
     return Stage(
         "evaluate",
         inputs=[
@@ -379,36 +291,10 @@ def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str 
             [torch.get_num_threads(), environment.threads_bound()],
         ],
         files=[*(folder / RECORD_FILE for folder in folders.values()), *filter(ownership.is_listed, predictions)],
+        task=f"{len(folders)} variants on {on}",
         work=work,
         read=lambda: [load_record(folder) for folder in folders.values()],
         measured_on=environment.resolve_device(recipe.device),
-    )
-
-
-def _measure(
-    current: _Run, images: ImageSet | None, made: dict[str, str | None], ready: Callable[[Measured], None]
-) -> list[Measured]:
-    recipe = current.recipe
-    candidates = [
-        Candidate(
-            name=variant.name,
-            source=str(current.variant_folder(variant.name)),
-            run=variant.run,
-            asked=variant,
-            failure=made[variant.name],
-        )
-        for variant in current.variants
-    ]
-    return measure(
-        candidates,
-        recipe.evaluate,
-        images=images,
-        skip_bad=recipe.data is not None and recipe.data.skip_bad_images,
-        baseline=recipe.baseline_name,
-        device=recipe.device,
-        strict=recipe.strict,
-        untrained=recipe.finetune is None and recipe.model.startswith(RANDOM_PREFIX),
-        ready=ready,
     )
 
 

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vitopt import environment
+from vitopt.checks import calibration_images, tested_images, training_images
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor
 from vitopt.environment import DTYPES
@@ -12,7 +13,6 @@ from vitopt.measure import forecast
 from vitopt.measure.forecast import Stage
 from vitopt.measure.planning import Need, needs
 from vitopt.models.checkpoint import load_processor, open_checkpoint
-from vitopt.pipeline import calibration_images, tested_images, training_images
 from vitopt.recipe import Recipe, RequireSpec
 
 

@@ -27,16 +27,17 @@ class Stage(Generic[T]):
 
     `inputs`: plain data, all that the product depends on. What was made on one device stands on another; figures do
     not, and name the device that they are `measured_on`. `files`: what the stage leaves, when it is complete.
-    `work` makes the product, in every process of a distributed launch or in the main one `alone`. `read` opens the
-    product; a RecordError means that it has to be made again. An error of a `tolerated` type leaves the run without
-    this product, and the run goes on.
+    `work` makes the product, in every process of a distributed launch or in the main one `alone`, and returns what
+    there is to tell of it; `task` is told before. `read` opens the product; a RecordError means that it has to be made
+    again. An error of a `tolerated` type leaves the run without this product, and the run goes on.
     """
 
     name: str
     inputs: Sequence[Any]
     files: Sequence[Path]
-    work: Callable[[], None]
+    work: Callable[[], str | None]
     read: Callable[[], T]
+    task: str | None = None
     measured_on: torch.device | None = None
     alone: bool = False
     tolerated: tuple[type[VitoptError], ...] = ()
@@ -66,10 +67,11 @@ class RunFolder:
         """
         if self._stands(stage):
             return None
+        self._tell(stage, stage.task)
         reason = None
         if environment.is_main_process() or not stage.alone:
             try:
-                stage.work()
+                self._tell(stage, stage.work())
             except stage.tolerated as error:
                 reason = str(error)
         reason = environment.gather_objects(reason)[0]  # nobody reads before the main process has written
@@ -78,13 +80,17 @@ class RunFolder:
             self._save()
         else:
             self.forget(stage.name)
-            self.say(f"{stage.name}: {reason}")
+            self._tell(stage, reason)
         return reason
 
     def forget(self, name: str) -> None:
         """The stage stands no more, whatever becomes of the work on it."""
         if self.completed.pop(name, None) is not None:
             self._save()
+
+    def _tell(self, stage: Stage[Any], text: str | None) -> None:
+        if text is not None:
+            self.say(f"{stage.name}: {text}")
 
     def _stands(self, stage: Stage[Any]) -> bool:
         """Whether a stage was completed with the same inputs, and its files are whole and can be read."""
@@ -93,7 +99,7 @@ class RunFolder:
         # The main process decides for all: another might look while it is already making the product anew.
         same, spoiled = environment.gather_objects((same, spoiled))[0]
         if same:
-            self.say(f"{stage.name}: " + ("up to date, skipped" if spoiled is None else f"again, because {spoiled}"))
+            self._tell(stage, "up to date, skipped" if spoiled is None else f"again, because {spoiled}")
         return same and spoiled is None
 
     def _spoiled(self, stage: Stage[Any]) -> str | None:

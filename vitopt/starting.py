@@ -6,11 +6,11 @@ import torch
 import yaml
 
 from vitopt import environment
+from vitopt.checks import plans
 from vitopt.data.images import ALL, open_images
 from vitopt.data.labels import fit_labels
 from vitopt.errors import DataError
 from vitopt.models.checkpoint import open_checkpoint
-from vitopt.pipeline import plans
 from vitopt.recipe import DataSpec, Labels, Recipe, validate
 
 
