@@ -271,6 +271,21 @@ def test_figures_stand_only_where_and_with_what_they_were_measured(
     assert pipeline._evaluate_stage(current, images, {}).fingerprint != before
 
 
+@pytest.mark.parametrize("main", [True, False])
+def test_one_process_writes_and_tells_of_a_variant_that_failed(
+    main: bool, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.model_validate(changed(content, variants=content["variants"][:1], export=None))
+    row = evaluator.failed("fp32", recipe.variants[0], "not here", torch.device("cpu"))
+    monkeypatch.setattr(pipeline, "measure", lambda *_, **__: [row])
+    monkeypatch.setattr(environment, "is_main_process", lambda: main)
+    said: list[str] = []
+    current = pipeline._Run(RunFolder(tmp_path, said.append), recipe, recipe.variants)
+    pipeline._evaluate_stage(current, None, {"fp32": "not here"}).work()
+    assert (tmp_path / "variants" / "fp32" / "record.json").exists() == main
+    assert said == (["evaluate: fp32 failed: not here"] if main else [])
+
+
 def test_other_test_images_are_measured_again(content: dict[str, Any], again: Path, shapes: Path) -> None:
     before = times(again)
     result, _ = run(changed(content, data={"source": str(shapes), "limit": 8}), again)

@@ -29,22 +29,17 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
             resolved[variant.name] = plan_for(checkpoint, known)
         except (PatternError, RecipeError, UnsupportedError) as error:
             mistakes.append(f"variant {variant.name}: {error}")
-    if recipe.finetune is not None and (reason := why_not_trained(checkpoint.config)):
-        mistakes.append(f"finetune: {reason}")
-    if recipe.finetune is not None and recipe.finetune.method == "lora":
-        mistakes += _target_mistakes(recipe, checkpoint)
+    if recipe.finetune is not None:
+        if reason := why_not_trained(checkpoint.config):
+            mistakes.append(f"finetune: {reason}")
+        if recipe.finetune.method == "lora":
+            try:
+                select(recipe.finetune.targets, linear_layers(empty_model(checkpoint), checkpoint.config.model_type))
+            except PatternError as error:
+                mistakes.append(f"finetune.targets: {error}")
     if mistakes:
         raise RecipeError("\n".join(mistakes))
     return resolved
-
-
-def _target_mistakes(recipe: Recipe, checkpoint: Checkpoint) -> list[str]:
-    assert recipe.finetune is not None
-    try:
-        select(recipe.finetune.targets, linear_layers(empty_model(checkpoint), checkpoint.config.model_type))
-    except PatternError as error:
-        return [f"finetune.targets: {error}"]
-    return []
 
 
 def tested_images(recipe: Recipe, data: DataSpec) -> ImageSet:
@@ -83,13 +78,11 @@ def require_attention(recipe: Recipe, checkpoint: Checkpoint, device: torch.devi
     """
     for variant in recipe.variants:
         dtype = DTYPES["bf16"] if variant.run_as else DTYPES.get(variant.format, DTYPES[variant.half])
-        reason = why_not_attention(checkpoint.config, variant.attention, device, dtype)
-        if reason is not None:
-            raise UnsupportedError(
-                f"{variant.name}: {variant.attention} cannot run: {reason}; "
-                f"drop --strict to use {best_attention(checkpoint.config)}"
-            )
-        reason = why_not_kernel(checkpoint.config, variant.sdpa_kernel, device, dtype)
-        if reason is not None:
-            kernel = f"sdpa kernel {variant.sdpa_kernel}"
-            raise UnsupportedError(f"{variant.name}: {kernel} cannot run: {reason}; drop --strict to let torch choose")
+        attention = why_not_attention(checkpoint.config, variant.attention, device, dtype)
+        kernel = why_not_kernel(checkpoint.config, variant.sdpa_kernel, device, dtype)
+        for what, reason, remedy in (
+            (variant.attention, attention, f"use {best_attention(checkpoint.config)}"),
+            (f"sdpa kernel {variant.sdpa_kernel}", kernel, "let torch choose"),
+        ):
+            if reason is not None:
+                raise UnsupportedError(f"{variant.name}: {what} cannot run: {reason}; drop --strict to {remedy}")

@@ -214,10 +214,12 @@ def _variant_stage(current: _Run, base: Checkpoint, variant: VariantSpec) -> Sta
     tolerated = (CheckpointError, MeasurementError, UnsupportedError)
 
     def work() -> str:
-        twin = next((other for other in current.variants if _holds_same(current, other, stage)), None)
-        if twin is not None:
-            storage.copy_folder(current.variant_folder(twin.name), output, leave_out=_MEASURED)
-            return f"the same weights as {twin.name}"
+        for other in current.variants:
+            folder = current.variant_folder(other.name)
+            made = current.folder.completed.get(f"variant {other.name}") == stage.fingerprint
+            if folder != output and made and all(map(ownership.is_whole, _checkpoint_files(folder))):
+                storage.copy_folder(folder, output, leave_out=_MEASURED)
+                return f"the same weights as {other.name}"
         try:
             return _transform(current, quantize, base, variant, output, calibration)
         except tolerated:
@@ -235,13 +237,6 @@ def _variant_stage(current: _Run, base: Checkpoint, variant: VariantSpec) -> Sta
         tolerated=tolerated,
     )
     return stage
-
-
-def _holds_same(current: _Run, other: VariantSpec, stage: Stage[Path]) -> bool:
-    """Whether another variant's folder already holds the same weights, run in another way."""
-    made = current.folder.completed.get(f"variant {other.name}") == stage.fingerprint
-    folder = current.variant_folder(other.name)
-    return folder != stage.read() and made and all(map(ownership.is_whole, _checkpoint_files(folder)))
 
 
 def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str | None]) -> Stage[list[Record]]:
@@ -318,17 +313,17 @@ def _judged(current: _Run, records: list[Record]) -> list[Record]:
 
 
 def _report(current: _Run, records: list[Record]) -> RunResult:
-    recipe = current.recipe
-    export = current.folder.path / "export" if recipe.export else None
+    recipe, folder = current.recipe, current.folder.path
+    export = folder / "export" if recipe.export else None
     if not environment.is_main_process():
-        return RunResult(current.folder.path, records, None, export)
+        return RunResult(folder, records, None, export)
     report = _write_report(current, records)
     if export is not None:
         chosen = next(record for record in records if record.variant.name == recipe.export)
         if chosen.failure is not None:
             raise CheckpointError(f"cannot export {recipe.export}: {chosen.failure}")
         storage.copy_folder(current.variant_folder(chosen.variant.name), export)
-    return RunResult(current.folder.path, records, report, export)
+    return RunResult(folder, records, report, export)
 
 
 def _write_report(current: _Run, records: list[Record]) -> Path | None:
@@ -336,11 +331,10 @@ def _write_report(current: _Run, records: list[Record]) -> Path | None:
     missing = [package for package in ("jinja2", "matplotlib", "pyarrow") if not environment.installed(package)]
     if missing:
         # Measuring alone needs none of them; the records are complete, so the report can be written elsewhere.
-        packages = " and ".join(missing)
-        kept = (
-            "" if "pyarrow" in missing and current.recipe.data else f"; `vitopt report {current.folder.path}` writes it"
-        )
-        current.folder.say(f"report{' and predictions' if not kept else ''}: left out, {packages} not installed{kept}")
+        without_predictions = "pyarrow" in missing and current.recipe.data is not None
+        what = "report and predictions" if without_predictions else "report"
+        later = "" if without_predictions else f"; `vitopt report {current.folder.path}` writes it"
+        current.folder.say(f"{what}: left out, {' and '.join(missing)} not installed{later}")
         return None
     from vitopt.report.card import write_card
     from vitopt.report.page import write_report

@@ -10,7 +10,7 @@ from vitopt.data.pixels import Preprocessor
 from vitopt.environment import DTYPES
 from vitopt.errors import VitoptError
 from vitopt.measure import forecast
-from vitopt.measure.forecast import Stage
+from vitopt.measure.forecast import StageTime
 from vitopt.measure.planning import Need, needs
 from vitopt.models.checkpoint import load_processor, open_checkpoint
 from vitopt.recipe import Recipe, RequireSpec
@@ -30,7 +30,7 @@ class Preview:
     """What a run will need."""
 
     claims: list[Claim]
-    stages: list[Stage]
+    stages: list[StageTime]
     notes: list[str]  # what could not be counted or timed, and why
 
     def to_json(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _claims(recipe: Recipe, counted: dict[str, int]) -> list[Claim]:
     return claims
 
 
-def _stages(recipe: Recipe, counted: dict[str, int], test: ImageSet | None, notes: list[str]) -> list[Stage]:
+def _stages(recipe: Recipe, counted: dict[str, int], test: ImageSet | None, notes: list[str]) -> list[StageTime]:
     try:
         checkpoint = open_checkpoint(recipe.model, config_only=True)
         device = environment.resolve_device(recipe.device)

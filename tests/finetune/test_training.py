@@ -361,6 +361,12 @@ def test_a_target_that_matches_nothing_tells_what_exists(tiny: Checkpoint, train
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_training_without_images_is_refused(tiny: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="without images"):
+        finetune(tiny, SHORT, tmp_path / "out", "cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_quantized_checkpoint_is_refused(tiny: Checkpoint, train: ImageSet, tmp_path: Path) -> None:
     quantize(tiny, VariantSpec(name="v", format="nf4"), tmp_path / "nf4", "cpu")
     quantized = open_checkpoint(str(tmp_path / "nf4"))

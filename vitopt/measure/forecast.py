@@ -23,7 +23,7 @@ _TRAINING_PASSES = 3  # forward, and backward twice as much
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageTime:
     """A stage of a run and about how long it will take."""
 
     name: str
@@ -60,7 +60,7 @@ def stages(
     seconds: Mapping[str, float],
     decode: float,
     images: Mapping[str, int],
-) -> list[Stage]:
+) -> list[StageTime]:
     """About how long the long stages take.
 
     `seconds` per image by `number_type`; `images` per split: `train`, `test`, and by name of a variant whose skip
@@ -69,7 +69,7 @@ def stages(
     found = []
     if recipe.finetune is not None and "train" in images:
         per_image = _TRAINING_PASSES * seconds["fp32"] + decode
-        found.append(Stage("finetune", recipe.finetune.epochs * images["train"] * per_image))
+        found.append(StageTime("finetune", recipe.finetune.epochs * images["train"] * per_image))
     layers = linear_layers(empty_model(checkpoint), checkpoint.config.model_type)
     for variant in recipe.variants:
         if variant.name in images:
@@ -81,13 +81,13 @@ def stages(
             # Two mixtures per unit, of which on average half of the blocks run anew.
             total = choosing * (_CHOOSING_DECODES * decode + (units + _SEARCH_LOOKS) * per_pass)
             total += confirming * (decode + _CONFIRMING_MODELS * per_pass)
-            found.append(Stage(f"sensitivity {variant.name}", total))
+            found.append(StageTime(f"sensitivity {variant.name}", total))
     of_variants = sum(seconds[number_type(variant)] for variant in recipe.variants)
     if "test" in images:
-        found.append(Stage("evaluate: accuracy", images["test"] * (decode + of_variants)))
+        found.append(StageTime("evaluate: accuracy", images["test"] * (decode + of_variants)))
     latency = recipe.evaluate.latency
     timed = sum(latency.batch_sizes) * (latency.iterations + _WARMUP_CALLS)
-    found.append(Stage("evaluate: latency", timed * of_variants))
+    found.append(StageTime("evaluate: latency", timed * of_variants))
     return found
 
 
