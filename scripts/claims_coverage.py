@@ -34,8 +34,9 @@ from vitopt.measure.statistics import (
     paired_delta_interval,
     wilson_interval,
 )
+from vitopt.recipe import CHOOSING
 from vitopt.search.confirmation import loss, loss_with_share
-from vitopt.search.goal import CHOOSING, Goal
+from vitopt.search.goal import Goal
 from vitopt.search.results import Loss, SearchResult, UnitScores
 from vitopt.search.skiplist import search_skip_list
 

@@ -85,8 +85,8 @@ def test_training_is_shared_and_leaves_one_complete_checkpoint(
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
-        "training.json",
         "calibration.json",
+        "training.json",
         LIST_FILE,
     }
     report = json.loads((folder / "training.json").read_text())

@@ -221,5 +221,5 @@ def test_a_head_with_a_teacher_is_not_trained(
     originals: dict[str, Checkpoint], images: ImageSet, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="DeiTForImageClassificationWithTeacher for inference only"):
-        finetune(originals[WITH_TEACHER], images, FinetuneSpec(), tmp_path / "out", device="cpu")
+        finetune(originals[WITH_TEACHER], FinetuneSpec(), tmp_path / "out", "cpu", images=images)
     assert not list(tmp_path.iterdir())

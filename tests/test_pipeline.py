@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from vitopt import environment, inference, pipeline
+from vitopt.checks import plans
 from vitopt.data.images import open_images
 from vitopt.errors import (
     BadImageError,
@@ -35,8 +36,9 @@ from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.ownership import LIST_FILE
 from vitopt.pipeline import RunResult
 from vitopt.recipe import DataSpec, Recipe, load_recipe
-from vitopt.records import Memory, load_record
+from vitopt.records import SCHEMA, Memory, load_record
 from vitopt.report.table import cautions
+from vitopt.stages import RunFolder
 
 VERSIONS = environment.versions()
 NAMES = ("fp32", "nf4-skip", "nf4-fa2", "int8")
@@ -261,20 +263,27 @@ def test_figures_stand_only_where_and_with_what_they_were_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = Recipe.model_validate(content)
-    current = pipeline._Run(tmp_path, recipe, print, variants=recipe.variants)
+    current = pipeline._Run(RunFolder(tmp_path, print), recipe, recipe.variants)
     images = open_images(DataSpec(source=str(shapes)), None)
-    before = pipeline._evaluate_fingerprint(current, images)
-    assert pipeline._evaluate_fingerprint(current, images) == before
+    before = pipeline._evaluate_stage(current, images, {}).fingerprint
+    assert pipeline._evaluate_stage(current, images, {}).fingerprint == before
     change(monkeypatch)
-    assert pipeline._evaluate_fingerprint(current, images) != before
+    assert pipeline._evaluate_stage(current, images, {}).fingerprint != before
 
 
-def test_what_was_made_on_another_device_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = pipeline._fingerprint("inputs")
-    monkeypatch.setattr(environment, "processor_name", lambda: "another processor")
-    assert pipeline._fingerprint("inputs") == before
-    monkeypatch.setattr(environment, "code_digest", lambda: "other code")
-    assert pipeline._fingerprint("inputs") != before
+@pytest.mark.parametrize("main", [True, False])
+def test_one_process_writes_and_tells_of_a_variant_that_failed(
+    main: bool, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.model_validate(changed(content, variants=content["variants"][:1], export=None))
+    row = evaluator.failed("fp32", recipe.variants[0], "not here", torch.device("cpu"))
+    monkeypatch.setattr(pipeline, "measure", lambda *_, **__: [row])
+    monkeypatch.setattr(environment, "is_main_process", lambda: main)
+    said: list[str] = []
+    current = pipeline._Run(RunFolder(tmp_path, said.append), recipe, recipe.variants)
+    pipeline._evaluate_stage(current, None, {"fp32": "not here"}).work()
+    assert (tmp_path / "variants" / "fp32" / "record.json").exists() == main
+    assert said == (["evaluate: fp32 failed: not here"] if main else [])
 
 
 def test_other_test_images_are_measured_again(content: dict[str, Any], again: Path, shapes: Path) -> None:
@@ -370,7 +379,7 @@ def test_a_record_that_cannot_be_read_is_measured_again(change: str, content: di
     path = again / "variants" / "int8" / "record.json"
     text = path.read_text()
     # of the same length, so that only reading it can tell
-    path.write_text("x" + text[1:] if change == "corrupt" else text.replace("vitopt.record/1", "vitopt.record/0"))
+    path.write_text("x" + text[1:] if change == "corrupt" else text.replace(SCHEMA, SCHEMA[:-1] + "0"))
     result, said = run(content, again)
     (line,) = [line for line in said if line.startswith("evaluate: again, because ")]
     assert str(path) in line and "measure again" in line
@@ -531,7 +540,7 @@ def test_an_interruption_while_measuring_keeps_the_checkpoints(
     before = times(again)
     other = changed(content, evaluate=content["evaluate"] | {"batch_size": 5})
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "evaluate", interrupted)
+        patch.setattr(pipeline, "measure", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(other, again)
     assert times(again) == before and hidden(again) == []
@@ -664,7 +673,7 @@ def test_formats_that_cannot_be_mixed_are_told_with_the_other_mistakes(content: 
     wrong["variants"][1]["layers"] = {"block.0.fc1": "w8a8"}
     wrong["variants"][3]["skip"] = ["block.9"]
     with pytest.raises(RecipeError) as caught:
-        pipeline.plans(Recipe.model_validate(wrong))
+        plans(Recipe.model_validate(wrong))
     first, second = str(caught.value).splitlines()
     assert first.startswith("variant nf4-skip: formats nf4 and w8a8 cannot be mixed")
     assert second.startswith("variant int8: pattern 'block.9' matches no layer")
@@ -729,20 +738,20 @@ def test_a_missing_model_is_refused_before_anything_is_written(content: dict[str
     assert not (tmp_path / "run").exists()
 
 
-# Plans, measuring, predictions, first recipes
+# Plans, measuring, predictions
 
 
 def test_plans_need_shapes_only(content: dict[str, Any]) -> None:
     large = changed(content, model="random:vit-large-patch16-224")
     large["variants"][1]["skip"] = ["block.21"]
     large["finetune"]["targets"] = ["block.0-23.query"]
-    plans = pipeline.plans(Recipe.model_validate(large | {"data": "/nowhere"}))
-    assert list(plans) == list(NAMES)
-    assert plans["nf4-skip"].counts() == {"nf4": 138, "bf16": 7}
-    assert plans["int8"].counts() == {"int8": 144, "bf16": 1}
+    found = plans(Recipe.model_validate(large | {"data": "/nowhere"}))
+    assert list(found) == list(NAMES)
+    assert found["nf4-skip"].counts() == {"nf4": 138, "bf16": 7}
+    assert found["int8"].counts() == {"int8": 144, "bf16": 1}
 
 
-def test_models_with_other_classes_or_pixels_are_not_measured_together(
+def test_models_with_other_classes_are_not_measured_together(
     tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path]
 ) -> None:
     from vitopt.data.images import open_images
@@ -758,10 +767,6 @@ def test_models_with_other_classes_or_pixels_are_not_measured_together(
         )
 
     other = copy_of(tiny_checkpoint)
-    processor = json.loads((other / "preprocessor_config.json").read_text())
-    (other / "preprocessor_config.json").write_text(json.dumps(processor | {"image_mean": [0.4, 0.5, 0.5]}))
-    with pytest.raises(DataError, match=r"prepare images differently: compare them in two runs"):
-        together(tiny_checkpoint, other)
     config = json.loads((other / "config.json").read_text())
     names = ["round", "cross", "square", "stripe"]
     config |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
@@ -800,39 +805,6 @@ def test_an_image_that_is_not_there_is_named(tiny_checkpoint: Path, tmp_path: Pa
     (tmp_path / "text.png").write_text("text")
     with pytest.raises(BadImageError, match=r"image .*text.png cannot be decoded"):
         inference.predict(str(tiny_checkpoint), [tmp_path / "text.png"], top=1, device="cpu")
-
-
-def test_a_first_recipe_for_a_fitting_head_loads_plans_and_trains_nothing(
-    tiny_checkpoint: Path, shapes: Path, tmp_path: Path
-) -> None:
-    text = pipeline.starting_recipe(str(tiny_checkpoint), str(shapes), "mine")
-    (tmp_path / "recipe.yaml").write_text(text)
-    recipe = load_recipe(tmp_path / "recipe.yaml")
-    assert (recipe.name, recipe.model, recipe.data.source) == ("mine", str(tiny_checkpoint), str(shapes))
-    assert recipe.finetune is None
-    assert text.startswith("# ") and "nothing is fine-tuned" in text.splitlines()[0]
-    assert {"fp32", "bf16", "nf4", "int8", "w8a8"} <= {variant.format for variant in recipe.variants}
-    assert set(pipeline.plans(recipe)) == {variant.name for variant in recipe.variants}
-    if not torch.cuda.is_available():
-        assert "fp8" not in {variant.format for variant in recipe.variants}
-        assert "# Left out: fp8 (fp8 arithmetic needs a CUDA device" in text
-
-
-def test_a_first_recipe_for_other_classes_trains_them(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    text = pipeline.starting_recipe(str(tiny_checkpoint), "digits", "mine")
-    (tmp_path / "recipe.yaml").write_text(text)
-    recipe = load_recipe(tmp_path / "recipe.yaml")
-    assert recipe.finetune is not None and recipe.finetune.method == "lora"
-    assert "LoRA fine-tunes" in text and "80 %" in text
-    assert pipeline.plans(recipe)
-    assert open_checkpoint(recipe.model).config.num_labels == 4
-
-
-def test_a_first_recipe_needs_a_model_and_images(tiny_checkpoint: Path, shapes: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint at /nowhere"):
-        pipeline.starting_recipe("/nowhere", str(shapes), "mine")
-    with pytest.raises(DataError, match="no data at /nowhere"):
-        pipeline.starting_recipe(str(tiny_checkpoint), "/nowhere", "mine")
 
 
 def test_classes_of_other_names_are_trained_again(
@@ -925,7 +897,7 @@ def test_calibration_images_are_never_test_images(content: dict[str, Any], tmp_p
 
 
 def test_a_plan_without_weights_leaves_an_automatic_skip_list_open(content: dict[str, Any]) -> None:
-    plan = pipeline.plans(Recipe.model_validate(with_auto(content)))["auto"]
+    plan = plans(Recipe.model_validate(with_auto(content)))["auto"]
     assert plan.counts() == {"nf4": 18, "bf16": 1}
 
 
@@ -1031,23 +1003,6 @@ def test_without_the_packages_of_the_report_it_is_left_out_in_one_line(
     assert {path.name for path in (folder / "variants" / "fp32").iterdir()} == LISTED | {"record.json"}
 
 
-def test_a_starting_recipe_for_a_gpu_has_the_fast_rows(
-    tiny_checkpoint: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(environment, "resolve_device", lambda requested="auto": torch.device("cuda", 0))
-    lacking = {"fp8": "compute capability 8.0 is below 8.9"}
-    monkeypatch.setattr(environment, "why_not_format", lambda format, device: lacking.get(format))
-    monkeypatch.setattr(environment, "why_not_attention", lambda attention, device, dtype: None)
-    text = pipeline.starting_recipe(str(tiny_checkpoint), str(shapes), "mine")
-    variants = {variant["name"]: variant for variant in yaml.safe_load(text)["variants"]}
-    assert list(variants)[:4] == ["fp32", "bf16", "bf16-compiled", "nf4"]
-    assert variants["bf16-compiled"] == {"name": "bf16-compiled", "format": "bf16", "compile": True, "fuse_qkv": True}
-    assert variants["nf4-as-bf16"]["run_as"] == "bf16"
-    assert variants["nf4-fa2"]["attention"] == "flash_attention_2"
-    assert "w8a8-compiled" in variants and not any(name.startswith("fp8") for name in variants)
-    assert "# Left out: fp8-compiled (compute capability 8.0 is below 8.9)" in text
-
-
 def test_a_variant_that_overflows_fails_alone(
     content: dict[str, Any], copy_of: Callable[[Path], Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -1069,7 +1024,7 @@ def test_a_model_that_cannot_be_trained_is_refused_with_the_plan(
 ) -> None:
     with_teacher = make_family("deit", with_teacher=True)
     with pytest.raises(RecipeError, match=r"finetune: .*WithTeacher for inference only"):
-        pipeline.plans(Recipe.model_validate(changed(content, model=with_teacher.source)))
+        plans(Recipe.model_validate(changed(content, model=with_teacher.source)))
 
 
 def test_strict_refuses_an_attention_that_the_family_lacks(

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from vitopt.data.images import ImageSet
+from vitopt.data.images import ImageSet, open_images
 from vitopt.measure import forecast
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.preview import preview
-from vitopt.recipe import Recipe
+from vitopt.recipe import DataSpec, Recipe
+from vitopt.search.confirmation import divide
 
 TIMED = {"latency": {"batch_sizes": [1, 4], "iterations": 85, "rounds": 5}}
 
@@ -74,6 +75,9 @@ def test_a_model_that_cannot_be_timed_gives_no_estimate(
 
 def test_stages_take_their_images_times_their_passes(tiny_checkpoint: Path, shapes: Path) -> None:
     auto = {"name": "auto", "format": "nf4", "skip": "auto"}
+    calibration = open_images(DataSpec(source=str(shapes), limit=30), "train")
+    choosing, confirming = map(len, divide(calibration))
+    assert (choosing, confirming) == (8, 22)
     variants = [{"name": "fp32", "format": "fp32"}, {"name": "as-bf16", "format": "fp32", "run_as": "bf16"}, auto]
     wanted = recipe(tiny_checkpoint, shapes, finetune={"epochs": 2}, variants=variants)
     checkpoint = open_checkpoint(str(tiny_checkpoint))
@@ -81,7 +85,8 @@ def test_stages_take_their_images_times_their_passes(tiny_checkpoint: Path, shap
     found = forecast.stages(wanted, checkpoint, {"fp32": 0.1, "bf16": 0.04}, 0.01, images)
     assert {stage.name: pytest.approx(stage.seconds) for stage in found} == {
         "finetune": 2 * 100 * (3 * 0.1 + 0.01),
-        "sensitivity auto": 30 * (0.01 + (3 + 20) * 0.04),  # three blocks
+        # Three blocks; each part of the images runs its own passes, as the search divides them.
+        "sensitivity auto": choosing * (3 * 0.01 + (3 + 20) * 0.04) + confirming * (0.01 + 3 * 0.04),
         "evaluate: accuracy": 50 * (0.01 + 0.1 + 0.04 + 0.04),
         "evaluate: latency": 5 * 100 * 0.18,
     }

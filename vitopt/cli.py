@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from vitopt.data.images import ImageSet
     from vitopt.measure.evaluator import Measured
     from vitopt.measure.planning import Need
-    from vitopt.models.calibration import Use
     from vitopt.models.checkpoint import Checkpoint
     from vitopt.optimize.plan import LayerPlan
     from vitopt.preview import Preview
@@ -224,13 +223,14 @@ def run(
     overrides += ["data.skip_bad_images=true"] if skip_bad_images else []
     resolved = load_recipe(recipe, overrides)
     _start(as_json, threads)
-    from vitopt import pipeline
-
     if dry_run:
+        from vitopt.checks import plans
         from vitopt.preview import preview
 
-        _print_dry_run(resolved, pipeline.plans(resolved), preview(resolved), as_json)
+        _print_dry_run(resolved, plans(resolved), preview(resolved), as_json)
         return
+    from vitopt import pipeline
+
     result = pipeline.run(resolved, output or Path("runs") / resolved.name, _say)
     if as_json:
         _print_json([record.to_json() for record in result.records])
@@ -315,7 +315,7 @@ def finetune(
         test = None if named else open_images(source, "test" if training.split == "train" else None)
     except DataError:
         test = None  # only a training split is fine: there is nothing to report on
-    report = train(opened, training, spec, output, test=test, device=device, seed=seed)
+    report = train(opened, spec, output, device, images=training, test=test, seed=seed)
     if as_json:
         _print_json(vars(report) | {"checkpoint": str(output)})
         return
@@ -397,20 +397,18 @@ def quantize(
         raise RecipeError("--skip auto needs --data: calibration images on which the skip list is chosen")
     _start(as_json, threads)
     from vitopt.data.images import open_images
-    from vitopt.measure.overlap import seen
     from vitopt.models.checkpoint import disk_bytes, open_checkpoint
     from vitopt.optimize.quantize import quantize as write
     from vitopt.report.table import human_bytes
 
     opened = open_checkpoint(checkpoint)
-    chosen_on: Use | None = None
+    images = None
     with storage.reserved(output, opened.folder, calibration.folder if calibration else None):
         if calibration is not None and variant.skips_automatically:
             images = open_images(calibration, "train")
             variant = _choose_skip_list(opened, variant, images, calibration, output, device)
-            chosen_on = seen(images, "skip list")
         with progress.task(f"quantizing to {format}", None):
-            plan = write(opened, variant, output, device, calibration=chosen_on)
+            plan = write(opened, variant, output, device, images=images)
     size = disk_bytes(output)
     if as_json:
         _print_json({"checkpoint": str(output), "skip": variant.skip, "layer_plan": plan.counts(), "disk_bytes": size})
@@ -425,7 +423,6 @@ def quantize(
 
 def _quantize_to_fastest(checkpoint: str, data: DataSpec, output: Path, options: dict[str, Any], as_json: bool) -> None:
     from vitopt.data.images import open_images
-    from vitopt.measure.overlap import seen
     from vitopt.models.checkpoint import disk_bytes, open_checkpoint
     from vitopt.optimize.quantize import quantize as write
     from vitopt.search.fastest import find_fastest
@@ -435,7 +432,7 @@ def _quantize_to_fastest(checkpoint: str, data: DataSpec, output: Path, options:
         images = open_images(data, "train")
         skip_bad = data.skip_bad_images
         choice = find_fastest(opened, images, EvaluateSpec(end_to_end=False), skip_bad=skip_bad, **options)
-        plan = write(opened, choice.variant, output, options["device"], calibration=seen(images, "format"))
+        plan = write(opened, choice.variant, output, options["device"], images=images, purpose="format")
     if as_json:
         found: dict[str, Any] = {"checkpoint": str(output), "chosen": choice.variant.name}
         found |= {"run": choice.variant.run.model_dump(mode="json"), "layer_plan": plan.counts()}
@@ -811,9 +808,9 @@ def init(
 ) -> None:
     """Print a recipe for a model and a data set, fitted to this machine."""
     _start(as_json=False)
-    from vitopt import pipeline
+    from vitopt.starting import starting_recipe
 
-    sys.stdout.write(pipeline.starting_recipe(model, data, name, labels))
+    sys.stdout.write(starting_recipe(model, data, name, labels))
     sys.stdout.flush()
 
 

@@ -4,15 +4,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vitopt import environment
-from vitopt.data.images import ImageSet, open_images
+from vitopt.checks import calibration_images, tested_images, training_images
+from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor
 from vitopt.environment import DTYPES
 from vitopt.errors import VitoptError
 from vitopt.measure import forecast
-from vitopt.measure.forecast import Stage
+from vitopt.measure.forecast import StageTime
 from vitopt.measure.planning import Need, needs
 from vitopt.models.checkpoint import load_processor, open_checkpoint
-from vitopt.pipeline import tested_images
 from vitopt.recipe import Recipe, RequireSpec
 
 
@@ -30,7 +30,7 @@ class Preview:
     """What a run will need."""
 
     claims: list[Claim]
-    stages: list[Stage]
+    stages: list[StageTime]
     notes: list[str]  # what could not be counted or timed, and why
 
     def to_json(self) -> dict[str, Any]:
@@ -48,12 +48,10 @@ def preview(recipe: Recipe) -> Preview:
             test = tested_images(recipe, recipe.data)
             counted["test"] = len(test)
             if recipe.finetune is not None:
-                train = recipe.data.model_copy(update={"limit": None})
-                counted["train"] = len(open_images(train, recipe.data.train))
+                counted["train"] = len(training_images(recipe.data))
             for variant in recipe.variants:
                 if variant.skips_automatically:
-                    limited = recipe.data.model_copy(update={"limit": variant.auto.images})
-                    counted[variant.name] = len(open_images(limited, variant.auto.split))
+                    counted[variant.name] = len(calibration_images(recipe.data, variant))
         except VitoptError as error:
             notes.append(f"not all images can be counted: {error}")
     return Preview(_claims(recipe, counted), _stages(recipe, counted, test, notes), notes)
@@ -70,7 +68,7 @@ def _claims(recipe: Recipe, counted: dict[str, int]) -> list[Claim]:
     return claims
 
 
-def _stages(recipe: Recipe, counted: dict[str, int], test: ImageSet | None, notes: list[str]) -> list[Stage]:
+def _stages(recipe: Recipe, counted: dict[str, int], test: ImageSet | None, notes: list[str]) -> list[StageTime]:
     try:
         checkpoint = open_checkpoint(recipe.model, config_only=True)
         device = environment.resolve_device(recipe.device)

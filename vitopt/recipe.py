@@ -23,6 +23,10 @@ Labels = Literal["name", "index"]
 Linear = Literal["query", "key", "value", "output", "fc1", "fc2"]
 
 AUTO = "auto"
+# One calibration image in so many chooses a skip list, the others confirm it. Choosing ranks by KL, about which every
+# image tells something, and runs a model of L blocks about L times for each; confirming counts the few images that
+# change sides, and runs three models for each: many confirming images are needed, and they are cheap.
+CHOOSING = 4
 LINEARS: tuple[Linear, ...] = get_args(Linear)
 
 

@@ -71,7 +71,7 @@ def learned(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_top1_percent", with_adapter)
-        report = finetune(tiny, train, spec, folder / "out", test=test, device="cpu")
+        report = finetune(tiny, spec, folder / "out", "cpu", images=train, test=test)
     return folder / "out", report, logits[0]
 
 
@@ -148,7 +148,7 @@ def test_full_fine_tuning_trains_every_weight(
     tiny: Checkpoint, train: ImageSet, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     spec = FinetuneSpec(method="full", epochs=1, batch_size=8, learning_rate=1e-3)
-    report = finetune(tiny, train, spec, tmp_path / "out", device="cpu")
+    report = finetune(tiny, spec, tmp_path / "out", "cpu", images=train)
     original, tuned = (load_file(f / "model.safetensors") for f in (tiny_checkpoint, tmp_path / "out"))
     assert report.trainable_parameters == report.parameters == sum(t.numel() for t in original.values())
     assert [name for name in tuned if torch.equal(tuned[name], original[name])] == []
@@ -160,7 +160,7 @@ def test_only_the_layers_asked_for_change(
     tiny: Checkpoint, train: ImageSet, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     spec = SHORT.model_copy(update={"targets": ("block.1.query", "block.*.fc2"), "epochs": 1})
-    finetune(tiny, train, spec, tmp_path / "out", device="cpu")
+    finetune(tiny, spec, tmp_path / "out", "cpu", images=train)
     before, after = (load_model(open_checkpoint(str(f))).state_dict() for f in (tiny_checkpoint, tmp_path / "out"))
     assert {name for name in after if not torch.equal(after[name], before[name])} == {
         "vit.layers.1.attention.q_proj.weight",
@@ -175,7 +175,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(
 ) -> None:
     spec = SHORT.model_copy(update={"epochs": 1})
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        finetune(tiny, train, spec, tmp_path / name, device="cpu", seed=seed)
+        finetune(tiny, spec, tmp_path / name, "cpu", images=train, seed=seed)
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b != c
 
@@ -198,15 +198,15 @@ def test_an_interrupted_training_goes_on_and_ends_as_if_nothing_had_happened(
     method: str, tiny: Checkpoint, train: ImageSet, test: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = SHORT.model_copy(update={"method": method, "epochs": 3})
-    whole = finetune(tiny, train, spec, tmp_path / "whole", test=test, device="cpu")
+    whole = finetune(tiny, spec, tmp_path / "whole", "cpu", images=train, test=test)
     interrupt_after(6, monkeypatch)  # in the middle of the second of three epochs of four steps
     with pytest.raises(KeyboardInterrupt):
-        finetune(tiny, train, spec, tmp_path / "out", test=test, device="cpu")
+        finetune(tiny, spec, tmp_path / "out", "cpu", images=train, test=test)
     assert not (tmp_path / "out").exists()
     (state,) = left_behind(tmp_path)
     assert state.startswith(".out.training-") and (tmp_path / state / "checkpoint-4").is_dir()
 
-    resumed = finetune(tiny, train, spec, tmp_path / "out", test=test, device="cpu")
+    resumed = finetune(tiny, spec, tmp_path / "out", "cpu", images=train, test=test)
     assert resumed.resumed_from_step == 4
     same = vars(whole) | {"seconds": resumed.seconds, "resumed_from_step": 4}
     assert vars(resumed) == pytest.approx(same)
@@ -221,9 +221,9 @@ def test_a_training_that_was_complete_but_not_saved_is_only_saved(
     save = training.save_checkpoint
     monkeypatch.setattr(training, "save_checkpoint", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(StorageError, match=r"the disk is full while writing .*out: free some space and run it again"):
-        finetune(tiny, train, SHORT, tmp_path / "out", device="cpu")
+        finetune(tiny, SHORT, tmp_path / "out", "cpu", images=train)
     monkeypatch.setattr(training, "save_checkpoint", save)
-    report = finetune(tiny, train, SHORT, tmp_path / "out", device="cpu")
+    report = finetune(tiny, SHORT, tmp_path / "out", "cpu", images=train)
     assert report.resumed_from_step == report.steps == 8
     assert report.final_loss is not None and 0.1 < report.final_loss < 3
 
@@ -234,10 +234,10 @@ def test_a_half_written_save_is_not_resumed_from(
     for broken in ("", '{"global_step": 4'):
         interrupt_after(6, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
-            finetune(tiny, train, SHORT, tmp_path / "out", device="cpu")
+            finetune(tiny, SHORT, tmp_path / "out", "cpu", images=train)
         (state,) = left_behind(tmp_path)
         (tmp_path / state / "checkpoint-4" / "trainer_state.json").write_text(broken)
-        assert finetune(tiny, train, SHORT, tmp_path / "out", device="cpu").resumed_from_step == 0
+        assert finetune(tiny, SHORT, tmp_path / "out", "cpu", images=train).resumed_from_step == 0
         shutil.rmtree(tmp_path / "out")
 
 
@@ -254,7 +254,7 @@ def test_other_inputs_never_resume(
     spec = SHORT.model_copy(update={"epochs": 2})
     interrupt_after(5, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        finetune(tiny, train, spec, tmp_path / "out", device="cpu")
+        finetune(tiny, spec, tmp_path / "out", "cpu", images=train)
     checkpoint, images, seed, output = tiny, train, 0, "out"
     match change:
         case "rank" | "learning_rate":
@@ -271,7 +271,7 @@ def test_other_inputs_never_resume(
             (folder / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.1}))
             checkpoint = open_checkpoint(str(folder))
     spec = spec.model_copy(update={"epochs": 1 if change == "learning_rate" else spec.epochs, "learning_rate": 1e-3})
-    assert finetune(checkpoint, images, spec, tmp_path / output, device="cpu", seed=seed).resumed_from_step == 0
+    assert finetune(checkpoint, spec, tmp_path / output, "cpu", images=images, seed=seed).resumed_from_step == 0
 
 
 def test_new_classes_get_a_new_head(tiny: Checkpoint, shapes: Path, tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_new_classes_get_a_new_head(tiny: Checkpoint, shapes: Path, tmp_path: Pa
     for old, new in (("circle", "round"), ("square", "angular")):
         shutil.copytree(shapes / "train" / old, folder / "train" / new)
     images = open_images(DataSpec(source=str(folder)), "train")
-    report = finetune(tiny, images, SHORT, tmp_path / "out", device="cpu")
+    report = finetune(tiny, SHORT, tmp_path / "out", "cpu", images=images)
     assert report.classes == 2
     tuned = open_checkpoint(str(tmp_path / "out"))
     assert tuned.label_names == ["angular", "round"]
@@ -289,7 +289,7 @@ def test_new_classes_get_a_new_head(tiny: Checkpoint, shapes: Path, tmp_path: Pa
 
 def test_known_classes_keep_the_head(tiny: Checkpoint, train: ImageSet, tiny_checkpoint: Path, tmp_path: Path) -> None:
     spec = SHORT.model_copy(update={"epochs": 1, "learning_rate": 1e-9})
-    finetune(tiny, train, spec, tmp_path / "out", device="cpu")
+    finetune(tiny, spec, tmp_path / "out", "cpu", images=train)
     heads = [load_file(f / "model.safetensors")["classifier.weight"] for f in (tiny_checkpoint, tmp_path / "out")]
     torch.testing.assert_close(heads[1], heads[0], rtol=0, atol=1e-6)
 
@@ -312,7 +312,7 @@ def test_numbers_are_classes_and_only_those_that_the_images_have(
     spec = SHORT.model_copy(update={"epochs": 1})
     for labels, names in (([0, 3, 1, 2], ["0", "1", "2", "3"]), ([0, 60, 7, 60], ["0", "7", "60"])):
         output = tmp_path / f"out-{len(names)}"
-        finetune(tiny, numbered(tmp_path / f"in-{len(names)}", shapes, labels), spec, output, device="cpu")
+        finetune(tiny, spec, output, "cpu", images=numbered(tmp_path / f"in-{len(names)}", shapes, labels))
         assert open_checkpoint(str(output)).label_names == names
 
 
@@ -322,10 +322,10 @@ def test_numbers_that_count_the_heads_outputs_keep_the_head(tiny: Checkpoint, sh
         as_indices(numbered(tmp_path / name, shapes, labels))
         for name, labels in (("few", [0, 3, 1, 3]), ("more", [0, 6, 1, 6]))
     )
-    finetune(tiny, few, spec, tmp_path / "kept", device="cpu")
+    finetune(tiny, spec, tmp_path / "kept", "cpu", images=few)
     assert open_checkpoint(str(tmp_path / "kept")).label_names == ["circle", "cross", "square", "stripe"]
     with pytest.raises(DataError, match="has label 6, but the model's head has 4 classes"):
-        finetune(tiny, more, spec, tmp_path / "new", device="cpu")
+        finetune(tiny, spec, tmp_path / "new", "cpu", images=more)
 
 
 def test_a_training_that_ends_in_guessing_says_so_and_is_kept(
@@ -337,7 +337,7 @@ def test_a_training_that_ends_in_guessing_says_so_and_is_kept(
         shutil.copytree(shapes / "train" / name, tmp_path / "other" / "test" / other)
     wrong = open_images(DataSpec(source=str(tmp_path / "other")), "test")
     spec = SHORT.model_copy(update={"method": "full", "epochs": 30, "learning_rate": 1e-3, "augment": False})
-    report = finetune(tiny, train, spec, tmp_path / "out", test=wrong, device="cpu")
+    report = finetune(tiny, spec, tmp_path / "out", "cpu", images=train, test=wrong)
     assert report.test_top1_percent is not None and report.test_top1_percent < 15
     assert any("no better than guessing" in record.message for record in caplog.records)
     assert open_checkpoint(str(tmp_path / "out"))
@@ -350,14 +350,20 @@ def test_test_images_of_another_class_are_refused(
         shutil.copytree(shapes / "test" / old, tmp_path / "other" / "test" / new)
     other = open_images(DataSpec(source=str(tmp_path / "other")), "test")
     with pytest.raises(DataError, match="has the class 'plus', which the model's head does not know"):
-        finetune(tiny, train, SHORT, tmp_path / "out", test=other, device="cpu")
+        finetune(tiny, SHORT, tmp_path / "out", "cpu", images=train, test=other)
     assert left_behind(tmp_path) == []  # refused before the training
 
 
 def test_a_target_that_matches_nothing_tells_what_exists(tiny: Checkpoint, train: ImageSet, tmp_path: Path) -> None:
     spec = SHORT.model_copy(update={"targets": ("query", "dense")})
     with pytest.raises(PatternError, match=r"pattern 'dense' matches no layer; this model has block.0 to block.2, in"):
-        finetune(tiny, train, spec, tmp_path / "out", device="cpu")
+        finetune(tiny, spec, tmp_path / "out", "cpu", images=train)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_without_images_is_refused(tiny: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="without images"):
+        finetune(tiny, SHORT, tmp_path / "out", "cpu")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -365,7 +371,7 @@ def test_a_quantized_checkpoint_is_refused(tiny: Checkpoint, train: ImageSet, tm
     quantize(tiny, VariantSpec(name="v", format="nf4"), tmp_path / "nf4", "cpu")
     quantized = open_checkpoint(str(tmp_path / "nf4"))
     with pytest.raises(CheckpointError, match=r"nf4 is quantized; fine-tune the 16- or 32-bit checkpoint, then quant"):
-        finetune(quantized, train, SHORT, tmp_path / "out", device="cpu")
+        finetune(quantized, SHORT, tmp_path / "out", "cpu", images=train)
 
 
 def test_a_training_image_that_cannot_be_decoded_is_named(
@@ -375,7 +381,7 @@ def test_a_training_image_that_cannot_be_decoded_is_named(
     (folder / "train" / "cross" / "03.png").write_bytes(b"not an image")
     images = open_images(DataSpec(source=str(folder)), "train")
     with pytest.raises(BadImageError, match=r"image cross/03.png cannot be decoded"):
-        finetune(tiny, images, SHORT, tmp_path / "out", device="cpu")
+        finetune(tiny, SHORT, tmp_path / "out", "cpu", images=images)
     assert not (tmp_path / "out").exists()
 
 
@@ -387,7 +393,7 @@ def test_a_training_that_diverges_is_refused_and_not_resumed(
 ) -> None:
     spec = SHORT.model_copy(update={"epochs": epochs, "batch_size": batch_size, "learning_rate": 1e39})
     with pytest.raises(MeasurementError, match=rf"the training diverged \({what}\): lower the learning rate, which is"):
-        finetune(tiny, train, spec, tmp_path / "out", test=test, device="cpu")
+        finetune(tiny, spec, tmp_path / "out", "cpu", images=train, test=test)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -407,7 +413,7 @@ def test_a_full_disk_while_the_state_is_saved_is_explained(
 
     monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
     with pytest.raises(StorageError, match=r"the disk is full while writing the training state beside .*out: free"):
-        finetune(tiny, train, SHORT, tmp_path / "out", device="cpu")
+        finetune(tiny, SHORT, tmp_path / "out", "cpu", images=train)
     assert not (tmp_path / "out").exists()
 
 
@@ -419,7 +425,7 @@ def test_a_full_gpu_names_the_batch_size(
 
     monkeypatch.setattr(Trainer, "training_step", full)
     with pytest.raises(MeasurementError, match="out of GPU memory while training: lower the batch size, which is 8"):
-        finetune(tiny, train, SHORT, tmp_path / "out", device="cpu")
+        finetune(tiny, SHORT, tmp_path / "out", "cpu", images=train)
 
 
 def test_other_runtime_errors_of_a_training_keep_their_kind(
@@ -430,7 +436,7 @@ def test_other_runtime_errors_of_a_training_keep_their_kind(
 
     monkeypatch.setattr(Trainer, "training_step", broken)
     with pytest.raises(RuntimeError, match="a kernel failed"):
-        finetune(tiny, train, SHORT, tmp_path / "out", device="cpu")
+        finetune(tiny, SHORT, tmp_path / "out", "cpu", images=train)
 
 
 def test_augmentation_is_used_only_where_it_is_wanted(
@@ -446,7 +452,7 @@ def test_augmentation_is_used_only_where_it_is_wanted(
     monkeypatch.setattr(training.Augmentation, "__call__", watched)
     counts = []
     for update in ({"augment": True, "flip": False}, {"augment": True}, {"augment": False}):
-        finetune(tiny, train, SHORT.model_copy(update=update | {"epochs": 1}), tmp_path / "out", device="cpu")
+        finetune(tiny, SHORT.model_copy(update=update | {"epochs": 1}), tmp_path / "out", "cpu", images=train)
         counts.append((len(seen), set(seen)))
         seen.clear()
     assert counts == [(32, {False}), (32, {True}), (0, set())]

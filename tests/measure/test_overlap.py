@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from vitopt.data.images import open_images
-from vitopt.measure.overlap import HashedImages, seen, warning
+from vitopt.measure.overlap import HashedImages, warning
 from vitopt.models.calibration import Use
 from vitopt.recipe import DataSpec
 from vitopt.records import Overlap
+from vitopt.transformation import seen
 
 A, A_RESAVED, B, C = "0" * 16, "0" * 15 + "3", "f" * 16, "0f" * 8
 

@@ -12,11 +12,12 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from vitopt.checks import plans
 from vitopt.errors import CheckpointError
+from vitopt.inference import predict
 from vitopt.models import gate
 from vitopt.models.checkpoint import empty_model, load_model, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
-from vitopt.pipeline import plans, predict
 from vitopt.recipe import Recipe, VariantSpec
 
 ENTRIES = {

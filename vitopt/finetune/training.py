@@ -21,10 +21,9 @@ from vitopt import environment, progress, storage
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Augmentation, PixelDataset, Preprocessor
-from vitopt.errors import CheckpointError, MeasurementError, StorageError
+from vitopt.errors import CheckpointError, DataError, MeasurementError, StorageError
 from vitopt.measure.chance import explain_guessing, is_guessing
-from vitopt.measure.overlap import seen
-from vitopt.models.calibration import TRAINING, load_uses, save_uses
+from vitopt.models.calibration import TRAINING
 from vitopt.models.checkpoint import (
     Checkpoint,
     load_model,
@@ -35,6 +34,7 @@ from vitopt.models.checkpoint import (
 from vitopt.models.classes import why_not_trained
 from vitopt.models.names import linear_layers, select
 from vitopt.recipe import FinetuneSpec
+from vitopt.transformation import note_images
 
 logger = logging.getLogger(__name__)
 
@@ -62,18 +62,23 @@ class TrainingReport:
     parameters: int
     test_top1_percent: float | None
 
+    def summary(self) -> str:
+        """Steps and time, in words."""
+        resumed = f", resumed from step {self.resumed_from_step}" if self.resumed_from_step else ""
+        return f"{self.steps} steps in {self.seconds:.0f} s{resumed}"
+
 
 def finetune(
     checkpoint: Checkpoint,
-    train: ImageSet,
     spec: FinetuneSpec,
     output: Path,
-    *,
-    test: ImageSet | None = None,
     device: str = "auto",
+    *,
+    images: ImageSet | None = None,
+    test: ImageSet | None = None,
     seed: int = 0,
 ) -> TrainingReport:
-    """Fine-tune `checkpoint` on `train` and write a merged fp32 checkpoint to `output`.
+    """Fine-tune `checkpoint` on `images` and write a merged fp32 checkpoint to `output`.
 
     LoRA's low-rank updates are merged into the weights, so the result has the modules of the original. The
     trainer's state lies beside `output` until the training is complete; the same call goes on from there.
@@ -82,20 +87,22 @@ def finetune(
         PatternError: a LoRA target matches no layer.
         CheckpointError: the checkpoint is quantized, and merging into packed weights would lose accuracy; or
             transformers cannot train its class.
-        DataError: the classes of `test` are not those of `train`.
+        DataError: there are no images, or the classes of `test` are not those of `images`.
         BadImageError: a training image cannot be decoded.
         MeasurementError: the GPU's memory is full; or the loss or a weight is no longer a number, and then
             nothing is kept of such a training.
         StorageError: the output would replace something else, is in use, or cannot be written.
     """
+    if images is None:
+        raise DataError(f"{checkpoint.source} cannot be fine-tuned without images: give some to train on")
     if checkpoint.is_quantized:
         raise CheckpointError(
             f"{checkpoint.source} is quantized; fine-tune the 16- or 32-bit checkpoint, then quantize"
         )
     if reason := why_not_trained(checkpoint.config):
         raise CheckpointError(f"{checkpoint.source} cannot be fine-tuned: {reason}; take a model with one head")
-    with environment.in_main_process(storage.reserved(output, checkpoint.folder, train.name)):
-        return _finetune(checkpoint, train, spec, output, test, device, seed)
+    with environment.in_main_process(storage.reserved(output, checkpoint.folder, images.name)):
+        return _finetune(checkpoint, images, spec, output, test, device, seed)
 
 
 def _finetune(
@@ -163,7 +170,7 @@ def _finetune(
         with storage.staged_folder(output) as folder:
             save_checkpoint(merged, preprocess.processor, folder)
             storage.write_json(folder / REPORT_FILE, asdict(report))
-            save_uses([*load_uses(checkpoint.folder), seen(train, TRAINING)], folder)
+            note_images(checkpoint, train, TRAINING, folder)
         shutil.rmtree(state, ignore_errors=True)
     environment.wait_for_all()
     return report

@@ -11,17 +11,19 @@ from vitopt.data.pixels import Preprocessor
 from vitopt.measure.latency import clock_for
 from vitopt.models.checkpoint import Checkpoint, empty_model
 from vitopt.models.names import linear_layers
-from vitopt.recipe import Recipe, VariantSpec
+from vitopt.recipe import CHOOSING, Recipe, VariantSpec
 
 _SECONDS = 2.0  # for each type of number
 _MOST_CALLS = 20
 _WARMUP_CALLS = 15
 _SEARCH_LOOKS = 20  # mixtures that a search for a skip list evaluates, about
+_CHOOSING_DECODES = 3  # for the table of damage, for that of recovery, and for the search
+_CONFIRMING_MODELS = 3  # in 16 bit, quantized, and with the skip list that was found
 _TRAINING_PASSES = 3  # forward, and backward twice as much
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageTime:
     """A stage of a run and about how long it will take."""
 
     name: str
@@ -58,7 +60,7 @@ def stages(
     seconds: Mapping[str, float],
     decode: float,
     images: Mapping[str, int],
-) -> list[Stage]:
+) -> list[StageTime]:
     """About how long the long stages take.
 
     `seconds` per image by `number_type`; `images` per split: `train`, `test`, and by name of a variant whose skip
@@ -67,22 +69,25 @@ def stages(
     found = []
     if recipe.finetune is not None and "train" in images:
         per_image = _TRAINING_PASSES * seconds["fp32"] + decode
-        found.append(Stage("finetune", recipe.finetune.epochs * images["train"] * per_image))
+        found.append(StageTime("finetune", recipe.finetune.epochs * images["train"] * per_image))
     layers = linear_layers(empty_model(checkpoint), checkpoint.config.model_type)
     for variant in recipe.variants:
         if variant.name in images:
             blocks = {layer.block for layer in layers if layer.block is not None}
             units = len(blocks) if variant.auto.granularity == "block" else len(layers) - 1
+            per_pass = seconds[number_type(variant)]
+            choosing = -(-images[variant.name] // CHOOSING)
+            confirming = images[variant.name] - choosing
             # Two mixtures per unit, of which on average half of the blocks run anew.
-            passes = units + _SEARCH_LOOKS
-            calibration = images[variant.name] * (decode + passes * seconds[number_type(variant)])
-            found.append(Stage(f"sensitivity {variant.name}", calibration))
+            total = choosing * (_CHOOSING_DECODES * decode + (units + _SEARCH_LOOKS) * per_pass)
+            total += confirming * (decode + _CONFIRMING_MODELS * per_pass)
+            found.append(StageTime(f"sensitivity {variant.name}", total))
     of_variants = sum(seconds[number_type(variant)] for variant in recipe.variants)
     if "test" in images:
-        found.append(Stage("evaluate: accuracy", images["test"] * (decode + of_variants)))
+        found.append(StageTime("evaluate: accuracy", images["test"] * (decode + of_variants)))
     latency = recipe.evaluate.latency
     timed = sum(latency.batch_sizes) * (latency.iterations + _WARMUP_CALLS)
-    found.append(Stage("evaluate: latency", timed * of_variants))
+    found.append(StageTime("evaluate: latency", timed * of_variants))
     return found
 
 

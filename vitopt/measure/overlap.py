@@ -13,11 +13,6 @@ TEST = "test"
 _EXAMPLES = 5
 
 
-def seen(images: ImageSet, purpose: str) -> Use:
-    """The note that a checkpoint has seen `images`, to be kept beside its weights."""
-    return Use(purpose, images.name, images.split, images.image_hashes, images.ids, perceptual_hashes(images))
-
-
 @dataclass(frozen=True)
 class HashedImages:
     """The tested images by what identifies them: their contents and how they look."""

@@ -42,6 +42,10 @@ class LayerPlan:
         counted = Counter(planned.format for planned in self.layers if planned.format in QUANTIZED_FORMATS)
         return [format for format, _ in counted.most_common()]
 
+    def summary(self) -> str:
+        """How many layers are in which format, in words."""
+        return ", ".join(f"{count} {format}" for format, count in self.counts().items())
+
     def counts(self) -> dict[str, int]:
         """Format -> number of linear layers."""
         return dict(Counter(planned.format for planned in self.layers))

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from vitopt import environment, storage
+from vitopt.data.images import ImageSet
 from vitopt.data.pixels import random_pixels
 from vitopt.environment import DTYPES
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.formats import QUANTIZED_FORMATS
-from vitopt.models.calibration import Use, load_uses, save_uses
 from vitopt.models.checkpoint import (
     Checkpoint,
     empty_model,
@@ -25,6 +25,7 @@ from vitopt.models.forward import logits
 from vitopt.optimize.formats import live_formats, quantization_config
 from vitopt.optimize.plan import LayerPlan, plan_layers
 from vitopt.recipe import VariantSpec
+from vitopt.transformation import note_images
 
 
 def plan_for(checkpoint: Checkpoint, variant: VariantSpec) -> LayerPlan:
@@ -38,13 +39,14 @@ def quantize(
     output: Path,
     device: str = "auto",
     *,
-    calibration: Use | None = None,
+    images: ImageSet | None = None,
+    purpose: str = "skip list",
 ) -> LayerPlan:
     """Write `checkpoint` in the formats that `variant` asks for and return the plan that was carried out.
 
     The folder at `output` opens with plain transformers and gives finite logits on this device. It is complete or
-    absent. `calibration`: the images on which `variant` was chosen; they are noted there, beside those that
-    `checkpoint` has seen.
+    absent. `images`: those on which `variant` was chosen, and the `purpose`, what was chosen; they are noted there,
+    beside those that `checkpoint` has seen.
 
     Raises:
         PatternError: a skip pattern matches nothing.
@@ -58,7 +60,7 @@ def quantize(
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.source} is quantized already; start from the 16- or 32-bit checkpoint")
     with storage.reserved(output, checkpoint.folder):
-        return _quantize(checkpoint, variant, output, device, calibration)
+        return _quantize(checkpoint, variant, output, device, images, purpose)
 
 
 def _quantize(
@@ -66,7 +68,8 @@ def _quantize(
     variant: VariantSpec,
     output: Path,
     device: str,
-    calibration: Use | None,
+    images: ImageSet | None,
+    purpose: str,
 ) -> LayerPlan:
     target = environment.resolve_device(device)
     plan = plan_for(checkpoint, variant)
@@ -85,8 +88,7 @@ def _quantize(
     _check(plan, live_formats(model, checkpoint.config.model_type))
     with storage.staged_folder(output) as folder:
         save_checkpoint(model, processor, folder)
-        # What it was made from has seen, it has seen.
-        save_uses([*load_uses(checkpoint.folder), *([calibration] if calibration else [])], folder)
+        note_images(checkpoint, images, purpose, folder)
         del model  # not in memory twice
         _require_finite_logits(folder, variant, target)
     return plan

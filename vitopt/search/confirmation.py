@@ -9,7 +9,7 @@ from vitopt.errors import DataError
 from vitopt.measure import statistics
 from vitopt.measure.predictions import Predictions
 from vitopt.measure.ratio import ratio_interval
-from vitopt.search.goal import CHOOSING
+from vitopt.recipe import CHOOSING
 from vitopt.search.results import Loss
 
 

@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from vitopt.measure.claims import Decision, at_most
 from vitopt.measure.power import images_to_bound_loss
 from vitopt.measure.statistics import Interval
+from vitopt.recipe import CHOOSING
 from vitopt.search.results import Loss
-
-# One image in so many chooses, the others confirm. Choosing ranks by KL, about which every image tells something, and
-# runs a model of L blocks about L times for each; confirming counts the few images that change sides, and runs three
-# models for each: many confirming images are needed, and they are cheap.
-CHOOSING = 4
 
 
 @dataclass(frozen=True)

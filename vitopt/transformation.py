@@ -1,0 +1,54 @@
+"""What all ways to make one checkpoint of another share: how they are called, and the images that they note."""
+
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from vitopt.data.duplicates import perceptual_hashes
+from vitopt.data.images import ImageSet
+from vitopt.models.calibration import Use, load_uses, save_uses
+from vitopt.models.checkpoint import Checkpoint
+
+SpecT = TypeVar("SpecT", contravariant=True)
+
+
+class Outcome(Protocol):
+    """What a transformation did."""
+
+    def summary(self) -> str:
+        """In a few words, for the line that a run prints."""
+
+
+class Transformation(Protocol[SpecT]):
+    """Writes to the folder `output` what it makes of `checkpoint`, as `spec` asks.
+
+    `images`: those that it learns from, or on which `spec` was chosen; None where there are none. The folder opens
+    with plain transformers, is complete or absent (`storage.staged_folder`), and notes which images its checkpoint
+    has seen (`note_images`).
+
+    Raises:
+        UnsupportedError: this device or model cannot do it.
+        CheckpointError: the checkpoint is not one to start from.
+        MeasurementError: what came out is no working model.
+        StorageError: the output would replace something else, is in use, or cannot be written.
+    """
+
+    def __call__(
+        self,
+        checkpoint: Checkpoint,
+        spec: SpecT,
+        output: Path,
+        /,
+        device: str = "auto",
+        *,
+        images: ImageSet | None = None,
+    ) -> Outcome: ...
+
+
+def note_images(checkpoint: Checkpoint, images: ImageSet | None, purpose: str, folder: Path) -> None:
+    """Note in `folder` the images that `checkpoint` has seen, as what is made of it has seen them too, and `images`."""
+    save_uses([*load_uses(checkpoint.folder), *([] if images is None else [seen(images, purpose)])], folder)
+
+
+def seen(images: ImageSet, purpose: str) -> Use:
+    """The note that a checkpoint has seen `images`, to be kept beside its weights."""
+    return Use(purpose, images.name, images.split, images.image_hashes, images.ids, perceptual_hashes(images))
