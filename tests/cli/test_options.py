@@ -89,6 +89,29 @@ def test_a_spec_that_may_be_none_needs_its_required_field() -> None:
     assert called("--age", "4")[0]["guest"] is None
 
 
+def test_two_fields_cannot_be_one_option() -> None:
+    with pytest.raises(ValueError, match="duplicate .*name"):
+        from_fields()(_of_two_names)
+
+
+def _of_two_names(*, guest: Guest, host: Guest) -> None: ...
+
+
+def test_a_required_list_must_be_given() -> None:
+    class Party(Spec):
+        games: tuple[str, ...] = Field(description="in turn")
+
+    app, got = typer.Typer(), []
+
+    def play(*, party: Party) -> None:
+        got.append(party.games)
+
+    app.command()(from_fields()(play))
+    assert CliRunner().invoke(app, []).exit_code == 2
+    assert CliRunner().invoke(app, ["--games", "chess", "--games", "go"]).exit_code == 0
+    assert got == [("chess", "go")]
+
+
 def test_choices_are_those_of_the_field() -> None:
     _, result = called("--shape", "oval")
     assert result.exit_code == 2 and "square" in result.output

@@ -71,11 +71,8 @@ def from_fields(check: Callable[[typer.Context], None] = lambda context: None) -
         def with_options(context: typer.Context, **values: Any) -> None:
             check(context)
             asked = given(context)
-            options = {option: values.pop(option) for section in sections.values() for option in section.options}
-            asked_options = {option: value for option, value in options.items() if option in asked}
-            content = {name: section.content(asked_options) for name, section in sections.items()}
-            specs = validate(arguments, content, where="arguments")
-            command(**values, **{name: getattr(specs, name) for name in sections})
+            content = {name: section.content(values, asked) for name, section in sections.items()}
+            command(**values, **dict(validate(arguments, content, where="arguments")))
 
         with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -91,13 +88,13 @@ class _Section:
         self.annotation = annotation
         self._wanted = next((part for part in get_args(annotation) if isinstance(part, Fields)), Fields())
         paths = self._wanted.paths or tuple(spec.model_fields)
-        self.options = {self._wanted.named.get(path, path.rpartition(".")[2]): path for path in paths}
+        self._options = {self._wanted.named.get(path, path.rpartition(".")[2]): path for path in paths}
         self._fields = {path: _field(spec, path) for path in paths}
         self._optional = type(None) in get_args(get_args(annotation)[0] if get_args(annotation) else annotation)
 
     def parameters(self) -> list[Parameter]:
         """What typer makes options of."""
-        return [self._parameter(option, path) for option, path in self.options.items()]
+        return [self._parameter(option, path) for option, path in self._options.items()]
 
     def _parameter(self, option: str, path: str) -> Parameter:
         of = self._fields[path]
@@ -112,16 +109,18 @@ class _Section:
         shown = typer.Option(flags, help=text[:1].upper() + text[1:] + "." if text else None)
         return Parameter(option, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, shown])
 
-    def content(self, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What stands on the command line, as a recipe would hold it."""
+    def content(self, values: dict[str, Any], asked: set[str]) -> dict[str, Any] | None:
+        """Take the options out of `values`: those that are `asked` for, as a recipe would hold them."""
         content: dict[str, Any] = {}
-        for option, path in self.options.items():
+        for option, path in self._options.items():
+            value = values.pop(option)
             if option in asked:
                 *parents, name = path.split(".")
                 place = content
                 for parent in parents:
                     place = place.setdefault(parent, {})
-                place[name] = _parsed(self._fields[path], asked[option])
+                is_list = get_origin(self._fields[path].annotation) is tuple and isinstance(value, str)
+                place[name] = value.split(",") if is_list else value
         required = {path for path, of in self._fields.items() if of.is_required()}
         return None if self._optional and not required <= set(content) else content
 
@@ -133,13 +132,10 @@ def _field(spec: type[Spec], path: str) -> FieldInfo:
 
 def _type_and_default(of: FieldInfo) -> tuple[Any, Any]:
     """What typer asks for: texts can be repeated, numbers are one text like 1,8,32."""
-    default = Parameter.empty if of.is_required() else of.default
+    default: Any = Parameter.empty if of.is_required() else of.get_default(call_default_factory=True)
     if get_origin(of.annotation) is not tuple:
         return of.annotation, default
-    if get_args(of.annotation)[0] is str:
-        return list[str], list(of.default)
-    return str, ",".join(map(str, of.default))
-
-
-def _parsed(of: FieldInfo, value: Any) -> Any:
-    return value.split(",") if get_origin(of.annotation) is tuple and isinstance(value, str) else value
+    texts = get_args(of.annotation)[0] is str
+    if default is not Parameter.empty:
+        default = list(default) if texts else ",".join(map(str, default))
+    return list[str] if texts else str, default
