@@ -1094,7 +1094,7 @@ def project(tmp_path: Path, tiny_checkpoint: Path, shapes: Path, monkeypatch: py
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing long may begin."""
-    from vitopt import pipeline
+    from vitopt import inference, pipeline
     from vitopt.finetune import training
     from vitopt.optimize import quantize
     from vitopt.search import analysis, fastest
@@ -1103,6 +1103,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the work began")
 
     monkeypatch.setattr(pipeline, "measure", began)
+    monkeypatch.setattr(inference, "measure", began)
     monkeypatch.setattr(analysis, "analyse", began)
     monkeypatch.setattr(fastest, "find_fastest", began)
     for module in (training, quantize):
@@ -1274,12 +1275,12 @@ def test_brackets_and_escape_sequences_in_names_are_printed_as_they_are(
 def test_a_mistake_of_ours_keeps_its_traceback(
     tiny_checkpoint: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vitopt import pipeline
+    from vitopt import inference
 
     def broken(*_: Any, **__: Any) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(pipeline, "measure", broken)
+    monkeypatch.setattr(inference, "measure", broken)
     result = vitopt("evaluate", tiny_checkpoint, "--data", shapes)
     assert isinstance(result.exception, AssertionError)
 

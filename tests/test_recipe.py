@@ -168,6 +168,13 @@ def test_wrong_types_and_ranges_are_named(changes, words):
     assert words in line
 
 
+@pytest.mark.parametrize(("iterations", "rounds"), [(1, 1), (6, 6), (10, 10), (500, 10)])
+def test_fewer_iterations_than_rounds_take_fewer_rounds_unless_these_are_asked_for(iterations, rounds):
+    assert validate(LatencySpec, {"iterations": iterations}, where="r").rounds == rounds
+    with pytest.raises(RecipeError, match="501 rounds"):
+        validate(LatencySpec, {"iterations": iterations, "rounds": 501}, where="r")
+
+
 @pytest.mark.parametrize("format", ["fp32", "fp16", "bf16"])
 def test_skip_needs_a_quantized_format(format):
     content = changed(variants=[{"name": "a", "format": format, "skip": ["block.0"]}])

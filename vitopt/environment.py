@@ -41,7 +41,7 @@ LIBRARIES = (
     "numpy",
     "pillow",
 )
-_SHOWS_ONLY = ("cli.py", "__main__.py", "progress.py", "report/")
+_SHOWS_ONLY = ("cli/", "__main__.py", "progress.py", "report/")
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

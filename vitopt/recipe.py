@@ -53,16 +53,20 @@ def _changed(spec: Spec, *keys: str) -> str:
 class DataSpec(Spec):
     """Where images come from; a bare string in a recipe is its `source`."""
 
-    source: str = Field(min_length=1, description="folder, Hugging Face data set id, or `digits`")
+    source: str = Field(
+        min_length=1, description="image folder, Hugging Face data set id, or digits; NAME:SPLIT names a split"
+    )
     train: str = Field("train", description="split to fine-tune on")
     test: str | None = Field(None, description="split to evaluate on; null takes test, else validation")
     image_column: str | None = Field(None, description="column of a hub data set; null finds it")
     label_column: str | None = Field(None, description="column of a hub data set; null finds it")
-    labels: Labels = Field("name", description="`index`: the labels are numbers that count the head's outputs from 0")
-    group_column: str | None = Field(
-        None, description="column of metadata.csv or of a hub data set: images of one group depend on each other"
+    labels: Labels = Field(
+        "name", description="labels are names of classes, or with index numbers that count the head's outputs from 0"
     )
-    limit: int | None = Field(None, ge=1, description="evaluate on the first so many images, spread over classes")
+    group_column: str | None = Field(
+        None, description="column whose groups of images depend on each other, as the frames of one video do"
+    )
+    limit: int | None = Field(None, ge=1, description="use only so many images, spread over the classes")
     skip_bad_images: bool = Field(False, description="leave out images that cannot be decoded, and count them")
 
     @property
@@ -79,22 +83,24 @@ def _data_from_string(value: Any) -> Any:
 class FinetuneSpec(Spec):
     """One fine-tuning run. LoRA: Hu et al., arXiv 2106.09685; its update is scaled by alpha / rank."""
 
-    method: Literal["lora", "full"] = "lora"
-    rank: int = Field(8, ge=1, le=1024)
-    alpha: float = Field(32, gt=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
-    targets: Patterns = Field(LINEARS, min_length=1, description="logical names, as in `query` or `block.11.fc1`")
-    epochs: float = Field(3, gt=0)
-    batch_size: int = Field(16, ge=1, description="images per device and step")
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="part of all steps in which the rate rises")
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto is bf16 where the device computes in it"
+    method: Literal["lora", "full"] = Field(
+        "lora", description="LoRA updates beside the weights, or full: every weight is trained"
     )
-    augment: bool = Field(True, description="random crops and, unless `flip` is false, mirror images")
-    flip: bool = Field(True, description="set to false where mirroring changes the class, as with digits")
+    rank: int = Field(8, ge=1, le=1024, description="rank of the LoRA updates")
+    alpha: float = Field(32, gt=0, description="LoRA scale; updates count alpha / rank")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the LoRA updates")
+    targets: Patterns = Field(LINEARS, min_length=1, description="layers to adapt, as in query or block.11.fc1")
+    epochs: float = Field(3, gt=0, description="passes over the images")
+    batch_size: int = Field(16, ge=1, description="images per device and step")
+    learning_rate: float = Field(1e-3, gt=0, description="highest rate of AdamW")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
+    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="part of all steps in which the rate rises")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over all classes")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="precision of the training; auto is bf16 where the device computes in it"
+    )
+    augment: bool = Field(True, description="random crops and, with flip, mirror images")
+    flip: bool = Field(True, description="mirror images; wrong where that changes the class, as with digits")
     workers: int = Field(0, ge=0, description="processes that decode images; 0 decodes in the training process")
 
     @model_validator(mode="after")
@@ -108,10 +114,10 @@ class FinetuneSpec(Spec):
 class AutoSkipSpec(Spec):
     """How `skip: auto` chooses: the cheapest skip list, confirmed on calibration images that did not choose it."""
 
-    max_top1_drop: float | None = Field(1.0, gt=0, le=100, description="points of top-1 against the 16-bit model")
+    max_top1_drop: float | None = Field(1.0, gt=0, le=100, description="largest loss of top-1 in points")
     max_kl_share: float | None = Field(None, gt=0, lt=1, description="KL at most this share of the quantized model's")
     objective: Literal["size", "latency"] = Field("size", description="what a kept layer costs")
-    granularity: Literal["block", "linear"] = "block"
+    granularity: Literal["block", "linear"] = Field("block", description="whole blocks or single linear layers")
     split: str = Field("train", description="split of the data whose images calibrate; never the tested ones")
     # 512 choose and 1,536 confirm. That shows the floor of one point where up to 1.3 % of the images change sides, and
     # half a point where hardly any does: 0.5 points take 1,020 images if none changes, and 5,000 if 1 % do.
@@ -132,13 +138,15 @@ class AutoSkipSpec(Spec):
 class RunSpec(Spec):
     """How a checkpoint is run; nothing of it is in the file."""
 
-    attention: Attention = "sdpa"
-    sdpa_kernel: SdpaKernel = Field("auto", description="kernel of `attention: sdpa`; auto lets torch choose")
-    run_as: RunAs | None = Field(None, description="format that packed layers expand to at load; null runs them packed")
+    attention: Attention = Field("sdpa", description="attention implementation")
+    sdpa_kernel: SdpaKernel = Field("auto", description="kernel of sdpa; auto lets torch choose")
+    run_as: RunAs | None = Field(
+        None, description="format that packed layers expand to at load; without it they run packed"
+    )
     fuse_qkv: bool = Field(False, description="query, key and value as one matrix product; exact")
     channels_last: bool = Field(False, description="pixels and patch embedding in NHWC memory order")
     compile: bool = Field(False, description="compile for each batch size; on a GPU, replay it as one CUDA graph")
-    autotune: bool = Field(False, description="let the compiler time its kernels first: slower to start")
+    autotune: bool = Field(False, description="with compile: time its kernels first, slower to start")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -199,7 +207,7 @@ class LatencySpec(Spec):
     """How variants are timed."""
 
     batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_list)] = Field(
-        (1,), min_length=1
+        (1,), min_length=1, description="batch sizes to time, as in 1,8,32"
     )
     iterations: int = Field(100, ge=1, description="timed calls per variant and batch size")
     rounds: int = Field(10, ge=1, description="the calls are spread over so many interleaved rounds")
@@ -207,6 +215,13 @@ class LatencySpec(Spec):
     inputs: Literal["random", "data"] = Field(
         "random", description="data: real images in turn, for what takes longer on some of them"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_iterations_take_as_many_rounds(cls, content: Any) -> Any:
+        if isinstance(content, dict) and "rounds" not in content and isinstance(content.get("iterations"), int):
+            return content | {"rounds": max(1, min(content["iterations"], cls.model_fields["rounds"].default))}
+        return content
 
     @model_validator(mode="after")
     def _rounds_fit(self) -> "LatencySpec":
@@ -360,7 +375,7 @@ def _describe(model: type[Spec], mistake: Any) -> str:
     where = ".".join(str(part) for part in mistake["loc"])
     if mistake["type"] == "extra_forbidden":
         *parents, key = mistake["loc"]
-        known = list(_section(model, parents).model_fields)
+        known = list(section_at(model, parents).model_fields)
         return f"{where}: unknown key; {_suggest(str(key), known)}"
     message = mistake["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
@@ -371,18 +386,19 @@ def _describe(model: type[Spec], mistake: Any) -> str:
     return f"{where}: {message}, not {mistake['input']!r}"
 
 
-def _section(model: type[Spec], location: Sequence[int | str]) -> type[Spec]:
+def section_at(model: type[Spec], location: Sequence[int | str]) -> type[Spec]:
     """The spec class that a pydantic error location points into."""
     for part in location:
         if isinstance(part, str) and part in model.model_fields:
-            model = _spec_in(model.model_fields[part].annotation) or model
+            model = spec_in(model.model_fields[part].annotation) or model
     return model
 
 
-def _spec_in(annotation: Any) -> type[Spec] | None:
+def spec_in(annotation: Any) -> type[Spec] | None:
+    """The spec class in an annotation such as `Annotated[DataSpec | None, ...]`; None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, Spec):
         return annotation
-    return next((found for part in get_args(annotation) if (found := _spec_in(part))), None)
+    return next((found for part in get_args(annotation) if (found := spec_in(part))), None)
 
 
 def _suggest(word: str, known: Sequence[str]) -> str:

@@ -1,0 +1,61 @@
+"""What commands share: arguments that mean the same everywhere, the start of the work, errors as one clear line."""
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from vitopt import progress
+from vitopt.cli.printing import err
+from vitopt.errors import VitoptError
+from vitopt.terminal import NoteFormatter
+from vitopt.threads import bind
+
+CheckpointArgument = Annotated[
+    str, typer.Argument(help="Folder, hub id, [b]vit-quickstart[/b], or random:vit-large-patch16-224.")
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Only JSON on standard output, no bars.")]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse instead of falling back to SDPA.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Compute on the CPU with so many threads, each bound to its own core.")
+]
+
+
+def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Print a VitoptError as one line and exit with 1; Ctrl-C exits with 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except VitoptError as error:
+            err.print("error:", style="bold red", end=" ")
+            err.print(str(error))
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            err.print("interrupted: finished stages are kept; the same command goes on from there")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # The reader of our output has gone; there is nobody to tell.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+    return wrapped
+
+
+def start(as_json: bool, threads: int | None = None) -> None:
+    """Set up what every working command needs: bound threads, quiet libraries, notices, bars for a person at a
+    terminal."""
+    if threads is not None:
+        bind(threads)  # before anything imports torch
+    from vitopt import environment
+
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
+    logging.root.handlers[0].setFormatter(NoteFormatter("note: %(message)s"))
+    environment.quiet_libraries()
+    progress.enable(not as_json and sys.stderr.isatty() and environment.is_main_process())

@@ -1,0 +1,231 @@
+"""One checkpoint in another format, and the layers that should keep theirs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from vitopt import progress, storage
+from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, ThreadsOption, start
+from vitopt.cli.options import Fields, from_fields, refuse
+from vitopt.cli.printing import out, print_json, print_sensitivity, print_table, say
+from vitopt.errors import RecipeError
+from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
+from vitopt.recipe import AUTO, AutoSkipSpec, DataSpec, EvaluateSpec, VariantSpec, validate
+
+if TYPE_CHECKING:
+    from vitopt.data.images import ImageSet
+    from vitopt.models.checkpoint import Checkpoint
+
+SearchOptions = Annotated[
+    AutoSkipSpec,
+    Fields(
+        ("max_top1_drop", "max_kl_share", "objective", "granularity", "images", "sample"),
+        named={"images": "limit"},
+        help={"images": "at most so many images, spread over the classes; with a goal one in four chooses"},
+        unset=("max_top1_drop",),
+    ),
+]
+HALF: HalfFormat = VariantSpec.model_fields["half"].default
+HalfOption = Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are not quantized.")]
+
+
+def _data_fields(what: str) -> Fields:
+    """Options of calibration images; how many is an option of the search."""
+    return Fields(
+        ("source", "labels", "group_column", "skip_bad_images"), named={"source": "data"}, help={"source": what}
+    )
+
+
+def _with_its_goal(auto: AutoSkipSpec) -> AutoSkipSpec:
+    """Without the floor of top-1 that a recipe has by default, where another goal is given alone."""
+    alone = "max_kl_share" in auto.model_fields_set and "max_top1_drop" not in auto.model_fields_set
+    return auto.model_copy(update={"max_top1_drop": None}) if alone else auto
+
+
+def _refuse_without_effect(context: typer.Context) -> None:
+    asked = context.params
+    automatic = asked["skip"] == [AUTO]
+    if not automatic:
+        because = "only --skip auto searches for a skip list"
+        refuse(context, "max_top1_drop", "max_kl_share", "objective", "granularity", "sample", because=because)
+    if asked["format"] == "auto":
+        return
+    refuse(context, "min_agreement", "compile", because="only --format auto compares formats")
+    if not automatic:
+        because = "only --skip auto and --format auto look at images"
+        refuse(context, "data", "limit", "group_column", "skip_bad_images", because=because)
+    if asked["format"] not in QUANTIZED_FORMATS:
+        because = f"format {asked['format']} quantizes nothing, so every layer is {asked['format']}"
+        refuse(context, "half", because=because)
+
+
+@from_fields(_refuse_without_effect)
+def quantize(
+    *,
+    checkpoint: CheckpointArgument,
+    format: Annotated[
+        Literal["auto", Format],
+        typer.Option(help="Format of the linear layers; auto measures which is fastest here and agrees with fp32."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the quantized checkpoint.")],
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Layers that stay in 16 bit, repeatable: block.21, block.*.fc2, or auto.")
+    ] = None,
+    data: Annotated[
+        DataSpec | None,
+        _data_fields("images for --skip auto and --format auto: the train split, never your test images"),
+    ],
+    min_agreement: Annotated[
+        float, typer.Option(min=0, max=100, help="With --format auto: agreement with fp32 in percent of images.")
+    ] = 98,
+    compile: Annotated[bool, typer.Option(help="With --format auto: try compiled models too.")] = True,
+    auto: SearchOptions,
+    half: HalfOption = HALF,
+    threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Write a checkpoint in another format; it opens with plain transformers."""
+    calibration = data and data.model_copy(update={"limit": auto.images})
+    if format == "auto":
+        if calibration is None:
+            raise RecipeError("--format auto needs --data: images on which the formats are compared with fp32")
+        if skip:
+            raise RecipeError("--format auto compares whole formats: choose one, then --skip keeps layers in 16 bit")
+        start(as_json, threads)
+        options = {"min_agreement_percent": min_agreement, "half": half, "compile": compile, "device": device}
+        _quantize_to_fastest(checkpoint, calibration, output, options, as_json)
+        return
+    content: dict[str, Any] = {"name": "variant", "format": format, "skip": skip or [], "half": half}
+    if skip == [AUTO]:
+        content["auto"] = _with_its_goal(auto)
+    variant = validate(VariantSpec, content, where="quantize")
+    if variant.skips_automatically and calibration is None:
+        raise RecipeError("--skip auto needs --data: calibration images on which the skip list is chosen")
+    start(as_json, threads)
+    from vitopt.data.images import open_images
+    from vitopt.models.checkpoint import disk_bytes, open_checkpoint
+    from vitopt.optimize.quantize import quantize as write
+    from vitopt.report.table import human_bytes
+
+    opened = open_checkpoint(checkpoint)
+    images = None
+    with storage.reserved(output, opened.folder, calibration.folder if calibration else None):
+        if calibration is not None and variant.skips_automatically:
+            images = open_images(calibration, "train")
+            variant = _choose_skip_list(opened, variant, images, calibration, output, device)
+        with progress.task(f"quantizing to {format}", None):
+            plan = write(opened, variant, output, device, images=images)
+    size = disk_bytes(output)
+    if as_json:
+        print_json({"checkpoint": str(output), "skip": variant.skip, "layer_plan": plan.counts(), "disk_bytes": size})
+        return
+    before = f", was {human_bytes(disk_bytes(opened.folder))}" if opened.folder else ""
+    say(f"{', '.join(f'{count} layers {name}' for name, count in plan.counts().items())}")
+    for reason, count in plan.misfits().items():
+        say(f"{count} layers stay in {half}: {reason}")
+    say(f"{human_bytes(size)} on disk{before}")
+    say(f"checkpoint: {output}")
+
+
+def _quantize_to_fastest(checkpoint: str, data: DataSpec, output: Path, options: dict[str, Any], as_json: bool) -> None:
+    from vitopt.data.images import open_images
+    from vitopt.models.checkpoint import disk_bytes, open_checkpoint
+    from vitopt.optimize.quantize import quantize as write
+    from vitopt.search.fastest import find_fastest
+
+    opened = open_checkpoint(checkpoint)
+    with storage.reserved(output, opened.folder, data.folder):  # now, not after minutes of measuring
+        images = open_images(data, "train")
+        skip_bad = data.skip_bad_images
+        choice = find_fastest(opened, images, EvaluateSpec(end_to_end=False), skip_bad=skip_bad, **options)
+        plan = write(opened, choice.variant, output, options["device"], images=images, purpose="format")
+    if as_json:
+        found: dict[str, Any] = {"checkpoint": str(output), "chosen": choice.variant.name}
+        found |= {"run": choice.variant.run.model_dump(mode="json"), "layer_plan": plan.counts()}
+        found |= {"why": choice.sentence(), "undecided": choice.undecided()}
+        found |= {"disk_bytes": disk_bytes(output), "records": [record.to_json() for record in choice.records]}
+        print_json(found)
+        return
+    print_table(choice.records)
+    for line in (choice.sentence(), *choice.undecided()):
+        say(line)
+    say(f"checkpoint: {output}" + ("; run it with --compile --fuse-qkv" if choice.variant.compile else ""))
+
+
+def _choose_skip_list(
+    checkpoint: "Checkpoint", variant: VariantSpec, images: "ImageSet", data: DataSpec, output: Path, device: str
+) -> VariantSpec:
+    from vitopt.search.analysis import analyse_for
+
+    place = output.resolve()
+    folder = place.with_name(f"{place.name}.sensitivity")  # `vitopt report` shows it
+    with storage.claimed(folder, checkpoint.folder, data.folder):
+        scores = folder / "sensitivity.json"
+        found = analyse_for(checkpoint, images, variant, scores, device, skip_bad=data.skip_bad_images).search
+    assert found is not None
+    say(f"keeps {', '.join(found.chosen) or 'nothing'} in 16 bit, chosen on {found.choosing_images:,} images")
+    say(found.advice or f"shown on {found.confirming_images:,} other images (95 %): {found.goal}")
+    return variant.skipping(found.chosen)
+
+
+def _refuse_useless_scores(context: typer.Context) -> None:
+    asked = context.params
+    if asked["sample"] is None:
+        refuse(context, "candidates", because="without --sample every unit is scored exactly")
+    if asked["max_top1_drop"] is None and asked["max_kl_share"] is None:
+        refuse(context, "objective", because="a skip list is searched only with --max-top1-drop or --max-kl-share")
+
+
+@from_fields(_refuse_useless_scores)
+def sensitivity(
+    *,
+    checkpoint: CheckpointArgument,
+    data: Annotated[
+        DataSpec, _data_fields("calibration images: the train split, or DATA:SPLIT; never your test images")
+    ],
+    format: Annotated[Format, typer.Option(help="Format whose damage is measured.")],
+    output: Annotated[Path, typer.Option(help="Folder for sensitivity.json.")],
+    half: HalfOption = HALF,
+    auto: SearchOptions,
+    candidates: Annotated[int, typer.Option(min=1, help="Units to score exactly after --sample.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 32,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Score every block or linear layer: what quantizing it breaks, what keeping it brings back and costs."""
+    source = data.model_copy(update={"limit": auto.images})
+    wanted = {"max_top1_drop", "max_kl_share"} & auto.model_fields_set
+    auto = _with_its_goal(auto)
+    start(as_json)
+    from vitopt.data.images import open_images
+    from vitopt.models.checkpoint import open_checkpoint
+    from vitopt.search.analysis import analyse
+    from vitopt.search.goal import Goal
+
+    files = ("sensitivity.json", "sensitivity.html")
+    with storage.claimed(output, checkpoint, source.folder, files=files):
+        result = analyse(
+            open_checkpoint(checkpoint),
+            open_images(source, "train"),
+            format,
+            output / "sensitivity.json",
+            half=half,
+            granularity=auto.granularity,
+            sample=auto.sample,
+            candidates=candidates,
+            goal=Goal(auto.max_top1_drop, auto.max_kl_share) if wanted else None,
+            objective=auto.objective,
+            device=device,
+            batch_size=batch_size,
+            skip_bad=data.skip_bad_images,
+        )
+    if as_json:
+        print_json(result.to_json())
+        return
+    print_sensitivity(result)
+    from vitopt.report.sensitivity import write_sensitivity_page
+
+    out.print(f"\nresult: {output / 'sensitivity.json'}")
+    out.print(f"page: {write_sensitivity_page(output / 'sensitivity.json')}")
