@@ -1274,12 +1274,12 @@ def test_brackets_and_escape_sequences_in_names_are_printed_as_they_are(
 def test_a_mistake_of_ours_keeps_its_traceback(
     tiny_checkpoint: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vitopt import pipeline
+    from vitopt import inference
 
     def broken(*_: Any, **__: Any) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(pipeline, "measure", broken)
+    monkeypatch.setattr(inference, "measure", broken)
     result = vitopt("evaluate", tiny_checkpoint, "--data", shapes)
     assert isinstance(result.exception, AssertionError)
 
