@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(READY)  ## fine-tune, quantize, compare and export a small ViT on this machine (about 2 minutes)
+demo: $(READY)  ## fine-tune, quantize, compare and export a small ViT on this machine (about 3 minutes)
 	$(BIN)/vitopt run recipes/quickstart.yaml
 
 # One worker per core, so one thread per worker: more only get in each other's way.

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from vitopt.records import Requirement
-from vitopt.report.summary import baseline_of, headline, highlights, verdicts
+from vitopt.report.summary import baseline_of, headline, highlights, ship, verdicts
 
 
 def titles(found):
@@ -172,3 +172,17 @@ def test_headline_says_by_whom_requirements_are_met(make: SimpleNamespace):
 
     assert "What is required is met by b and missed by a." in headline(records, records[0])
     assert "KL divergence at most 0.1 nats: 0.2 (0.1 to 0.3), missed" in verdicts(records, records[0])["a"]
+
+
+def test_the_fastest_that_meets_what_is_required_is_to_ship(make: SimpleNamespace):
+    def judged(name: str, p50_ms: float, decision: str):
+        one = Requirement(name="max_top1_drop", limit=1.0, measured=0.0, decision=decision)
+        return make.record(name, p50_ms={1: p50_ms}, baseline_ms={1: 4.0}, requirements=(one,))
+
+    baseline = make.record("fp32", p50_ms={1: 4.0})
+    slow, fast, unsure = judged("slow", 3.0, "shown"), judged("fast", 2.0, "shown"), judged("unsure", 1.0, "undecided")
+
+    assert ship([baseline, slow, fast, unsure]).startswith("ship fast: it meets what is required and is the fastest")
+    assert "2.00 ms, 2.00x" in ship([baseline, slow, fast, unsure])
+    assert ship([baseline, unsure]) == "no variant is shown to meet all that is required"
+    assert ship([baseline]) is None

@@ -50,6 +50,10 @@ def run(
 
     if environment.is_main_process():
         print_table(result.records)
+        from vitopt.report.summary import ship
+
+        if advice := ship(result.records):
+            out.print(f"\n{advice}")
         if result.report is not None:
             out.print(f"\nreport: {result.report}")
         if result.export is not None:

@@ -8,7 +8,7 @@ from vitopt.measure.gate import overall
 from vitopt.measure.verdict import loses, speed_verdict
 from vitopt.records import Latency, Record
 from vitopt.report.requirements import requirement_sentence
-from vitopt.report.table import batch_sizes, expansion, human_bytes, milliseconds, percent, stored_as
+from vitopt.report.table import batch_sizes, delta_words, expansion, human_bytes, milliseconds, percent, stored_as
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def headline(records: Sequence[Record], baseline: Record | None) -> list[str]:
     sentences += _about_requirements(records)
     if failed:
         sentences.append(f"{_names(failed)} failed; the reasons are below.")
-    return sentences
+    advice = ship(records)
+    return [f"{advice[0].upper()}{advice[1:]}.", *sentences] if advice else sentences
 
 
 def _about_accuracy(compared: Sequence[Record]) -> list[str]:
@@ -84,6 +85,31 @@ def _best(records: Sequence[Record]) -> list[str]:
     if smallest := _smallest(records):
         parts.append(f"{_names(smallest)} {'are' if len(smallest) > 1 else 'is'} the smallest")
     return [f"Of those, {listed(parts)}."] if parts else []
+
+
+def ship(records: Sequence[Record]) -> str | None:
+    """Which variant to ship and why: the fastest of those that are shown to meet what is required of them.
+
+    None where nothing is required.
+    """
+    asked = [record for record in records if record.requirements]
+    if not asked:
+        return None
+    met = [
+        (record, row) for record in asked if overall(record.requirements) == "shown" if (row := record.latency_at(None))
+    ]
+    if not met:
+        return "no variant is shown to meet all that is required"
+    best, row = min(met, key=lambda pair: pair[1].p50_ms)
+    reasons = ["it meets what is required", f"{milliseconds(row.p50_ms)} ms"]
+    if row.speedup_vs_baseline:
+        reasons.append(f"{row.speedup_vs_baseline:.2f}x")
+    if versus := best.versus_baseline:
+        reasons.append(f"top-1 {delta_words(versus.top1_delta_points, versus.top1_delta_ci95_points, 1)} points")
+    if best.size:
+        reasons.append(human_bytes(best.size.weight_bytes))
+    others = " and is the fastest that does" if len(met) > 1 else ""
+    return f"ship {best.variant.name}: {reasons[0]}{others}: {', '.join(reasons[1:])}"
 
 
 def _about_requirements(records: Sequence[Record]) -> list[str]:
