@@ -19,6 +19,8 @@ from PIL import Image
 
 from vitopt import environment
 from vitopt.formats import AMPERE
+from vitopt.measure.statistics import Interval
+from vitopt.models.calibration import load_uses
 
 environment.quiet_libraries()
 
@@ -179,3 +181,17 @@ def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Check
         return open_checkpoint(str(folder))
 
     return make
+
+
+def calibration_hashes(folder: Path) -> set[str]:
+    """sha256 of every image that the checkpoint in `folder` has seen, for whatever purpose."""
+    return {content for use in load_uses(folder) for content in use.image_sha256}
+
+
+def covers(interval: Interval, truth: float) -> bool:
+    return interval.low <= truth <= interval.high
+
+
+def limits(interval: Interval | None) -> tuple[float, float]:
+    assert interval is not None
+    return interval.low, interval.high

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from click.testing import Result
-from conftest import make_images
+from conftest import calibration_hashes, make_images
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,7 +28,6 @@ from vitopt.cli import app
 from vitopt.data.images import open_images
 from vitopt.measure import evaluator
 from vitopt.measure.predictions import load_predictions
-from vitopt.models.calibration import calibration_hashes
 from vitopt.models.checkpoint import Checkpoint
 from vitopt.recipe import DataSpec, load_recipe
 from vitopt.records import Memory, load_record

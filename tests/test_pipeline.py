@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import calibration_hashes
 
 from vitopt import environment, inference, pipeline
 from vitopt.checks import plans
@@ -31,7 +32,6 @@ from vitopt.errors import (
 )
 from vitopt.measure import evaluator
 from vitopt.measure.predictions import load_predictions
-from vitopt.models.calibration import calibration_hashes
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.ownership import LIST_FILE
 from vitopt.pipeline import RunResult

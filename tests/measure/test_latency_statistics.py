@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
+from conftest import covers, limits
 
 from vitopt.measure.latency_statistics import (
     calls_needed,
@@ -13,18 +14,8 @@ from vitopt.measure.latency_statistics import (
     speedup_interval,
     student_t_quantile,
 )
-from vitopt.measure.statistics import Interval
 
 CASES = 2_000
-
-
-def covers(interval: Interval, truth: float) -> bool:
-    return interval.low <= truth <= interval.high
-
-
-def limits(interval: Interval | None) -> tuple[float, float]:
-    assert interval is not None
-    return interval.low, interval.high
 
 
 class TestLatencySummary:

@@ -6,12 +6,12 @@ import pytest
 import scipy.optimize
 import scipy.special
 import scipy.stats
+from conftest import covers, limits
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from vitopt.measure.statistics import (
-    Interval,
     PairedCounts,
     agreement,
     calibration_noise,
@@ -29,15 +29,6 @@ from vitopt.measure.statistics import (
 )
 
 CASES = 2_000
-
-
-def covers(interval: Interval, truth: float) -> bool:
-    return interval.low <= truth <= interval.high
-
-
-def limits(interval: Interval | None) -> tuple[float, float]:
-    assert interval is not None
-    return interval.low, interval.high
 
 
 class TestWilsonInterval:

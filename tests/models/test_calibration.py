@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import calibration_hashes
 
 from vitopt.errors import CheckpointError
-from vitopt.models.calibration import CALIBRATION_FILE, Use, calibration_hashes, load_uses, save_uses
+from vitopt.models.calibration import CALIBRATION_FILE, Use, load_uses, save_uses
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.optimize.quantize import quantize
 from vitopt.recipe import VariantSpec

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
 
 from vitopt import environment
 from vitopt.data.images import open_images
@@ -36,6 +37,9 @@ def record(name: str, p50_ms: float | None, agreement: float | None = None, imag
             top1_delta_points=0,
             top1_delta_ci95_points=(0, 0),
             agreement_percent=agreement,
+            agreement_ci95_percent=[
+                100 * limit for limit in proportion_confint(round(images * agreement / 100), images, method="wilson")
+            ],
             right_to_wrong=0,
             wrong_to_right=0,
             mcnemar_p=1,

@@ -47,11 +47,10 @@ def run(
         print_json([record.to_json() for record in result.records])
         return
     from vitopt import environment
+    from vitopt.report.summary import ship
 
     if environment.is_main_process():
         print_table(result.records)
-        from vitopt.report.summary import ship
-
         if advice := ship(result.records):
             out.print(f"\n{advice}")
         if result.report is not None:

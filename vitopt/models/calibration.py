@@ -70,8 +70,3 @@ def _use(
     image_phash: Sequence[str | None] = (),
 ) -> Use:
     return Use(purpose, dataset, split, tuple(image_sha256), tuple(images), tuple(image_phash))
-
-
-def calibration_hashes(folder: Path | None) -> set[str]:
-    """sha256 of every image that the checkpoint in `folder` has seen, for whatever purpose."""
-    return {content for use in load_uses(folder) for content in use.image_sha256}

@@ -96,15 +96,14 @@ class TorchRunnable:
 
     def describe(self) -> dict[str, Any]:
         """Its fields of a record: variant, model, layers, size."""
-        held: Any = self.asked or self.run  # of a checkpoint from elsewhere, nothing was asked
-        folder = self.checkpoint.folder
+        asked, folder = self.asked, self.checkpoint.folder
         return {
             "variant": Variant(
                 name=self.name,
                 format=self._format,
-                half=getattr(held, "half", None),
-                skip=getattr(held, "skip", ()),
-                layers=dict(getattr(held, "layers", {})),
+                half=asked.half if asked else None,
+                skip=asked.skip if asked else (),
+                layers=dict(asked.layers) if asked else {},
                 stored_format=self.stored_format if self.run.run_as else None,
                 asked=self.run.options,
                 ran=self._ran,

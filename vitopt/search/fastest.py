@@ -119,10 +119,10 @@ def speedup(slower: Record, faster: Record) -> Speedup:
 
 
 def _agreement(record: Record) -> Interval:
-    """Interval of the share of images, 0 to 1, that get the same class."""
-    assert record.dataset is not None and record.versus_baseline is not None
-    images = record.dataset.images
-    return wilson_interval(round(images * record.versus_baseline.agreement_percent / 100), images)
+    """Interval of the share of images, 0 to 1, that get the same class, as the record shows it."""
+    assert record.versus_baseline is not None and record.versus_baseline.agreement_ci95_percent is not None
+    low, high = record.versus_baseline.agreement_ci95_percent
+    return Interval(low / 100, high / 100)
 
 
 def _images_to_show(agreement: float, limit: float) -> int | None:
