@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.random import Generator
 
-from vitopt import environment
+from vitopt.environment import libraries
 
-environment.quiet_libraries()
+libraries.quiet_libraries()
 
 from vitopt.measure.bootstrap import positive_mean_interval
 from vitopt.measure.claims import at_least

@@ -28,7 +28,8 @@ sys.path.insert(0, str(ROOT))
 try:
     import torch
 
-    from vitopt import environment, storage
+    from vitopt import storage
+    from vitopt.environment import devices, machine
     from vitopt.errors import VitoptError
     from vitopt.records import Record, upgraded
     from vitopt.report.table import cautions
@@ -71,10 +72,10 @@ def main() -> None:
     arguments = parser.parse_args()
 
     try:
-        device = environment.resolve_device(arguments.device)
+        device = devices.resolve_device(arguments.device)
     except VitoptError as error:
         sys.exit(f"error: {error}")
-    facts = environment.describe(device) | {"platform": f"{platform.system()} {platform.machine()}"}
+    facts = machine.describe(device) | {"platform": f"{platform.system()} {platform.machine()}"}
     deadline = time.monotonic() + 60 * arguments.minutes
     print(f"{facts['gpu']['name'] if facts['gpu'] else facts['processor']}, torch {torch.__version__}", flush=True)
     output = arguments.output or ROOT / "benchmarks" / "results" / f"{_device_name(facts)}-{_today()}.json"

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from vitopt import environment
+from vitopt.environment import devices, libraries, machine
 
-environment.quiet_libraries()
+libraries.quiet_libraries()
 
 from vitopt.data.images import open_images
 from vitopt.data.labels import fit_labels
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
-    device = environment.resolve_device(arguments.device)
+    device = devices.resolve_device(arguments.device)
 
     checkpoint = open_checkpoint(arguments.checkpoint)
     data = DataSpec(source=arguments.data, labels=arguments.labels)
@@ -83,7 +83,7 @@ def main() -> None:
         "decoding_seconds": seconds["decoding"],
         "speed_of_bare_loop": speed,
         "reachable_on_these_cores": reachable,
-        "environment": environment.describe(device),
+        "environment": machine.describe(device),
     }
     print(f"{len(images)} images at batch {arguments.batch_size} on {device}, medians of {arguments.rounds} rounds")
     print(f"  bare loop over tensors  {median['bare']:6.2f} s")

@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from vitopt.recipe import load_recipe
+from vitopt.recipe_file import load_recipe
 from vitopt.records import Record, upgraded
 from vitopt.report.table import HEADINGS, UNKNOWN, cautions, device_name, markdown_text, row
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vitopt import environment
+from vitopt.environment import libraries, machine
 
-environment.quiet_libraries()
+libraries.quiet_libraries()
 
-from vitopt.environment import DTYPES
+from vitopt.environment.devices import DTYPES
 from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint, save_checkpoint
 from vitopt.models.names import block_names, linear_layers
 from vitopt.optimize.formats import quantization_config
@@ -100,7 +100,7 @@ def main() -> None:
             "naive_seconds": seconds["naive"],
             "vitopt_seconds": seconds["vitopt"],
             "ratio": ratio,
-            "environment": environment.describe(torch.device("cpu")),
+            "environment": machine.describe(torch.device("cpu")),
         }
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
 

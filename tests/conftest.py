@@ -17,12 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from vitopt import environment
+from vitopt.environment import libraries
 from vitopt.formats import AMPERE
 from vitopt.measure.statistics import Interval
 from vitopt.models.calibration import load_uses
 
-environment.quiet_libraries()
+libraries.quiet_libraries()
 
 from transformers import (
     AutoConfig,

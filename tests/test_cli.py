@@ -29,7 +29,8 @@ from vitopt.data.images import open_images
 from vitopt.measure import evaluator
 from vitopt.measure.predictions import load_predictions
 from vitopt.models.checkpoint import Checkpoint
-from vitopt.recipe import DataSpec, load_recipe
+from vitopt.recipe import DataSpec
+from vitopt.recipe_file import load_recipe
 from vitopt.records import Memory, load_record
 
 QUICK = ["--iterations", "6", "--rounds", "3"]

@@ -24,7 +24,8 @@ from vitopt.measure import evaluator
 from vitopt.measure.accuracy import compare
 from vitopt.measure.predictions import load_predictions
 from vitopt.ownership import LIST_FILE
-from vitopt.recipe import EvaluateSpec, load_recipe
+from vitopt.recipe import EvaluateSpec
+from vitopt.recipe_file import load_recipe
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 

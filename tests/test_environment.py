@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import vitopt
-from vitopt import environment
+from vitopt.environment import devices, launch, libraries, machine, support
 from vitopt.errors import UnsupportedError
 from vitopt.formats import Format
 from vitopt.recipe import Attention, SdpaKernel
 
-VERSIONS = environment.versions()
+VERSIONS = libraries.versions()
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
 
@@ -58,37 +58,37 @@ def packages(monkeypatch):
 
 
 def test_auto_is_the_cpu_without_cuda(no_cuda):
-    assert environment.resolve_device() == CPU
-    assert environment.resolve_device("cpu") == CPU
+    assert devices.resolve_device() == CPU
+    assert devices.resolve_device("cpu") == CPU
 
 
 def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(no_cuda, monkeypatch, caplog):
-    monkeypatch.setattr(environment, "_driver_version", lambda: "470.57.02")
-    monkeypatch.setattr(environment, "_why_no_cuda", lambda: "the NVIDIA driver on your system is too old")
-    assert environment.resolve_device() == CPU
+    monkeypatch.setattr(devices, "driver_version", lambda: "470.57.02")
+    monkeypatch.setattr(devices, "why_no_cuda", lambda: "the NVIDIA driver on your system is too old")
+    assert devices.resolve_device() == CPU
     told = "there is an NVIDIA driver, but this runs on the CPU: the NVIDIA driver on your system is too old"
     assert caplog.messages == [told]
     caplog.clear()
-    assert environment.resolve_device("cpu") == CPU  # asked for, so nothing is wrong
+    assert devices.resolve_device("cpu") == CPU  # asked for, so nothing is wrong
     assert caplog.messages == []
 
 
 def test_auto_is_this_process_own_cuda_device(cuda, monkeypatch):
     cuda(count=4)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert environment.resolve_device("auto") == torch.device("cuda", 0)
-    assert environment.resolve_device("cuda:3") == torch.device("cuda", 3)
-    assert environment.resolve_device("cpu") == CPU
+    assert devices.resolve_device("auto") == torch.device("cuda", 0)
+    assert devices.resolve_device("cuda:3") == torch.device("cuda", 3)
+    assert devices.resolve_device("cpu") == CPU
     monkeypatch.setenv("LOCAL_RANK", "2")
-    assert environment.resolve_device("auto") == torch.device("cuda", 2)
-    assert environment.resolve_device("cuda") == torch.device("cuda", 2)
-    assert environment.resolve_device("cuda:1") == torch.device("cuda", 1)
+    assert devices.resolve_device("auto") == torch.device("cuda", 2)
+    assert devices.resolve_device("cuda") == torch.device("cuda", 2)
+    assert devices.resolve_device("cuda:1") == torch.device("cuda", 1)
 
 
 def test_a_cpu_build_of_torch_is_named(no_cuda, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(UnsupportedError) as caught:
-        environment.resolve_device("cuda")
+        devices.resolve_device("cuda")
     assert str(caught.value) == f"device cuda: torch {torch.__version__} is built without CUDA; use --device cpu"
 
 
@@ -102,7 +102,7 @@ def test_a_missing_driver_is_named(no_cuda, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device_count", count)
     with pytest.raises(UnsupportedError) as caught:
-        environment.resolve_device("cuda:0")
+        devices.resolve_device("cuda:0")
     assert str(caught.value).startswith("device cuda:0: The NVIDIA driver on your system is too old")
     assert str(caught.value).endswith("; use --device cpu")
     assert "Update it" not in str(caught.value)
@@ -111,18 +111,18 @@ def test_a_missing_driver_is_named(no_cuda, monkeypatch):
 def test_a_machine_without_a_cuda_device_is_told_how_to_look(no_cuda, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(UnsupportedError, match=r"torch sees no CUDA device \(check `nvidia-smi`\); use --device cpu"):
-        environment.resolve_device("cuda")
+        devices.resolve_device("cuda")
 
 
 def test_a_cuda_device_that_is_not_there_is_named(cuda):
     cuda(count=2)
     with pytest.raises(UnsupportedError, match=r"device cuda:2 is not there: 2 CUDA device\(s\)"):
-        environment.resolve_device("cuda:2")
+        devices.resolve_device("cuda:2")
 
 
 def test_compute_capability(cuda):
-    assert environment.compute_capability(cuda((8, 6))) == (8, 6)
-    assert environment.compute_capability(CPU) is None
+    assert devices.compute_capability(cuda((8, 6))) == (8, 6)
+    assert devices.compute_capability(CPU) is None
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_compute_capability(cuda):
 )
 def test_formats_on_cuda(cuda, packages, format, capability, reason):
     packages(torchao=True, bitsandbytes=True)
-    assert environment.why_not_format(format, cuda(capability)) == reason
+    assert support.why_not_format(format, cuda(capability)) == reason
 
 
 @pytest.mark.parametrize(
@@ -153,12 +153,12 @@ def test_formats_on_cuda(cuda, packages, format, capability, reason):
 )
 def test_formats_need_their_package(cuda, packages, format, package):
     packages(**{package: False})
-    assert environment.why_not_format(format, cuda()) == f"{package} is not installed (pip install {package})"
+    assert support.why_not_format(format, cuda()) == f"{package} is not installed (pip install {package})"
 
 
 def test_formats_on_the_cpu(packages):
     packages(torchao=True, bitsandbytes=True)
-    reasons = {format: environment.why_not_format(format, CPU) for format in get_args(Format)}
+    reasons = {format: support.why_not_format(format, CPU) for format in get_args(Format)}
     assert reasons.pop("fp8") == "fp8 arithmetic needs a CUDA device of compute capability 8.9"
     assert reasons.pop("int4") == "torchao's packed int4 weights need a CUDA device of compute capability 8.0"
     assert set(reasons.values()) == {None}
@@ -167,28 +167,28 @@ def test_formats_on_the_cpu(packages):
 def test_fp8_on_the_cpu_is_refused_with_the_nearest_that_can(packages):
     packages(torchao=True)
     with pytest.raises(UnsupportedError) as caught:
-        environment.require_format("fp8", CPU)
+        support.require_format("fp8", CPU)
     assert str(caught.value) == (
         "format fp8 cannot run on cpu: fp8 arithmetic needs a CUDA device of compute capability 8.9; "
         "the nearest that can is w8a8"
     )
-    environment.require_format("w8a8", CPU)
+    support.require_format("w8a8", CPU)
 
 
 def test_bf16_on_an_old_gpu_is_refused_with_the_nearest_that_can(cuda):
     device = cuda((7, 5))
     with pytest.raises(UnsupportedError) as caught:
-        environment.require_format("bf16", device)
+        support.require_format("bf16", device)
     assert str(caught.value) == (
         "format bf16 cannot run on cuda:0: compute capability 7.5 is below 8.0; the nearest that can is fp16"
     )
-    environment.require_format("fp16", device)
+    support.require_format("fp16", device)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_plain_attention_runs_everywhere(cuda, attention):
-    assert environment.why_not_attention(attention, CPU, torch.float32) is None
-    assert environment.why_not_attention(attention, cuda((6, 0)), torch.float32) is None
+    assert support.why_not_attention(attention, CPU, torch.float32) is None
+    assert support.why_not_attention(attention, cuda((6, 0)), torch.float32) is None
 
 
 @pytest.mark.parametrize(
@@ -203,24 +203,24 @@ def test_plain_attention_runs_everywhere(cuda, attention):
 )
 def test_flash_attention_on_cuda(cuda, packages, capability, there, dtype, reason):
     packages(flash_attn=there)
-    assert environment.why_not_attention("flash_attention_2", cuda(capability), dtype) == reason
+    assert support.why_not_attention("flash_attention_2", cuda(capability), dtype) == reason
 
 
 def test_flash_attention_needs_cuda(packages):
     packages(flash_attn=True)
-    assert environment.why_not_attention("flash_attention_2", CPU, torch.bfloat16) == (
+    assert support.why_not_attention("flash_attention_2", CPU, torch.bfloat16) == (
         "FlashAttention-2 needs a CUDA device"
     )
 
 
 @pytest.mark.parametrize("kernel", ["auto", "math"])
 def test_plain_kernels_run_everywhere(cuda, kernel):
-    assert environment.why_not_kernel(kernel, CPU, torch.float32) is None
-    assert environment.why_not_kernel(kernel, cuda((6, 0)), torch.float32) is None
+    assert support.why_not_kernel(kernel, CPU, torch.float32) is None
+    assert support.why_not_kernel(kernel, cuda((6, 0)), torch.float32) is None
 
 
 def test_kernels_on_the_cpu():
-    reasons = {name: environment.why_not_kernel(name, CPU, torch.float32) for name in get_args(SdpaKernel)}
+    reasons = {name: support.why_not_kernel(name, CPU, torch.float32) for name in get_args(SdpaKernel)}
     assert {name for name, reason in reasons.items() if reason is None} == {"auto", "flash", "math"}
     assert reasons["cudnn"] == "the cudnn kernel needs a CUDA device"
     assert reasons["efficient"] == "the efficient kernel needs a CUDA device"
@@ -242,25 +242,25 @@ def test_kernels_on_the_cpu():
 )
 def test_kernels_on_cuda(cuda, monkeypatch, kernel, capability, dtype, reason):
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
-    assert environment.why_not_kernel(kernel, cuda(capability), dtype) == reason
+    assert support.why_not_kernel(kernel, cuda(capability), dtype) == reason
 
 
 def test_the_cudnn_kernel_needs_cudnn(cuda, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
-    assert environment.why_not_kernel("cudnn", cuda(), torch.bfloat16) == "torch finds no cuDNN"
-    assert environment.why_not_kernel("flash", cuda(), torch.bfloat16) is None
+    assert support.why_not_kernel("cudnn", cuda(), torch.bfloat16) == "torch finds no cuDNN"
+    assert support.why_not_kernel("flash", cuda(), torch.bfloat16) is None
 
 
 def test_the_profiler_is_quiet(capfd):
-    environment.quiet_libraries()
+    libraries.quiet_libraries()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
         torch.ones(3)
     assert capfd.readouterr() == ("", "")
 
 
 def test_bf16_arithmetic_of_gpus(cuda):
-    assert environment.computes_in_bf16(cuda((8, 0))) is True
-    assert environment.computes_in_bf16(cuda((7, 5))) is False
+    assert devices.computes_in_bf16(cuda((8, 0))) is True
+    assert devices.computes_in_bf16(cuda((7, 5))) is False
 
 
 @pytest.mark.parametrize(
@@ -269,59 +269,59 @@ def test_bf16_arithmetic_of_gpus(cuda):
 )
 def test_bf16_arithmetic_of_processors(tmp_path, monkeypatch, flags, able):
     (tmp_path / "cpuinfo").write_text(f"model name\t: unknown\nflags\t\t: {flags}\n")
-    monkeypatch.setattr(environment, "Path", lambda _: tmp_path / "cpuinfo")
-    assert environment.computes_in_bf16(CPU) is able
+    monkeypatch.setattr(devices, "Path", lambda _: tmp_path / "cpuinfo")
+    assert devices.computes_in_bf16(CPU) is able
 
 
 def test_processor_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(environment, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices, "Path", lambda _: tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text("model name\t: unknown\nmodel name\t: Fast CPU: 3 GHz\n")
-    assert environment.processor_name() == "Fast CPU: 3 GHz"
+    assert devices.processor_name() == "Fast CPU: 3 GHz"
     (tmp_path / "cpuinfo").unlink()
-    monkeypatch.setattr(environment.platform, "processor", lambda: "")
-    monkeypatch.setattr(environment.platform, "machine", lambda: "riscv64")
-    assert environment.processor_name() == "riscv64"
+    monkeypatch.setattr(devices.platform, "processor", lambda: "")
+    monkeypatch.setattr(devices.platform, "machine", lambda: "riscv64")
+    assert devices.processor_name() == "riscv64"
 
 
 def test_versions_tell_absent_libraries_from_present_ones(monkeypatch):
-    monkeypatch.setattr(environment, "LIBRARIES", ("torch", "no-such-library"))
-    assert environment.versions() == {"torch": torch.__version__, "no-such-library": None}
+    monkeypatch.setattr(libraries, "LIBRARIES", ("torch", "no-such-library"))
+    assert libraries.versions() == {"torch": torch.__version__, "no-such-library": None}
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda patch: patch.setattr(vitopt, "__version__", "99"),
-        lambda patch: patch.setattr(environment, "code_digest", lambda: "other code"),
-        lambda patch: patch.setattr(environment, "processor_name", lambda: "another processor"),
+        lambda patch: patch.setattr(machine, "code_digest", lambda: "other code"),
+        lambda patch: patch.setattr(devices, "processor_name", lambda: "another processor"),
         *(
-            lambda patch, name=name: patch.setattr(environment, "versions", lambda: VERSIONS | {name: "99"})
+            lambda patch, name=name: patch.setattr(machine, "versions", lambda: VERSIONS | {name: "99"})
             for name in ("torch", "transformers", "numpy", "pillow", "torchvision")
         ),
     ],
 )
 def test_provenance_changes_with_everything_that_changes_results(change, monkeypatch):
-    before = environment.provenance(CPU)
-    assert environment.provenance(CPU) == before
+    before = machine.provenance(CPU)
+    assert machine.provenance(CPU) == before
     change(monkeypatch)
-    assert environment.provenance(CPU) != before
+    assert machine.provenance(CPU) != before
 
 
 def test_provenance_knows_the_device_of_what_is_measured(cuda, monkeypatch):
     gpu = types.SimpleNamespace(name="H200", major=9, minor=0, total_memory=1, multi_processor_count=1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    assert environment.provenance(cuda())["gpu"]["name"] == "H200"
-    assert environment.provenance(cuda()) != environment.provenance(CPU)
-    assert set(environment.provenance(CPU)) - set(environment.provenance()) == {"device", "processor", "gpu"}
+    assert machine.provenance(cuda())["gpu"]["name"] == "H200"
+    assert machine.provenance(cuda()) != machine.provenance(CPU)
+    assert set(machine.provenance(CPU)) - set(machine.provenance()) == {"device", "processor", "gpu"}
 
 
 def test_the_code_digest_follows_the_code_that_makes_results(tmp_path, monkeypatch):
     package = tmp_path / "vitopt"
-    for name in ("environment.py", "cli/common.py", "measure/accuracy.py", "report/page.py"):
+    for name in ("environment/machine.py", "cli/common.py", "measure/accuracy.py", "report/page.py"):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("")
-    monkeypatch.setattr(environment, "__file__", str(package / "environment.py"))
-    digest = environment.code_digest.__wrapped__
+    monkeypatch.setattr(machine, "__file__", str(package / "environment" / "machine.py"))
+    digest = machine.code_digest.__wrapped__
     before = digest()
     (package / "cli/common.py").write_text("# changed")
     (package / "report/page.py").write_text("# changed")
@@ -334,7 +334,7 @@ def test_the_code_digest_follows_the_code_that_makes_results(tmp_path, monkeypat
 
 
 def test_description_of_the_cpu():
-    facts = environment.describe(CPU)
+    facts = machine.describe(CPU)
     assert facts["vitopt"] == vitopt.__version__
     assert (facts["device"], facts["gpu"]) == ("cpu", None)
     assert facts["torch_threads"] == torch.get_num_threads()
@@ -343,9 +343,9 @@ def test_description_of_the_cpu():
 
 def test_diagnosis_has_a_line_for_everything_that_can_be_asked_for(no_cuda, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    facts = environment.diagnose(CPU)
+    facts = machine.diagnose(CPU)
     assert set(facts) == {"machine", "libraries", "can_run"}
-    assert set(facts["libraries"]) == set(environment.LIBRARIES)
+    assert set(facts["libraries"]) == set(libraries.LIBRARIES)
     wanted = {f"format {name}" for name in get_args(Format)} | {f"attention {name}" for name in get_args(Attention)}
     wanted |= {f"sdpa kernel {name}" for name in get_args(SdpaKernel) if name != "auto"}
     assert set(facts["can_run"]) == wanted
@@ -360,12 +360,12 @@ def test_diagnosis_has_a_line_for_everything_that_can_be_asked_for(no_cuda, monk
 def test_diagnosis_of_a_gpu(cuda, monkeypatch):
     properties = types.SimpleNamespace(name="Fast GPU", major=9, minor=0, total_memory=2**37, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    machine = environment.diagnose(cuda())["machine"]
-    assert machine["device"] == "cuda:0"
-    assert machine["gpu name"] == "Fast GPU"
-    assert machine["gpu compute_capability"] == "9.0"
-    assert machine["gpu memory_bytes"] == 2**37
-    assert "bf16 arithmetic" not in machine
+    told = machine.diagnose(cuda())["machine"]
+    assert told["device"] == "cuda:0"
+    assert told["gpu name"] == "Fast GPU"
+    assert told["gpu compute_capability"] == "9.0"
+    assert told["gpu memory_bytes"] == 2**37
+    assert "bf16 arithmetic" not in told
 
 
 @pytest.mark.parametrize(
@@ -377,19 +377,19 @@ def test_diagnosis_of_a_gpu(cuda, monkeypatch):
     ],
 )
 def test_driver_version(tmp_path, monkeypatch, text, version):
-    monkeypatch.setattr(environment, "Path", lambda _: tmp_path / "version")
+    monkeypatch.setattr(devices, "Path", lambda _: tmp_path / "version")
     if text is not None:
         (tmp_path / "version").write_text(text)
-    assert environment._driver_version() == version
+    assert devices.driver_version() == version
 
 
 def test_bitsandbytes_leaves_the_imported_modules_as_they_were(monkeypatch):
     monkeypatch.delitem(sys.modules, "kernels", raising=False)
-    assert environment.import_bitsandbytes().__name__ == "bitsandbytes"
+    assert libraries.import_bitsandbytes().__name__ == "bitsandbytes"
     assert "kernels" not in sys.modules
     own = types.ModuleType("kernels")
     monkeypatch.setitem(sys.modules, "kernels", own)
-    environment.import_bitsandbytes()
+    libraries.import_bitsandbytes()
     assert sys.modules["kernels"] is own
 
 
@@ -397,7 +397,7 @@ def test_bitsandbytes_never_imports_kernels(tmp_path):
     # `kernels` would download: here it leaves a trace instead.
     trace = tmp_path / "trace"
     (tmp_path / "kernels.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
-    code = "from vitopt import environment; print(environment.import_bitsandbytes().__name__)"
+    code = "from vitopt.environment import libraries; print(libraries.import_bitsandbytes().__name__)"
     root = Path(__file__).parent.parent
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
@@ -407,14 +407,14 @@ def test_bitsandbytes_never_imports_kernels(tmp_path):
 
 def test_one_process_is_the_main_process(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert environment.process_share() == (0, 1)
-    assert environment.is_main_process()
-    assert environment.gather_objects({"a": 1}) == [{"a": 1}]
-    environment.wait_for_all()
+    assert launch.process_share() == (0, 1)
+    assert launch.is_main_process()
+    assert launch.gather_objects({"a": 1}) == [{"a": 1}]
+    launch.wait_for_all()
 
 
 def test_several_processes_share_the_work(monkeypatch):
     state = types.SimpleNamespace(process_index=1, num_processes=2)
-    monkeypatch.setattr(environment, "_distributed_state", lambda: state)
-    assert environment.process_share() == (1, 2)
-    assert not environment.is_main_process()
+    monkeypatch.setattr(launch, "_distributed_state", lambda: state)
+    assert launch.process_share() == (1, 2)
+    assert not launch.is_main_process()

@@ -17,7 +17,7 @@ import torch
 from vitopt import inference
 from vitopt.data.images import ImageSet, open_images
 from vitopt.data.pixels import Preprocessor, random_pixels
-from vitopt.environment import why_not_format
+from vitopt.environment.support import why_not_format
 from vitopt.errors import CheckpointError
 from vitopt.finetune.training import finetune
 from vitopt.inference import Candidate

@@ -5,15 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitopt import environment, inference, pipeline
+from vitopt import inference, pipeline
 from vitopt.data.images import open_images
 from vitopt.data.pixels import Preprocessor, batches, on_device, random_pixels
+from vitopt.environment import support
 from vitopt.inference import Candidate
 from vitopt.measure.rates import copy_rate, gemm_rate
 from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import TorchRunnable, prepare
-from vitopt.recipe import DataSpec, EvaluateSpec, LatencySpec, Recipe, RunSpec, VariantSpec, validate
+from vitopt.recipe import DataSpec, EvaluateSpec, LatencySpec, Recipe, RunSpec, VariantSpec
+from vitopt.recipe_file import validate
 
 pytestmark = pytest.mark.gpu
 
@@ -23,7 +25,7 @@ CUDA = torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def _needs_no_packages_beyond(request: pytest.FixtureRequest) -> None:
     format = getattr(request.node, "callspec", None) and request.node.callspec.params.get("format")
-    reason = environment.why_not_format(format, CUDA) if format else None
+    reason = support.why_not_format(format, CUDA) if format else None
     if reason:
         pytest.skip(reason)
 
@@ -45,7 +47,7 @@ def test_flash_attention_runs_or_says_why_not(tiny_checkpoint: Path, tmp_path: P
     quantize(open_checkpoint(str(tiny_checkpoint)), VariantSpec(name="v", format="bf16"), tmp_path / "v", "cuda")
     half = open_checkpoint(str(tmp_path / "v"))
     flash = prepare(half, name="flash", device=CUDA, run=RunSpec(attention="flash_attention_2"))
-    if environment.installed("flash_attn"):
+    if support.installed("flash_attn"):
         assert (flash.attention_used, flash.reasons.get("attention")) == ("flash_attention_2", None)
     else:
         assert (flash.attention_used, flash.reasons.get("attention")) == (
@@ -91,7 +93,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("run_as", [None, "w8a8", "fp8"])
 @pytest.mark.parametrize("fuse_qkv", [False, True])
 def test_a_graph_gives_the_logits_of_the_eager_model(half: Checkpoint, run_as: str | None, fuse_qkv: bool) -> None:
-    if run_as and (reason := environment.why_not_format(run_as, CUDA)):
+    if run_as and (reason := support.why_not_format(run_as, CUDA)):
         pytest.skip(reason)
     eager = prepare(half, name="eager", device=CUDA, run=RunSpec(run_as=run_as))
     graph = prepare(half, name="graph", device=CUDA, run=RunSpec(run_as=run_as, compile=True, fuse_qkv=fuse_qkv))
@@ -136,7 +138,7 @@ def test_the_attention_kernel_asked_for_runs(half: Checkpoint, kernel: str, comp
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize("run_as", ["bf16", "w8a8", "fp8"])
 def test_packed_checkpoints_expand_at_load(tiny_checkpoint: Path, tmp_path: Path, format: str, run_as: str) -> None:
-    if reason := environment.why_not_format(run_as, CUDA):
+    if reason := support.why_not_format(run_as, CUDA):
         pytest.skip(reason)
     quantize(open_checkpoint(str(tiny_checkpoint)), VariantSpec(name="v", format=format), tmp_path / "v", "cuda")
     stored = open_checkpoint(str(tmp_path / "v"))
@@ -193,7 +195,7 @@ def test_a_batch_that_does_not_fit_is_told_with_one_that_does() -> None:
 
 @pytest.mark.parametrize("format", ["fp32", "fp16", "bf16", "int8", "fp8"])
 def test_the_rates_of_the_device_are_measured(format: str) -> None:
-    if format == "fp8" and (reason := environment.why_not_format("fp8", CUDA)):
+    if format == "fp8" and (reason := support.why_not_format("fp8", CUDA)):
         pytest.skip(reason)
     assert gemm_rate(format, CUDA) > 1e12
     assert copy_rate(CUDA) > 1e11
@@ -216,7 +218,7 @@ def test_random_weights_in_every_format_without_data(tmp_path: Path) -> None:
     )
     records = pipeline.run(recipe, tmp_path / "run").records
     for record in records:
-        reason = environment.why_not_format(record.variant.format, CUDA)
+        reason = support.why_not_format(record.variant.format, CUDA)
         assert (record.failure is None) == (reason is None), record.failure
         assert record.failure or [row.batch_size for row in record.latency] == [1, 2]
         assert record.variant.reasons.get("compile") is None

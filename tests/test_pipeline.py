@@ -18,9 +18,10 @@ import torch
 import yaml
 from conftest import calibration_hashes
 
-from vitopt import environment, inference, pipeline
+from vitopt import inference, pipeline
 from vitopt.checks import plans
 from vitopt.data.images import open_images
+from vitopt.environment import devices, launch, libraries, machine, support
 from vitopt.errors import (
     BadImageError,
     CheckpointError,
@@ -35,12 +36,13 @@ from vitopt.measure.predictions import load_predictions
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.ownership import LIST_FILE
 from vitopt.pipeline import RunResult
-from vitopt.recipe import DataSpec, Recipe, load_recipe
+from vitopt.recipe import DataSpec, Recipe
+from vitopt.recipe_file import load_recipe
 from vitopt.records import SCHEMA, Memory, load_record
 from vitopt.report.table import cautions
 from vitopt.stages import RunFolder
 
-VERSIONS = environment.versions()
+VERSIONS = libraries.versions()
 NAMES = ("fp32", "nf4-skip", "nf4-fa2", "int8")
 CHECKPOINT = {"config.json", "model.safetensors", "preprocessor_config.json"}
 LISTED = CHECKPOINT | {LIST_FILE}
@@ -243,14 +245,14 @@ OTHER_GPU = {"name": "another GPU"}
     "change",
     [
         lambda patch: patch.setattr("vitopt.__version__", "99"),
-        lambda patch: patch.setattr(environment, "code_digest", lambda: "other code"),
-        lambda patch: patch.setattr(environment, "processor_name", lambda: "another processor"),
-        lambda patch: patch.setattr(environment, "_gpu", lambda device: OTHER_GPU),
-        lambda patch: patch.setattr(environment, "resolve_device", lambda name: torch.device("meta")),
-        lambda patch: patch.setattr(environment, "threads_bound", lambda: "otherwise"),
+        lambda patch: patch.setattr(machine, "code_digest", lambda: "other code"),
+        lambda patch: patch.setattr(devices, "processor_name", lambda: "another processor"),
+        lambda patch: patch.setattr(devices, "gpu_facts", lambda device: OTHER_GPU),
+        lambda patch: patch.setattr(devices, "resolve_device", lambda name: torch.device("meta")),
+        lambda patch: patch.setattr(machine, "threads_bound", lambda: "otherwise"),
         lambda patch: patch.setattr(torch, "get_num_threads", lambda: 99),
         *(
-            lambda patch, name=name: patch.setattr(environment, "versions", lambda: VERSIONS | {name: "99"})
+            lambda patch, name=name: patch.setattr(machine, "versions", lambda: VERSIONS | {name: "99"})
             for name in VERSIONS
         ),
     ],
@@ -278,7 +280,7 @@ def test_one_process_writes_and_tells_of_a_variant_that_failed(
     recipe = Recipe.model_validate(changed(content, variants=content["variants"][:1], export=None))
     row = evaluator.failed("fp32", recipe.variants[0], "not here", torch.device("cpu"))
     monkeypatch.setattr(pipeline, "measure", lambda *_, **__: [row])
-    monkeypatch.setattr(environment, "is_main_process", lambda: main)
+    monkeypatch.setattr(launch, "is_main_process", lambda: main)
     said: list[str] = []
     current = pipeline._Run(RunFolder(tmp_path, said.append), recipe, recipe.variants)
     pipeline._evaluate_stage(current, None, {"fp32": "not here"}).work()
@@ -989,8 +991,8 @@ def test_without_the_packages_of_the_report_it_is_left_out_in_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    installed = environment.installed
-    monkeypatch.setattr(environment, "installed", lambda name: name not in absent and installed(name))
+    installed = support.installed
+    monkeypatch.setattr(support, "installed", lambda name: name not in absent and installed(name))
     one = changed(without_data, variants=without_data["variants"][:1])
     result, said = run(one, tmp_path / "run")
     folder = tmp_path / "run"

@@ -7,19 +7,8 @@ import pytest
 import yaml
 
 from vitopt.errors import RecipeError
-from vitopt.recipe import (
-    LINEARS,
-    DataSpec,
-    EvaluateSpec,
-    FinetuneSpec,
-    LatencySpec,
-    Recipe,
-    RunSpec,
-    VariantSpec,
-    dump_yaml,
-    load_recipe,
-    validate,
-)
+from vitopt.recipe import LINEARS, DataSpec, EvaluateSpec, FinetuneSpec, LatencySpec, Recipe, RunSpec, VariantSpec
+from vitopt.recipe_file import dump_yaml, load_recipe, validate
 
 MINIMAL = """
 name: run

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from vitopt import environment, storage
+from vitopt import storage
+from vitopt.environment import devices, launch, machine
 from vitopt.errors import CheckpointError, RecordError, UnsupportedError
 from vitopt.stages import STAGES_FILE, RunFolder, Stage
 
@@ -107,7 +108,7 @@ def test_a_stage_that_is_forgotten_is_done_again(folder: Path) -> None:
 def test_other_processes_note_nothing_and_leave_work_to_the_main_one(
     alone: bool, worked: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "is_main_process", lambda: False)
+    monkeypatch.setattr(launch, "is_main_process", lambda: False)
     done: list[int] = []
     RunFolder(folder, print).carry_out(stage(folder, work=lambda: done.append(1), alone=alone))
     assert len(done) == worked
@@ -118,8 +119,8 @@ def test_the_main_process_decides_for_all(folder: Path, monkeypatch: pytest.Monk
     """This process finds the product whole, the main one does not, and fails to make it."""
     carried_out(folder, stage(folder, 1))
     of_main = iter([(True, "it is missing"), "not here"])
-    monkeypatch.setattr(environment, "is_main_process", lambda: False)
-    monkeypatch.setattr(environment, "gather_objects", lambda own: [next(of_main), own])
+    monkeypatch.setattr(launch, "is_main_process", lambda: False)
+    monkeypatch.setattr(launch, "gather_objects", lambda own: [next(of_main), own])
     said: list[str] = []
     assert RunFolder(folder, said.append).carry_out(stage(folder, 1, alone=True)) == "not here"
     assert said == ["make: again, because it is missing", "make: not here"]
@@ -131,9 +132,9 @@ def test_what_was_made_on_another_device_stands_and_figures_do_not(monkeypatch: 
 
     made, figures = prints()
     assert prints() == (made, figures)
-    monkeypatch.setattr(environment, "processor_name", lambda: "another processor")
+    monkeypatch.setattr(devices, "processor_name", lambda: "another processor")
     assert prints()[0] == made and prints()[1] != figures
-    monkeypatch.setattr(environment, "code_digest", lambda: "other code")
+    monkeypatch.setattr(machine, "code_digest", lambda: "other code")
     assert prints()[0] != made
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import yaml
 
-from vitopt import environment
 from vitopt.checks import plans
+from vitopt.environment import devices, support
 from vitopt.errors import CheckpointError, DataError
 from vitopt.models.checkpoint import open_checkpoint
-from vitopt.recipe import load_recipe
+from vitopt.recipe_file import load_recipe
 from vitopt.starting import starting_recipe
 
 
@@ -50,10 +50,10 @@ def test_a_first_recipe_needs_a_model_and_images(tiny_checkpoint: Path, shapes: 
 def test_a_starting_recipe_for_a_gpu_has_the_fast_rows(
     tiny_checkpoint: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "resolve_device", lambda requested="auto": torch.device("cuda", 0))
+    monkeypatch.setattr(devices, "resolve_device", lambda requested="auto": torch.device("cuda", 0))
     lacking = {"fp8": "compute capability 8.0 is below 8.9"}
-    monkeypatch.setattr(environment, "why_not_format", lambda format, device: lacking.get(format))
-    monkeypatch.setattr(environment, "why_not_attention", lambda attention, device, dtype: None)
+    monkeypatch.setattr(support, "why_not_format", lambda format, device: lacking.get(format))
+    monkeypatch.setattr(support, "why_not_attention", lambda attention, device, dtype: None)
     text = starting_recipe(str(tiny_checkpoint), str(shapes), "mine")
     variants = {variant["name"]: variant for variant in yaml.safe_load(text)["variants"]}
     assert list(variants)[:4] == ["fp32", "bf16", "bf16-compiled", "nf4"]

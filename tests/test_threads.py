@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from vitopt import environment, threads
+from vitopt import threads
+from vitopt.environment import devices, machine
 from vitopt.errors import RecipeError, UnsupportedError
 
 ROOT = Path(__file__).parents[1]
@@ -145,8 +146,8 @@ found |= {"more": threads.are_bound(count + 1), "forked": forked(), "started": s
 with threads.unbound():
     found |= {"unbound": started(), "meanwhile": threads.are_bound(max(count, 1))}
 found["after"] = allowed()
-from vitopt import environment
-facts = environment.describe(torch.device("cpu"))
+from vitopt.environment import devices, machine
+facts = machine.describe(torch.device("cpu"))
 found["facts"] = [facts["torch_threads"], facts["threads_bound"]]
 print(json.dumps(found))
 """
@@ -213,4 +214,4 @@ def test_nothing_is_bound_unasked() -> None:
 def test_asking_too_late_is_seen_in_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_PROC_BIND", "close")
     monkeypatch.setenv("OMP_PLACES", "cores")
-    assert environment.describe(environment.resolve_device("cpu"))["threads_bound"] is False
+    assert machine.describe(devices.resolve_device("cpu"))["threads_bound"] is False

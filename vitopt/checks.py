@@ -4,7 +4,7 @@ import torch
 
 from vitopt.data.images import ALL, ImageSet, open_images
 from vitopt.data.sources import parse_source
-from vitopt.environment import DTYPES
+from vitopt.environment.devices import DTYPES
 from vitopt.errors import DataError, PatternError, RecipeError, UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, empty_model, open_checkpoint
 from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel, why_not_trained

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitopt import environment, progress
+from vitopt import progress
 from vitopt.data.images import ImageSet, image_files
 from vitopt.data.labels import fit_labels
+from vitopt.environment import devices
 from vitopt.errors import DataError, UnsupportedError
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
@@ -47,7 +48,7 @@ def measure(
         DataError: the labels do not fit a model's head.
         MeasurementError: the baseline or first only guesses, and its weights are not `untrained` or `random:`.
     """
-    target = environment.resolve_device(device)
+    target = devices.resolve_device(device)
     runnables: list[TorchRunnable] = []
     failures = {one.name: one.failure for one in candidates if one.failure is not None}
     for one in candidates:
@@ -98,7 +99,7 @@ def predict(
         BadImageError: a file is missing or cannot be decoded.
     """
     checkpoint = open_checkpoint(source)
-    runnable = prepare(checkpoint, name=source, device=environment.resolve_device(device), run=run)
+    runnable = prepare(checkpoint, name=source, device=devices.resolve_device(device), run=run)
     images = image_files(paths)
     results = []
     for index, path in enumerate(progress.track(paths, "predicting", len(paths))):

@@ -12,10 +12,11 @@ from typing import TypeVar
 
 import torch
 
-from vitopt import environment, ownership, storage
+from vitopt import ownership, storage
 from vitopt.checks import calibration_images, plans, require_attention, tested_images, training_images
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
+from vitopt.environment import devices, launch, machine, support
 from vitopt.errors import CheckpointError, MeasurementError, RecipeError, RecordError, UnsupportedError
 from vitopt.inference import Candidate, measure
 from vitopt.measure.evaluator import Measured
@@ -24,7 +25,8 @@ from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
 from vitopt.models.architectures import RANDOM_PREFIX
 from vitopt.models.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
 from vitopt.optimize.quantize import quantize
-from vitopt.recipe import DataSpec, Recipe, VariantSpec, dump_yaml, load_recipe
+from vitopt.recipe import DataSpec, Recipe, VariantSpec
+from vitopt.recipe_file import dump_yaml, load_recipe
 from vitopt.records import RECORD_FILE, Record, Requirement, load_record, save_record
 from vitopt.stages import STAGES_FILE, RunFolder, Stage
 from vitopt.transformation import Transformation
@@ -77,7 +79,7 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
         VitoptError: any of its kinds; stages that were complete before stay.
     """
     plans(recipe)
-    device = environment.resolve_device(recipe.device)
+    device = devices.resolve_device(recipe.device)
     source = open_checkpoint(recipe.model)
     images = None if recipe.data is None else tested_images(recipe, recipe.data)
     if images is not None and recipe.finetune is None:
@@ -87,10 +89,10 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
     inputs = source.folder, recipe.data.folder if recipe.data else None
     files = [RECIPE_FILE, ENVIRONMENT_FILE, STAGES_FILE, "report.html", "report.md"]
     files += [f"sensitivity/{variant.name}.json" for variant in recipe.variants]
-    with environment.in_main_process(storage.claimed(folder, *inputs, files=files)):
+    with launch.in_main_process(storage.claimed(folder, *inputs, files=files)):
         current = _Run(RunFolder(folder, say), recipe, recipe.variants)
-        environment.wait_for_all()  # before the main process changes what the others have yet to read
-        if environment.is_main_process():
+        launch.wait_for_all()  # before the main process changes what the others have yet to read
+        if launch.is_main_process():
             _begin(current, device)
         return _run_stages(current, source, images)
 
@@ -102,7 +104,7 @@ def _begin(current: _Run, device: torch.device) -> None:
         ownership.require_replaceable(folder / product)
     if not _holds_recipe(folder, recipe):
         storage.write_text(folder / RECIPE_FILE, dump_yaml(recipe))
-    storage.write_json(folder / ENVIRONMENT_FILE, environment.describe(device))
+    storage.write_json(folder / ENVIRONMENT_FILE, machine.describe(device))
 
 
 def _holds_recipe(folder: Path, recipe: Recipe) -> bool:
@@ -193,7 +195,7 @@ def _with_skip_list(
         task=f"{variant.format} on {len(calibration)} calibration images",
         work=work,
         read=lambda: load_sensitivity(output),
-        measured_on=environment.resolve_device(device),
+        measured_on=devices.resolve_device(device),
         alone=True,
     )
     current.folder.carry_out(stage)
@@ -248,7 +250,7 @@ def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str 
     def save(one: Measured) -> None:
         folder = folders[one.record.variant.name]
         save_record(one.record, folder)
-        if one.predictions is not None and environment.installed("pyarrow"):
+        if one.predictions is not None and support.installed("pyarrow"):
             save_predictions(one.predictions, folder)
 
     def work() -> None:
@@ -267,7 +269,7 @@ def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str 
             untrained=recipe.finetune is None and recipe.model.startswith(RANDOM_PREFIX),
             ready=save,
         )
-        if environment.is_main_process():
+        if launch.is_main_process():
             for one in measured:
                 save(one)
                 if one.record.failure:
@@ -283,13 +285,13 @@ def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str 
             recipe.evaluate.model_dump(mode="json"),
             recipe.data.model_dump(mode="json") if recipe.data else None,
             [images.sha256, images.groups] if images else None,
-            [torch.get_num_threads(), environment.threads_bound()],
+            [torch.get_num_threads(), machine.threads_bound()],
         ],
         files=[*(folder / RECORD_FILE for folder in folders.values()), *filter(ownership.is_listed, predictions)],
         task=f"{len(folders)} variants on {on}",
         work=work,
         read=lambda: [load_record(folder) for folder in folders.values()],
-        measured_on=environment.resolve_device(recipe.device),
+        measured_on=devices.resolve_device(recipe.device),
     )
 
 
@@ -306,7 +308,7 @@ def _judged(current: _Run, records: list[Record]) -> list[Record]:
             found = floor + judge(current.recipe.require, record, baseline)
         if found != record.requirements:
             record = record.model_copy(update={"requirements": found})
-            if environment.is_main_process():
+            if launch.is_main_process():
                 save_record(record, current.variant_folder(record.variant.name))
         judged.append(record)
     return judged
@@ -315,7 +317,7 @@ def _judged(current: _Run, records: list[Record]) -> list[Record]:
 def _report(current: _Run, records: list[Record]) -> RunResult:
     recipe, folder = current.recipe, current.folder.path
     export = folder / "export" if recipe.export else None
-    if not environment.is_main_process():
+    if not launch.is_main_process():
         return RunResult(folder, records, None, export)
     report = _write_report(current, records)
     if export is not None:
@@ -328,7 +330,7 @@ def _report(current: _Run, records: list[Record]) -> RunResult:
 
 def _write_report(current: _Run, records: list[Record]) -> Path | None:
     """The report's path; None where a package that it needs is not installed, which is said."""
-    missing = [package for package in ("jinja2", "matplotlib", "pyarrow") if not environment.installed(package)]
+    missing = [package for package in ("jinja2", "matplotlib", "pyarrow") if not support.installed(package)]
     if missing:
         # Measuring alone needs none of them; the records are complete, so the report can be written elsewhere.
         without_predictions = "pyarrow" in missing and current.recipe.data is not None

@@ -3,11 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vitopt import environment
 from vitopt.checks import calibration_images, tested_images, training_images
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor
-from vitopt.environment import DTYPES
+from vitopt.environment import devices
+from vitopt.environment.devices import DTYPES
 from vitopt.errors import VitoptError
 from vitopt.measure import forecast
 from vitopt.measure.forecast import StageTime
@@ -71,7 +71,7 @@ def _claims(recipe: Recipe, counted: dict[str, int]) -> list[Claim]:
 def _stages(recipe: Recipe, counted: dict[str, int], test: ImageSet | None, notes: list[str]) -> list[StageTime]:
     try:
         checkpoint = open_checkpoint(recipe.model, config_only=True)
-        device = environment.resolve_device(recipe.device)
+        device = devices.resolve_device(recipe.device)
         types = {forecast.number_type(variant) for variant in recipe.variants}
         types |= {"fp32"} if recipe.finetune else set()
         seconds = {name: forecast.seconds_per_image(checkpoint, device, DTYPES[name]) for name in sorted(types)}

@@ -1,20 +1,15 @@
-"""Recipes: YAML in, frozen and validated models out, every mistake reported at once.
+"""What a recipe can say: frozen models, which are also the arguments of the stages.
 
-The models here are also the arguments of the stages, so a `vitopt` subcommand and a recipe mean the same
-thing by the same word. Nothing here imports torch: a broken recipe is refused in a moment.
+So a `vitopt` subcommand and a recipe mean the same thing by the same word. Nothing here imports torch.
 """
 
 import difflib
-import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from vitopt.errors import RecipeError
 from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat, RunAs
 
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
@@ -42,6 +37,12 @@ class Spec(BaseModel):
     """Base of all recipe sections: immutable, unknown keys are mistakes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """The nearest word that is known, else all of them."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def _changed(spec: Spec, *keys: str) -> str:
@@ -76,7 +77,8 @@ class DataSpec(Spec):
         return next((folder for folder in folders if folder.is_dir()), None)
 
 
-def _data_from_string(value: Any) -> Any:
+def data_from_string(value: Any) -> Any:
+    """`data: digits` means `data: {source: digits}`."""
     return {"source": value} if isinstance(value, str) else value
 
 
@@ -278,7 +280,7 @@ class Recipe(Spec):
 
     name: Name
     model: str = Field(min_length=1, description="folder, hub id, `vit-quickstart`, or `random:ARCHITECTURE`")
-    data: Annotated[DataSpec | None, BeforeValidator(_data_from_string)] = Field(
+    data: Annotated[DataSpec | None, BeforeValidator(data_from_string)] = Field(
         None, description="null measures speed, size and memory alone"
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
@@ -314,7 +316,7 @@ class Recipe(Spec):
             ("waterfall", name) for name in self.waterfall
         ]:
             if wanted is not None and wanted not in names:
-                mistakes.append(f"{key} names {wanted!r}, which is no variant; {_suggest(wanted, names)}")
+                mistakes.append(f"{key} names {wanted!r}, which is no variant; {suggest(wanted, names)}")
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
@@ -323,146 +325,3 @@ class Recipe(Spec):
     def baseline_name(self) -> str:
         """The variant that all others are compared with."""
         return self.baseline or self.variants[0].name
-
-
-S = TypeVar("S", bound=Spec)
-
-
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and validate a recipe.
-
-    `overrides` are `KEY=VALUE` strings such as `finetune.epochs=1` or `variants.0.format=nf4`; values are
-    YAML. `${NAME}` and `${NAME:-default}` in strings are taken from the environment.
-
-    Raises:
-        RecipeError: the file is missing, is not YAML, or breaks a rule; all mistakes are listed.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RecipeError(f"cannot read recipe {path}: {reason} (`vitopt init` prints one to start from)") from error
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path} must be a mapping of keys such as name, model, data and variants")
-    for override in overrides:
-        _apply_override(content, override)
-    return validate(Recipe, _expand(content), where=str(path))
-
-
-def dump_yaml(spec: Spec) -> str:
-    """The resolved spec as YAML that loads back to an equal spec."""
-    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
-
-
-def validate(model: type[S], content: Any, where: str) -> S:
-    """Build `model` from plain data, or raise one RecipeError with a line for every mistake."""
-    try:
-        return model.model_validate(content)
-    except ValidationError as error:
-        found = error.errors(include_url=False)
-        # A tuple whose items are wrong is also called too short by pydantic; the items say it better.
-        inner = {mistake["loc"][:-depth] for mistake in found for depth in range(1, len(mistake["loc"]))}
-        mistakes = [_describe(model, m) for m in found if m["type"] != "too_short" or m["loc"] not in inner]
-        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        raise RecipeError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in mistakes)) from error
-
-
-def _describe(model: type[Spec], mistake: Any) -> str:
-    where = ".".join(str(part) for part in mistake["loc"])
-    if mistake["type"] == "extra_forbidden":
-        *parents, key = mistake["loc"]
-        known = list(section_at(model, parents).model_fields)
-        return f"{where}: unknown key; {_suggest(str(key), known)}"
-    message = mistake["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if not where:
-        return message  # a rule of the whole
-    if mistake["type"] in ("value_error", "missing"):
-        return f"{where}: {message}"
-    return f"{where}: {message}, not {mistake['input']!r}"
-
-
-def section_at(model: type[Spec], location: Sequence[int | str]) -> type[Spec]:
-    """The spec class that a pydantic error location points into."""
-    for part in location:
-        if isinstance(part, str) and part in model.model_fields:
-            model = spec_in(model.model_fields[part].annotation) or model
-    return model
-
-
-def spec_in(annotation: Any) -> type[Spec] | None:
-    """The spec class in an annotation such as `Annotated[DataSpec | None, ...]`; None if there is none."""
-    if isinstance(annotation, type) and issubclass(annotation, Spec):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := spec_in(part))), None)
-
-
-def _suggest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-
-
-def _apply_override(content: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    parts = key.split(".")
-    if not equals or not all(parts):
-        raise RecipeError(f"--set {override!r} must look like KEY=VALUE, as in --set finetune.epochs=1")
-    target: Any = content
-    for depth, part in enumerate(parts[:-1], start=1):
-        reached = ".".join(parts[:depth])
-        place = _place(target, part, override, reached)
-        old = target.get(place) if isinstance(target, dict) else target[place]
-        section = _section_for_keys(old, override, reached)
-        target[place] = section
-        target = section
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override!r}: the value is not valid YAML") from error
-    target[_place(target, parts[-1], override, key)] = parsed
-
-
-def _place(target: Any, part: str, override: str, reached: str) -> str | int:
-    """`part` as a key of a mapping, which may be new, or as an index of a list, which must exist."""
-    if isinstance(target, dict):
-        return part
-    if not part.isdecimal() or int(part) >= len(target):
-        there = f"use an index from 0 to {len(target) - 1}" if target else "the list is empty"
-        raise RecipeError(f"--set {override!r}: {reached} is not there; {there}")
-    return int(part)
-
-
-def _section_for_keys(value: Any, override: str, reached: str) -> Any:
-    # `data: digits` and an absent or null section both become a mapping that can take the key.
-    section = _data_from_string(value) if reached == "data" else value
-    if section is None:
-        return {}
-    if not isinstance(section, dict | list):
-        raise RecipeError(f"--set {override!r}: {reached} is {value!r}, which has no keys; set {reached} itself")
-    return section
-
-
-def _expand(value: Any) -> Any:
-    """Replace `${NAME}` and `${NAME:-default}` in all strings of plain data."""
-    if isinstance(value, dict):
-        return {key: _expand(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_expand(item) for item in value]
-    if isinstance(value, str):
-        return re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", _environment_value, value)
-    return value
-
-
-def _environment_value(match: re.Match[str]) -> str:
-    name, default = match.groups()
-    value = os.environ.get(name)
-    if default is not None:
-        # As in a shell, the default also stands in for an empty value.
-        return value or default
-    if value is None:
-        raise RecipeError(f"the recipe uses ${{{name}}}, which is not set: run `export {name}=...` first")
-    return value

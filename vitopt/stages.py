@@ -13,7 +13,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from vitopt import environment, ownership, storage
+from vitopt import ownership, storage
+from vitopt.environment import launch, machine
 from vitopt.errors import RecordError, VitoptError
 
 STAGES_FILE = "stages.json"
@@ -45,7 +46,7 @@ class Stage(Generic[T]):
     @functools.cached_property
     def fingerprint(self) -> str:
         """The same for the same inputs, made by the same code and libraries."""
-        return storage.sha256_of_json([*self.inputs, environment.provenance(self.measured_on)])
+        return storage.sha256_of_json([*self.inputs, machine.provenance(self.measured_on)])
 
 
 @dataclass
@@ -69,12 +70,12 @@ class RunFolder:
             return None
         self._tell(stage, stage.task)
         reason = None
-        if environment.is_main_process() or not stage.alone:
+        if launch.is_main_process() or not stage.alone:
             try:
                 self._tell(stage, stage.work())
             except stage.tolerated as error:
                 reason = str(error)
-        reason = environment.gather_objects(reason)[0]  # nobody reads before the main process has written
+        reason = launch.gather_objects(reason)[0]  # nobody reads before the main process has written
         if reason is None:
             self.completed[stage.name] = stage.fingerprint
             self._save()
@@ -97,7 +98,7 @@ class RunFolder:
         same = self.completed.get(stage.name) == stage.fingerprint
         spoiled = self._spoiled(stage) if same else None
         # The main process decides for all: another might look while it is already making the product anew.
-        same, spoiled = environment.gather_objects((same, spoiled))[0]
+        same, spoiled = launch.gather_objects((same, spoiled))[0]
         if same:
             self._tell(stage, "up to date, skipped" if spoiled is None else f"again, because {spoiled}")
         return same and spoiled is None
@@ -113,7 +114,7 @@ class RunFolder:
         return None
 
     def _save(self) -> None:
-        if environment.is_main_process():
+        if launch.is_main_process():
             storage.write_json(self.path / STAGES_FILE, self.completed)
 
 

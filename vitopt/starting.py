@@ -5,13 +5,14 @@ from typing import Any
 import torch
 import yaml
 
-from vitopt import environment
 from vitopt.checks import plans
 from vitopt.data.images import ALL, open_images
 from vitopt.data.labels import fit_labels
+from vitopt.environment import devices, support
 from vitopt.errors import DataError
 from vitopt.models.checkpoint import open_checkpoint
-from vitopt.recipe import DataSpec, Labels, Recipe, validate
+from vitopt.recipe import DataSpec, Labels, Recipe
+from vitopt.recipe_file import validate
 
 
 def starting_recipe(model: str, data: str, name: str, labels: Labels = "name") -> str:
@@ -21,7 +22,7 @@ def starting_recipe(model: str, data: str, name: str, labels: Labels = "name") -
     Raises:
         CheckpointError, DataError: the model or the data cannot be opened.
     """
-    device = environment.resolve_device()
+    device = devices.resolve_device()
     checkpoint = open_checkpoint(model)
     source = {"source": data} | ({"labels": labels} if labels != "name" else {})
     images = open_images(validate(DataSpec, source, where="data"), None)
@@ -51,8 +52,8 @@ def starting_recipe(model: str, data: str, name: str, labels: Labels = "name") -
         wanted[2:2] = [{"name": "bf16-compiled", "format": "bf16"} | fast]
         wanted += [{"name": f"{format}-compiled", "format": format} | fast for format in ("w8a8", "fp8")]
     reasons = {
-        variant["name"]: environment.why_not_format(variant["format"], device)
-        or environment.why_not_attention(variant.get("attention", "sdpa"), device, torch.bfloat16)
+        variant["name"]: support.why_not_format(variant["format"], device)
+        or support.why_not_attention(variant.get("attention", "sdpa"), device, torch.bfloat16)
         for variant in wanted
     }
     content["variants"] = [variant for variant in wanted if reasons[variant["name"]] is None]

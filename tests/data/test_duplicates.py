@@ -8,9 +8,9 @@ import pytest
 from conftest import CLASSES, draw
 from PIL import Image, ImageEnhance
 
-from vitopt import environment
 from vitopt.data.duplicates import LARGEST_DISTANCE, look_alikes, perceptual_hashes
 from vitopt.data.images import ImageSet, image_files, open_images
+from vitopt.environment import support
 from vitopt.recipe import DataSpec
 
 imagehash = pytest.importorskip("imagehash")
@@ -91,7 +91,7 @@ def test_an_image_that_cannot_be_decoded_has_no_hash(saved) -> None:
 
 
 def test_without_the_library_nothing_is_hashed(saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "installed", lambda package: False)
+    monkeypatch.setattr(support, "installed", lambda package: False)
     assert perceptual_hashes(saved(draw(CLASSES[0], np.random.default_rng(0)))) == ()
 
 

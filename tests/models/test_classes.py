@@ -11,7 +11,7 @@ from transformers import (
     DeiTForImageClassificationWithTeacher,
 )
 
-from vitopt import environment
+from vitopt.environment import support
 from vitopt.models.checkpoint import Checkpoint
 from vitopt.models.classes import best_attention, model_class, why_not_attention, why_not_kernel, why_not_trained
 from vitopt.models.names import families
@@ -35,8 +35,8 @@ def test_attention_is_what_transformers_opens_a_family_with(
 def test_a_family_without_an_attention_says_so_before_the_device_does(
     make_family: Callable[..., Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(environment, "why_not_attention", lambda *asked: "the device")
-    monkeypatch.setattr(environment, "why_not_kernel", lambda *asked: "the device")
+    monkeypatch.setattr(support, "why_not_attention", lambda *asked: "the device")
+    monkeypatch.setattr(support, "why_not_kernel", lambda *asked: "the device")
     half = torch.bfloat16
     beit, vit = make_family("beit").config, make_family("vit").config
     assert "flash_attention_2 for BeitForImageClassification" in why_not_attention(

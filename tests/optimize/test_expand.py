@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from vitopt import environment
 from vitopt.data.pixels import random_pixels
+from vitopt.environment import libraries, support
 from vitopt.errors import UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.models.names import linear_layers
@@ -44,7 +44,7 @@ def modules_of(checkpoint: Checkpoint) -> dict[str, str]:
 
 def unpacked(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Module -> its weight in bf16, for the packed layers, by bitsandbytes itself and by hand."""
-    environment.import_bitsandbytes()
+    libraries.import_bitsandbytes()
     from bitsandbytes.functional import dequantize_4bit
 
     model = load_model(checkpoint)  # a fresh one: the first call of a model on the CPU repacks its weights
@@ -177,8 +177,8 @@ def test_running_as_fp8_on_the_cpu_is_refused_with_the_nearest_format(stored: di
 def test_a_missing_library_is_named_before_loading(
     stored: dict[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    installed = environment.installed
-    monkeypatch.setattr(environment, "installed", lambda name: name != "torchao" and installed(name))
+    installed = support.installed
+    monkeypatch.setattr(support, "installed", lambda name: name != "torchao" and installed(name))
     with pytest.raises(UnsupportedError, match=r"^format w8a8 cannot run on cpu: torchao is not installed"):
         running(stored["nf4"], "w8a8")
 

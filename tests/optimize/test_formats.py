@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from vitopt import environment
+from vitopt.environment import libraries
 from vitopt.optimize.formats import QUANTIZES, format_of, live_formats, quantization_config
 from vitopt.optimize.plan import LayerPlan, plan_layers
 from vitopt.recipe import VariantSpec
@@ -87,7 +87,7 @@ def test_a_plain_layer_has_the_format_of_its_weight(dtype: torch.dtype, expected
 
 
 def test_packed_layers_are_read_from_the_layer_itself() -> None:
-    bitsandbytes = environment.import_bitsandbytes()
+    bitsandbytes = libraries.import_bitsandbytes()
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     assert format_of(bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4")) == "nf4"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitopt import environment
 from vitopt.data.pixels import random_pixels
+from vitopt.environment import support
 from vitopt.errors import UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.optimize.quantize import quantize
@@ -164,8 +164,8 @@ def test_a_missing_library_is_named_before_loading(
     format: str, package: str, nearest: str, tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize(tiny, VariantSpec(name="v", format=format), tmp_path / "v", "cpu")
-    installed = environment.installed
-    monkeypatch.setattr(environment, "installed", lambda name: name != package and installed(name))
+    installed = support.installed
+    monkeypatch.setattr(support, "installed", lambda name: name != package and installed(name))
     with pytest.raises(
         UnsupportedError, match=rf"format {format} cannot run on cpu: {package} is not installed .*is {nearest}"
     ):

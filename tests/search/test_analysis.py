@@ -253,8 +253,8 @@ def test_an_analysis_goes_on_only_where_it_was_begun(
     seen: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    here = analysis.environment.provenance
-    monkeypatch.setattr(analysis.environment, "provenance", lambda device: here(device) | provenance)
+    here = analysis.machine.provenance
+    monkeypatch.setattr(analysis.machine, "provenance", lambda device: here(device) | provenance)
     analyse(fragile, images, "nf4", interrupted, goal=Goal(max_kl_share=0.5), **options)
     assert seen == [f"block.{n}" for n in range(BLOCKS)] * 2
 

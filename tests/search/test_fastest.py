@@ -9,8 +9,8 @@ import torch
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from vitopt import environment
 from vitopt.data.images import open_images
+from vitopt.environment import support
 from vitopt.errors import CheckpointError, DataError, RecipeError
 from vitopt.measure import evaluator
 from vitopt.measure.statistics import wilson_interval
@@ -119,7 +119,7 @@ def test_candidates_are_what_the_device_runs(monkeypatch: pytest.MonkeyPatch) ->
     assert [variant.name for variant in candidates(CPU, "bf16", compile=False)] == ["fp32", "bf16", "w8a8"]
     compiled = {variant.name: variant for variant in candidates(CPU, "bf16", compile=True)}["bf16-compiled"]
     assert compiled.run.compile and compiled.run.fuse_qkv
-    monkeypatch.setattr(environment, "why_not_format", lambda format, device: None)
+    monkeypatch.setattr(support, "why_not_format", lambda format, device: None)
     on_gpu = [variant.format for variant in candidates(torch.device("cuda"), "fp16", compile=False)]
     assert on_gpu == ["fp32", "fp16", "bf16", "w8a8", "fp8"]
 

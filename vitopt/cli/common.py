@@ -53,9 +53,9 @@ def start(as_json: bool, threads: int | None = None) -> None:
     terminal."""
     if threads is not None:
         bind(threads)  # before anything imports torch
-    from vitopt import environment
+    from vitopt.environment import launch, libraries
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
     logging.root.handlers[0].setFormatter(NoteFormatter("note: %(message)s"))
-    environment.quiet_libraries()
-    progress.enable(not as_json and sys.stderr.isatty() and environment.is_main_process())
+    libraries.quiet_libraries()
+    progress.enable(not as_json and sys.stderr.isatty() and launch.is_main_process())

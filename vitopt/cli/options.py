@@ -12,7 +12,8 @@ from pydantic import create_model
 from pydantic.fields import FieldInfo
 
 from vitopt.errors import RecipeError
-from vitopt.recipe import Spec, section_at, spec_in, validate
+from vitopt.recipe import Spec
+from vitopt.recipe_file import section_at, spec_in, validate
 
 
 @dataclass(frozen=True)

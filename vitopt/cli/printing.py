@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from vitopt.recipe import Recipe, dump_yaml
+from vitopt.recipe import Recipe
+from vitopt.recipe_file import dump_yaml
 from vitopt.records import Record
 from vitopt.terminal import Console
 
@@ -23,16 +24,16 @@ err = Console(stderr=True)
 
 
 def say(line: str) -> None:
-    from vitopt import environment
+    from vitopt.environment import launch
 
-    if environment.is_main_process():
+    if launch.is_main_process():
         err.print(line)
 
 
 def print_json(value: Any) -> None:
-    from vitopt import environment
+    from vitopt.environment import launch
 
-    if environment.is_main_process():
+    if launch.is_main_process():
         sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
         sys.stdout.flush()  # here, where a reader that has gone away is expected
 

@@ -11,7 +11,8 @@ from vitopt.cli.options import Fields, from_fields, refuse
 from vitopt.cli.printing import out, print_json, print_sensitivity, print_table, say
 from vitopt.errors import RecipeError
 from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
-from vitopt.recipe import AUTO, AutoSkipSpec, DataSpec, EvaluateSpec, VariantSpec, validate
+from vitopt.recipe import AUTO, AutoSkipSpec, DataSpec, EvaluateSpec, VariantSpec
+from vitopt.recipe_file import validate
 
 if TYPE_CHECKING:
     from vitopt.data.images import ImageSet

@@ -8,7 +8,7 @@ import typer
 from vitopt import storage
 from vitopt.cli.common import JsonOption, StrictOption, ThreadsOption, start
 from vitopt.cli.printing import out, print_dry_run, print_json, print_table, say
-from vitopt.recipe import load_recipe
+from vitopt.recipe_file import load_recipe
 
 
 def run(
@@ -46,10 +46,10 @@ def run(
     if as_json:
         print_json([record.to_json() for record in result.records])
         return
-    from vitopt import environment
+    from vitopt.environment import launch
     from vitopt.report.summary import ship
 
-    if environment.is_main_process():
+    if launch.is_main_process():
         print_table(result.records)
         if advice := ship(result.records):
             out.print(f"\n{advice}")

@@ -155,12 +155,12 @@ def _claimed(
     output: Path | None, *inputs: str | Path | None, folders: Iterable[str] = (".",)
 ) -> AbstractContextManager[None]:
     """Take `output` for the records of its `folders` before they are measured; nothing to take without one."""
-    from vitopt import environment
+    from vitopt.environment import launch
 
     files = [f"{folder}/{name}" for folder in folders for name in (RECORD_FILE, "predictions.parquet")]
     if output is None:
         return nullcontext()
-    return environment.in_main_process(storage.claimed(output, *inputs, files=files))
+    return launch.in_main_process(storage.claimed(output, *inputs, files=files))
 
 
 def _keep(measured: "Measured", folder: Path) -> None:

@@ -15,9 +15,9 @@ from vitopt.recipe import Labels
 def doctor(as_json: JsonOption = False, device: DeviceOption = "auto") -> None:
     """Tell what this machine can run and why it cannot run the rest."""
     start(as_json)
-    from vitopt import environment
+    from vitopt.environment import devices, machine
 
-    facts = environment.diagnose(environment.resolve_device(device))
+    facts = machine.diagnose(devices.resolve_device(device))
     if as_json:
         print_json(facts)
         return

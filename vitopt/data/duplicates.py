@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vitopt import environment, progress
+from vitopt import progress
 from vitopt.data.images import ImageSet
+from vitopt.environment import support
 from vitopt.errors import BadImageError
 
 # Of 64 bits. Of 5,000,000 pairs of photos 62 were that close; those looked at were copies. Different things begin at 8.
@@ -21,7 +22,7 @@ def perceptual_hashes(images: ImageSet) -> tuple[str | None, ...]:
     Empty where the package ImageHash is not installed. JPEG files are decoded at a fraction of their size.
     Source: Zauner 2010, "Implementation and benchmarking of perceptual image hash functions" (DCT of 32 x 32 pixels).
     """
-    if not environment.installed("imagehash"):
+    if not support.installed("imagehash"):
         return ()
     return tuple(_hash(images, index) for index in progress.track(range(len(images)), "look-alikes", len(images)))
 

@@ -17,10 +17,11 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from vitopt import environment, progress, storage
+from vitopt import progress, storage
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Augmentation, PixelDataset, Preprocessor
+from vitopt.environment import devices, launch
 from vitopt.errors import CheckpointError, DataError, MeasurementError, StorageError
 from vitopt.measure.chance import explain_guessing, is_guessing
 from vitopt.models.calibration import TRAINING
@@ -101,7 +102,7 @@ def finetune(
         )
     if reason := why_not_trained(checkpoint.config):
         raise CheckpointError(f"{checkpoint.source} cannot be fine-tuned: {reason}; take a model with one head")
-    with environment.in_main_process(storage.reserved(output, checkpoint.folder, images.name)):
+    with launch.in_main_process(storage.reserved(output, checkpoint.folder, images.name)):
         return _finetune(checkpoint, images, spec, output, test, device, seed)
 
 
@@ -115,7 +116,7 @@ def _finetune(
     seed: int,
 ) -> TrainingReport:
     set_seed(seed)
-    target = environment.resolve_device(device)
+    target = devices.resolve_device(device)
     preprocess = Preprocessor(load_processor(checkpoint))
     labels = head_labels(checkpoint, train)
     train = fit_labels(train, labels)
@@ -164,7 +165,7 @@ def _finetune(
         parameters=total,
         test_top1_percent=top1,
     )
-    if environment.is_main_process():
+    if launch.is_main_process():
         merged = trainer.accelerator.unwrap_model(trainer.model)
         merged = merged.merge_and_unload() if spec.method == "lora" else merged
         with storage.staged_folder(output) as folder:
@@ -172,7 +173,7 @@ def _finetune(
             storage.write_json(folder / REPORT_FILE, asdict(report))
             note_images(checkpoint, train, TRAINING, folder)
         shutil.rmtree(state, ignore_errors=True)
-    environment.wait_for_all()
+    launch.wait_for_all()
     return report
 
 
@@ -244,13 +245,13 @@ def _trainer(
 
 
 def _steps(spec: FinetuneSpec, train: ImageSet) -> int:
-    processes = environment.process_share()[1]
+    processes = launch.process_share()[1]
     return math.ceil(math.ceil(len(train) / (spec.batch_size * processes)) * spec.epochs)
 
 
 def _use_bf16(spec: FinetuneSpec, device: torch.device) -> bool:
     if spec.precision == "auto":
-        return environment.computes_in_bf16(device)
+        return devices.computes_in_bf16(device)
     return spec.precision == "bf16"
 
 

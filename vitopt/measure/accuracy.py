@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from vitopt import environment, progress
+from vitopt import progress
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Batch, batches, on_device
+from vitopt.environment import launch
 from vitopt.errors import DataError, MeasurementError, RecordError
 from vitopt.measure import statistics
 from vitopt.measure.bootstrap import positive_mean_interval
@@ -58,7 +59,7 @@ def predict(
         BadImageError: an image cannot be decoded and `skip_bad` is false.
         DataError: no image could be decoded.
     """
-    share = environment.process_share()
+    share = launch.process_share()
     found: dict[str, dict[int, np.ndarray]] = {runnable.name: {} for runnable in runnables}
     failures: dict[str, str] = {}
     sizes = {runnable.name: batch_size for runnable in runnables}
@@ -80,7 +81,7 @@ def predict(
                     failures[runnable.name] = explain_failure(error)
                 else:
                     found[runnable.name].update(zip(batch.indices, logits, strict=True))
-    shares = environment.gather_objects((found, failures, sizes, sorted(bad)))
+    shares = launch.gather_objects((found, failures, sizes, sorted(bad)))
     return _merge(shares, images, batch_size)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from vitopt import environment, progress
+from vitopt import progress
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import random_pixels
+from vitopt.environment import launch, machine
 from vitopt.errors import MeasurementError
 from vitopt.measure import accuracy
 from vitopt.measure.chance import explain_guessing, is_guessing
@@ -70,8 +71,8 @@ def evaluate(
         )
         images = images.without(outcome.skipped)
         _refuse_guessing(outcome, baseline or runnables[0].name, untrained)
-    if not environment.is_main_process():
-        environment.wait_for_all()
+    if not launch.is_main_process():
+        launch.wait_for_all()
         return []
     failures = dict(outcome.failures) if outcome else {}
     running = [runnable for runnable in runnables if runnable.name not in failures]
@@ -111,7 +112,7 @@ def evaluate(
     gain(functools.partial(_device_figures, spec=spec))
     # A profiler slows later calls down, so it comes when nothing is left to be timed.
     gain(_kernel)
-    environment.wait_for_all()
+    launch.wait_for_all()
     return list(measured.values())
 
 
@@ -298,7 +299,7 @@ def failed(name: str, asked: VariantSpec, reason: str, device: torch.device) -> 
 
 def _provenance(device: torch.device) -> dict[str, Any]:
     return {
-        "environment": environment.describe(device),
+        "environment": machine.describe(device),
         "command": shlex.join(["vitopt", *sys.argv[1:]]),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -25,7 +25,8 @@ from transformers import (
     set_seed,
 )
 
-from vitopt import environment, storage
+from vitopt import storage
+from vitopt.environment import libraries, support
 from vitopt.errors import CheckpointError
 from vitopt.models import gate, hub
 from vitopt.models.architectures import RANDOM_PREFIX, architecture_names, known_architecture
@@ -213,7 +214,7 @@ def load_model(
         CheckpointError: the weights do not fit the configuration or cannot be read.
     """
     if quantization is not None or checkpoint.is_quantized:
-        environment.import_bitsandbytes() if environment.installed("bitsandbytes") else None
+        libraries.import_bitsandbytes() if support.installed("bitsandbytes") else None
     options: dict[str, Any] = {"dtype": dtype or "auto", "attn_implementation": attention}
     if checkpoint.is_random:
         return _random_model(checkpoint, options, device, quantization, label_names)

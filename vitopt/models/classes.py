@@ -5,7 +5,7 @@ import inspect
 import torch
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PretrainedConfig, PreTrainedModel
 
-from vitopt import environment
+from vitopt.environment import support
 from vitopt.recipe import Attention, SdpaKernel
 
 # How the names of image classifiers end.
@@ -25,14 +25,14 @@ def why_not_attention(
     config: PretrainedConfig, attention: Attention, device: torch.device, dtype: torch.dtype
 ) -> str | None:
     """Why a checkpoint cannot run an attention implementation here, or None when it can."""
-    return _lacks(config, attention) or environment.why_not_attention(attention, device, dtype)
+    return _lacks(config, attention) or support.why_not_attention(attention, device, dtype)
 
 
 def why_not_kernel(
     config: PretrainedConfig, kernel: SdpaKernel, device: torch.device, dtype: torch.dtype
 ) -> str | None:
     """Why a checkpoint cannot run a kernel of scaled dot product attention here, or None when it can."""
-    return (_lacks(config, "sdpa") if kernel != "auto" else None) or environment.why_not_kernel(kernel, device, dtype)
+    return (_lacks(config, "sdpa") if kernel != "auto" else None) or support.why_not_kernel(kernel, device, dtype)
 
 
 def best_attention(config: PretrainedConfig) -> Attention:

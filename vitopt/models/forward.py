@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitopt.environment import DTYPES
+from vitopt.environment.devices import DTYPES
 from vitopt.models.checkpoint import Checkpoint, empty_model
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from vitopt import environment
 from vitopt.data.pixels import random_pixels
+from vitopt.environment import libraries
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.optimize.runtime import prepare
 from vitopt.recipe import RunSpec
@@ -29,7 +29,7 @@ def _own_peak_bytes() -> int:
 
 def main(source: str, run: str, batch_size: str) -> None:
     """Load, call once, print `{"peak_bytes": …}`."""
-    environment.quiet_libraries()
+    libraries.quiet_libraries()
     checkpoint = open_checkpoint(source)
     runnable = prepare(checkpoint, name=source, device=torch.device("cpu"), run=RunSpec.model_validate_json(run))
     runnable(random_pixels(int(batch_size), checkpoint.image_size))

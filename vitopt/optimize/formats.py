@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from vitopt import environment
+from vitopt.environment import devices
 from vitopt.formats import Format
 from vitopt.models.names import linear_layers
 from vitopt.optimize.plan import LayerPlan
 
-_OF_DTYPE: dict[torch.dtype, Format] = {dtype: name for name, dtype in environment.DTYPES.items()}  # type: ignore[misc]
+_OF_DTYPE: dict[torch.dtype, Format] = {dtype: name for name, dtype in devices.DTYPES.items()}  # type: ignore[misc]
 
 
 def quantization_config(plan: LayerPlan, half: torch.dtype) -> Any:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from vitopt import environment, storage
+from vitopt import storage
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import random_pixels
-from vitopt.environment import DTYPES
+from vitopt.environment import devices, support
+from vitopt.environment.devices import DTYPES
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.formats import QUANTIZED_FORMATS
 from vitopt.models.checkpoint import (
@@ -71,10 +72,10 @@ def _quantize(
     images: ImageSet | None,
     purpose: str,
 ) -> LayerPlan:
-    target = environment.resolve_device(device)
+    target = devices.resolve_device(device)
     plan = plan_for(checkpoint, variant)
     for format in {variant.format, *(planned.format for planned in plan.layers)}:
-        environment.require_format(format, target)
+        support.require_format(format, target)
     base = DTYPES[variant.half if variant.format in QUANTIZED_FORMATS or variant.layers else variant.format]
     config = quantization_config(plan, base)
     processor = load_processor(checkpoint)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from vitopt import environment
 from vitopt.data.pixels import Preprocessor
+from vitopt.environment import support
 from vitopt.errors import UnsupportedError
 from vitopt.models.calibration import Use, load_uses
 from vitopt.models.checkpoint import (
@@ -275,10 +275,10 @@ def _fall_back(name: str, wanted: str, reason: str, instead: str, strict: bool) 
 def _require_formats(checkpoint: Checkpoint, run: RunSpec, device: torch.device) -> None:
     stored = stored_formats(checkpoint.config)
     for format in stored:
-        environment.require_format(format, device)
+        support.require_format(format, device)
     if run.run_as is None:
         return
-    environment.require_format(run.run_as, device)
+    support.require_format(run.run_as, device)
     if not stored or not set(stored) <= set(EXPANDABLE):
         held = " and ".join(stored) or "a format unknown to vitopt"
         raise UnsupportedError(

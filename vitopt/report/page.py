@@ -10,7 +10,7 @@ from vitopt import storage
 from vitopt.errors import RecordError
 from vitopt.formats import FORMATS
 from vitopt.measure.predictions import PREDICTIONS_FILE, load_predictions
-from vitopt.recipe import load_recipe
+from vitopt.recipe_file import load_recipe
 from vitopt.records import RECORD_FILE, Record, load_record
 from vitopt.report import details, roofline, sensitivity, summary
 from vitopt.report.classes import class_changes

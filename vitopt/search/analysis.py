@@ -9,11 +9,12 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from vitopt import environment, progress, storage
+from vitopt import progress, storage
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor
-from vitopt.environment import DTYPES
+from vitopt.environment import devices, machine, support
+from vitopt.environment.devices import DTYPES
 from vitopt.errors import BadImageError, CheckpointError, DataError, RecipeError
 from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
 from vitopt.measure import statistics
@@ -80,8 +81,8 @@ def analyse(
         raise RecipeError(f"format {format} quantizes nothing; sensitivity needs one of {', '.join(QUANTIZED_FORMATS)}")
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.source} is quantized already; give the 16- or 32-bit checkpoint")
-    target = environment.resolve_device(device)
-    environment.require_format(format, target)
+    target = devices.resolve_device(device)
+    support.require_format(format, target)
     started = time.perf_counter()
     images = fit_labels(_decodable(images) if skip_bad else images, checkpoint.label_names)
     scoring, confirming = (images, None) if goal is None else divide(images)
@@ -113,7 +114,7 @@ def analyse(
         units=tuple(scores),
         seconds=round(time.perf_counter() - started, 1),
         search=found,
-        environment=environment.describe(target),
+        environment=machine.describe(target),
     )
     save_sensitivity(result, output)
     storage.remove(analysis.partial)
@@ -200,7 +201,7 @@ class _Analysis:
         self._device, self._batch_size, self._memory_bytes = device, batch_size, memory_bytes
         self._preprocess = Preprocessor(load_processor(checkpoint))
         # Formats round differently on other devices, in other batches and in other versions.
-        made_by = environment.provenance(device)
+        made_by = machine.provenance(device)
         self._identity = [checkpoint.fingerprint(), format, half, granularity, batch_size, made_by]
 
     def _calibration(self, images: ImageSet) -> Calibration:

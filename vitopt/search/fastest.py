@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from vitopt import environment
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
+from vitopt.environment import devices, support
 from vitopt.errors import CheckpointError, MeasurementError, RecipeError, UnsupportedError
 from vitopt.formats import FORMATS, QUANTIZED_FORMATS, HalfFormat
 from vitopt.measure.claims import at_least
@@ -81,7 +81,7 @@ def candidates(device: torch.device, half: HalfFormat, compile: bool) -> list[Va
     for format, facts in FORMATS.items():
         if (
             not facts.can_be_fast
-            or environment.why_not_format(format, device) is not None
+            or support.why_not_format(format, device) is not None
             or (format == "fp16" and device.type == "cpu")
         ):
             continue
@@ -159,7 +159,7 @@ def find_fastest(
             f"{len(images):,} images cannot show (95 %) that a format agrees with fp32 on {min_agreement_percent:g} %, "
             f"not even if it agrees on each of them: {remedy}"
         )
-    target = environment.resolve_device(device)
+    target = devices.resolve_device(device)
     with tempfile.TemporaryDirectory() as folder:
         made = list(_prepared(checkpoint, candidates(target, half, compile), Path(folder), target))
         variants = [variant for variant, _ in made]

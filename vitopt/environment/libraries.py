@@ -1,0 +1,77 @@
+"""The libraries that results depend on: their versions, and their silence."""
+
+import importlib.metadata
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "torchao",
+    "flash-attn",
+    "accelerate",
+    "evaluate",
+    "datasets",
+    "safetensors",
+    "torchvision",
+    "numpy",
+    "pillow",
+)
+
+
+def versions() -> dict[str, str | None]:
+    """Installed version of every library whose version changes results; None when absent."""
+    found: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' notices and bars off the terminal; vitopt shows its own."""
+    for name in (
+        "torchao",
+        "bitsandbytes",
+        "torch.utils._pytree",
+        "torch._inductor",
+        "transformers",
+        "accelerate",
+        "peft",
+        "datasets",
+        "huggingface_hub",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch|torchao|peft)\b")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\._(inductor|functorch|dynamo)\b")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.profiler\b")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notices
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # For a transformers that is not imported yet; importing it here would slow every command down.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+
+def import_bitsandbytes() -> Any:
+    """Import bitsandbytes without its attempt to download CPU kernels, which needs a network."""
+    absent = "kernels" not in sys.modules
+    if absent:
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail at once
+    try:
+        import bitsandbytes
+    finally:
+        if absent:
+            del sys.modules["kernels"]
+    return bitsandbytes

@@ -1,0 +1,71 @@
+"""What a device can run, and why not the rest: formats, attention, kernels."""
+
+import importlib.util
+
+import torch
+
+from vitopt.environment.devices import compute_capability
+from vitopt.errors import UnsupportedError
+from vitopt.formats import AMPERE, FORMATS, Format
+from vitopt.recipe import Attention, SdpaKernel
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def _needs(package: str) -> str | None:
+    return None if installed(package) else f"{package} is not installed (pip install {package.replace('_', '-')})"
+
+
+def capability_below(device: torch.device, least: tuple[int, int]) -> str | None:
+    capability = compute_capability(device)
+    if capability is None or capability >= least:
+        return None
+    has, wants = (".".join(map(str, version)) for version in (capability, least))
+    return f"compute capability {has} is below {wants}"
+
+
+def why_not_format(format: Format, device: torch.device) -> str | None:
+    """Why `format` cannot run on `device`, or None when it can."""
+    facts = FORMATS[format]
+    if device.type != "cuda" and facts.not_on_cpu:
+        return facts.not_on_cpu
+    missing = _needs(facts.library) if facts.library else None
+    return missing or (capability_below(device, facts.capability) if facts.capability else None)
+
+
+def require_format(format: Format, device: torch.device) -> None:
+    """Raise UnsupportedError with the reason and the nearest format that can run, if `format` cannot."""
+    if reason := why_not_format(format, device):
+        nearest = format
+        while why_not_format(nearest, device) is not None:
+            nearest = FORMATS[nearest].nearest
+        raise UnsupportedError(f"format {format} cannot run on {device}: {reason}; the nearest that can is {nearest}")
+
+
+def why_not_attention(attention: Attention, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an attention implementation cannot run, or None when it can."""
+    if attention != "flash_attention_2":
+        return None
+    if device.type != "cuda":
+        return "FlashAttention-2 needs a CUDA device"
+    if reason := capability_below(device, AMPERE) or _needs("flash_attn"):
+        return reason
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "FlashAttention-2 computes in 16 bit only, the model is fp32"
+    return None
+
+
+def why_not_kernel(kernel: SdpaKernel, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a kernel of scaled dot product attention cannot run, or None when it can."""
+    if kernel in ("auto", "math"):
+        return None
+    if device.type != "cuda":
+        return None if kernel == "flash" else f"the {kernel} kernel needs a CUDA device"
+    if kernel == "cudnn" and not torch.backends.cudnn.is_available():
+        return "torch finds no cuDNN"
+    if kernel != "efficient" and dtype not in (torch.float16, torch.bfloat16):
+        return f"the {kernel} kernel computes in 16 bit only, the model is fp32"
+    return None if kernel == "efficient" else capability_below(device, AMPERE)
