@@ -44,10 +44,10 @@ def test_notes_are_visible() -> None:
 def test_a_bar_shows_a_name_as_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
-    progress.enable(True)
+    progress.enable("bars")
     try:
         assert list(progress.track([1, 2], f"memory of {NASTY}", 2)) == [1, 2]
     finally:
-        progress.enable(False)
+        progress.enable("off")
     shown = capsys.readouterr().err
     assert f"memory of {SHOWN}" in shown and "\x1b[31m\x9b" not in shown

@@ -1,54 +1,117 @@
-"""Progress bars on standard error: on for a person at a terminal, off for everyone else."""
+"""How far the work is, on standard error: bars for a person at a terminal, lines for a log file."""
 
-from collections.abc import Iterable, Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Literal, TypeVar
+
+from vitopt.terminal import Console, visible
 
 T = TypeVar("T")
+Mode = Literal["off", "bars", "lines"]
 
-_enabled = False
+EVERY_SECONDS = 30.0  # between two lines of one task
+
+_mode: Mode = "off"
 
 
-def enable(wanted: bool) -> None:
-    """Show bars from now on, or stop showing them."""
-    global _enabled
-    _enabled = wanted
+def enable(mode: Mode) -> None:
+    """Show bars or lines from now on, or nothing."""
+    global _mode
+    _mode = mode
 
 
 class Task:
-    """Handle to move one bar forward."""
+    """A piece of work whose steps are counted. `total`: steps in all, None where that is not known."""
+
+    def __init__(self, description: str, total: float | None):
+        self.description, self.total, self.done = description, total, 0.0
+        self._began = time.monotonic()
 
     def advance(self, steps: float = 1) -> None:
         """Move on by `steps`."""
+        self.done += steps
+
+    def seconds(self) -> float:
+        """Since the task began."""
+        return time.monotonic() - self._began
 
 
-class _RichTask(Task):
-    def __init__(self, progress: object, identifier: object):
-        self._progress, self._identifier = progress, identifier
+class _BarTask(Task):
+    def __init__(self, description: str, total: float | None, move: Callable[[float], None]):
+        super().__init__(description, total)
+        self._move = move
 
     def advance(self, steps: float = 1) -> None:
-        self._progress.advance(self._identifier, steps)  # type: ignore[attr-defined]
+        self._move(steps)
 
 
 @contextmanager
 def task(description: str, total: float | None) -> Iterator[Task]:
-    """Show a bar while the block runs; `total` None shows one without an end."""
-    if not _enabled:
-        yield Task()
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """Show how far the block is while it runs; `total` None shows only that it runs."""
+    shown = {"off": _nothing, "bars": _bar, "lines": _lines}[_mode]
+    with shown(description, total) as counted:
+        yield counted
 
-    from vitopt.terminal import Console, visible
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield `items` and count them."""
+    with task(description, total) as counted:
+        for item in items:
+            yield item
+            counted.advance()
+
+
+def state(description: str, done: float, total: float | None, seconds: float) -> str:
+    """One line: what, done of all, rate per second, and the time left at that rate."""
+    if total is None:
+        return f"{description}: since {duration(seconds)}"
+    parts = [f"{description}: {done:,.0f} of {total:,.0f}"]
+    if done > 0 and seconds > 0:
+        parts += [f"{done / seconds:.3g}/s", f"{duration((total - done) * seconds / done)} left"]
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """As in `1 min 40 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    parts = [(hours, "h"), (minutes, "min"), (rest, "s")]
+    return " ".join(f"{count} {unit}" for count, unit in parts if count) or "0 s"
+
+
+@contextmanager
+def _nothing(description: str, total: float | None) -> Iterator[Task]:
+    yield Task(description, total)
+
+
+@contextmanager
+def _bar(description: str, total: float | None) -> Iterator[Task]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     what = TextColumn("{task.description}", markup=False)
     columns = what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield _RichTask(progress, progress.add_task(visible(description), total=total))
+        bar = progress.add_task(visible(description), total=total)
+        yield _BarTask(description, total, lambda steps: progress.advance(bar, steps))
 
 
-def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Yield `items` while a bar counts them."""
-    with task(description, total) as bar:
-        for item in items:
-            yield item
-            bar.advance()
+@contextmanager
+def _lines(description: str, total: float | None) -> Iterator[Task]:
+    console = Console(stderr=True)
+    counted = Task(description, total)
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(EVERY_SECONDS):
+            console.print(state(description, counted.done, total, counted.seconds()))
+
+    # A thread of its own, so that one long step is told of as well.
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield counted
+    finally:
+        ended.set()
+        teller.join()

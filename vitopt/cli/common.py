@@ -50,7 +50,7 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 def start(as_json: bool, threads: int | None = None) -> None:
     """Set up what every working command needs: bound threads, quiet libraries, notices, bars for a person at a
-    terminal."""
+    terminal, lines for a log file."""
     if threads is not None:
         bind(threads)  # before anything imports torch
     from vitopt.environment import launch, libraries
@@ -58,4 +58,7 @@ def start(as_json: bool, threads: int | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
     logging.root.handlers[0].setFormatter(NoteFormatter("note: %(message)s"))
     libraries.quiet_libraries()
-    progress.enable(not as_json and sys.stderr.isatty() and launch.is_main_process())
+    if as_json or not launch.is_main_process():
+        progress.enable("off")
+    else:
+        progress.enable("bars" if sys.stderr.isatty() else "lines")
