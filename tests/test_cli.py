@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from click.testing import Result
+from commands import done, printed, refusal, vitopt
 from conftest import calibration_hashes, make_images
 from PIL import Image
 from safetensors import SafetensorError
@@ -56,32 +57,6 @@ def _logging() -> Iterator[None]:
     yield
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
-
-
-def vitopt(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, [str(argument) for argument in arguments])
-
-
-def done(*arguments: object) -> Result:
-    result = vitopt(*arguments)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-def printed(*arguments: object) -> Any:
-    """The JSON that is all of standard output."""
-    return json.loads(done(*arguments, "--json").stdout)
-
-
-def refusal(*arguments: object) -> str:
-    """The one error line (with the mistakes below it) of a command that refuses its input."""
-    result = vitopt(*arguments)
-    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), repr(result.exception)
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    before, *rest = result.stderr.split("error: ")
-    assert len(rest) == 1 and all(line.startswith("note: ") for line in before.splitlines()), result.stderr
-    return rest[0].rstrip()
 
 
 def write_recipe(folder: Path, model: Path | str, data: Path | str, **changes: Any) -> Path:
@@ -149,7 +124,9 @@ OPTIONS = {
         "--json",
     ],
     "predict": [
-        "CHECKPOINT", "IMAGES", "--top", "--attention", "--sdpa-kernel", "--run-as", "--threads", "--device", "--json",
+        "CHECKPOINT", "IMAGES", "--top", "--batch-size", "--workers", "--skip-bad-images", "--output", "--attention",
+        "--sdpa-kernel", "--run-as", "--fuse-qkv", "--channels-last", "--compile", "--autotune", "--threads",
+        "--device", "--json",
     ],
     "report": ["RUN-DIR", "--json"],
     "doctor": ["--device", "--json"],
@@ -457,15 +434,6 @@ def test_finetune_without_a_test_split_reports_no_accuracy(tiny_checkpoint: Path
         "finetune", tiny_checkpoint, "--data", f"{shapes}:train", "--output", tmp_path / "out", "--epochs", 1
     )  # fmt: skip
     assert report["images"] == 32 and report["test_top1_percent"] is None
-
-
-def test_predict_prints_classes_per_image(tiny_checkpoint: Path, shapes: Path) -> None:
-    images = [shapes / "test" / "cross" / "00.png", shapes / "test" / "circle" / "00.png"]
-    predictions = printed("predict", tiny_checkpoint, *images, "--top", 2)
-    assert [one["image"] for one in predictions] == [str(path) for path in images]
-    for one in predictions:
-        first, second = one["classes"]
-        assert first["percent"] >= second["percent"] and first["label"] in ("circle", "cross", "square", "stripe")
 
 
 def test_doctor_prints_what_can_run() -> None:
@@ -1016,8 +984,6 @@ def test_a_recipe_leaves_bad_images_out_when_told(
 
 
 def test_missing_images_and_records(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
-    assert refusal("predict", tiny_checkpoint, tmp_path / "no.png") == f"no image at {tmp_path / 'no.png'}"
-    assert "it is a folder" in refusal("predict", tiny_checkpoint, shapes)
     assert "holds no records" in refusal("report", tmp_path)
     assert "no record at" in refusal("compare", tmp_path, tmp_path)
 

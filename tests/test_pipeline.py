@@ -23,7 +23,6 @@ from vitopt.checks import plans
 from vitopt.data.images import open_images
 from vitopt.environment import devices, launch, libraries, machine, support
 from vitopt.errors import (
-    BadImageError,
     CheckpointError,
     DataError,
     MeasurementError,
@@ -36,6 +35,7 @@ from vitopt.measure.predictions import load_predictions
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.ownership import LIST_FILE
 from vitopt.pipeline import RunResult
+from vitopt.prediction import predict
 from vitopt.recipe import DataSpec, Recipe
 from vitopt.recipe_file import load_recipe
 from vitopt.records import SCHEMA, Memory, load_record
@@ -585,7 +585,7 @@ def test_the_export_has_a_card_whose_code_runs_without_vitopt(
     )
     assert done.returncode == 0, done.stderr
     guesses = {guess["label"]: guess["score"] for guess in eval(done.stdout)}
-    (ours,) = inference.predict(str(result.export), [image], top=4, device="cpu")
+    (ours,) = predict(str(result.export), [image], top=4, device="cpu")
     assert guesses == pytest.approx({c["label"]: c["percent"] / 100 for c in ours["classes"]}, abs=5e-3)
 
 
@@ -775,38 +775,6 @@ def test_models_with_other_classes_are_not_measured_together(
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match=r"have different classes, so they cannot be compared"):
         together(tiny_checkpoint, other)
-
-
-def test_predictions_are_the_softmax_of_the_models_logits(tiny_checkpoint: Path, shapes: Path) -> None:
-    from PIL import Image
-    from transformers import AutoModelForImageClassification
-
-    paths = [shapes / "test" / "circle" / "00.png", shapes / "test" / "stripe" / "03.png"]
-    got = inference.predict(str(tiny_checkpoint), paths, top=3, device="cpu")
-    model = AutoModelForImageClassification.from_pretrained(tiny_checkpoint)
-    for path, one in zip(paths, got, strict=True):
-        pixels = np.asarray(Image.open(path).convert("RGB"), np.float32) / 127.5 - 1
-        with torch.inference_mode():
-            shares = model(torch.from_numpy(pixels).permute(2, 0, 1)[None]).logits.softmax(-1)[0].numpy()
-        best = np.argsort(-shares)[:3]
-        assert one["image"] == str(path)
-        assert [c["index"] for c in one["classes"]] == best.tolist()
-        assert [c["label"] for c in one["classes"]] == [model.config.id2label[index] for index in best]
-        assert [c["percent"] for c in one["classes"]] == pytest.approx(100 * shares[best], rel=1e-4)
-
-
-def test_more_classes_than_there_are_gives_all(tiny_checkpoint: Path, shapes: Path) -> None:
-    (got,) = inference.predict(str(tiny_checkpoint), [shapes / "test" / "circle" / "00.png"], top=50, device="cpu")
-    assert len(got["classes"]) == 4
-    assert sum(c["percent"] for c in got["classes"]) == pytest.approx(100, abs=1e-3)
-
-
-def test_an_image_that_is_not_there_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadImageError, match=r"no image at .*nothing.png"):
-        inference.predict(str(tiny_checkpoint), [tmp_path / "nothing.png"], top=1, device="cpu")
-    (tmp_path / "text.png").write_text("text")
-    with pytest.raises(BadImageError, match=r"image .*text.png cannot be decoded"):
-        inference.predict(str(tiny_checkpoint), [tmp_path / "text.png"], top=1, device="cpu")
 
 
 def test_classes_of_other_names_are_trained_again(

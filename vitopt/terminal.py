@@ -16,6 +16,11 @@ def visible(text: str) -> str:
     return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def spreadsheet_text(text: str) -> str:
+    """`text` for a cell of a CSV file: what a spreadsheet would take for a formula is text (OWASP, "CSV Injection")."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 class Console(console.Console):
     """Prints every string visibly, in tables too, and takes no brackets or colons in it for markup or emoji."""
 
