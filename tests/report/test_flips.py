@@ -37,7 +37,7 @@ def test_only_flips_are_chosen_with_those_lost_first(make: SimpleNamespace):
 
     found = flips_of(before, after)
 
-    assert (found.right_to_wrong, found.wrong_to_right, found.rest) == (2, 1, 0)
+    assert (found.right_to_wrong, found.wrong_to_right, found.flipped) == (2, 1, 3)
     assert [(flip.image, flip.became_right) for flip in found.shown] == [
         ("cross/09.png", False),
         ("cross/05.png", False),
@@ -73,7 +73,7 @@ def test_of_many_flips_the_clearest_are_shown_and_the_rest_is_counted(make: Simp
 
     # The higher the number of an image, the surer the model.
     assert [flip.image[-6:-4] for flip in found.shown] == [f"{index}" for index in range(49, 37, -1)]
-    assert (found.right_to_wrong, found.wrong_to_right, found.rest) == (20, 20, 28)
+    assert (found.right_to_wrong, found.wrong_to_right, found.flipped) == (20, 20, 40)
 
 
 def test_unknown_classes_are_numbered(make: SimpleNamespace):

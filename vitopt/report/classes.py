@@ -1,10 +1,9 @@
 """Per-class changes: the classes whose accuracy moved most against the baseline."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from vitopt.records import Record
-from vitopt.report.table import Table, of, tabulate
+from vitopt.report.table import Table
 
 MOST_SHOWN = 10
 
@@ -25,23 +24,7 @@ class ClassChanges:
         return self.worse + self.better - len(self.table)
 
 
-class _Change(NamedTuple):
-    name: str
-    images: int
-    before: float
-    after: float
-    points: float
-    images_changed: int  # won (positive) or lost (negative) on balance
-
-
-_COLUMNS = {
-    "class": of("name"),
-    "images": of("images", "{:,}".format),
-    "baseline %": of("before", "{:.1f}".format),
-    "variant %": of("after", "{:.1f}".format),
-    "points": of("points", "{:+.1f}".format),
-    "images won or lost": of("images_changed", "{:+d}".format),
-}
+_HEADINGS = ("class", "images", "baseline %", "variant %", "points", "images won or lost")
 
 
 def class_changes(record: Record, baseline: Record, most: int = MOST_SHOWN) -> ClassChanges | None:
@@ -53,13 +36,14 @@ def class_changes(record: Record, baseline: Record, most: int = MOST_SHOWN) -> C
     classes = record.accuracy.classes if record.accuracy else ()
     changed = []
     for after in classes:
-        points = after.top1_percent - before.get(after.label, after.top1_percent)
-        if points:
-            images = round(points * after.images / 100)
-            changed.append(_Change(after.name, after.images, before[after.label], after.top1_percent, points, images))
+        old, new = before.get(after.label, after.top1_percent), after.top1_percent
+        if points := new - old:
+            images = round(points * after.images / 100)  # won (positive) or lost (negative) on balance
+            cells = after.name, f"{after.images:,}", f"{old:.1f}", f"{new:.1f}", f"{points:+.1f}", f"{images:+d}"
+            changed.append((-abs(images), -abs(points), points, cells))
     if not changed:
         return None
-    changed.sort(key=lambda change: (-abs(change.images_changed), -abs(change.points), change.points, change.name))
-    name, worse = record.variant.name, sum(change.points < 0 for change in changed)
-    table = tabulate(f"Classes of {name} that changed most", _COLUMNS, changed[:most])
+    name, worse = record.variant.name, sum(points < 0 for *_, points, _ in changed)
+    rows = tuple(cells for *_, cells in sorted(changed)[:most])
+    table = Table(f"Classes of {name} that changed most", _HEADINGS, rows)
     return ClassChanges(name, len(classes), worse, len(changed) - worse, table)

@@ -54,9 +54,9 @@ class Flips:
     shown: tuple[Flip, ...]
 
     @property
-    def rest(self) -> int:
-        """Flipped images that are not shown."""
-        return self.right_to_wrong + self.wrong_to_right - len(self.shown)
+    def flipped(self) -> int:
+        """Images that turned either way."""
+        return self.right_to_wrong + self.wrong_to_right
 
 
 class Thumbnails:

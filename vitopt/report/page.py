@@ -92,9 +92,6 @@ def _context(run: Run, baseline: str | None, plots: Sequence[Plot]) -> dict[str,
         f"{analysis.name}: {analysis.advice}" for analysis in analyses if analysis.advice
     ]
     changes = [class_changes(record, run.baseline) for record in records if run.baseline]
-    compared = [(versus, record.variant.name) for record in records if (versus := record.versus_baseline)]
-    # Its examples are worth seeing first.
-    worst = max(compared, key=lambda pair: pair[0].right_to_wrong + pair[0].wrong_to_right, default=None)
     return {
         **sensitivity.page_context(),
         "title": run.folder.resolve().name,
@@ -127,7 +124,8 @@ def _context(run: Run, baseline: str | None, plots: Sequence[Plot]) -> dict[str,
         "flips": flipped,
         "has_pictures": has_pictures,
         "formats": FORMATS,
-        "most_affected": worst[1] if worst else None,
+        # Its examples are worth seeing first.
+        "most_affected": max(flipped, key=lambda variant: variant.flipped).variant if flipped else None,
         "recipe": run.recipe_text,
         "environment": details.environment_facts(records[0].environment),
     }

@@ -108,12 +108,9 @@ def latency_samples(records: Sequence[Record], batch_size: int) -> Figure | None
     edge = 1.15 * max(latency.p95_ms or max(latency.samples_ms, default=latency.p50_ms) for _, latency in shown)
     texts = []
     for record, latency in shown:
-        text = f"p50 {milliseconds(latency.p50_ms)}"
-        if latency.p95_ms is not None:
-            text += f" · p95 {milliseconds(latency.p95_ms)}"
-        if max(latency.samples_ms, default=0) > edge:
-            text += f" · max {milliseconds(max(latency.samples_ms))}"
-        texts.append((record, text))
+        longest = max(latency.samples_ms, default=0)
+        known = {"p50": latency.p50_ms, "p95": latency.p95_ms, "max": longest if longest > edge else None}
+        texts.append((record, " · ".join(f"{name} {milliseconds(ms)}" for name, ms in known.items() if ms is not None)))
     figure, axes = _rows(texts, f"latency at batch {batch_size}, ms")
     for place, (record, latency) in enumerate(shown):
         colour = colour_of(record.variant.format)
@@ -134,10 +131,9 @@ def sizes(records: Sequence[Record]) -> Figure | None:
     """Bytes of the weights as bars, of the files on disk as a tick; None where no size is known."""
     bars: list[_Bar] = []
     for record, size in ((record, record.size) for record in records if record.size):
-        words, disk = human_bytes(size.weight_bytes), None
-        if size.disk_bytes is not None:
-            words, disk = f"{words} · on disk {human_bytes(size.disk_bytes)}", size.disk_bytes / 1e6
-        bars.append((record, words, size.weight_bytes / 1e6, disk))
+        disk = "" if size.disk_bytes is None else f" · on disk {human_bytes(size.disk_bytes)}"
+        tick = None if size.disk_bytes is None else size.disk_bytes / 1e6
+        bars.append((record, human_bytes(size.weight_bytes) + disk, size.weight_bytes / 1e6, tick))
     return _bars(bars, "weights in memory, MB; tick: files on disk")
 
 

@@ -82,48 +82,36 @@ def ship(records: Sequence[Record]) -> str | None:
 def highlights(records: Sequence[Record], baseline: Record | None) -> list[Highlight]:
     """The smallest, the fastest per batch size and the most faithful; none of a measure by which all are equal."""
     measured = {record.variant.name: record for record in records if record.failure is None}
-    cards = [_smallest(measured, baseline), *(_fastest(measured, baseline, size) for size in batch_sizes(records))]
-    return [card for card in [*cards, _most_faithful(measured)] if card is not None]
-
-
-def _smallest(records: Mapping[str, Record], baseline: Record | None) -> Highlight | None:
-    sizes = {name: record.size.weight_bytes for name, record in records.items() if record.size}
-
-    def against(best: Record) -> str:
-        ratio = times_smaller(best, baseline)
-        return f"{ratio:.1f}x smaller than {baseline.variant.name}" if baseline and ratio and ratio > 1 else ""
-
-    return _best("Smallest", records, sizes, human_bytes, against)
-
-
-def _fastest(records: Mapping[str, Record], baseline: Record | None, batch_size: int) -> Highlight | None:
-    times = {name: row.p50_ms for name, record in records.items() if (row := record.latency_at(batch_size))}
-
-    def against(best: Record) -> str:
-        row = best.latency_at(batch_size)
-        parts = []
-        if baseline and row and row.speedup_vs_baseline:
-            speed = speed_verdict(row.speedup_vs_baseline, *(row.speedup_ci95 or (None, None)))
-            parts = [f"against {baseline.variant.name}: {speed}"]
-        others = (record for name, record in records.items() if times.get(name, 0) > times[best.variant.name])
-        if close := [record.variant.name for record in others if _alike(record, best, batch_size)]:
-            parts.append(f"not measurably faster than {listed(close)}")
-        return "; ".join(parts)
-
-    return _best(f"Fastest at batch {batch_size}", records, times, lambda ms: f"{milliseconds(ms)} ms", against)
-
-
-def _most_faithful(records: Mapping[str, Record]) -> Highlight | None:
+    name = baseline.variant.name if baseline else ""
+    sizes = {own: record.size.weight_bytes for own, record in measured.items() if record.size}
     # Agreement is too coarse to rank variants that flip a handful of images; the divergence is not.
-    compared = {name: record.versus_baseline for name, record in records.items() if record.versus_baseline}
+    kl = {own: versus.mean_kl_divergence for own, record in measured.items() if (versus := record.versus_baseline)}
 
-    def against(best: Record) -> str:
-        versus = compared[best.variant.name]
-        within = f" ({versus.kl_ci95[0]:.2g} to {versus.kl_ci95[1]:.2g})" if versus.kl_ci95 else ""
-        return f"KL divergence from {versus.baseline}, in nats{within}"
+    def smaller(best: Record) -> str:
+        ratio = times_smaller(best, baseline)
+        return f"{ratio:.1f}x smaller than {name}" if ratio and ratio > 1 else ""
 
-    divergences = {name: versus.mean_kl_divergence for name, versus in compared.items()}
-    return _best("Most faithful", records, divergences, lambda kl: f"KL {kl:.2g}", against)
+    cards = [
+        _best("Smallest", measured, sizes, human_bytes, smaller),
+        *(_fastest(measured, name, size) for size in batch_sizes(records)),
+        _best("Most faithful", measured, kl, "KL {:.2g}".format, lambda _: f"KL divergence from {name}, in nats"),
+    ]
+    return [card for card in cards if card is not None]
+
+
+def _fastest(records: Mapping[str, Record], baseline: str, batch_size: int) -> Highlight | None:
+    rows = {name: row for name, record in records.items() if (row := record.latency_at(batch_size))}
+    times = {name: row.p50_ms for name, row in rows.items()}
+
+    def faster(best: Record) -> str:
+        row = rows[best.variant.name]
+        ratio, ends = row.speedup_vs_baseline, row.speedup_ci95 or (None, None)
+        speed = f"against {baseline}: {speed_verdict(ratio, *ends)}" if ratio else ""
+        slower = (name for name, ms in times.items() if ms > row.p50_ms)
+        close = listed([name for name in slower if _alike(records[name], best, batch_size)])
+        return "; ".join(filter(None, [speed, f"not measurably faster than {close}" if close else ""]))
+
+    return _best(f"Fastest at batch {batch_size}", records, times, lambda ms: f"{milliseconds(ms)} ms", faster)
 
 
 def _best(
@@ -131,7 +119,7 @@ def _best(
     records: Mapping[str, Record],
     figures: Mapping[str, float],
     words: Callable[[float], str],
-    against: Callable[[Record], str],
+    why: Callable[[Record], str],
 ) -> Highlight | None:
     """Those with the least of `figures`; whoever takes them is told of a loss of accuracy."""
     if len(set(figures.values())) < 2:
@@ -140,7 +128,7 @@ def _best(
     names = tuple(name for name, figure in figures.items() if figure == least)
     best = records[names[0]]
     loss = best.versus_baseline.verdict if best.versus_baseline and loses(best.versus_baseline) else ""
-    return Highlight(title, names, words(least), "; ".join(filter(None, [against(best), loss])))
+    return Highlight(title, names, words(least), "; ".join(filter(None, [why(best), loss])))
 
 
 def _alike(slower: Record, faster: Record, batch_size: int) -> bool:
