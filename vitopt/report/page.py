@@ -12,9 +12,9 @@ from vitopt.formats import FORMATS
 from vitopt.measure.predictions import PREDICTIONS_FILE, Predictions, load_predictions
 from vitopt.recipe_file import load_recipe
 from vitopt.records import RECORD_FILE, Record, load_record
-from vitopt.report import details, roofline, sensitivity, summary
+from vitopt.report import details, roofline, sensitivity, summary, unit_plots
 from vitopt.report.classes import class_changes
-from vitopt.report.figures import Plot, remove_others
+from vitopt.report.figures import Plot, remove_others, rendered
 from vitopt.report.flips import Flips, Thumbnails, flips
 from vitopt.report.plots import save_plots
 from vitopt.report.rendering import templates
@@ -138,10 +138,10 @@ def _analyses(run: Run) -> tuple[list[sensitivity.Analysis], list[str]]:
     """Every sensitivity analysis of the run, its figures saved, and what could not be read."""
     folder = run.folder / PLOTS_FOLDER
     results, unreadable = sensitivity.read_all(run.folder, [record.variant.name for record in run.records])
-    analyses = [
-        sensitivity.drawn(sensitivity.analysis_of(name, result), sensitivity.plot_prefix(name), folder)
-        for name, result in results.items()
-    ]
+    analyses = []
+    for name, result in results.items():
+        plots = rendered(unit_plots.drawables(result, sensitivity.plot_prefix(name)), folder)
+        analyses.append(sensitivity.analysis_of(name, result, plots))
     remove_others(folder, sensitivity.OWN_FILE, [plot for analysis in analyses for plot in analysis.plots])
     return analyses, unreadable
 

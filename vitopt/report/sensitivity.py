@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ OWN_FILE = re.compile(rf"{FOLDER}-.+-({'|'.join(unit_plots.NAMES)})\.(svg|png)")
 
 @dataclass(frozen=True)
 class Analysis:
-    """All that a page shows of one analysis; `plots` only where they have been drawn."""
+    """All that a page shows of one analysis."""
 
     name: str  # of the variant, or of the format where the analysis stands alone
     result: Sensitivity
@@ -37,7 +37,7 @@ class Analysis:
     strip: Strip | None
     losses: Table
     table: Table
-    plots: tuple[Plot, ...] = ()
+    plots: tuple[Plot, ...]
 
     @property
     def advice(self) -> str | None:
@@ -63,8 +63,8 @@ def read_all(folder: Path, order: Sequence[str] = ()) -> tuple[dict[str, Sensiti
     return results, unreadable
 
 
-def analysis_of(name: str, result: Sensitivity) -> Analysis:
-    """What is to be said about one analysis; no plots yet."""
+def analysis_of(name: str, result: Sensitivity, plots: Sequence[Plot] = ()) -> Analysis:
+    """What is to be said about one analysis."""
     point = _chosen_point(result)
     return Analysis(
         name=name,
@@ -74,16 +74,8 @@ def analysis_of(name: str, result: Sensitivity) -> Analysis:
         strip=strip_of(name, _layers(result)) if result.search else None,
         losses=_losses(result, point),
         table=_table(result),
+        plots=tuple(plots),
     )
-
-
-def drawn(analysis: Analysis, prefix: str, folder: Path | None) -> Analysis:
-    """The analysis with its figures, whose ids and files begin with `prefix`; saved in `folder` unless that is None.
-
-    Raises:
-        StorageError: the folder cannot be written.
-    """
-    return replace(analysis, plots=tuple(rendered(unit_plots.drawables(analysis.result, prefix), folder)))
 
 
 def write_sensitivity_page(path: Path) -> Path:
@@ -99,7 +91,7 @@ def write_sensitivity_page(path: Path) -> Path:
     text = templates.get_template("sensitivity.html").render(
         title=f"{result.format} on {Path(result.checkpoint).name}",
         section=TITLE,
-        analysis=drawn(analysis_of(result.format, result), FOLDER, None),
+        analysis=analysis_of(result.format, result, rendered(unit_plots.drawables(result, FOLDER), None)),
         device=device_name(result.environment),
         environment=environment_facts(result.environment),
         **page_context(),
