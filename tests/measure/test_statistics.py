@@ -23,7 +23,6 @@ from vitopt.measure.statistics import (
     paired_counts,
     paired_delta_interval,
     pareto_front,
-    spearman,
     topk_correct,
     wilson_interval,
 )
@@ -360,29 +359,6 @@ class TestTopkCorrect:
     def test_rejects(self, logits, labels, k, message):
         with pytest.raises(ValueError, match=message):
             topk_correct(logits, labels, k)
-
-
-class TestSpearman:
-    def test_equals_scipy_with_ties(self):
-        a, b = np.random.default_rng(11).integers(0, 6, (2, 40))
-        assert spearman(a, b) == pytest.approx(scipy.stats.spearmanr(a, b).statistic)
-
-    def test_reaches_its_ends(self):
-        assert spearman([1.0, 2.0, 30.0], [4.0, 50.0, 51.0]) == 1.0
-        assert spearman([1.0, 2.0, 30.0], [9.0, 5.0, 1.0]) == -1.0
-
-    @pytest.mark.parametrize(
-        ("a", "b", "message"),
-        [
-            ([1.0, 2.0], [1.0], "differ in length: 2 and 1"),
-            ([1.0], [1.0], "at least two values"),
-            ([1.0, 1.0], [1.0, 2.0], "undefined where all values are equal"),
-            ([1.0, math.nan], [1.0, 2.0], "got NaN"),
-        ],
-    )
-    def test_rejects(self, a, b, message):
-        with pytest.raises(ValueError, match=message):
-            spearman(a, b)
 
 
 class TestParetoFront:

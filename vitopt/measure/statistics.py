@@ -250,19 +250,6 @@ def topk_correct(logits: ArrayLike, labels: ArrayLike, k: int) -> NDArray[np.boo
     return np.asarray(np.sum(ahead, axis=1) < k)
 
 
-def spearman(a: ArrayLike, b: ArrayLike) -> float:
-    """Rank correlation, -1 to 1, of two arrays (values,); equal values share their average rank.
-
-    Raises ValueError for arrays of different lengths, under two values, NaN, or values all equal.
-    Source: Spearman 1904, "The proof and measurement of association between two things".
-    """
-    first, second = _same_length(a, b)
-    if len(first) < 2:
-        raise ValueError("a rank correlation needs at least two values, got 1")
-    rank_a, rank_b = _centred_ranks(first), _centred_ranks(second)
-    return float(rank_a @ rank_b / math.sqrt((rank_a @ rank_a) * (rank_b @ rank_b)))
-
-
 def pareto_front(costs: ArrayLike, scores: ArrayLike) -> list[int]:
     """Indices of the points no other point beats at lower cost and higher score, by rising cost.
 
@@ -329,15 +316,3 @@ def _logits(logits: ArrayLike) -> NDArray[np.float64]:
 def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     shifted = logits - np.max(logits, axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.sum(np.exp(shifted), axis=1, keepdims=True)))
-
-
-def _centred_ranks(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Average ranks of the values, less their mean."""
-    if np.isnan(values).any():
-        raise ValueError("a rank correlation needs numbers, got NaN")
-    distinct, position, count = np.unique(values, return_inverse=True, return_counts=True)
-    if len(distinct) == 1:
-        raise ValueError("a rank correlation is undefined where all values are equal")
-    last_rank = np.cumsum(count)
-    ranks = (last_rank - (count - 1) / 2)[position]
-    return np.asarray(ranks - (len(values) + 1) / 2)
