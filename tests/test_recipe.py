@@ -7,7 +7,17 @@ import pytest
 import yaml
 
 from vitopt.errors import RecipeError
-from vitopt.recipe import LINEARS, DataSpec, EvaluateSpec, FinetuneSpec, LatencySpec, Recipe, RunSpec, VariantSpec
+from vitopt.recipe import (
+    LINEARS,
+    DataSpec,
+    EvaluateSpec,
+    FinetuneSpec,
+    LatencySpec,
+    Recipe,
+    RecipeVariant,
+    RunSpec,
+    VariantSpec,
+)
 from vitopt.recipe_file import dump_yaml, load_recipe, validate
 
 MINIMAL = """
@@ -46,7 +56,7 @@ def mistakes(content: object) -> list[str]:
 def test_minimal_recipe_gets_the_documented_defaults(recipe_file):
     recipe = load_recipe(recipe_file())
     assert recipe.data == DataSpec(source="digits")
-    assert recipe.variants == (VariantSpec(name="a", format="fp32"),)
+    assert recipe.variants == (RecipeVariant(name="a", format="fp32"),)
     assert (recipe.device, recipe.seed, recipe.strict, recipe.finetune) == ("auto", 0, False, None)
     assert recipe.evaluate.latency == LatencySpec(batch_sizes=(1,), iterations=100, rounds=10)
     assert recipe.baseline_name == "a"
@@ -113,7 +123,8 @@ def test_all_mistakes_are_reported_at_once():
 
 def test_a_list_of_which_all_items_are_wrong_is_not_called_too_short_as_well():
     assert mistakes(changed(variants=[{"name": "a", "format": "x"}])) == [
-        "variants.0.format: input should be 'fp32', 'fp16', 'bf16', 'nf4', 'int4', 'int8', 'w8a8' or 'fp8', not 'x'"
+        "variants.0.format: input should be 'auto', 'fp32', 'fp16', 'bf16', 'nf4', 'int4', 'int8', 'w8a8' or 'fp8', "
+        "not 'x'"
     ]
 
 
@@ -507,7 +518,7 @@ def test_a_dumped_variant_starts_with_its_name_and_how_it_is_held(recipe_file):
     recipe = load_recipe(recipe_file(MINIMAL.replace("data: digits\n", "")))
     dumped = dump_yaml(recipe)
     (written,) = yaml.safe_load(dumped)["variants"]
-    assert list(written) == ["name", "format", "half", "skip", "auto", "layers", *RUN]
+    assert list(written) == ["name", "format", "half", "skip", "auto", "layers", *RUN, "fastest", "steps"]
     assert "data: null\n" in dumped and "\n- name: a\n" in dumped
     assert load_recipe(recipe_file(dumped)) == recipe
 
