@@ -574,3 +574,42 @@ def test_recipes_records_and_help_import_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# A format that measuring has yet to choose
+
+
+@pytest.mark.parametrize(
+    ("also", "named"),
+    [
+        ({"skip": ["block.0"]}, "`skip`"),
+        ({"skip": "auto"}, "`skip`"),
+        ({"layers": {"block.0": "bf16"}}, "`layers`"),
+        ({"run_as": "bf16"}, "`run_as`"),
+        ({"attention": "eager", "compile": True}, "`attention`, `compile`"),
+    ],
+)
+def test_an_open_format_leaves_nothing_else_to_ask(also, named):
+    (line,) = mistakes(changed(variants=[{"name": "a", "format": "auto"} | also]))
+    assert line.startswith("variants.0: `format: auto`") and f"leave {named} out" in line
+
+
+def test_how_a_format_is_chosen_is_nothing_for_one_that_is_named():
+    (line,) = mistakes(changed(variants=[{"name": "a", "format": "nf4", "fastest": {"min_agreement": 99}}]))
+    assert line.startswith("variants.0: `fastest`")
+    (line,) = mistakes(changed(variants=[{"name": "a", "format": "auto", "auto": {"max_top1_drop": 2}}]))
+    assert line.startswith("variants.0: `auto`")
+
+
+def test_an_open_format_needs_data():
+    (line,) = mistakes(changed(data=None, variants=[{"name": "a", "format": "auto"}]))
+    assert line == "`format: auto` of a needs `data`"
+
+
+def test_a_choice_gives_the_format_and_how_it_is_run():
+    content = {"name": "a", "format": "auto", "half": "fp16", "steps": ["finetune"], "fastest": {"compile": False}}
+    open_variant = validate(RecipeVariant, content, where="v")
+    assert open_variant.chooses_format and open_variant.calibration == open_variant.fastest
+    chosen = open_variant.with_choice(VariantSpec(name="w8a8-compiled", format="w8a8", compile=True, fuse_qkv=True))
+    assert (chosen.name, chosen.format, chosen.half, chosen.steps) == ("a", "w8a8", "fp16", open_variant.steps)
+    assert chosen.run == RunSpec(compile=True, fuse_qkv=True) and not chosen.chooses_format

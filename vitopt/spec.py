@@ -14,8 +14,8 @@ class Spec(BaseModel):
 
     def changed(self, *keys: str) -> str:
         """Those keys whose values are not the defaults, in words; a resolved recipe states the defaults as well."""
-        defaults = type(self).model_fields
-        return ", ".join(f"`{key}`" for key in keys if getattr(self, key) != defaults[key].default)
+        defaults = {key: type(self).model_fields[key].get_default(call_default_factory=True) for key in keys}
+        return ", ".join(f"`{key}`" for key in keys if getattr(self, key) != defaults[key])
 
 
 class CalibrationSpec(Spec):

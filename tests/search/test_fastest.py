@@ -11,14 +11,14 @@ from statsmodels.stats.proportion import proportion_confint
 
 from vitopt.data.images import ImageSet, open_images
 from vitopt.environment import support
-from vitopt.errors import CheckpointError, DataError, RecipeError
+from vitopt.errors import CheckpointError, DataError, RecipeError, RecordError
 from vitopt.measure import evaluator
 from vitopt.measure.statistics import wilson_interval
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
 from vitopt.recipe import DataSpec, EvaluateSpec, FastestSpec, LatencySpec
 from vitopt.records import Dataset, Latency, Memory, Record, Variant, VersusBaseline
 from vitopt.search import fastest
-from vitopt.search.fastest import candidates, choose, find_fastest
+from vitopt.search.fastest import candidates, choose, find_fastest, load_choice, save_choice
 
 CPU = torch.device("cpu")
 QUICK = EvaluateSpec(batch_size=8, end_to_end=False, latency=LatencySpec(iterations=8, rounds=4, warmup_seconds=0))
@@ -193,3 +193,27 @@ def test_images_of_other_classes_are_refused(checkpoint: Checkpoint) -> None:
     images = open_images(DataSpec(source="digits", limit=20), "train")
     with pytest.raises(DataError):
         fastest_of(checkpoint, images)
+
+
+def test_a_choice_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    variant = candidates(CPU, "bf16", compile=True)[-1]
+    measured = (record("fp32", 10.0), record("w8a8", 4.0, 99.0))
+    choice = fastest.Choice(variant=variant, records=measured, min_agreement_percent=97)
+    save_choice(choice, tmp_path / "choice.json")
+    assert load_choice(tmp_path / "choice.json") == choice
+
+
+@pytest.mark.parametrize("broken", [None, "", "{}", "[1"])
+def test_a_choice_that_cannot_be_read_is_an_error(broken: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "choice.json"
+    if broken is not None:
+        path.write_text(broken)
+    with pytest.raises(RecordError, match=r"choice\.json"):
+        load_choice(path)
+
+
+def test_only_what_decides_is_measured() -> None:
+    asked = EvaluateSpec(throughput=True, roofline=True, latency=LatencySpec(batch_sizes=(8, 32), iterations=20))
+    wanted = fastest.how_measured(asked)
+    assert wanted.latency.batch_sizes == (8,) and wanted.latency.iterations == 20
+    assert not (wanted.end_to_end or wanted.throughput or wanted.roofline)
