@@ -225,3 +225,16 @@ def test_a_finished_run_stands_until_a_choice_is_spoiled(
     said.clear()
     pipeline.run(asked, folder, said.append)
     assert any(line.startswith("format fastest: again, because ") and str(path) in line for line in said)
+
+
+def test_a_failed_step_has_a_row_with_what_was_asked(
+    fake: FakeTraining, tiny_checkpoint: Path, shapes: Path, tmp_path: Path
+) -> None:
+    fake.error = UnsupportedError("not here")
+    fastest = variant("a", FIRST, format="auto", fastest={"min_agreement": 50})
+    result = pipeline.run(recipe(tiny_checkpoint, shapes, fastest), tmp_path / "run")
+    reference, failed = result.records
+    assert reference.failure is None and "not here" in str(failed.failure)
+    assert failed.variant.format == "auto" and failed.variant.chosen is None
+    assert [list(step) for step in failed.variant.steps] == [["finetune"]]
+    assert "not here" in (result.folder / "report.md").read_text()

@@ -18,7 +18,6 @@ from vitopt.inference import Candidate, measure
 from vitopt.measure.evaluator import Measured
 from vitopt.measure.gate import judge, judge_floor
 from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
-from vitopt.models.architectures import RANDOM_PREFIX
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
 from vitopt.recipe import Recipe
 from vitopt.recipe_file import dump_yaml, load_recipe
@@ -61,11 +60,11 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
     files = [RECIPE_FILE, ENVIRONMENT_FILE, STAGES_FILE, "report.html", "report.md"]
     files += [file for variant in recipe.variants for file in chosen_files(variant)]
     with launch.in_main_process(storage.claimed(folder, *inputs, files=files)):
-        current = RunFolder(folder, say)
+        run_folder = RunFolder(folder, say)
         launch.wait_for_all()  # before the main process changes what the others have yet to read
         if launch.is_main_process():
             _begin(recipe, folder, device)
-        return _run_stages(current, recipe, source, images)
+        return _run_stages(run_folder, recipe, source, images)
 
 
 def _begin(recipe: Recipe, folder: Path, device: torch.device) -> None:
@@ -128,7 +127,7 @@ def _evaluate_stage(
             baseline=recipe.baseline_name,
             device=recipe.device,
             strict=recipe.strict,
-            untrained=recipe.finetune is None and recipe.model.startswith(RANDOM_PREFIX),
+            untrained=settled[recipe.baseline_name].base.is_random,
             ready=save,
         )
         if launch.is_main_process():
