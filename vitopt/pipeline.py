@@ -23,7 +23,7 @@ from vitopt.recipe import Recipe
 from vitopt.recipe_file import dump_yaml, load_recipe
 from vitopt.records import RECORD_FILE, Record, Requirement, load_record, save_record
 from vitopt.stages import STAGES_FILE, RunFolder, Stage
-from vitopt.variants import Settled, VariantMaker, chosen_files
+from vitopt.variants import Settled, VariantMaker, choice_files
 
 RECIPE_FILE = "recipe.yaml"
 ENVIRONMENT_FILE = "environment.json"
@@ -58,7 +58,7 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
         require_attention(recipe, source, device)
     inputs = source.folder, recipe.data.folder if recipe.data else None
     files = [RECIPE_FILE, ENVIRONMENT_FILE, STAGES_FILE, "report.html", "report.md"]
-    files += [file for variant in recipe.variants for file in chosen_files(variant)]
+    files += [file for variant in recipe.variants for file in choice_files(variant)]
     with launch.in_main_process(storage.claimed(folder, *inputs, files=files)):
         run_folder = RunFolder(folder, say)
         launch.wait_for_all()  # before the main process changes what the others have yet to read

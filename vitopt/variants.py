@@ -47,10 +47,11 @@ class Settled:
     failure: str | None = None
 
 
-def chosen_files(variant: RecipeVariant) -> list[str]:
-    """Where a run keeps what was measured to choose what this variant leaves open."""
-    files = ["sensitivity"] if variant.skips_automatically else ["formats"] if variant.chooses_format else []
-    return [f"{folder}/{variant.name}.json" for folder in files]
+def choice_files(variant: RecipeVariant) -> list[str]:
+    """Where a run keeps what was measured to choose what this variant leaves open; none where nothing is."""
+    if variant.skips_automatically:
+        return [f"sensitivity/{variant.name}.json"]
+    return [f"formats/{variant.name}.json"] if variant.chooses_format else []
 
 
 @dataclass
@@ -60,7 +61,7 @@ class VariantMaker:
     run: RunFolder
     recipe: Recipe
     test: ImageSet | None
-    _steps: dict[str, tuple[Checkpoint, str | None]] = field(init=False, default_factory=dict)  # those that were done
+    _steps: dict[str, Checkpoint | str] = field(init=False, default_factory=dict)  # what came of each, or why nothing
 
     def finetuned(self, source: Checkpoint) -> Checkpoint:
         """The checkpoint that all variants start from: the source itself, or fine-tuned as the recipe asks.
@@ -80,15 +81,15 @@ class VariantMaker:
         Raises:
             VitoptError: of the choice, or of a step, unless that is a reason for one variant alone to fail.
         """
-        failure = None
         for name, step in zip(variant.step_names, variant.steps, strict=True):
             if name not in self._steps:
                 stage = self._step_stage(f"steps/{name}", base, step, tolerated=_TOLERATED)
                 failure = self.run.carry_out(stage)
-                self._steps[name] = (self._opened(stage), None) if failure is None else (base, f"{name}: {failure}")
-            base, failure = self._steps[name]
-            if failure is not None:
-                return Settled(variant, base, failure=failure)
+                self._steps[name] = self._opened(stage) if failure is None else f"{stage.name}: {failure}"
+            outcome = self._steps[name]
+            if isinstance(outcome, str):
+                return Settled(variant, base, failure=outcome)
+            base = outcome
         if variant.skips_automatically:
             return self._with_skip_list(variant, base)
         return self._with_format(variant, base) if variant.chooses_format else Settled(variant, base)
@@ -139,7 +140,7 @@ class VariantMaker:
         return checkpoint
 
     def _with_skip_list(self, variant: RecipeVariant, base: Checkpoint) -> Settled:
-        device, (output,) = self.recipe.device, (self.run.path / name for name in chosen_files(variant))
+        device, output = self.recipe.device, self.run.path / choice_files(variant)[0]
         images, skip_bad = self._calibration(variant.auto)
 
         def work() -> None:
@@ -173,7 +174,7 @@ class VariantMaker:
         return Settled(variant.skipping(search.chosen), base, images)
 
     def _with_format(self, variant: RecipeVariant, base: Checkpoint) -> Settled:
-        device, (output,) = self.recipe.device, (self.run.path / name for name in chosen_files(variant))
+        device, output = self.recipe.device, self.run.path / choice_files(variant)[0]
         images, skip_bad = self._calibration(variant.fastest)
         evaluate = how_measured(self.recipe.evaluate)
 

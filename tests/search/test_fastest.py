@@ -10,12 +10,12 @@ from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from vitopt.data.images import ImageSet, open_images
-from vitopt.environment import support
+from vitopt.environment import launch, support
 from vitopt.errors import CheckpointError, DataError, RecipeError, RecordError
 from vitopt.measure import evaluator
 from vitopt.measure.statistics import wilson_interval
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
-from vitopt.recipe import DataSpec, EvaluateSpec, FastestSpec, LatencySpec
+from vitopt.recipe import DataSpec, EvaluateSpec, FastestSpec, LatencySpec, VariantSpec
 from vitopt.records import Dataset, Latency, Memory, Record, Variant, VersusBaseline
 from vitopt.search import fastest
 from vitopt.search.fastest import candidates, choose, find_fastest, load_choice, save_choice
@@ -187,6 +187,16 @@ def test_a_candidate_that_cannot_be_made_is_left_out(
     }
     assert choice.variant.name != "w8a8"
     assert "w8a8 is left out: no such luck" in caplog.messages
+
+
+def test_the_main_process_alone_chooses(checkpoint: Checkpoint, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others know of no figures, only of candidates that could not be made."""
+    row = evaluator.failed("w8a8", VariantSpec(name="w8a8", format="w8a8"), "not here", CPU)
+    monkeypatch.setattr(fastest, "measure", lambda *_, **__: [row])
+    monkeypatch.setattr(fastest, "quantize", lambda *_, **__: None)
+    monkeypatch.setattr(launch, "is_main_process", lambda: False)
+    images = open_images(DataSpec(source=str(shapes)), "train")
+    assert find_fastest(checkpoint, images, FastestSpec(min_agreement=0), QUICK, device="cpu") is None
 
 
 def test_images_of_other_classes_are_refused(checkpoint: Checkpoint) -> None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from vitopt import storage
 from vitopt.data.images import ImageSet
-from vitopt.environment import devices, support
+from vitopt.environment import devices, launch, support
 from vitopt.errors import CheckpointError, MeasurementError, RecipeError, RecordError, UnsupportedError
 from vitopt.formats import FORMATS, QUANTIZED_FORMATS, HalfFormat
 from vitopt.inference import Candidate, measure
@@ -185,7 +185,7 @@ def find_fastest(
             device=str(target),
             untrained=checkpoint.is_random,
         )
-    if not measured:
+    if not launch.is_main_process():
         return None
     records = tuple(result.record for result in measured)
     if records[0].failure or not records[0].latency:
