@@ -104,7 +104,7 @@ def _evaluate_stage(
     failures: dict[str, str | None],
 ) -> Stage[list[Record]]:
     """Measure all variants together; `failures` tells of each why it could not be made, None where it was."""
-    settled = {variant.variant.name: variant for variant in variants}
+    settled = {made.variant.name: made for made in variants}
     folders = {name: run.variant(name) for name in settled}
     predictions = [folder / PREDICTIONS_FILE for folder in folders.values()]
 
@@ -118,8 +118,8 @@ def _evaluate_stage(
         run.forget("evaluate")  # the records on disk are replaced one by one from now on
         measured = measure(
             [
-                Candidate(name, str(folders[name]), one.variant.run, one.variant, failures[name])
-                for name, one in settled.items()
+                Candidate(name, str(folders[name]), made.variant.run, made.variant, failures[name])
+                for name, made in settled.items()
             ],
             recipe.evaluate,
             images=images,
@@ -140,7 +140,7 @@ def _evaluate_stage(
     return Stage(
         "evaluate",
         inputs=[
-            [[one.variant.model_dump(mode="json"), one.chosen] for one in variants],
+            [[made.variant.model_dump(mode="json"), made.chosen] for made in variants],
             {name: run.completed.get(f"variant {name}") for name in folders},
             recipe.baseline_name,
             recipe.evaluate.model_dump(mode="json"),
