@@ -18,7 +18,7 @@ import torch
 import yaml
 from conftest import calibration_hashes
 
-from vitopt import inference, pipeline
+from vitopt import inference, pipeline, variants
 from vitopt.checks import plans
 from vitopt.data.images import open_images
 from vitopt.environment import devices, launch, libraries, machine, support
@@ -41,6 +41,7 @@ from vitopt.recipe_file import load_recipe
 from vitopt.records import SCHEMA, Memory, load_record
 from vitopt.report.table import cautions
 from vitopt.stages import RunFolder
+from vitopt.variants import Settled
 
 VERSIONS = libraries.versions()
 NAMES = ("fp32", "nf4-skip", "nf4-fa2", "int8")
@@ -241,6 +242,11 @@ def test_what_depends_on_a_change_is_done_again_and_nothing_else(
 OTHER_GPU = {"name": "another GPU"}
 
 
+def settled(recipe: Recipe) -> list[Settled]:
+    base = open_checkpoint(recipe.model)
+    return [Settled(variant, base) for variant in recipe.variants]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -265,12 +271,12 @@ def test_figures_stand_only_where_and_with_what_they_were_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = Recipe.model_validate(content)
-    current = pipeline._Run(RunFolder(tmp_path, print), recipe, recipe.variants)
     images = open_images(DataSpec(source=str(shapes)), None)
-    before = pipeline._evaluate_stage(current, images, {}).fingerprint
-    assert pipeline._evaluate_stage(current, images, {}).fingerprint == before
+    arguments = RunFolder(tmp_path, print), recipe, images, settled(recipe), {}
+    before = pipeline._evaluate_stage(*arguments).fingerprint
+    assert pipeline._evaluate_stage(*arguments).fingerprint == before
     change(monkeypatch)
-    assert pipeline._evaluate_stage(current, images, {}).fingerprint != before
+    assert pipeline._evaluate_stage(*arguments).fingerprint != before
 
 
 @pytest.mark.parametrize("main", [True, False])
@@ -282,8 +288,8 @@ def test_one_process_writes_and_tells_of_a_variant_that_failed(
     monkeypatch.setattr(pipeline, "measure", lambda *_, **__: [row])
     monkeypatch.setattr(launch, "is_main_process", lambda: main)
     said: list[str] = []
-    current = pipeline._Run(RunFolder(tmp_path, said.append), recipe, recipe.variants)
-    pipeline._evaluate_stage(current, None, {"fp32": "not here"}).work()
+    run_folder = RunFolder(tmp_path, said.append)
+    pipeline._evaluate_stage(run_folder, recipe, None, settled(recipe), {"fp32": "not here"}).work()
     assert (tmp_path / "variants" / "fp32" / "record.json").exists() == main
     assert said == (["evaluate: fp32 failed: not here"] if main else [])
 
@@ -435,7 +441,7 @@ def test_a_file_of_the_user_in_a_variant_that_can_no_longer_be_made_is_kept(
         (again / "variants" / "int8" / "notes.txt").write_text("mine")  # while the run is going on
         raise UnsupportedError("not here")
 
-    monkeypatch.setattr(pipeline, "quantize", cannot)
+    monkeypatch.setattr(variants, "quantize", cannot)
     other = changed(content)
     other["variants"][3]["skip"] = ["block.2"]
     with pytest.raises(StorageError, match=r"int8 holds notes.txt"):

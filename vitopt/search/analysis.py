@@ -148,7 +148,7 @@ def analyse_for(
 
 
 def require_disjoint(calibration: ImageSet, test: ImageSet) -> None:
-    """Refuse calibration images that are also test images: a skip list chosen on them would flatter itself.
+    """Refuse calibration images that are also test images: what is chosen on them would flatter itself.
 
     Raises:
         DataError: at least one image is in both, by content.
@@ -157,7 +157,7 @@ def require_disjoint(calibration: ImageSet, test: ImageSet) -> None:
     if shared:
         first = next(n for n, h in zip(calibration.ids, calibration.image_hashes, strict=True) if h in shared)
         raise DataError(
-            f"{len(shared)} calibration images are also test images (first: {first}); choose the skip list on other "
+            f"{len(shared)} calibration images are also test images (first: {first}); calibrate on other "
             "images, such as the training split"
         )
 
