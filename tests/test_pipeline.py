@@ -497,6 +497,27 @@ def test_a_failed_variant_does_not_keep_the_others_from_standing(
     assert result.records == with_failure[0].records
 
 
+@pytest.mark.parametrize(("require", "exported"), [({"max_megabytes": 1000}, True), ({"max_megabytes": 0.001}, False)])
+def test_the_recommended_variant_is_exported(
+    content: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, require: dict[str, Any], exported: bool
+) -> None:
+    brief = changed(content, variants=content["variants"][:2], require=require, prefer="size", finetune=None)
+    result, said = run(brief | {"export": "best"}, tmp_path / "run")
+    assert result.recommendation is not None and (result.recommendation.ship is not None) is exported
+    written = json.loads((result.folder / "recommendation.json").read_text())
+    assert written["ship"] == result.recommendation.ship and written["line"] == result.recommendation.line
+    assert result.recommendation.line[1:] in (result.folder / "report.md").read_text()
+    assert (result.folder / "export").is_dir() is exported
+    if exported:
+        exported_plan = json.loads((result.export / "record.json").read_text())["variant"]["name"]
+        assert exported_plan == result.recommendation.ship
+        name = brief["variants"][1]["name"]
+        run(brief | {"export": name, "require": {"max_megabytes": 0.001}}, tmp_path / "run")
+        assert any(name in line and "weights at most 0.001 MB" in line for line in caplog.messages)
+    else:
+        assert any(line.startswith("export: left out") for line in said)
+
+
 def test_a_variant_that_fails_cannot_be_exported(content: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot export fp8: format fp8 cannot run on cpu"):
         run(with_fp8(content) | {"export": "fp8"}, tmp_path / "run")

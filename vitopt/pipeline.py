@@ -3,6 +3,7 @@
 A run is a folder, in which each stage leaves a checkpoint or a record; `stages.py` tells which of them still stand.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,13 @@ from vitopt.models.checkpoint import Checkpoint, open_checkpoint
 from vitopt.recipe import Recipe
 from vitopt.recipe_file import dump_yaml, load_recipe
 from vitopt.records import RECORD_FILE, Record, Requirement, load_record, save_record
+from vitopt.report.recommendation import RECOMMENDATION_FILE, Recommendation, recommend
 from vitopt.stages import STAGES_FILE, RunFolder, Stage
 from vitopt.variants import Settled, VariantMaker, choice_files
 
+logger = logging.getLogger(__name__)
+
+EXPORT_FOLDER = "export"
 RECIPE_FILE = "recipe.yaml"
 ENVIRONMENT_FILE = "environment.json"
 
@@ -35,8 +40,14 @@ class RunResult:
 
     folder: Path
     records: list[Record]
+    recommendation: Recommendation | None  # None where nothing is required
     report: Path | None  # None where its packages are not installed, and in processes other than the main one
-    export: Path | None
+    exported: Record | None  # of the variant whose checkpoint was copied to `export`
+
+    @property
+    def export(self) -> Path | None:
+        """Folder of the exported checkpoint."""
+        return self.folder / EXPORT_FOLDER if self.exported else None
 
 
 def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: None) -> RunResult:
@@ -57,7 +68,7 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
     if recipe.strict:
         require_attention(recipe, source, device)
     inputs = source.folder, recipe.data.folder if recipe.data else None
-    files = [RECIPE_FILE, ENVIRONMENT_FILE, STAGES_FILE, "report.html", "report.md"]
+    files = [RECIPE_FILE, ENVIRONMENT_FILE, STAGES_FILE, "report.html", "report.md", RECOMMENDATION_FILE]
     files += [file for variant in recipe.variants for file in choice_files(variant)]
     with launch.in_main_process(storage.claimed(folder, *inputs, files=files)):
         run_folder = RunFolder(folder, say)
@@ -68,7 +79,7 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
 
 
 def _begin(recipe: Recipe, folder: Path, device: torch.device) -> None:
-    products = [*(["finetune"] if recipe.finetune else []), *(["export"] if recipe.export else [])]
+    products = [*(["finetune"] if recipe.finetune else []), *([EXPORT_FOLDER] if recipe.export else [])]
     for variant in recipe.variants:
         products += [f"variants/{variant.name}", *(f"steps/{name}" for name in variant.step_names)]
     for product in products:
@@ -183,17 +194,35 @@ def _judged(run: RunFolder, recipe: Recipe, records: list[Record]) -> list[Recor
 
 
 def _report(run: RunFolder, recipe: Recipe, records: list[Record]) -> RunResult:
-    folder = run.path
-    export = folder / "export" if recipe.export else None
+    recommendation = recommend(records, recipe.prefer, recipe.price_per_hour)
     if not launch.is_main_process():
-        return RunResult(folder, records, None, export)
+        return RunResult(run.path, records, recommendation, None, None)
+    if recommendation is not None:
+        recommendation.save(run.path)
     report = _write_report(run, recipe, records)
-    if export is not None:
-        chosen = next(record for record in records if record.variant.name == recipe.export)
-        if chosen.failure is not None:
-            raise CheckpointError(f"cannot export {recipe.export}: {chosen.failure}")
-        storage.copy_folder(run.variant(chosen.variant.name), export)
-    return RunResult(folder, records, report, export)
+    return RunResult(run.path, records, recommendation, report, _export(run, recipe, records, recommendation))
+
+
+def _export(
+    run: RunFolder, recipe: Recipe, records: list[Record], recommendation: Recommendation | None
+) -> Record | None:
+    """Copy the variant that the recipe names, or the recommended one, to `export/`; its record."""
+    folder = run.path / EXPORT_FOLDER
+    name = recipe.export
+    if recipe.exports_best:
+        name = recommendation.ship if recommendation else None
+    if name is None:
+        if recipe.export is not None:
+            storage.remove(folder)  # of an earlier recommendation
+            run.say("export: left out, no variant is shown to meet all that is required")
+        return None
+    record = next(record for record in records if record.variant.name == name)
+    if record.failure is not None:
+        raise CheckpointError(f"cannot export {name}: {record.failure}")
+    if recommendation is not None and (lacking := (recommendation.missed | recommendation.undecided).get(name)):
+        logger.warning("%s is exported and is not shown to meet what is required: %s", name, "; ".join(lacking))
+    storage.copy_folder(run.variant(name), folder)
+    return record
 
 
 def _write_report(run: RunFolder, recipe: Recipe, records: list[Record]) -> Path | None:

@@ -25,9 +25,11 @@ from vitopt.steps import Step as Step
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 SdpaKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
 Labels = Literal["name", "index"]
+Prefer = Literal["latency", "size", "throughput", "cost"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
 
 AUTO = "auto"
+BEST = "best"
 # One calibration image in so many chooses a skip list, the others confirm it. Choosing ranks by KL, about which every
 # image tells something, and runs a model of L blocks about L times for each; confirming counts the few images that
 # change sides, and runs three models for each: many confirming images are needed, and they are cheap.
@@ -305,7 +307,9 @@ class Recipe(Spec):
     baseline: str | None = Field(None, description="name of the variant to compare with; null is the first")
     evaluate: EvaluateSpec = EvaluateSpec()
     require: RequireSpec = Field(RequireSpec(), description="what every variant must be shown to be")
-    export: str | None = Field(None, description="name of the variant to copy to `export/`")
+    prefer: Prefer = Field("latency", description="which of the variants that meet `require` is recommended")
+    price_per_hour: float | None = Field(None, gt=0, description="what an hour of this device costs, in any currency")
+    export: str | None = Field(None, description="name of the variant to copy to `export/`; best: the recommended one")
     waterfall: tuple[Name, ...] = Field(
         (), description="variants each of which adds one technique to the one before, for a figure in the report"
     )
@@ -326,9 +330,14 @@ class Recipe(Spec):
             mistakes.append("data: `train` is the split to fine-tune on, and there is no `finetune`")
         if self.require.batch_size not in (None, *self.evaluate.latency.batch_sizes):
             mistakes.append(f"require.batch_size {self.require.batch_size} is not in evaluate.latency.batch_sizes")
-        for key, wanted in [("baseline", self.baseline), ("export", self.export)] + [
-            ("waterfall", name) for name in self.waterfall
-        ]:
+        named = [("baseline", self.baseline), *(("waterfall", name) for name in self.waterfall)]
+        if not self.exports_best:
+            named.append(("export", self.export))
+        elif not self.require.limits:
+            mistakes.append("export: best is the variant that meets `require`, and nothing is required")
+        if self.prefer == "cost" and self.price_per_hour is None:
+            mistakes.append("prefer: cost needs `price_per_hour`")
+        for key, wanted in named:
             if wanted is not None and wanted not in names:
                 mistakes.append(f"{key} names {wanted!r}, which is no variant; {suggest(wanted, names)}")
         if mistakes:
@@ -339,6 +348,11 @@ class Recipe(Spec):
     def trains(self) -> bool:
         """Whether anything learns from the training images."""
         return self.finetune is not None or any(variant.trains for variant in self.variants)
+
+    @property
+    def exports_best(self) -> bool:
+        """Whether the recommended variant is exported, and not one by its name."""
+        return self.export == BEST and all(variant.name != BEST for variant in self.variants)
 
     @property
     def baseline_name(self) -> str:

@@ -3,8 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from vitopt.records import Requirement
-from vitopt.report.summary import baseline_of, headline, highlights, ship
+from vitopt.report.summary import baseline_of, headline, highlights
 
 
 def titles(found):
@@ -28,13 +27,13 @@ def test_baseline_of_the_recipe_counts_where_nothing_was_compared(make: SimpleNa
 def test_headline_says_who_loses_and_what_may_hide(comparison):
     records = comparison[0]
 
-    text = headline(records, records[0])
+    text = headline(records, records[0], None)
 
     assert "fp32 on 40 images" in text and "a loss is shown for nf4;" in text
     hidden = -records[1].versus_baseline.top1_delta_ci95_points[0]
     assert f"no loss is shown for the others, but up to {hidden:.1f} points" in text
-    assert "others" not in headline([records[0], records[2]], records[0])
-    assert "loss is shown for any variant, but up to" in headline(records[:2], records[0])
+    assert "others" not in headline([records[0], records[2]], records[0], None)
+    assert "loss is shown for any variant, but up to" in headline(records[:2], records[0], None)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +43,7 @@ def test_headline_says_who_loses_and_what_may_hide(comparison):
 def test_headline_where_there_is_nothing_to_compare(make: SimpleNamespace, failures, words):
     records = [make.record(name, failure=failure) for name, failure in zip("ab", failures, strict=True)]
 
-    assert words in headline(records, records[0])
+    assert words in headline(records, records[0], None)
 
 
 def test_highlights_are_smallest_fastest_and_most_faithful(comparison):
@@ -98,18 +97,3 @@ def test_most_faithful_shows_the_figure_that_it_ranks_by(make: SimpleNamespace):
     found = titles(highlights(records, records[0]))["Most faithful"]
     assert found.names == (best.variant.name,)
     assert found.figure == f"KL {best.versus_baseline.mean_kl_divergence:.2g}"
-
-
-def test_the_fastest_that_meets_what_is_required_is_to_ship(make: SimpleNamespace):
-    def judged(name: str, p50_ms: float, decision: str):
-        one = Requirement(name="max_top1_drop", limit=1.0, measured=0.0, decision=decision)
-        return make.record(name, p50_ms={1: p50_ms}, baseline_ms={1: 4.0}, requirements=(one,))
-
-    baseline = make.record("fp32", p50_ms={1: 4.0})
-    slow, fast, unsure = judged("slow", 3.0, "shown"), judged("fast", 2.0, "shown"), judged("unsure", 1.0, "undecided")
-
-    advice = ship([baseline, slow, fast, unsure])
-    assert advice.startswith("ship fast: ") and "the fastest" in advice and "2.00 ms, 2.00x" in advice
-    assert headline([baseline, slow, fast, unsure], baseline).startswith("Ship fast: ")
-    assert "no variant" in ship([baseline, unsure])
-    assert ship([baseline]) is None

@@ -17,6 +17,7 @@ from vitopt.report.classes import class_changes
 from vitopt.report.figures import Plot, remove_others, rendered
 from vitopt.report.flips import Flips, Thumbnails, flips
 from vitopt.report.plots import save_plots
+from vitopt.report.recommendation import Recommendation, recommend
 from vitopt.report.rendering import templates
 from vitopt.report.strip import strips
 from vitopt.report.table import batch_sizes, cautions, comparison, device_name, notes
@@ -37,6 +38,7 @@ class Run:
     baseline: Record | None
     recipe_text: str | None
     chain: list[Record]  # of the waterfall
+    recommendation: Recommendation | None
 
 
 def load_run(folder: Path) -> list[Record]:
@@ -80,6 +82,7 @@ def _open_run(folder: Path) -> Run:
         baseline=summary.baseline_of(records, recipe.baseline_name if recipe else None),
         recipe_text=path.read_text(encoding="utf-8") if recipe else None,
         chain=chain_of(records, recipe.waterfall if recipe else ()),
+        recommendation=recommend(records, recipe.prefer, recipe.price_per_hour) if recipe else recommend(records),
     )
 
 
@@ -99,7 +102,7 @@ def _context(run: Run, baseline: str | None, plots: Sequence[Plot]) -> dict[str,
         "baseline": baseline,
         "device": device_name(records[0].environment),
         "dataset": next((record.dataset for record in records if record.dataset), None),
-        "headline": summary.headline(records, run.baseline),
+        "headline": summary.headline(records, run.baseline, run.recommendation.line if run.recommendation else None),
         "highlights": summary.highlights(records, run.baseline),
         "cautions": cautions(records) + together + unreadable_analyses + unreadable_predictions,
         "notes": notes(records) + together + unreadable_analyses,

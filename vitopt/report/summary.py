@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vitopt.measure.comparison import speed_ratio
-from vitopt.measure.gate import overall
 from vitopt.measure.verdict import loses, speed_verdict
 from vitopt.records import Record
-from vitopt.report.table import batch_sizes, delta_words, human_bytes, milliseconds
+from vitopt.report.table import batch_sizes, human_bytes, milliseconds
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,12 @@ def baseline_of(records: Sequence[Record], name: str | None = None) -> Record | 
     return next((record for record in records if record.variant.name == wanted), None)
 
 
-def headline(records: Sequence[Record], baseline: Record | None) -> str:
-    """The answer in one or two sentences; "" where one variant was measured and nothing is required of it."""
+def headline(records: Sequence[Record], baseline: Record | None, advice: str | None) -> str:
+    """The answer in one or two sentences, first which variant to ship; "" where there is nothing to say."""
     if all(record.failure for record in records):
         return "No variant could be measured."
     if baseline is not None and baseline.failure:
         return f"The baseline {baseline.variant.name} failed, so the variants are compared with nothing."
-    advice = ship(records)
     sentences = [f"{advice[0].upper()}{advice[1:]}."] if advice else []
     if not any(record.accuracy for record in records):
         sentences.append("Measured on random pixels: the figures are of speed, size and memory only.")
@@ -52,31 +50,6 @@ def _losses(records: Sequence[Record]) -> list[str]:
         parts.append(f"no loss is shown for {whom}, but up to {max(0.0, *hidden):.1f} points are not excluded")
     images = f" on {first.accuracy.images:,} images" if first.accuracy else ""
     return [f"Accuracy against {versus.baseline}{images}: {'; '.join(parts)}."]
-
-
-def ship(records: Sequence[Record]) -> str | None:
-    """Which variant to ship and why: the fastest of those that are shown to meet what is required of them.
-
-    None where nothing is required.
-    """
-    judged = [record for record in records if record.requirements]
-    met = [
-        (latency.p50_ms, record, latency)
-        for record in judged
-        if overall(record.requirements) == "shown" and (latency := record.latency_at(None))
-    ]
-    if not met:
-        return "no variant is shown to meet all that is required" if judged else None
-    _, best, latency = min(met, key=lambda candidate: candidate[0])
-    figures = [f"{milliseconds(latency.p50_ms)} ms"]
-    if latency.speedup_vs_baseline:
-        figures.append(f"{latency.speedup_vs_baseline:.2f}x")
-    if versus := best.versus_baseline:
-        figures.append(f"top-1 {delta_words(versus.top1_delta_points, versus.top1_delta_ci95_points, 1)} points")
-    if best.size:
-        figures.append(human_bytes(best.size.weight_bytes))
-    others = " and is the fastest that does" if len(met) > 1 else ""
-    return f"ship {best.variant.name}: it meets what is required{others}: {', '.join(figures)}"
 
 
 def highlights(records: Sequence[Record], baseline: Record | None) -> list[Highlight]:
