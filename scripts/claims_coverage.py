@@ -20,20 +20,18 @@ from vitopt.environment import libraries
 
 libraries.quiet_libraries()
 
-from vitopt.measure.bootstrap import positive_mean_interval
 from vitopt.measure.claims import at_least
 from vitopt.measure.clusters import proportion_interval
-from vitopt.measure.latency_statistics import quantile_interval, speedup_interval
-from vitopt.measure.predictions import Predictions
-from vitopt.measure.ratio import ratio_interval
-from vitopt.measure.statistics import (
+from vitopt.measure.intervals import (
     Interval,
-    holm,
-    mcnemar_exact_p,
-    paired_counts,
     paired_delta_interval,
+    positive_mean_interval,
+    ratio_interval,
     wilson_interval,
 )
+from vitopt.measure.latency_statistics import quantile_interval, speedup_interval
+from vitopt.measure.paired import holm, mcnemar_exact_p, paired_counts
+from vitopt.measure.predictions import Predictions
 from vitopt.recipe import CHOOSING
 from vitopt.search.confirmation import loss, loss_with_share
 from vitopt.search.goal import Goal
@@ -68,7 +66,7 @@ def tango(rng: Generator, *, lost: float, gained: float, images: int) -> bool:
     """Two models that differ: `lost` of the images only the first has right, `gained` only the second."""
     kinds = rng.choice(4, images, p=[0.8 - lost, lost, gained, 0.2 - gained])
     counts = paired_counts((kinds == 0) | (kinds == 1), (kinds == 0) | (kinds == 2))
-    interval = paired_delta_interval(counts.both_right, counts.right_to_wrong, counts.wrong_to_right, counts.both_wrong)
+    interval = paired_delta_interval(*counts)
     return misses(interval, gained - lost)
 
 
@@ -122,7 +120,7 @@ def margin(rng: Generator, *, images: int) -> bool:
     """The gate at a true loss of just the margin, 1 point: whether it calls it shown."""
     kinds = rng.choice(4, images, p=[0.77, 0.03, 0.02, 0.18])
     counts = paired_counts((kinds == 0) | (kinds == 1), (kinds == 0) | (kinds == 2))
-    interval = paired_delta_interval(counts.both_right, counts.right_to_wrong, counts.wrong_to_right, counts.both_wrong)
+    interval = paired_delta_interval(*counts)
     return at_least(interval, -0.01) == "shown"
 
 

@@ -14,7 +14,7 @@ from vitopt.data.images import ImageSet, open_images
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor, batches
 from vitopt.errors import BadImageError, CheckpointError, DataError, RecipeError, UnsupportedError
-from vitopt.measure import statistics
+from vitopt.measure.logit_statistics import mean_kl_divergence
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint
 from vitopt.models.names import block_names, linear_layers
 from vitopt.optimize.formats import quantization_config
@@ -338,7 +338,7 @@ def test_the_confirming_loss_is_that_of_the_checkpoint_that_quantize_writes(
     with torch.inference_mode():
         pixels = torch.cat(pixels_of(confirming, fragile, 32)).bfloat16()
         before, after = (model(pixels).logits.float().numpy() for model in (exact, written))
-    assert found.confirmed.kl == pytest.approx(statistics.mean_kl_divergence(before, after), rel=1e-5)
+    assert found.confirmed.kl == pytest.approx(mean_kl_divergence(before, after), rel=1e-5)
     lost = (before.argmax(1) == confirming.labels).mean() - (after.argmax(1) == confirming.labels).mean()
     assert found.confirmed.top1_delta_points == pytest.approx(-100 * lost)
 

@@ -6,7 +6,7 @@ the right side of the limit, as in a non-inferiority trial (ICH E9, section 3.3.
 
 from typing import Literal
 
-from vitopt.measure.statistics import Interval
+from vitopt.measure.intervals import Interval
 
 Decision = Literal["shown", "failed", "undecided"]
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from vitopt.measure import power
 from vitopt.measure.claims import Decision, at_least, at_most
 from vitopt.measure.comparison import speed_ratio
-from vitopt.measure.statistics import Interval
+from vitopt.measure.intervals import Interval
+from vitopt.measure.latency_statistics import calls_needed
 from vitopt.recipe import AutoSkipSpec, RequireSpec
 from vitopt.records import Record, Requirement
 
@@ -148,7 +149,7 @@ def _of_p99(limit: float, record: Record, baseline: Record, batch_size: int | No
     at = latency.batch_size
     low, high = latency.p99_ci95_ms or (None, None)
     if low is None and high is None:
-        reason = f"an upper limit of p99 takes {power.fewest_calls(0.99)} calls, not {latency.iterations}"
+        reason = f"an upper limit of p99 takes {calls_needed(0.99)} calls, not {latency.iterations}"
         return Evidence(latency.p99_ms, missing=reason, batch_size=at)
     interval = Interval(0.0 if low is None else low, math.inf if high is None else high)
     over = sum(sample > limit for sample in latency.samples_ms) / latency.iterations

@@ -9,7 +9,6 @@ from typing import Any
 from vitopt import storage
 from vitopt.errors import RecordError
 from vitopt.formats import FORMATS, OTHER_COLOUR
-from vitopt.measure import statistics
 from vitopt.recipe import LINEARS
 from vitopt.records import Record
 from vitopt.report import unit_plots, units
@@ -215,10 +214,11 @@ def _first_pass(result: Sensitivity) -> str:
         f"{len(result.sample_kl)} {units.kind(result)} ranked by KL on {result.sample_images:,} images, labels unused"
     )
     text += f"; {len(result.units)} of them then scored exactly"
-    try:
-        correlation = statistics.spearman([first for first, _ in both], [exact for _, exact in both])
-    except ValueError:  # fewer than two, or all equal
+    if not both or any(len(set(kl)) == 1 for kl in zip(*both, strict=True)):  # fewer than two, or all equal
         return text
+    from scipy.stats import spearmanr  # slow to import
+
+    correlation = spearmanr(*zip(*both, strict=True)).statistic
     return f"{text}. The rank correlation of these {len(both)} with the exact recovery KL is {correlation:.2f}"
 
 

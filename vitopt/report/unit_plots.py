@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from vitopt.formats import colour_of
-from vitopt.measure.statistics import pareto_front
+from vitopt.measure.pareto import pareto_front
 from vitopt.recipe import LINEARS
 from vitopt.report import units
 from vitopt.report.figures import Plot, canvas, step_line, styled

@@ -17,7 +17,7 @@ from vitopt.environment import devices, machine, support
 from vitopt.environment.devices import DTYPES
 from vitopt.errors import BadImageError, CheckpointError, DataError, RecipeError
 from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
-from vitopt.measure import statistics
+from vitopt.measure.logit_statistics import mean_kl_divergence
 from vitopt.measure.predictions import Predictions
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor
 from vitopt.models.names import Layer, block_names
@@ -224,7 +224,7 @@ class _Analysis:
         found: dict[str, float] = {}
 
         def done(unit: str, logits: list[torch.Tensor]) -> None:
-            found[unit] = statistics.mean_kl_divergence(reference, sample.predictions(logits).logits)
+            found[unit] = mean_kl_divergence(reference, sample.predictions(logits).logits)
 
         self._run(self.from_packed, sample, self.units, done, "sampling")
         return found

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 from vitopt.measure.claims import Decision, at_most
+from vitopt.measure.intervals import Interval
 from vitopt.measure.power import images_to_bound_loss
-from vitopt.measure.statistics import Interval
 from vitopt.recipe import CHOOSING
 from vitopt.search.results import Loss
 

@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from vitopt.measure import statistics
 from vitopt.measure.claims import Decision
+from vitopt.measure.intervals import bisect
+from vitopt.measure.pareto import pareto_front
 from vitopt.search.goal import Goal, decide, images_to_show, likely_shown
 from vitopt.search.knapsack import cheapest
 from vitopt.search.results import Loss, Point, SearchResult, UnitScores
@@ -138,12 +139,9 @@ def _highest_kl(goal: Goal, units: Sequence[UnitScores], quantized: Loss, confir
         changed = min(1.0, changed_per_root * math.sqrt(kl))
         return likely_shown(confirming_images, floor, drop_per_kl * kl, changed)
 
-    low, high = (quantized.kl, quantized.kl) if enough(quantized.kl) else (0.0, quantized.kl)
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if enough(middle) else (low, middle)
-    if low >= min((unit.damage.kl for unit in units if unit.damage), default=0.0) and enough(low):
-        return low
+    most = bisect(enough, 0.0, quantized.kl)
+    if most >= min((unit.damage.kl for unit in units if unit.damage), default=0.0) and enough(most):
+        return most
     return min(quantized.kl, floor / 2 / drop_per_kl) if drop_per_kl else quantized.kl
 
 
@@ -191,6 +189,6 @@ def frontier(points: Sequence[Point], costs: Mapping[str, Callable[[Point], floa
     fronts = {}
     for name, cost in costs.items():
         known = [(index, value) for index, point in enumerate(points) if (value := cost(point)) is not None]
-        front = statistics.pareto_front([value for _, value in known], [-points[index].loss.kl for index, _ in known])
+        front = pareto_front([value for _, value in known], [-points[index].loss.kl for index, _ in known])
         fronts[name] = [known[position][0] for position in front]
     return fronts
