@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from vitopt.data.images import ImageSet, open_images
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor
 from vitopt.errors import MeasurementError
-from vitopt.measure import evaluator, latency_rows, rates, throughput
+from vitopt.measure import evaluator, latency_rows, throughput
 from vitopt.measure.comparison import speed_ratio
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint
@@ -449,15 +449,6 @@ def test_without_being_asked_for_nothing_is_said_about_the_devices_rates(records
     for record in records:
         assert record.roofline is None
         assert all(row.floor_ms is row.model_flop_utilisation_percent is None for row in record.latency)
-
-
-@pytest.fixture
-def small_rates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(rates, "_GEMM_SIDE", {"cpu": 64})
-    monkeypatch.setattr(rates, "_COPY_BYTES", {"cpu": 2**16})
-    yield
-    for rate in (rates.gemm_rate, rates.copy_rate):  # they must serve no other test
-        rate.cache_clear()
 
 
 def test_floor_and_utilisation_are_against_the_rates_in_the_record(
