@@ -158,6 +158,7 @@ DAMAGES = {
     "steep": 0.6 ** np.arange(UNITS),
     "tied": np.repeat([8.0, 1.0], UNITS // 2),
 }
+TRUTH_IMAGES = 400_000  # of which the true figures are counted
 VARIANCE = 0.5  # of all units' errors together: 9 % of the images change sides, and 1.4 points are lost
 
 
@@ -218,7 +219,7 @@ def search(rng: Generator, damage: str, goal: Goal, images: int) -> tuple[Search
 def truth() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Variances of errors, and the points of top-1 and the KL that they cost over very many images."""
     variances = np.linspace(0, VARIANCE, 26)
-    everyone = Population(np.random.default_rng(1), np.full(25, VARIANCE / 25), 400_000)
+    everyone = Population(np.random.default_rng(1), np.full(25, VARIANCE / 25), TRUTH_IMAGES)
     losses = [everyone.loss(Goal(max_top1_drop=1), range(25 - quantized)) for quantized in range(26)]
     drops, kls = [-one.top1_delta_points for one in losses], [one.kl for one in losses]
     return variances, np.array(drops), np.array(kls)
