@@ -92,7 +92,7 @@ def positive_mean_interval(values: ArrayLike, resamples: int | None = None, seed
 
     A studentised bootstrap on the scale of logarithms: of percentile, BCa and studentised bootstraps it missed
     the true mean least often above its upper limit in simulations of log-normal and gamma values. None under 30
-    values, of which no resampling can tell the tail. Where all values are equal, both limits are that value.
+    values, too few to estimate the tail. Where all values are equal, both limits are that value.
     Raises ValueError for values that are negative, not finite, or no flat array.
     Source: Davison and Hinkley 1997, "Bootstrap methods and their application", section 5.2.
     """
@@ -108,10 +108,10 @@ def positive_mean_interval(values: ArrayLike, resamples: int | None = None, seed
         resamples = max(500, min(2_000, 20_000_000 // len(sample)))
     random = np.random.default_rng(seed)
     drawn = (sample[random.integers(len(sample), size=len(sample))] for _ in range(resamples))
-    moments = np.array([(one.mean(), one.std()) for one in drawn])
+    moments = np.array([(resample.mean(), resample.std()) for resample in drawn])
     means, spreads = moments[(moments > 0).all(axis=1)].T
     if len(means) < 0.99 * resamples:
-        return None  # fewer than about five values are not zero: they say nothing of their kind
+        return None  # fewer than about five values are not zero
     pivots = np.log(means / mean) * means / spreads
     low, high = np.quantile(pivots, [0.975, 0.025])
     return Interval(mean * math.exp(-low * spread / mean), mean * math.exp(-high * spread / mean))
