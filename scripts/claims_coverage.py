@@ -20,12 +20,12 @@ from vitopt.environment import libraries
 
 libraries.quiet_libraries()
 
+from vitopt.measure.bootstrap import positive_mean_interval
 from vitopt.measure.claims import at_least
 from vitopt.measure.clusters import proportion_interval
 from vitopt.measure.intervals import (
     Interval,
     paired_delta_interval,
-    positive_mean_interval,
     ratio_interval,
     wilson_interval,
 )

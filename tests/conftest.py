@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from PIL import Image
 
 from vitopt.environment import libraries
 from vitopt.formats import AMPERE
-from vitopt.measure import rates
 from vitopt.measure.intervals import Interval
 from vitopt.models.calibration import load_uses
 
@@ -182,16 +181,6 @@ def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Check
         return open_checkpoint(str(folder))
 
     return make
-
-
-@pytest.fixture
-def small_rates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The device's rates from products and copies that take no time."""
-    monkeypatch.setattr(rates, "_GEMM_SIDE", {"cpu": 64})
-    monkeypatch.setattr(rates, "_COPY_BYTES", {"cpu": 2**16})
-    yield
-    for rate in (rates.gemm_rate, rates.copy_rate):  # they must serve no other test
-        rate.cache_clear()
 
 
 def calibration_hashes(folder: Path) -> set[str]:

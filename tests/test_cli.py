@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from vitopt import __version__, storage
 from vitopt.cli import app
 from vitopt.data.images import open_images
-from vitopt.measure import evaluator, forecast
+from vitopt.measure import evaluator, forecast, rates
 from vitopt.measure.predictions import load_predictions
 from vitopt.models.checkpoint import Checkpoint
 from vitopt.recipe import DataSpec
@@ -352,7 +352,9 @@ def test_expanding_adds_a_row_beside_the_packed_one(tiny_checkpoint: Path, shape
     assert (record["variant"]["format"], record["variant"]["stored_format"]) == ("w8a8", "nf4")
 
 
-def test_how_a_checkpoint_is_run_is_an_option(tiny_checkpoint: Path, small_rates: None) -> None:
+def test_how_a_checkpoint_is_run_is_an_option(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "gemm_rate", lambda *_: 1e12)
+    monkeypatch.setattr(rates, "copy_rate", lambda *_: 1e10)
     options = ["--sdpa-kernel", "math", "--fuse-qkv", "--channels-last", "--roofline"]
     (row,) = printed("benchmark", tiny_checkpoint, *options, *QUICK)
     variant = row["variant"]

@@ -1,9 +1,10 @@
 """The shared evaluator: its records are complete, agree with themselves and with an independent count."""
 
 import dataclasses
+import functools
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from vitopt.data.images import ImageSet, open_images
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor
 from vitopt.errors import MeasurementError
-from vitopt.measure import evaluator, latency_rows, throughput
+from vitopt.measure import evaluator, latency_rows, rates, throughput
 from vitopt.measure.comparison import speed_ratio
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint
@@ -451,6 +452,15 @@ def test_without_being_asked_for_nothing_is_said_about_the_devices_rates(records
         assert all(row.floor_ms is row.model_flop_utilisation_percent is None for row in record.latency)
 
 
+@pytest.fixture
+def small_rates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(rates, "_GEMM_SIDE", {"cpu": 64})
+    monkeypatch.setattr(rates, "_COPY_BYTES", {"cpu": 2**16})
+    yield
+    for rate in (rates.gemm_rate, rates.copy_rate):  # they must serve no other test
+        rate.cache_clear()
+
+
 def test_floor_and_utilisation_are_against_the_rates_in_the_record(
     subjects: list[TorchRunnable], small_rates: None
 ) -> None:
@@ -535,8 +545,8 @@ def test_a_figure_that_fails_loses_only_itself(
     monkeypatch: pytest.MonkeyPatch,
     small_rates: None,
 ) -> None:
+    monkeypatch.setattr(evaluator, "find_throughput", functools.partial(throughput.find_throughput, largest=1))
     monkeypatch.setattr(evaluator, broken, fail)
-    monkeypatch.setattr(throughput, "_LARGEST_BATCH", 1)
     spec = QUICK.model_copy(update={"throughput": True, "roofline": True})
     got = evaluate(subjects, spec, images=images, baseline="base")
     for one in (measured.record for measured in got):

@@ -10,10 +10,9 @@ from conftest import covers, limits
 from statsmodels.stats.proportion import proportion_confint
 
 from vitopt.measure import intervals
-from vitopt.measure.intervals import paired_delta_interval, positive_mean_interval, ratio_interval, wilson_interval
+from vitopt.measure.intervals import paired_delta_interval, ratio_interval, wilson_interval
 
 CASES = 2_000
-MEAN_CASES = 150
 
 
 class TestWilsonInterval:
@@ -142,58 +141,6 @@ class TestPairedDeltaInterval:
     def test_rejects(self, counts, message):
         with pytest.raises(ValueError, match=message):
             paired_delta_interval(*counts)
-
-
-@pytest.mark.parametrize(
-    ("draw", "mean"),
-    [
-        (lambda random, count: random.lognormal(0, 1, count), np.exp(0.5)),
-        (lambda random, count: random.gamma(0.3, 1, count), 0.3),
-    ],
-)
-def test_a_mean_covers_the_mean_of_heavy_tails(draw, mean):
-    random = np.random.default_rng(5)
-    found = [positive_mean_interval(draw(random, 200), resamples=400) for _ in range(MEAN_CASES)]
-    above = sum(interval.low > mean for interval in found)
-    below = sum(interval.high < mean for interval in found)
-    # Either limit should miss in 2.5 % of runs; the tail that a sample has not seen makes the upper one miss more.
-    assert above <= 0.06 * MEAN_CASES and below <= 0.08 * MEAN_CASES
-
-
-def test_a_mean_is_close_to_the_studentised_interval_of_scipy_where_tails_are_light():
-    sample = np.random.default_rng(1).normal(10, 1, 400)
-    expected = scipy.stats.t.interval(0.95, 399, sample.mean(), scipy.stats.sem(sample))
-    interval = positive_mean_interval(sample)
-    assert (interval.low, interval.high) == pytest.approx(expected, abs=0.01)
-
-
-def test_a_mean_reaches_further_up_than_down_and_is_the_same_each_time():
-    sample = np.random.default_rng(2).lognormal(0, 1.5, 300)
-    interval = positive_mean_interval(sample)
-    assert interval == positive_mean_interval(sample)
-    assert 0 < sample.mean() - interval.low < interval.high - sample.mean()
-
-
-def test_a_mean_scales_with_its_values():
-    sample = np.random.default_rng(3).lognormal(0, 1, 100)
-    one, thousandth = positive_mean_interval(sample), positive_mean_interval(sample / 1000)
-    assert (one.low / 1000, one.high / 1000) == pytest.approx((thousandth.low, thousandth.high))
-
-
-def test_a_mean_of_too_few_values_there_is_none():
-    assert positive_mean_interval(np.ones(29)) is None
-    assert positive_mean_interval([0.0] * 400 + [1.0]) is None  # one value says nothing of how rare its kind is
-
-
-def test_a_mean_of_equal_values_is_that_value():
-    interval = positive_mean_interval(np.zeros(30))
-    assert (interval.low, interval.high) == (0, 0)
-
-
-@pytest.mark.parametrize("values", [[-1.0] * 40, [np.nan] * 40, np.ones((40, 2))])
-def test_a_mean_rejects(values):
-    with pytest.raises(ValueError, match="not negative"):
-        positive_mean_interval(values)
 
 
 def test_a_ratio_limits_are_those_of_scipy():

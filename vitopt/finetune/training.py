@@ -129,7 +129,7 @@ def _finetune(
         model = _with_lora(model, checkpoint.config.model_type, spec)
     elif resumed_from:
         # The trainer looks for the modules' names, but a whole model is stored under the names of older versions:
-        # it would find no weight and silently go on from the original ones.
+        # it would find no weight and go on from the original ones without a word.
         model = load_model(open_checkpoint(str(state / f"checkpoint-{resumed_from}")), dtype=torch.float32)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -238,7 +238,7 @@ def _trainer(
         args=arguments,
         train_dataset=PixelDataset(train, preprocess, augment),
         compute_metrics=_metrics,
-        callbacks=[_Advance(bar), _SaveRegularly(), _StopWhenDiverged(spec)],
+        callbacks=[_Advance(bar), _SaveNowAndThen(), _StopWhenDiverged(spec)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -308,7 +308,7 @@ def _diverged(what: str, spec: FinetuneSpec) -> str:
 
 
 class _Advance(TrainerCallback):
-    """Moves vitopt's progress bar; the trainer's own is off."""
+    """Moves vitopt's progress bar, which stands instead of the trainer's."""
 
     def __init__(self, bar: progress.Task):
         self._bar = bar
@@ -320,8 +320,8 @@ class _Advance(TrainerCallback):
         self._bar.advance()
 
 
-class _SaveRegularly(TrainerCallback):
-    """Saves every five minutes as well, because an epoch can take hours."""
+class _SaveNowAndThen(TrainerCallback):
+    """Save every few minutes as well, because an epoch can take hours."""
 
     def __init__(self) -> None:
         self._saved = time.monotonic()

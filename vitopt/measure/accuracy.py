@@ -12,9 +12,10 @@ from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Batch, batches, on_device
 from vitopt.environment import launch
 from vitopt.errors import DataError, MeasurementError, RecordError
+from vitopt.measure.bootstrap import positive_mean_interval
 from vitopt.measure.clusters import clustered, proportion_interval
 from vitopt.measure.failures import explain_failure, is_out_of_memory
-from vitopt.measure.intervals import Interval, paired_delta_interval, positive_mean_interval, wilson_interval
+from vitopt.measure.intervals import Interval, paired_delta_interval, wilson_interval
 from vitopt.measure.logit_statistics import (
     calibration_noise,
     expected_calibration_error,

@@ -42,7 +42,7 @@ class Comparison:
             f"{versus.right_to_wrong} images turned wrong, {versus.wrong_to_right} turned right "
             f"(McNemar's exact p = {versus.mcnemar_p:.3g}); mean KL divergence {versus.mean_kl_divergence:.4f} nats"
         ]
-        lines += [f"batch {row.batch_size}: {row.ratio:.2f}x the speed{_interval_words(row)}" for row in self.speed]
+        lines += [f"batch {one.batch_size}: {one.ratio:.2f}x the speed{_worth(one)}" for one in self.speed]
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -58,12 +58,12 @@ class Comparison:
             },
             "speed": [
                 {
-                    "batch_size": speed.batch_size,
-                    "ratio": speed.ratio,
-                    "ci95": [speed.interval.low, speed.interval.high] if speed.interval else None,
-                    "caution": speed.caution,
+                    "batch_size": one.batch_size,
+                    "ratio": one.ratio,
+                    "ci95": [one.interval.low, one.interval.high] if one.interval else None,
+                    "caution": one.caution,
                 }
-                for speed in self.speed
+                for one in self.speed
             ],
         }
 
@@ -81,7 +81,7 @@ def compare_stored(baseline: Path, variant: Path) -> Comparison:
     predictions = [load_predictions(path if path.is_dir() else path.parent) for path in (baseline, variant)]
     versus = compare(records[baseline].variant.name, predictions[0], predictions[1])
     ratios = (speed_ratio(records[baseline], records[variant], row.batch_size) for row in records[variant].latency)
-    return Comparison(records[baseline], records[variant], versus, tuple(filter(None, ratios)))
+    return Comparison(records[baseline], records[variant], versus, tuple(one for one in ratios if one is not None))
 
 
 def speed_ratio(baseline: Record, variant: Record, batch_size: int) -> SpeedRatio | None:
@@ -124,14 +124,14 @@ def paired_speedup(baseline: Latency, variant: Latency) -> Speedup:
     return speedup_interval(before, after)
 
 
-def _interval_words(speed: SpeedRatio) -> str:
-    return f" ({speed.interval.low:.2f} to {speed.interval.high:.2f})" if speed.interval else f"; {speed.caution}"
+def _worth(one: SpeedRatio) -> str:
+    return f" ({one.interval.low:.2f} to {one.interval.high:.2f})" if one.interval else f"; {one.caution}"
 
 
 def _device(record: Record) -> str:
     """What calls ran on, in words: two of the same words are one device."""
-    facts = record.environment
-    if gpu := facts.get("gpu"):
-        return f"{gpu['name']} ({facts.get('device')})"
-    bound = "bound " if facts.get("threads_bound") else ""
-    return f"{facts.get('processor', 'unknown processor')}, {facts.get('torch_threads', '?')} {bound}threads"
+    found = record.environment
+    if gpu := found.get("gpu"):
+        return f"{gpu['name']} ({found.get('device')})"
+    bound = "bound " if found.get("threads_bound") else ""
+    return f"{found.get('processor', 'unknown processor')}, {found.get('torch_threads', '?')} {bound}threads"

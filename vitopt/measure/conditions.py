@@ -73,16 +73,16 @@ class Gpu:
 
     def disturbances(self) -> list[str]:
         """A sentence for each thing that slows this GPU down at the moment."""
-        sentences = []
+        found = []
         others = [p.pid for p in self._ask("nvmlDeviceGetComputeRunningProcesses", []) if p.pid != os.getpid()]
         # In a container NVML gives the host's process numbers: one process there may be this one.
         if len(others) > (0 if self._sees_own_process() else 1):
-            sentences.append(f"{len(others)} other processes hold memory on this GPU")
+            found.append(f"{len(others)} other processes hold memory on this GPU")
         reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons", 0) or self._ask(
             "nvmlDeviceGetCurrentClocksThrottleReasons", 0
         )
-        sentences += [sentence for bit, sentence in _THROTTLES.items() if reasons & bit]
-        return sentences
+        found += [sentence for bit, sentence in _THROTTLES.items() if reasons & bit]
+        return found
 
     def energy_joules(self) -> float | None:
         """Energy since the driver was loaded; None where the GPU does not count it."""

@@ -35,7 +35,7 @@ def seconds_per_image(checkpoint: Checkpoint, device: torch.device, dtype: torch
     """Seconds of one call with one image, of a model of this shape whose weights are zero; median of a few calls."""
     model = empty_model(checkpoint).to(dtype).to_empty(device=device).eval()
     for tensor in (*model.parameters(), *model.buffers()):
-        tensor.zero_()  # uninitialised memory may hold denormal numbers, which are slow to compute with
+        tensor.zero_()  # memory as it is found holds numbers that are slow to compute with
     pixels = torch.zeros(1, 3, *checkpoint.image_size, dtype=dtype, device=device)
     clock = clock_for(device)
     model(pixel_values=pixels)
@@ -66,10 +66,10 @@ def stages(
     `seconds` per image by `number_type`; `images` per split: `train`, `test`, and by name of a variant whose skip
     list is chosen automatically, its calibration images. Compiling is not in it.
     """
-    times = []
+    found = []
     if recipe.finetune is not None and "train" in images:
         per_image = _TRAINING_PASSES * seconds["fp32"] + decode
-        times.append(StageTime("finetune", recipe.finetune.epochs * images["train"] * per_image))
+        found.append(StageTime("finetune", recipe.finetune.epochs * images["train"] * per_image))
     layers = linear_layers(empty_model(checkpoint), checkpoint.config.model_type)
     for variant in recipe.variants:
         if variant.name in images:
@@ -81,14 +81,14 @@ def stages(
             # Two mixtures per unit, of which on average half of the blocks run anew.
             total = choosing * (_CHOOSING_DECODES * decode + (units + _SEARCH_LOOKS) * per_pass)
             total += confirming * (decode + _CONFIRMING_MODELS * per_pass)
-            times.append(StageTime(f"sensitivity {variant.name}", total))
+            found.append(StageTime(f"sensitivity {variant.name}", total))
     of_variants = sum(seconds[number_type(variant)] for variant in recipe.variants)
     if "test" in images:
-        times.append(StageTime("evaluate: accuracy", images["test"] * (decode + of_variants)))
+        found.append(StageTime("evaluate: accuracy", images["test"] * (decode + of_variants)))
     latency = recipe.evaluate.latency
     timed = sum(latency.batch_sizes) * (latency.iterations + _WARMUP_CALLS)
-    times.append(StageTime("evaluate: latency", timed * of_variants))
-    return times
+    found.append(StageTime("evaluate: latency", timed * of_variants))
+    return found
 
 
 def number_type(variant: VariantSpec) -> str:

@@ -1,4 +1,4 @@
-"""Confidence intervals of accuracies, of their change between two models, and of means over images.
+"""Confidence intervals of accuracies, of their change between two models, and of ratios of means.
 
 Accuracies, changes and rates are proportions, where 1 is all images. Limits are at 95 % unless told otherwise.
 """
@@ -85,36 +85,6 @@ def paired_score_variance(only_baseline: float, only_variant: float, delta: floa
     constant = -only_baseline * delta * (1 - delta)
     rate = (math.sqrt(max(0.0, linear**2 - 8 * constant)) - linear) / 4
     return 2 * rate + delta * (1 - delta)
-
-
-def positive_mean_interval(values: ArrayLike, resamples: int | None = None, seed: int = 0) -> Interval | None:
-    """95 % interval of the mean of values (values,) that are zero or positive and have a heavy upper tail, such as KL.
-
-    A studentised bootstrap on the scale of logarithms: of percentile, BCa and studentised bootstraps it missed
-    the true mean least often above its upper limit in simulations of log-normal and gamma values. None under 30
-    values, too few to estimate the tail. Where all values are equal, both limits are that value.
-    Raises ValueError for values that are negative, not finite, or no flat array.
-    Source: Davison and Hinkley 1997, "Bootstrap methods and their application", section 5.2.
-    """
-    sample = np.asarray(values, np.float64)
-    if sample.ndim != 1 or not (np.isfinite(sample) & (sample >= 0)).all():
-        raise ValueError("expected a flat array of finite values that are not negative")
-    if len(sample) < 30:
-        return None
-    mean, spread = float(sample.mean()), float(sample.std())
-    if spread == 0:
-        return Interval(mean, mean)
-    if resamples is None:  # fewer of many values, whose interval is nearly normal: seconds for 50,000
-        resamples = max(500, min(2_000, 20_000_000 // len(sample)))
-    random = np.random.default_rng(seed)
-    drawn = (sample[random.integers(len(sample), size=len(sample))] for _ in range(resamples))
-    moments = np.array([(resample.mean(), resample.std()) for resample in drawn])
-    means, spreads = moments[(moments > 0).all(axis=1)].T
-    if len(means) < 0.99 * resamples:
-        return None  # fewer than about five values are not zero
-    pivots = np.log(means / mean) * means / spreads
-    low, high = np.quantile(pivots, [0.975, 0.025])
-    return Interval(mean * math.exp(-low * spread / mean), mean * math.exp(-high * spread / mean))
 
 
 def ratio_interval(numerators: ArrayLike, denominators: ArrayLike, confidence: float = 0.95) -> Interval:

@@ -21,7 +21,7 @@ _GAIN = 1.02  # a doubling that gains less than this has reached the device's ra
 _ENERGY_SECONDS = 2.0  # NVML's counter moves every 20 to 100 ms
 
 
-def find_throughput(make_call: Callable[[int], Call], clock: Clock) -> Throughput:
+def find_throughput(make_call: Callable[[int], Call], clock: Clock, largest: int = _LARGEST_BATCH) -> Throughput:
     """Double the batch until memory, the gain or half a minute runs out.
 
     `make_call` gives, for a batch size, what calls the model on so many images.
@@ -31,7 +31,7 @@ def find_throughput(make_call: Callable[[int], Call], clock: Clock) -> Throughpu
     """
     best: Throughput | None = None
     fits, batch_size, started = 0, 1, clock.now()
-    while batch_size <= _LARGEST_BATCH and clock.now() - started < _SECONDS:
+    while batch_size <= largest and clock.now() - started < _SECONDS:
         try:
             call = make_call(batch_size)
             call()

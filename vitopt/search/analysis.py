@@ -149,7 +149,7 @@ def analyse_for(
 
 
 def require_disjoint(calibration: ImageSet, test: ImageSet) -> None:
-    """Refuse calibration images that are also test images: a skip list chosen on them looks better there than it is.
+    """Refuse calibration images that are also test images: a skip list chosen on them would flatter itself.
 
     Raises:
         DataError: at least one image is in both, by content.

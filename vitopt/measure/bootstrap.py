@@ -1,0 +1,38 @@
+"""An interval for a mean of which little is known: the bootstrap."""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from vitopt.measure.intervals import Interval
+
+
+def positive_mean_interval(values: ArrayLike, resamples: int | None = None, seed: int = 0) -> Interval | None:
+    """95 % interval of the mean of values (values,) that are zero or positive and have a heavy upper tail, such as KL.
+
+    A studentised bootstrap on the scale of logarithms: of percentile, BCa and studentised bootstraps it missed
+    the true mean least often above its upper limit in simulations of log-normal and gamma values. None under 30
+    values, of which no resampling can tell the tail. Where all values are equal, both limits are that value.
+    Raises ValueError for values that are negative, not finite, or no flat array.
+    Source: Davison and Hinkley 1997, "Bootstrap methods and their application", section 5.2.
+    """
+    sample = np.asarray(values, np.float64)
+    if sample.ndim != 1 or not (np.isfinite(sample) & (sample >= 0)).all():
+        raise ValueError("expected a flat array of finite values that are not negative")
+    if len(sample) < 30:
+        return None
+    mean, spread = float(sample.mean()), float(sample.std())
+    if spread == 0:
+        return Interval(mean, mean)
+    if resamples is None:  # fewer of many values, whose interval is nearly normal: seconds for 50,000
+        resamples = max(500, min(2_000, 20_000_000 // len(sample)))
+    random = np.random.default_rng(seed)
+    drawn = (sample[random.integers(len(sample), size=len(sample))] for _ in range(resamples))
+    moments = np.array([(one.mean(), one.std()) for one in drawn])
+    means, spreads = moments[(moments > 0).all(axis=1)].T
+    if len(means) < 0.99 * resamples:
+        return None  # fewer than about five values are not zero: they say nothing of their kind
+    pivots = np.log(means / mean) * means / spreads
+    low, high = np.quantile(pivots, [0.975, 0.025])
+    return Interval(mean * math.exp(-low * spread / mean), mean * math.exp(-high * spread / mean))
