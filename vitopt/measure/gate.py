@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vitopt.measure import power
-from vitopt.measure.claims import Decision, at_least, at_most
+from vitopt.measure.claims import Decision, at_least, at_most, together
 from vitopt.measure.comparison import speed_ratio
 from vitopt.measure.intervals import Interval
 from vitopt.measure.latency_statistics import calls_needed
@@ -54,8 +54,7 @@ def judge_floor(auto: AutoSkipSpec, record: Record, baseline: Record) -> tuple[R
 
 def overall(requirements: Sequence[Requirement]) -> Decision:
     """Failed where any is, else undecided where any is, else shown."""
-    decisions = {requirement.decision for requirement in requirements}
-    return "failed" if "failed" in decisions else "undecided" if "undecided" in decisions else "shown"
+    return together(requirement.decision for requirement in requirements)
 
 
 def _judged(key: str, limit: float, evidence: Evidence) -> Requirement:
