@@ -13,7 +13,7 @@ from vitopt.data.images import ImageSet, open_images
 from vitopt.environment import launch, support
 from vitopt.errors import CheckpointError, DataError, RecipeError, RecordError
 from vitopt.measure import evaluator
-from vitopt.measure.statistics import wilson_interval
+from vitopt.measure.intervals import wilson_interval
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
 from vitopt.recipe import DataSpec, EvaluateSpec, FastestSpec, LatencySpec, VariantSpec
 from vitopt.records import Dataset, Latency, Memory, Record, Variant, VersusBaseline

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from vitopt.formats import colour_of
-from vitopt.measure.statistics import pareto_front
+from vitopt.measure.pareto import pareto_front
 from vitopt.records import Record
 from vitopt.report.figures import Plot, blank, remove_others, rendered, step_line, styled
 from vitopt.report.labels import label_points

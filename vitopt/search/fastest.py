@@ -21,9 +21,9 @@ from vitopt.formats import FORMATS, QUANTIZED_FORMATS, HalfFormat
 from vitopt.inference import Candidate, measure
 from vitopt.measure.claims import at_least
 from vitopt.measure.comparison import paired_speedup
+from vitopt.measure.intervals import Interval, wilson_interval
 from vitopt.measure.latency_statistics import Speedup
 from vitopt.measure.power import trials_to_bound_share
-from vitopt.measure.statistics import Interval, wilson_interval
 from vitopt.models.checkpoint import Checkpoint
 from vitopt.optimize.quantize import quantize
 from vitopt.recipe import EvaluateSpec, FastestSpec, Spec, VariantSpec
