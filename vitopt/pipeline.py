@@ -132,7 +132,7 @@ def _finetuned(current: _Run, source: Checkpoint, data: DataSpec, test: ImageSet
     spec = recipe.finetune
     if spec is None:
         return source
-    from vitopt.finetune.training import finetune, head_labels
+    from vitopt.training.finetune import finetune, head_labels
 
     output = current.folder.path / "finetune"
     train = training_images(data)
