@@ -15,6 +15,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'vitopt' has no attribute {name!r}")
     import importlib
 
+    from vitopt.environment import libraries
+
+    libraries.quiet_libraries()  # before they are imported
     return getattr(importlib.import_module("vitopt.api"), name)
 
 

@@ -17,7 +17,7 @@ from vitopt import inference, storage
 from vitopt.data.images import ALL, ImageSet, open_images
 from vitopt.data.pairs import images_of
 from vitopt.data.sources import parse_source
-from vitopt.environment import devices, libraries
+from vitopt.environment import devices
 from vitopt.errors import RecipeError, RecordError
 from vitopt.formats import Format
 from vitopt.inference import Candidate
@@ -40,7 +40,6 @@ __all__ = ["compare", "evaluate", "finetune", "images", "load", "open_checkpoint
 
 Data = str | Path | ImageSet | Iterable[tuple[Any, Any]]
 
-libraries.quiet_libraries()
 images = images_of
 
 
@@ -145,8 +144,9 @@ def quantize(
     Raises:
         VitoptError: what is wrong with the keywords, the data, the checkpoint or the output, in one line.
     """
-    source = "none" if data is None else _name_of(data)
-    spec = validated(_Quantizing, "quantize", options, _NOT_QUANTIZED, name="variant", format=format, source=source)
+    spec = validated(
+        _Quantizing, "quantize", options, _NOT_QUANTIZED, name="variant", format=format, source=_name_of(data)
+    )
     variant, opened, place = part(spec, VariantSpec), _opened(checkpoint), Path(output).resolve()
     if variant.skips_automatically != (data is not None):
         raise RecipeError("quantize: skip='auto' chooses on data: give both of them, or neither")
@@ -193,9 +193,7 @@ def evaluate(
     Raises:
         VitoptError: what is wrong with the keywords, the data, a model, a metric or the output, in one line.
     """
-    spec = validated(
-        _Evaluating, "evaluate", options, _NOT_EVALUATED, source="none" if data is None else _name_of(data)
-    )
+    spec = validated(_Evaluating, "evaluate", options, _NOT_EVALUATED, source=_name_of(data))
     named = models if isinstance(models, Mapping) else {_label(models): models}
     candidates = [_candidate(str(name), one, part(spec, RunSpec), preprocess) for name, one in named.items()]
     names = [one.name for one in candidates]
@@ -315,8 +313,8 @@ def _opened(checkpoint: Checkpoint | str | Path) -> Checkpoint:
     return checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
 
 
-def _name_of(data: Data) -> str:
-    return str(data) if isinstance(data, str | Path) else "images"
+def _name_of(data: Data | None) -> str:
+    return str(data) if isinstance(data, str | Path) else "(image, label) pairs"
 
 
 def _label(model: Any) -> str:

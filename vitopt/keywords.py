@@ -1,4 +1,4 @@
-"""Keyword arguments of Python functions from the fields of recipe sections, as `cli/options.py` makes options of them."""
+"""Keyword arguments of Python functions from the fields of recipe sections."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -19,7 +19,12 @@ def takes(spec: type[Spec], unused: Mapping[str, str] | None = None) -> Callable
         signature = inspect.signature(function)
         own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
         shown = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=of.get_default(), annotation=of.annotation)
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=of.get_default(call_default_factory=True),
+                annotation=of.annotation,
+            )
             for name, of in spec.model_fields.items()
             if name not in signature.parameters and name not in (unused or {})
         ]
