@@ -319,6 +319,7 @@ def _name_of(data: Data | None) -> str:
 
 def _label(model: Any) -> str:
     """What a model is called that has no name of its own."""
+    model = model.runnable.checkpoint if isinstance(model, Loaded) else model
     source = model.source if isinstance(model, Checkpoint) else getattr(model, "name", None)
     if isinstance(model, str | Path) or source is not None:
         return Path(source or model).name
