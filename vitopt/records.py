@@ -107,7 +107,7 @@ class VersusBaseline(Part):
 class Metric(Part):
     """A metric of the user's own over all images, and its change against the baseline on the same images."""
 
-    value: float
+    value: float = Field(description="over all images, or the mean of a value for each")
     ci95: tuple[float, float] | None = Field(None, description="bootstrap over images, or over their groups")
     baseline: str | None = Field(None, description="what `delta` is against")
     delta: float | None = Field(None, description="value minus the baseline's")

@@ -7,6 +7,7 @@ import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -322,7 +323,7 @@ def failed(name: str, asked: VariantSpec, reason: str, device: torch.device) -> 
 def _provenance(device: torch.device) -> dict[str, Any]:
     return {
         "environment": machine.describe(device),
-        "command": shlex.join(["vitopt", *sys.argv[1:]]),
+        "command": shlex.join(["vitopt", *sys.argv[1:]]) if Path(sys.argv[0]).stem in ("vitopt", "__main__") else None,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from vitopt.environment.devices import DTYPES
 from vitopt.errors import MeasurementError
 from vitopt.models.calibration import Use
 from vitopt.models.checkpoint import weight_bytes
@@ -174,6 +175,6 @@ class Wrapped:
         if not isinstance(self.call, nn.Module):
             return {"variant": Variant(name=self.name, format="function")}
         dtype = next((parameter.dtype for parameter in self.call.parameters()), torch.float32)
-        format = str(dtype).removeprefix("torch.")
+        format = next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
         size = Size(weight_bytes=self.weight_bytes(), disk_bytes=None)
         return {"variant": Variant(name=self.name, format=format), "size": size}

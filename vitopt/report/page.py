@@ -158,7 +158,7 @@ def _flips(run: Run) -> tuple[list[Flips], list[str], bool]:
     kept = [
         record
         for record in run.records
-        if record.failure is None and (run.folders[record.variant.name] / PREDICTIONS_FILE).is_file()
+        if record.accuracy is not None and (run.folders[record.variant.name] / PREDICTIONS_FILE).is_file()
     ]
     if run.baseline is None or run.baseline not in kept:
         return [], [], False

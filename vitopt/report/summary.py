@@ -38,7 +38,7 @@ def headline(records: Sequence[Record], baseline: Record | None) -> list[str]:
     sentences = []
     if any(record.versus_baseline for record in records):
         sentences += _about_accuracy([record for record in records if record.versus_baseline])
-    elif not any(record.accuracy for record in records):
+    elif not any(record.dataset for record in records):
         sentences.append("Measured on random pixels: these figures tell about speed, size and memory only.")
     elif len(records) == 1:
         sentences.append("There is one variant, so there is nothing to compare it with.")
