@@ -21,6 +21,7 @@ import vitopt
 from vitopt.errors import CheckpointError, DataError, MeasurementError, RecipeError, RecordError, StorageError
 from vitopt.measure import evaluator
 from vitopt.records import Memory, Record, Variant, load_record
+from vitopt.report.page import write_report
 
 README = Path(__file__).parents[1] / "README.md"
 QUICK = {"latency": {"iterations": 3, "warmup_seconds": 0}, "end_to_end": False, "look_alikes": False}
@@ -159,6 +160,8 @@ def test_a_retrieval_model(tmp_path: Path) -> None:
     assert change.delta < 0 and change.delta_ci95[0] < change.delta < change.delta_ci95[1]
     folders = [tmp_path / "run" / "variants" / name for name in ("coarse", "fp32")]
     assert load_record(folders[0]) == results["coarse"].record
+    page = write_report(tmp_path / "run").with_name("report.md").read_text()
+    assert "recall_at_1 0.8" in page and "random pixels" not in page and "Repeat it" not in page
     for pair in ([results["coarse"], results["fp32"]], folders):
         compared = vitopt.compare(*pair, max_kl=0.1)
         assert compared.comparison.versus is None and compared.decision == "undecided"

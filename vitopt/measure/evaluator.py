@@ -321,9 +321,10 @@ def failed(name: str, asked: VariantSpec, reason: str, device: torch.device) -> 
 
 
 def _provenance(device: torch.device) -> dict[str, Any]:
+    program = Path(sys.argv[0])  # vitopt, vitopt/__main__.py, or a notebook, whose arguments repeat nothing
     return {
         "environment": machine.describe(device),
-        "command": shlex.join(["vitopt", *sys.argv[1:]]) if Path(sys.argv[0]).stem in ("vitopt", "__main__") else None,
+        "command": shlex.join(["vitopt", *sys.argv[1:]]) if "vitopt" in (program.stem, program.parent.name) else None,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
