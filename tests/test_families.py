@@ -19,7 +19,6 @@ from vitopt.data.images import ImageSet, open_images
 from vitopt.data.pixels import Preprocessor, random_pixels
 from vitopt.environment.support import why_not_format
 from vitopt.errors import CheckpointError
-from vitopt.finetune.training import finetune
 from vitopt.inference import Candidate
 from vitopt.measure import evaluator
 from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
@@ -40,6 +39,7 @@ from vitopt.recipe import (
     VariantSpec,
 )
 from vitopt.search import analysis, costs
+from vitopt.training.finetune import finetune
 
 CPU = torch.device("cpu")
 FORMATS: list[Format] = [format for format in get_args(Format) if why_not_format(format, CPU) is None]

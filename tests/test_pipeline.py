@@ -661,7 +661,7 @@ def test_data_without_splits_is_divided_once(content: dict[str, Any], shapes: Pa
 
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vitopt.finetune import training
+    from vitopt.training import finetune as training
 
     def started(*_: Any, **__: Any) -> None:
         raise AssertionError("the training was started")

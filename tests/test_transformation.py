@@ -8,11 +8,11 @@ import pytest
 
 from vitopt.data.images import ImageSet, open_images
 from vitopt.errors import StorageError
-from vitopt.finetune.training import finetune
 from vitopt.models.calibration import Use, load_uses, save_uses
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.optimize.quantize import quantize
 from vitopt.recipe import DataSpec, FinetuneSpec, VariantSpec
+from vitopt.training.finetune import finetune
 from vitopt.transformation import Transformation, note_images
 
 WAYS = {

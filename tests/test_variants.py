@@ -12,7 +12,6 @@ from conftest import calibration_hashes
 from vitopt import checks, pipeline, storage
 from vitopt.data.images import ImageSet, open_images
 from vitopt.errors import DataError, UnsupportedError
-from vitopt.finetune import training
 from vitopt.measure import evaluator
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint, save_checkpoint
 from vitopt.pipeline import RunResult
@@ -20,6 +19,7 @@ from vitopt.recipe import DataSpec, Recipe
 from vitopt.records import Memory
 from vitopt.stages import RunFolder
 from vitopt.steps import STEPS
+from vitopt.training import finetune as training
 from vitopt.transformation import note_images
 from vitopt.variants import Settled, VariantMaker
 

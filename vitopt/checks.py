@@ -107,7 +107,7 @@ def require_images(recipe: Recipe, source: Checkpoint, data: DataSpec, test: Ima
     """
     trained = source.label_names
     if recipe.trains:
-        from vitopt.finetune.training import head_labels
+        from vitopt.training.finetune import head_labels
 
         train = training_images(data)
         trained = head_labels(source, train)

@@ -1,13 +1,19 @@
 """Checkpoints prepared and measured together."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
 
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.environment import devices
 from vitopt.errors import DataError, UnsupportedError
 from vitopt.measure.evaluator import Measured, evaluate, failed
+from vitopt.measure.own_metrics import Compute
+from vitopt.measure.runnable import NamesOutputs, Preprocess, Runnable, outputs_of
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
 from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import EvaluateSpec, RunSpec, VariantSpec
@@ -15,13 +21,15 @@ from vitopt.recipe import EvaluateSpec, RunSpec, VariantSpec
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint to measure and how to run it; `failure` says why it could not even be made."""
+    """A checkpoint to measure and how to run it, or what can be called already; `failure` says why it could not even be
+    made. `preprocess` stands instead of the checkpoint's own."""
 
     name: str
-    source: str
+    source: str | Checkpoint | Runnable
     run: RunSpec = field(default_factory=RunSpec)
     asked: VariantSpec | None = None
     failure: str | None = None
+    preprocess: Preprocess | None = None
 
 
 def measure(
@@ -34,11 +42,13 @@ def measure(
     device: str = "auto",
     strict: bool = False,
     untrained: bool = False,
+    metrics: Mapping[str, Compute] = MappingProxyType({}),
     ready: Callable[[Measured], None] = lambda one: None,
 ) -> list[Measured]:
     """Prepare checkpoints and measure them together; results in the order of `candidates`.
 
-    `ready` gets each result as soon as there is something in it, and again with more, see `evaluate`.
+    `ready` gets each result as soon as there is something in it, and again with more, see `evaluate`; there also
+    `metrics`.
 
     Raises:
         UnsupportedError: none of them can run here, or, with `strict`, one of them cannot.
@@ -46,14 +56,13 @@ def measure(
         MeasurementError: the baseline or first only guesses, and its weights are not `untrained` or `random:`.
     """
     target = devices.resolve_device(device)
-    runnables: list[TorchRunnable] = []
+    runnables: list[Runnable] = []
     failures = {one.name: one.failure for one in candidates if one.failure is not None}
     for one in candidates:
         if one.name in failures:
             continue
         try:
-            checkpoint = open_checkpoint(one.source)
-            runnable = prepare(checkpoint, name=one.name, device=target, run=one.run, asked=one.asked, strict=strict)
+            runnable = _called(one, target, strict)
         except UnsupportedError as error:
             if strict or one.asked is None:
                 raise
@@ -65,10 +74,11 @@ def measure(
     measured = evaluate(
         runnables,
         spec,
-        images=None if images is None else _fit_all(images, [runnable.checkpoint for runnable in runnables]),
+        images=None if images is None else _fit_all(images, runnables),
         skip_bad=skip_bad,
         baseline=baseline,
-        untrained=untrained or any(runnable.checkpoint.is_random for runnable in runnables),
+        untrained=untrained or any(isinstance(one, TorchRunnable) and one.checkpoint.is_random for one in runnables),
+        metrics=metrics,
         ready=ready,
     )
     results = {one.record.variant.name: one for one in measured}
@@ -78,10 +88,33 @@ def measure(
     return [results[one.name] for one in candidates if one.name in results]
 
 
-def _fit_all(images: ImageSet, checkpoints: Sequence[Checkpoint]) -> ImageSet:
-    """Labels as the first head orders them; all heads must have the same classes."""
-    first = checkpoints[0]
-    for other in checkpoints[1:]:
-        if other.label_names != first.label_names:
-            raise DataError(f"{other.source} and {first.source} have different classes, so they cannot be compared")
-    return fit_labels(images, first.label_names)
+def _called(candidate: Candidate, device: torch.device, strict: bool) -> Runnable:
+    source = candidate.source
+    if not isinstance(source, str | Checkpoint):
+        if source.name != candidate.name:
+            source = copy.copy(source)
+            source.name = candidate.name
+        return source
+    checkpoint = open_checkpoint(source) if isinstance(source, str) else source
+    run, asked = candidate.run, candidate.asked
+    runnable = prepare(checkpoint, name=candidate.name, device=device, run=run, asked=asked, strict=strict)
+    if candidate.preprocess is not None:
+        runnable.preprocess = candidate.preprocess
+    return runnable
+
+
+def _fit_all(images: ImageSet, runnables: Sequence[Runnable]) -> ImageSet:
+    """Labels as the first head orders them; all that name their outputs must have the same."""
+    naming = [one for one in runnables if isinstance(one, NamesOutputs) and one.label_names]
+    named = [(one.name, list(one.label_names or ())) for one in naming]
+    for name, labels in named[1:]:
+        if labels != named[0][1]:
+            raise DataError(f"{name} and {named[0][0]} have different classes, so they cannot be compared")
+    if named:
+        return fit_labels(images, named[0][1])
+    if images.class_names is not None and (one := next((o for o in runnables if outputs_of(o) != "embedding"), None)):
+        raise DataError(
+            f"{images.name} names its classes, and {one.name} does not say what its outputs are called: "
+            "give it `label_names`, or give labels that count its outputs from 0"
+        )
+    return images

@@ -14,7 +14,7 @@ from vitopt.environment import devices
 from vitopt.errors import BadImageError, DataError, MeasurementError
 from vitopt.measure.accuracy import padded_call
 from vitopt.models.checkpoint import open_checkpoint
-from vitopt.optimize.runtime import prepare
+from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import RunSpec
 
 logger = logging.getLogger(__name__)
@@ -49,44 +49,52 @@ def image_paths(names: Iterable[str]) -> list[Path]:
 
 
 def predict(
-    source: str,
-    paths: Sequence[Path],
-    *,
+    source: str, paths: Sequence[Path], *, top: int, run: RunSpec | None = None, device: str = "auto", **options: Any
+) -> Iterator[dict[str, Any]]:
+    """Classify image files with a checkpoint; `options` are those of `classify`.
+
+    Raises:
+        BadImageError: a file is missing.
+    """
+    images = image_files(paths)
+    runnable = prepare(open_checkpoint(source), name=source, device=devices.resolve_device(device), run=run)
+    return classify(runnable, images, top, **options)
+
+
+def classify(
+    runnable: TorchRunnable,
+    images: ImageSet,
     top: int,
-    run: RunSpec | None = None,
-    device: str = "auto",
+    *,
     batch_size: int = 32,
     workers: int = 0,
     skip_bad: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Classify image files, in order: `image`, its path, and `classes`, the `top` of highest probability.
+    """Classify images, in order: `image`, its id, and `classes`, the `top` of highest probability.
 
-    A class is `label`, `index` and `percent`: the softmax over all classes or, of a head that was trained for several
-    labels an image (`problem_type: multi_label_classification`), each class's own sigmoid. An image that cannot be
-    decoded is an error or, with `skip_bad`, has no `classes` but the `error`.
+    A class is `label`, `index` and `percent`: the softmax over all classes or, where outputs are independent labels
+    (`problem_type: multi_label_classification`), each one's own sigmoid. An image that cannot be decoded is an error
+    or, with `skip_bad`, has no `classes` but the `error`.
 
     Raises:
-        BadImageError: a file is missing or cannot be decoded.
+        BadImageError: an image cannot be decoded.
         MeasurementError: the model's logits are not finite.
     """
-    checkpoint = open_checkpoint(source)
-    images = image_files(paths)
-    target = devices.resolve_device(device)
-    runnable = prepare(checkpoint, name=source, device=target, run=run)
-    names = checkpoint.label_names
-    several = checkpoint.config.problem_type == "multi_label_classification"
+    device, names = runnable.device, runnable.label_names
     batch_size = min(batch_size, len(images))
     stream = batches(
-        images, runnable.preprocess, batch_size, workers=workers, skip_bad=skip_bad, pin=target.type == "cuda"
+        images, runnable.preprocess, batch_size, workers=workers, skip_bad=skip_bad, pin=device.type == "cuda"
     )
     with progress.task("predicting", len(images)) as counted:
-        for batch in on_device(stream, target):
+        for batch in on_device(stream, device):
             answers = {index: _unreadable(images, index) for index in batch.bad}
             if batch.indices:
                 logits = padded_call(runnable, batch.pixel_values, batch_size).float()
                 if not bool(logits.isfinite().all()):
-                    raise MeasurementError(f"the logits of {source} are not finite: its weights are broken or overflow")
-                probabilities = logits.sigmoid() if several else logits.softmax(-1)
+                    raise MeasurementError(
+                        f"the logits of {runnable.name} are not finite: its weights are broken or overflow"
+                    )
+                probabilities = logits.softmax(-1) if runnable.outputs == "classes" else logits.sigmoid()
                 best = probabilities.topk(min(top, len(names)))
                 for index, *ranked in zip(batch.indices, best.values.tolist(), best.indices.tolist(), strict=True):
                     classes = [

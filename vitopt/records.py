@@ -19,6 +19,8 @@ _OLD_SCHEMA = "vitopt.record/1"
 RECORD_FILE = "record.json"
 
 Option = str | bool | None  # what an option of a run is set to
+# What a model gives: a logit for each class, of which one is right; a logit for each of independent labels; or vectors.
+Outputs = Literal["classes", "labels", "embedding"]
 
 
 class Part(BaseModel):
@@ -106,6 +108,16 @@ class VersusBaseline(Part):
     normalised_logit_error: float = Field(description="norm of the difference over norm of the baseline's logits")
     smallest_visible_loss_points: float = Field(description="a true loss of this size is seen 8 times in 10")
     verdict: str
+
+
+class Metric(Part):
+    """A metric of the user's own over all images, and its change against the baseline on the same images."""
+
+    value: float = Field(description="over all images, or the mean of a value for each")
+    ci95: tuple[float, float] | None = Field(None, description="bootstrap over images, or over their groups")
+    baseline: str | None = Field(None, description="what `delta` is against")
+    delta: float | None = Field(None, description="value minus the baseline's")
+    delta_ci95: tuple[float, float] | None = Field(None, description="paired: both on the same resampled images")
 
 
 class Latency(Part):
@@ -198,7 +210,7 @@ class BatchInvariance(Part):
     batch_size: int = Field(
         description="compared with a batch of one; where that is not compiled, with one of copies of the image"
     )
-    agreement_percent: float
+    agreement_percent: float | None = Field(description="images of the same class; null where outputs are no classes")
     max_logit_difference: float = Field(description="largest over all images and classes")
 
 
@@ -259,6 +271,7 @@ class Record(Part):
     layers: dict[str, str] = Field(default_factory=dict, description="logical name -> format, from the live model")
     accuracy: Accuracy | None = None
     versus_baseline: VersusBaseline | None = None
+    metrics: dict[str, Metric] = Field(default_factory=dict, description="the user's own, by name")
     latency: tuple[Latency, ...] = ()
     latency_failures: tuple[FailedLatency, ...] = ()
     end_to_end: tuple[EndToEnd, ...] = ()

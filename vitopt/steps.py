@@ -66,7 +66,7 @@ class StepKind:
 
 
 STEPS: dict[str, StepKind] = {
-    "finetune": StepKind(FinetuneSpec, "vitopt.finetune.training:finetune", "training"),
+    "finetune": StepKind(FinetuneSpec, "vitopt.training.finetune:finetune", "training"),
 }
 
 _fields: dict[str, Any] = {name: (kind.spec | None, None) for name, kind in STEPS.items()}

@@ -95,3 +95,14 @@ def test_a_broken_file_is_named(tmp_path: Path, write: object) -> None:
     write(tmp_path / PREDICTIONS_FILE)
     with pytest.raises(RecordError, match=r"predictions\.parquet cannot be read as predictions: "):
         load_predictions(tmp_path)
+
+
+def test_sets_of_labels_and_embeddings_are_read_back(tmp_path: Path) -> None:
+    saved = replace(some(5, 3), labels=np.eye(5, 3, dtype=np.int64), outputs="labels")
+    save_predictions(saved, tmp_path)
+    got = load_predictions(tmp_path)
+    np.testing.assert_array_equal(got.labels, saved.labels)
+    assert got.outputs == "labels" and got.labels.dtype == np.int64 and "any number" in (got.why_no_classes or "")
+    save_predictions(replace(some(), outputs="embedding"), tmp_path)
+    assert "embeddings" in (load_predictions(tmp_path).why_no_classes or "")
+    assert some().why_no_classes is None

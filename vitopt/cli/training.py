@@ -33,8 +33,8 @@ def finetune(
     from vitopt.data.images import open_images
     from vitopt.data.sources import parse_source
     from vitopt.errors import DataError
-    from vitopt.finetune.training import finetune as train
     from vitopt.models.checkpoint import open_checkpoint
+    from vitopt.training.finetune import finetune as train
 
     opened = open_checkpoint(checkpoint)
     training = open_images(data, "train")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vitopt.data.decoding import IMAGE_ENDINGS, MAX_PIXELS, ArrayReader, FileReader, HubReader, Reader, as_rgb
@@ -35,7 +36,8 @@ _TEST_SHARE = 0.2
 class ImageSet:
     """Images with labels, in a fixed order.
 
-    `labels` index `class_names`; where the user says that labels count a head's outputs, there are no names.
+    `labels` index `class_names`; where the user says that labels count a head's outputs, there are no names. Where
+    images have any number of labels, `label_sets` holds them, and `labels` only tells which images have the same ones.
     """
 
     name: str
@@ -46,6 +48,7 @@ class ImageSet:
     reader: Reader
     rows: tuple[int, ...]  # where each image stands in the reader
     groups: tuple[str, ...] | None = None  # of images that depend on each other, such as the frames of one video
+    label_sets: tuple[frozenset[int], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -87,9 +90,25 @@ class ImageSet:
     def sha256(self) -> str:
         """Hex digest of all contents and labels, in order."""
         digest = hashlib.sha256()
-        for content, label in zip(self.image_hashes, self.labels, strict=True):
+        labels = self.labels if self.label_sets is None else map(sorted, self.label_sets)
+        for content, label in zip(self.image_hashes, labels, strict=True):
             digest.update(f"{content} {label}\n".encode())
         return digest.hexdigest()
+
+    @property
+    def used_labels(self) -> list[int]:
+        """All labels that images have, rising."""
+        return sorted(set(self.labels) if self.label_sets is None else frozenset().union(*self.label_sets))
+
+    def targets(self, classes: int | None = None) -> NDArray[np.int64]:
+        """(images,) labels; where images have sets of them, (images, classes) with 1 for those that an image has."""
+        if self.label_sets is None:
+            return np.array(self.labels, dtype=np.int64)
+        classes = max(classes or len(self.class_names or ()), 1 + max(self.used_labels, default=0))
+        targets = np.zeros((len(self), classes), dtype=np.int64)
+        for row, labels in zip(targets, self.label_sets, strict=True):
+            row[list(labels)] = 1
+        return targets
 
     def subset(self, indices: Iterable[int]) -> "ImageSet":
         """The images at `indices`, in that order."""
@@ -100,6 +119,7 @@ class ImageSet:
             labels=tuple(self.labels[i] for i in chosen),
             rows=tuple(self.rows[i] for i in chosen),
             groups=None if self.groups is None else tuple(self.groups[i] for i in chosen),
+            label_sets=None if self.label_sets is None else tuple(self.label_sets[i] for i in chosen),
         )
 
     def without(self, ids: Sequence[str]) -> "ImageSet":

@@ -49,7 +49,7 @@ def fit_labels(images: "ImageSet", label_names: Sequence[str]) -> "ImageSet":
         DataError: the labels do not fit or fit more than one output; the message names the first.
     """
     if images.class_names is None:
-        highest = max(images.labels)
+        highest = max(images.used_labels, default=0)
         if highest >= len(label_names):
             raise DataError(
                 f"{images.name} has label {highest}, but the model's head has {len(label_names)} classes "
@@ -57,14 +57,15 @@ def fit_labels(images: "ImageSet", label_names: Sequence[str]) -> "ImageSet":
             )
         return replace(images, class_names=tuple(label_names))
     outputs = _outputs(images, images.class_names, label_names)
+    if images.label_sets is not None:
+        sets = tuple(frozenset(outputs[label] for label in labels) for labels in images.label_sets)
+        return replace(images, label_sets=sets, class_names=tuple(label_names))
     return replace(images, labels=tuple(outputs[label] for label in images.labels), class_names=tuple(label_names))
 
 
 def _outputs(images: "ImageSet", names: Sequence[str], head: Sequence[str]) -> dict[int, int]:
     exact, folded = _places(head), _places(map(_fold, head))
-    fitting = {
-        label: exact.get(names[label]) or folded.get(_fold(names[label]), []) for label in sorted(set(images.labels))
-    }
+    fitting = {label: exact.get(names[label]) or folded.get(_fold(names[label]), []) for label in images.used_labels}
     unknown = [names[label] for label, outputs in fitting.items() if not outputs]
     if unknown and len(head) == len(names) and all(name.startswith("LABEL_") for name in head):
         return {label: label for label in fitting}

@@ -100,7 +100,12 @@ class PixelDataset(Dataset):
         image = self.images.image(index)
         if self.augment is not None:
             image = self.augment(image)
-        return {"pixel_values": self.preprocess(image), "labels": self.images.labels[index]}
+        return {"pixel_values": self.preprocess(image), "labels": self._target(index)}
+
+    def _target(self, index: int) -> Any:
+        if self.images.label_sets is None:
+            return self.images.labels[index]
+        return torch.from_numpy(self.images.subset([index]).targets()[0]).float()
 
 
 class _Indexed(Dataset):

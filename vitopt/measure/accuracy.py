@@ -1,7 +1,7 @@
 """Accuracy: all variants see the same batches, so that every comparison is paired image by image."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,9 +26,9 @@ from vitopt.measure.logit_statistics import (
 from vitopt.measure.paired import holm, mcnemar_exact_p, paired_counts
 from vitopt.measure.power import smallest_visible_loss
 from vitopt.measure.predictions import Predictions
-from vitopt.measure.runnable import Runnable, fixed_shapes
+from vitopt.measure.runnable import Runnable, fixed_shapes, outputs_of
 from vitopt.measure.verdict import accuracy_verdict
-from vitopt.records import Accuracy, ClassAccuracy, VersusBaseline
+from vitopt.records import Accuracy, ClassAccuracy, Outputs, VersusBaseline
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def predict(
                 else:
                     found[runnable.name].update(zip(batch.indices, logits, strict=True))
     shares = launch.gather_objects((found, failures, sizes, sorted(bad)))
-    return _merge(shares, images, batch_size)
+    return _merge(shares, images, batch_size, {runnable.name: outputs_of(runnable) for runnable in runnables})
 
 
 def _alike(runnables: Sequence[Runnable]) -> list[list[Runnable]]:
@@ -111,12 +111,15 @@ def _alike(runnables: Sequence[Runnable]) -> list[list[Runnable]]:
 
 
 def _logits(runnable: Runnable, batch: Batch, sizes: dict[str, int]) -> np.ndarray:
-    """(images, classes), float32; halves the subject's batch size in `sizes` for as long as it does not fit."""
+    """(images, outputs), float32; halves the subject's batch size in `sizes` for as long as it does not fit."""
     while True:
         size = sizes[runnable.name]
         try:
             parts = [padded_call(runnable, part, size) for part in batch.pixel_values.split(size)]
-            return torch.cat(parts).float().cpu().numpy()
+            found = torch.cat(parts).float().cpu().numpy()
+            if found.ndim != 2:
+                raise MeasurementError(f"it must return (images, outputs), not {found.shape}")
+            return found
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -127,7 +130,7 @@ def _logits(runnable: Runnable, batch: Batch, sizes: dict[str, int]) -> np.ndarr
 
 
 def padded_call(runnable: Runnable, pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """Logits (images, classes) of `pixels` (images, 3, height, width).
+    """Outputs (images, outputs) of `pixels` (images, 3, height, width).
 
     One of fixed shapes is called with `size` images; what is missing are copies of the last one.
     """
@@ -147,24 +150,27 @@ def _refuse_nan(logits: np.ndarray, batch: Batch, images: ImageSet) -> None:
         )
 
 
-def _merge(shares: Sequence[_Share], images: ImageSet, batch_size: int) -> Outcome:
+def _merge(shares: Sequence[_Share], images: ImageSet, batch_size: int, outputs: Mapping[str, Outputs]) -> Outcome:
     failures = {name: reason for _, some, _, _ in shares for name, reason in some.items()}
     bad = sorted({index for _, _, _, some in shares for index in some})
     kept = [index for index in range(len(images)) if index not in set(bad)]
     if not kept:
         raise DataError(f"none of the {len(images)} images of {images.name} can be decoded")
-    hashes = images.image_hashes
+    kept_images = images.subset(kept)
     predictions = {}
     for name in shares[0][0]:
         if name in failures:
             continue
         logits = {index: row for found, _, _, _ in shares for index, row in found[name].items()}
+        stacked = np.stack([logits[i] for i in kept])
+        width = stacked.shape[1] if outputs[name] != "embedding" else None
         predictions[name] = Predictions(
-            ids=tuple(images.ids[i] for i in kept),
-            image_sha256=tuple(hashes[i] for i in kept),
-            labels=np.array([images.labels[i] for i in kept], dtype=np.int64),
-            logits=np.stack([logits[i] for i in kept]),
-            groups=None if images.groups is None else tuple(images.groups[i] for i in kept),
+            ids=kept_images.ids,
+            image_sha256=tuple(images.image_hashes[i] for i in kept),
+            labels=kept_images.targets(width),
+            logits=stacked,
+            groups=kept_images.groups,
+            outputs=outputs[name],
         )
     smallest = {name: min(sizes[name] for _, _, sizes, _ in shares) for name in shares[0][0]}
     notes = {
@@ -187,7 +193,7 @@ def summarise(predictions: Predictions, class_names: Sequence[str]) -> Accuracy:
         rows.append(
             ClassAccuracy(
                 label=int(label),
-                name=class_names[label],
+                name=class_names[label] if class_names else str(label),
                 images=int(of_class.sum()),
                 top1_percent=100 * float(top1[of_class].mean()),
             )
@@ -207,9 +213,12 @@ def compare(baseline_name: str, baseline: Predictions, variant: Predictions) -> 
     """Paired comparison of two variants' predictions on the same images.
 
     Raises:
-        RecordError: they are not over the same images with the same labels in the same order.
+        RecordError: they are not over the same images with the same labels in the same order, or no output is the
+            class of an image.
     """
-    _require_same_images(baseline, variant)
+    if reason := baseline.why_no_classes or variant.why_no_classes:
+        raise RecordError(reason)
+    require_same_images(baseline, variant)
     counts = paired_counts(baseline.correct, variant.correct)
     interval = paired_delta_interval(*counts)
     images = len(baseline.labels)
@@ -257,7 +266,8 @@ def _percent(interval: Interval) -> tuple[float, float]:
     return 100 * interval.low, 100 * interval.high
 
 
-def _require_same_images(baseline: Predictions, variant: Predictions) -> None:
+def require_same_images(baseline: Predictions, variant: Predictions) -> None:
+    """Raises RecordError where two results cannot be paired: other images, other labels, heads of other widths."""
     if baseline.image_sha256 != variant.image_sha256:
         different = sum(a != b for a, b in zip(baseline.image_sha256, variant.image_sha256, strict=False))
         different += abs(len(baseline.ids) - len(variant.ids))
@@ -267,7 +277,7 @@ def _require_same_images(baseline: Predictions, variant: Predictions) -> None:
         )
     if not np.array_equal(baseline.labels, variant.labels):
         raise RecordError("the two were measured on the same images with different labels: evaluate both again")
-    if baseline.logits.shape != variant.logits.shape:
+    if baseline.logits.shape != variant.logits.shape and not variant.why_no_classes:
         raise RecordError(
             f"the two have heads of {baseline.logits.shape[1]} and {variant.logits.shape[1]} classes; "
             "only models with the same classes can be compared"

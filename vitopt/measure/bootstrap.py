@@ -1,9 +1,10 @@
-"""An interval for a mean of which little is known: the bootstrap."""
+"""An interval for what little is known of: the bootstrap."""
 
 import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from vitopt.measure.intervals import Interval
 
@@ -36,3 +37,30 @@ def positive_mean_interval(values: ArrayLike, resamples: int | None = None, seed
     pivots = np.log(means / mean) * means / spreads
     low, high = np.quantile(pivots, [0.975, 0.025])
     return Interval(mean * math.exp(-low * spread / mean), mean * math.exp(-high * spread / mean))
+
+
+def resampled_images(
+    images: int, groups: Sequence[str] | None = None, resamples: int = 500, seed: int = 0
+) -> Iterator[NDArray[np.intp]]:
+    """Indices of so many images drawn with replacement, `resamples` times; of whole groups where they are named.
+
+    The same arguments draw the same images, so what two models give on them is paired.
+    """
+    random = np.random.default_rng(seed)
+    if groups is None:
+        for _ in range(resamples):
+            yield random.integers(images, size=images)
+        return
+    _, group_of = np.unique(np.asarray(groups), return_inverse=True)
+    members = [np.flatnonzero(group_of == group) for group in range(group_of.max() + 1)]
+    for _ in range(resamples):
+        yield np.concatenate([members[group] for group in random.integers(len(members), size=len(members))])
+
+
+def percentile_interval(resampled: ArrayLike) -> Interval | None:
+    """The middle 95 % of what a statistic was on resampled images; None where it never differed.
+
+    Source: Efron and Tibshirani 1993, "An introduction to the bootstrap", chapter 13.
+    """
+    low, high = np.quantile(np.asarray(resampled, np.float64), [0.025, 0.975])
+    return None if low == high else Interval(float(low), float(high))

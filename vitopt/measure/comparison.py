@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from vitopt.errors import RecordError
-from vitopt.measure.accuracy import compare
+from vitopt.measure.accuracy import compare, require_same_images
 from vitopt.measure.latency_statistics import Speedup, speedup_interval
-from vitopt.measure.predictions import load_predictions
-from vitopt.records import Latency, Record, VersusBaseline, load_record
+from vitopt.measure.predictions import Predictions, load_predictions
+from vitopt.records import Latency, Metric, Record, VersusBaseline, load_record
 
 
 @dataclass(frozen=True)
@@ -27,21 +27,28 @@ class Comparison:
 
     baseline: Record
     variant: Record
-    versus: VersusBaseline
+    versus: VersusBaseline | None  # None where outputs are no classes
     speed: tuple[SpeedRatio, ...]  # by batch size, where both were timed
 
     @property
     def records(self) -> tuple[Record, Record]:
         """Both records, the variant's with this comparison in place of the one that was stored."""
-        return self.baseline, self.variant.model_copy(update={"versus_baseline": self.versus})
+        metrics = {
+            # A paired difference from another baseline says nothing here, and code is not stored to make it anew.
+            name: Metric(value=one.value, ci95=one.ci95) if one.baseline != self.baseline.variant.name else one
+            for name, one in self.variant.metrics.items()
+        }
+        changed = {"versus_baseline": self.versus, "metrics": metrics}
+        return self.baseline, self.variant.model_copy(update=changed)
 
     def lines(self) -> list[str]:
         """What the numbers say beyond the table."""
-        versus = self.versus
-        lines = [
-            f"{versus.right_to_wrong} images turned wrong, {versus.wrong_to_right} turned right "
-            f"(McNemar's exact p = {versus.mcnemar_p:.3g}); mean KL divergence {versus.mean_kl_divergence:.4f} nats"
-        ]
+        lines = []
+        if (versus := self.versus) is not None:
+            lines.append(
+                f"{versus.right_to_wrong} images turned wrong, {versus.wrong_to_right} turned right "
+                f"(McNemar's exact p = {versus.mcnemar_p:.3g}); mean KL divergence {versus.mean_kl_divergence:.4f} nats"
+            )
         lines += [f"batch {one.batch_size}: {one.ratio:.2f}x the speed{_worth(one)}" for one in self.speed]
         return lines
 
@@ -50,7 +57,7 @@ class Comparison:
         return {
             "baseline": self.baseline.variant.name,
             "variant": self.variant.variant.name,
-            "versus_baseline": self.versus.model_dump(mode="json"),
+            "versus_baseline": self.versus.model_dump(mode="json") if self.versus else None,
             "overlaps": {
                 record.variant.name: [overlap.model_dump(mode="json") for overlap in record.dataset.overlaps]
                 for record in (self.baseline, self.variant)
@@ -74,14 +81,33 @@ def compare_stored(baseline: Path, variant: Path) -> Comparison:
     Raises:
         RecordError: missing, of another schema, failed, or over different images.
     """
-    records = {path: load_record(path) for path in (baseline, variant)}
-    for path, record in records.items():
-        if record.failure is not None:
-            raise RecordError(f"{path} holds a failed measurement ({record.failure}): there is nothing to compare")
-    predictions = [load_predictions(path if path.is_dir() else path.parent) for path in (baseline, variant)]
-    versus = compare(records[baseline].variant.name, predictions[0], predictions[1])
-    ratios = (speed_ratio(records[baseline], records[variant], row.batch_size) for row in records[variant].latency)
-    return Comparison(records[baseline], records[variant], versus, tuple(one for one in ratios if one is not None))
+    return compare_measured(stored(baseline), stored(variant))
+
+
+def stored(path: Path) -> tuple[Record, Predictions]:
+    """A result by its `record.json` or the folder of it.
+
+    Raises:
+        RecordError: missing, of another schema, or failed.
+    """
+    record = load_record(path)
+    if record.failure is not None:
+        raise RecordError(f"{path} holds a failed measurement ({record.failure}): there is nothing to compare")
+    return record, load_predictions(path if path.is_dir() else path.parent)
+
+
+def compare_measured(baseline: tuple[Record, Predictions], variant: tuple[Record, Predictions]) -> Comparison:
+    """Compare two results, each a record and its predictions.
+
+    Raises:
+        RecordError: they are over different images.
+    """
+    (before, reference), (after, predictions) = baseline, variant
+    classes = not (reference.why_no_classes or predictions.why_no_classes)
+    require_same_images(reference, predictions)
+    versus = compare(before.variant.name, reference, predictions) if classes else None
+    ratios = (speed_ratio(before, after, row.batch_size) for row in after.latency)
+    return Comparison(before, after, versus, tuple(one for one in ratios if one is not None))
 
 
 def speed_ratio(baseline: Record, variant: Record, batch_size: int) -> SpeedRatio | None:

@@ -7,6 +7,8 @@ import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from vitopt import progress
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import random_pixels
 from vitopt.environment import launch, machine
-from vitopt.errors import MeasurementError
+from vitopt.errors import DataError, MeasurementError
 from vitopt.measure import accuracy
 from vitopt.measure.chance import explain_guessing, is_guessing
 from vitopt.measure.conditions import watched
@@ -26,6 +28,7 @@ from vitopt.measure.latency import clock_for
 from vitopt.measure.latency_rows import Rows, call_of, time_rows
 from vitopt.measure.memory import peak_memory
 from vitopt.measure.overlap import HashedImages, warning
+from vitopt.measure.own_metrics import Compute, OwnMetrics, measure_metrics
 from vitopt.measure.predictions import Predictions
 from vitopt.measure.rates import floor_ms, roofline, utilisation_percent
 from vitopt.measure.runnable import CountsFlops, HasSeenImages, Runnable, ShowsKernel, input_size
@@ -50,6 +53,7 @@ def evaluate(
     skip_bad: bool = False,
     baseline: str | None = None,
     untrained: bool = False,
+    metrics: Mapping[str, Compute] = MappingProxyType({}),
     ready: Callable[[Measured], None] = lambda one: None,
 ) -> list[Measured]:
     """Measure accuracy (where `images` are given), latency, size and memory of all runnables together.
@@ -59,22 +63,27 @@ def evaluate(
     `ready` gets each result as soon as it holds accuracy and latency, and again whenever it has gained figures. In
     processes other than the main one only the share of accuracy is done, and the list is empty.
     Without the baseline's own figures the others are measured and compared with nothing. `untrained` weights are
-    expected to guess, which is a warning then.
+    expected to guess, which is a warning then. `metrics` are computed of all outputs and labels, see `own_metrics`.
 
     Raises:
-        MeasurementError: the baseline, or without one the first runnable, only guesses the images' classes.
+        MeasurementError: the baseline, or without one the first runnable, only guesses the images' classes; or one of
+            `metrics` fails on it.
+        DataError: no image can be decoded, or a label is no output of a runnable.
     """
-    outcome = None
+    outcome, own_metrics = None, dict[str, OwnMetrics]()
     if images is not None:
         outcome = accuracy.predict(
             runnables, images, batch_size=spec.batch_size, workers=spec.workers, skip_bad=skip_bad
         )
         images = images.without(outcome.skipped)
+        _refuse_labels_without_output(outcome, images)
         _refuse_guessing(outcome, baseline or runnables[0].name, untrained)
     if not launch.is_main_process():
         launch.wait_for_all()
         return []
     failures = dict(outcome.failures) if outcome else {}
+    if outcome is not None:
+        own_metrics = measure_metrics(metrics, outcome.predictions, baseline)  # before minutes of timing
     running = [runnable for runnable in runnables if runnable.name not in failures]
     with watched(runnables[0].device) as warnings:
         rows = time_rows(running, spec.latency, baseline, images)
@@ -91,7 +100,11 @@ def evaluate(
         own["warnings"] = (*warnings, *notes)
         if runnable.name in rows:
             own["measured_together"] = together
-        measured[runnable.name] = _first_figures(runnable, own, outcome, images, rows.get(runnable.name), baseline)
+        one = _first_figures(runnable, own, outcome, images, rows.get(runnable.name), baseline)
+        figures = own_metrics.get(runnable.name)
+        measured[runnable.name] = (
+            one if figures is None else _with(one, metrics=figures.figures, unmeasured=figures.missing)
+        )
 
     measured = _adjusted(measured)
 
@@ -116,10 +129,17 @@ def evaluate(
     return list(measured.values())
 
 
+def _refuse_labels_without_output(outcome: accuracy.Outcome, images: ImageSet) -> None:
+    for name, predictions in outcome.predictions.items():
+        highest, width = max(images.used_labels, default=0), predictions.logits.shape[1]
+        if predictions.outputs != "embedding" and highest >= width:
+            raise DataError(f"{images.name} has label {highest}, and the outputs of {name} are 0 to {width - 1}")
+
+
 def _refuse_guessing(outcome: accuracy.Outcome, name: str, untrained: bool) -> None:
     """Stop before minutes of timing where images and model do not belong together."""
     predictions = outcome.predictions.get(name)
-    if predictions is None:
+    if predictions is None or predictions.why_no_classes:
         return
     right, classes = int(predictions.correct.sum()), predictions.logits.shape[1]
     if not is_guessing(right, len(predictions.labels), classes):
@@ -155,7 +175,10 @@ def _first_figures(
     fields |= {"latency": rows.latency, "latency_failures": rows.failures}
     fields["warnings"] = (*fields["warnings"], *rows.warnings)
     predictions = outcome.predictions[runnable.name] if outcome else None
-    if predictions is not None and outcome is not None and images is not None:
+    if predictions is not None and (reason := predictions.why_no_classes):
+        compared = baseline not in (None, runnable.name)
+        unmeasured |= dict.fromkeys(["accuracy", *(["versus_baseline"] if compared else [])], reason)
+    elif predictions is not None and outcome is not None and images is not None:
         names = images.class_names or ()
         fields["accuracy"] = attempt("accuracy", lambda: accuracy.summarise(predictions, names), unmeasured)
         reference = outcome.predictions.get(baseline or "") if baseline != runnable.name else None
@@ -215,7 +238,7 @@ def _invariance(
             unmeasured,
         )
     warnings = []
-    if found is not None and found.agreement_percent < 100:
+    if found is not None and found.agreement_percent is not None and found.agreement_percent < 100:
         warnings.append(
             f"an image's class depends on the others of its batch: {100 - found.agreement_percent:.1f} % of "
             f"{found.images} images have another one alone than in batches of {found.batch_size}"
@@ -298,9 +321,10 @@ def failed(name: str, asked: VariantSpec, reason: str, device: torch.device) -> 
 
 
 def _provenance(device: torch.device) -> dict[str, Any]:
+    program = Path(sys.argv[0])  # vitopt, vitopt/__main__.py, or a notebook, whose arguments repeat nothing
     return {
         "environment": machine.describe(device),
-        "command": shlex.join(["vitopt", *sys.argv[1:]]),
+        "command": shlex.join(["vitopt", *sys.argv[1:]]) if "vitopt" in (program.stem, program.parent.name) else None,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

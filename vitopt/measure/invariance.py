@@ -55,6 +55,8 @@ def batch_invariance(
     return BatchInvariance(
         images=len(logits),
         batch_size=batch_size if fixed_shapes(runnable) else min(batch_size, len(images)),
-        agreement_percent=100 * float(np.mean(single.argmax(axis=1) == among.argmax(axis=1))),
+        agreement_percent=None
+        if predictions.why_no_classes
+        else 100 * float(np.mean(single.argmax(axis=1) == among.argmax(axis=1))),
         max_logit_difference=float(np.abs(single - among).max()),
     )

@@ -3,22 +3,25 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitopt import storage
 from vitopt.errors import RecordError
+from vitopt.records import Outputs
 
 PREDICTIONS_FILE = "predictions.parquet"
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits of one variant over one image set.
+    """Outputs of one variant over one image set.
 
-    `ids` and `image_sha256` name the images; `labels`: (images,); `logits`: (images, classes), float32.
-    `groups` names the group of each image where images of one group depend on each other.
+    `ids` and `image_sha256` name the images; `labels`: (images,), or (images, labels) of 0 and 1 where an image has
+    any number of them; `logits`: (images, outputs), float32, and `outputs` what they are. `groups` names the group of
+    each image where images of one group depend on each other.
     """
 
     ids: tuple[str, ...]
@@ -26,6 +29,18 @@ class Predictions:
     labels: NDArray[np.int64]
     logits: NDArray[np.float32]
     groups: tuple[str, ...] | None = None
+    outputs: Outputs = "classes"
+
+    @property
+    def why_no_classes(self) -> str | None:
+        """Why no output is an image's class, so that top-1, agreement and KL mean nothing; None where one is."""
+        if self.outputs == "embedding":
+            return "the model gives embeddings, not a logit for each class"
+        if self.labels.ndim > 1:
+            return "an image has any number of labels, so no class is right alone"
+        if self.outputs == "labels":
+            return "the model's labels do not exclude each other, so no class is its answer"
+        return None
 
     @property
     def classes(self) -> NDArray[np.int64]:
@@ -43,20 +58,29 @@ def save_predictions(predictions: Predictions, folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    classes = predictions.logits.shape[1]
-    flat = pa.array(predictions.logits.reshape(-1))
     columns = {
         "image": list(predictions.ids),
         "image_sha256": list(predictions.image_sha256),
-        "label": predictions.labels,
-        "logits": pa.FixedSizeListArray.from_arrays(flat, classes),
+        "label": predictions.labels if predictions.labels.ndim == 1 else _rows(predictions.labels),
+        "logits": _rows(predictions.logits),
     }
     if predictions.groups is not None:
         columns["group"] = list(predictions.groups)
-    table = pa.table(columns)
+    table = pa.table(columns).replace_schema_metadata({"outputs": predictions.outputs})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     storage.write_bytes(folder / PREDICTIONS_FILE, buffer.getvalue())
+
+
+def _rows(matrix: NDArray[Any]) -> Any:
+    """(images, width) as a column of lists."""
+    import pyarrow as pa
+
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
+
+
+def _matrix(table: Any, column: str, kind: type[np.generic]) -> NDArray[Any]:
+    return np.asarray(table[column].combine_chunks().values, dtype=kind).reshape(len(table), -1)
 
 
 def load_predictions(folder: Path) -> Predictions:
@@ -71,14 +95,14 @@ def load_predictions(folder: Path) -> Predictions:
     path = folder / PREDICTIONS_FILE
     try:
         table = pq.read_table(path)
-        logits = table["logits"].combine_chunks()
-        values = np.asarray(logits.values, dtype=np.float32).reshape(len(table), -1)
+        single = pa.types.is_integer(table.schema.field("label").type)
         return Predictions(
             ids=tuple(table["image"].to_pylist()),
             image_sha256=tuple(table["image_sha256"].to_pylist()),
-            labels=np.asarray(table["label"], dtype=np.int64),
-            logits=values,
+            labels=np.asarray(table["label"], dtype=np.int64) if single else _matrix(table, "label", np.int64),
+            logits=_matrix(table, "logits", np.float32),
             groups=tuple(table["group"].to_pylist()) if "group" in table.column_names else None,
+            outputs=(table.schema.metadata or {}).get(b"outputs", b"classes").decode(),
         )
     except FileNotFoundError as error:
         raise RecordError(f"no predictions at {path}: evaluate with --output to keep them") from error

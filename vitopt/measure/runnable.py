@@ -4,13 +4,19 @@ A torch module, an engine, two models with a rule between them: whatever has the
 reported. `vitopt.optimize.runtime.TorchRunnable` is one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
+from torch import nn
 
+from vitopt.environment.devices import DTYPES
+from vitopt.errors import MeasurementError
 from vitopt.models.calibration import Use
+from vitopt.models.checkpoint import weight_bytes
+from vitopt.records import Outputs, Size, Variant
 
 
 class Preprocess(Protocol):
@@ -20,7 +26,7 @@ class Preprocess(Protocol):
 
 
 class Runnable(Protocol):
-    """Images in, logits out."""
+    """Images in, a vector for each out: logits, unless it names other outputs (`NamesOutputs`)."""
 
     name: str
     device: torch.device
@@ -29,7 +35,7 @@ class Runnable(Protocol):
     def preprocess(self) -> Preprocess: ...
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`pixel_values`: (batch, channels, height, width) on `device`. Returns logits (batch, classes)."""
+        """`pixel_values`: (batch, channels, height, width) on `device`. Returns (batch, outputs)."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -38,6 +44,17 @@ class Runnable(Protocol):
         Asked for after all calls, so it tells what really ran.
         """
         ...
+
+
+@runtime_checkable
+class NamesOutputs(Protocol):
+    """Knows what its outputs are, and what they are called where they are of classes or labels."""
+
+    @property
+    def outputs(self) -> Outputs: ...
+
+    @property
+    def label_names(self) -> Sequence[str] | None: ...
 
 
 @runtime_checkable
@@ -100,6 +117,11 @@ class HasSeenImages(Protocol):
     def images_seen(self) -> Sequence[Use]: ...
 
 
+def outputs_of(runnable: Runnable) -> Outputs:
+    """What its outputs are: a logit for each class, unless it says something else."""
+    return runnable.outputs if isinstance(runnable, NamesOutputs) else "classes"
+
+
 def fixed_shapes(runnable: Runnable) -> bool:
     """Whether batches of other sizes than those known must be filled up."""
     return isinstance(runnable, HasFixedShapes) and runnable.fixed_shapes
@@ -111,3 +133,48 @@ def input_size(runnable: Runnable) -> tuple[int, int]:
         return runnable.input_size
     height, width = runnable.preprocess(Image.new("RGB", (64, 64))).shape[-2:]
     return int(height), int(width)
+
+
+@dataclass
+class Wrapped:
+    """A function of pixels, or a torch module on its device in evaluation mode, as a runnable."""
+
+    call: Callable[[torch.Tensor], Any]
+    preprocess: Preprocess
+    name: str
+    device: torch.device
+    outputs: Outputs = "classes"
+    label_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.call, nn.Module):
+            self.call.eval().to(self.device)
+
+    @torch.inference_mode()
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`pixel_values`: (batch, channels, height, width), on the device. Returns (batch, outputs).
+
+        Raises:
+            MeasurementError: what was wrapped returned something else.
+        """
+        found = self.call(pixel_values)
+        found = getattr(found, "logits", found)  # as transformers' models return them
+        if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) != len(pixel_values):
+            what = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise MeasurementError(
+                f"{self.name} returned {what} for {len(pixel_values)} images; it must return a tensor (images, outputs)"
+            )
+        return found
+
+    def weight_bytes(self) -> int:
+        """Bytes of a module's weights; 0 for a function."""
+        return weight_bytes(self.call) if isinstance(self.call, nn.Module) else 0
+
+    def describe(self) -> dict[str, Any]:
+        """Its variant, named after its number type, and a module's size."""
+        if not isinstance(self.call, nn.Module):
+            return {"variant": Variant(name=self.name, format="function")}
+        dtype = next((parameter.dtype for parameter in self.call.parameters()), torch.float32)
+        format = next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
+        size = Size(weight_bytes=self.weight_bytes(), disk_bytes=None)
+        return {"variant": Variant(name=self.name, format=format), "size": size}

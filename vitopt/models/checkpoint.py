@@ -7,7 +7,7 @@ import json
 import os
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ class Checkpoint:
 
     source: str
     location: str  # a folder or a hub id; `random:` sources have none
-    config: PretrainedConfig
-    weights: tuple[Path, ...] = ()  # of a local folder
+    config: PretrainedConfig = field(repr=False)
+    weights: tuple[Path, ...] = field(default=(), repr=False)  # of a local folder
     revision: str | None = None  # of a hub id: the commit that was checked, and so the one to load from
 
     @property

@@ -4,10 +4,12 @@ import functools
 import logging
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -33,7 +35,7 @@ from vitopt.optimize.expand import EXPANDABLE, expand
 from vitopt.optimize.formats import live_formats, stored_formats
 from vitopt.optimize.fuse import FusedAttention, fuse_projections
 from vitopt.recipe import HeldSpec, RunSpec
-from vitopt.records import Model, Option, Size, Variant
+from vitopt.records import Model, Option, Outputs, Size, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +67,20 @@ class TorchRunnable:
             self._compiled = compiled(self.model, modules, self.device, self.run.autotune)
 
     @functools.cached_property
-    def preprocess(self) -> Preprocessor:
-        """The checkpoint's own."""
+    def preprocess(self) -> Callable[[Image.Image], torch.Tensor]:
+        """The checkpoint's own; may be set to another."""
         return Preprocessor(load_processor(self.checkpoint))
+
+    @property
+    def outputs(self) -> Outputs:
+        """A logit for each class; or for each of independent labels, as the configuration tells."""
+        several = self.checkpoint.config.problem_type == "multi_label_classification"
+        return "labels" if several else "classes"
+
+    @property
+    def label_names(self) -> list[str]:
+        """What the head's outputs are called."""
+        return self.checkpoint.label_names
 
     @property
     def input_size(self) -> tuple[int, int]:

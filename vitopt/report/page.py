@@ -155,7 +155,7 @@ def _flips(run: Run) -> tuple[list[Flips], list[str], bool]:
 
     def predictions(record: Record) -> Predictions | None:
         folder = folders[record.variant.name]
-        if record.failure is not None or not (folder / PREDICTIONS_FILE).is_file():
+        if record.accuracy is None or not (folder / PREDICTIONS_FILE).is_file():
             return None
         try:
             return load_predictions(folder)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from vitopt.formats import QUANTIZED_FORMATS
 from vitopt.measure.gate import overall
 from vitopt.measure.latency_statistics import calls_needed
-from vitopt.records import Latency, Record, Variant
+from vitopt.records import Latency, Metric, Record, Variant
 from vitopt.report.requirements import DECISIONS, requirement_parts, requirement_sentence
 
 UNKNOWN = "–"
@@ -70,6 +70,19 @@ def _delta(record: Record) -> str | None:
     if (versus := record.versus_baseline) is None:
         return None
     return delta_words(versus.top1_delta_points, versus.top1_delta_ci95_points, _digits(record))
+
+
+def _metrics(metrics: Mapping[str, Metric]) -> str | None:
+    """The user's own metrics with their intervals, and the change against the baseline where there is one."""
+    words = []
+    for name, one in metrics.items():
+        change = "" if one.delta is None else f", Δ {one.delta:+.3f}{_range(one.delta_ci95, '+')}"
+        words.append(f"{name} {one.value:.3f}{_range(one.ci95)}{change}")
+    return "; ".join(words) or None
+
+
+def _range(interval: tuple[float, float] | None, sign: str = "") -> str:
+    return "" if interval is None else f" ({interval[0]:{sign}.3f} to {interval[1]:{sign}.3f})"
 
 
 def _digits(record: Record) -> int:
@@ -313,6 +326,7 @@ _COLUMNS: dict[str, Cell] = {
     "top-1 %": of("record", _top1),
     "Δ points (95 %)": of("record", _delta),
     "agree %": of("record.versus_baseline.agreement_percent", percent),
+    "metrics": of("record.metrics", _metrics),
     "p50 ms": of("latency.p50_ms", milliseconds),
     "p95 ms": of("latency", lambda latency: tail(latency.p95_ms, latency.p95_ci95_ms)),
     "p99 ms": of("latency", lambda latency: tail(latency.p99_ms, latency.p99_ci95_ms)),

@@ -19,12 +19,12 @@ from vitopt.data.images import ImageSet, open_images
 from vitopt.data.labels import as_indices
 from vitopt.data.pixels import random_pixels
 from vitopt.errors import BadImageError, CheckpointError, DataError, MeasurementError, PatternError, StorageError
-from vitopt.finetune import training
-from vitopt.finetune.training import TrainingReport, finetune
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.optimize.quantize import quantize
 from vitopt.ownership import LIST_FILE
 from vitopt.recipe import DataSpec, FinetuneSpec, VariantSpec
+from vitopt.training import finetune as training
+from vitopt.training.finetune import TrainingReport, finetune
 
 SHORT = FinetuneSpec(epochs=2, batch_size=8, learning_rate=3e-3, rank=4)
 

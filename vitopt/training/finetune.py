@@ -2,17 +2,19 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -22,7 +24,7 @@ from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Augmentation, PixelDataset, Preprocessor
 from vitopt.environment import devices, launch
-from vitopt.errors import CheckpointError, DataError, MeasurementError, StorageError
+from vitopt.errors import CheckpointError, DataError, MeasurementError, RecipeError, StorageError
 from vitopt.measure.chance import explain_guessing, is_guessing
 from vitopt.models.calibration import TRAINING
 from vitopt.models.checkpoint import (
@@ -41,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_FILE = "training.json"
 _SAVE_EVERY_SECONDS = 300
+_MULTI_LABEL = "multi_label_classification"
 # safetensors and torch.save keep the system's reason in their text, if at all.
 _SIGNS_OF_FULL_DISK = ("No space left on device", "inline_container", "PytorchStreamWriter")
 
@@ -78,17 +81,21 @@ def finetune(
     images: ImageSet | None = None,
     test: ImageSet | None = None,
     seed: int = 0,
+    preprocess: Callable[[Image.Image], torch.Tensor] | None = None,
 ) -> TrainingReport:
     """Fine-tune `checkpoint` on `images` and write a merged fp32 checkpoint to `output`.
 
     LoRA's low-rank updates are merged into the weights, so the result has the modules of the original. The
     trainer's state lies beside `output` until the training is complete; the same call goes on from there.
+    Images with sets of labels train independent labels (binary cross-entropy). `preprocess` prepares the images
+    instead of the checkpoint's own processor, which goes with the result nevertheless.
 
     Raises:
         PatternError: a LoRA target matches no layer.
         CheckpointError: the checkpoint is quantized, and merging into packed weights would lose accuracy; or
             transformers cannot train its class.
         DataError: there are no images, or the classes of `test` are not those of `images`.
+        RecipeError: labels are to be smoothed that do not exclude each other.
         BadImageError: a training image cannot be decoded.
         MeasurementError: the GPU's memory is full; or the loss or a weight is no longer a number, and then
             nothing is kept of such a training.
@@ -102,8 +109,10 @@ def finetune(
         )
     if reason := why_not_trained(checkpoint.config):
         raise CheckpointError(f"{checkpoint.source} cannot be fine-tuned: {reason}; take a model with one head")
+    if images.label_sets is not None and spec.label_smoothing:
+        raise RecipeError("`label_smoothing` spreads a target over classes, and these images have sets of labels")
     with launch.in_main_process(storage.reserved(output, checkpoint.folder, images.name)):
-        return _finetune(checkpoint, images, spec, output, test, device, seed)
+        return _finetune(checkpoint, images, spec, output, test, device, seed, preprocess)
 
 
 def _finetune(
@@ -114,16 +123,22 @@ def _finetune(
     test: ImageSet | None,
     device: str,
     seed: int,
+    own: Callable[[Image.Image], torch.Tensor] | None,
 ) -> TrainingReport:
     set_seed(seed)
     target = devices.resolve_device(device)
-    preprocess = Preprocessor(load_processor(checkpoint))
+    processor = load_processor(checkpoint)
+    preprocess = own or Preprocessor(processor)
     labels = head_labels(checkpoint, train)
     train = fit_labels(train, labels)
     test = None if test is None else fit_labels(test, labels)
     fresh_head = labels != checkpoint.label_names
     model = load_model(checkpoint, dtype=torch.float32, label_names=labels if fresh_head else None)
-    state = _state_folder(output, [checkpoint.fingerprint(), train.sha256, spec.model_dump(), labels, seed])
+    model.config.problem_type = _MULTI_LABEL if train.label_sets is not None else "single_label_classification"
+    inputs = [checkpoint.fingerprint(), train.sha256, spec.model_dump(), labels, seed]
+    # Code has no fingerprint, but what it makes of an image has.
+    inputs += [] if own is None else [hashlib.sha256(own(train.image(0)).numpy().tobytes()).hexdigest()]
+    state = _state_folder(output, inputs)
     resumed_from = _last_saved_step(state)
     if spec.method == "lora":
         model = _with_lora(model, checkpoint.config.model_type, spec)
@@ -148,6 +163,7 @@ def _finetune(
             ) from error
     seconds = time.perf_counter() - started
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    test = None if train.label_sets is not None else test  # no class is right alone
     top1 = None if test is None else _top1_percent(trainer, PixelDataset(test, preprocess))
     if test is not None and top1 is not None:
         right = round(top1 * len(test) / 100)
@@ -169,7 +185,7 @@ def _finetune(
         merged = trainer.accelerator.unwrap_model(trainer.model)
         merged = merged.merge_and_unload() if spec.method == "lora" else merged
         with storage.staged_folder(output) as folder:
-            save_checkpoint(merged, preprocess.processor, folder)
+            save_checkpoint(merged, processor, folder)
             storage.write_json(folder / REPORT_FILE, asdict(report))
             note_images(checkpoint, train, TRAINING, folder)
         shutil.rmtree(state, ignore_errors=True)
@@ -201,7 +217,7 @@ def _with_lora(model: PreTrainedModel, model_type: str, spec: FinetuneSpec) -> A
 def _trainer(
     model: Any,
     train: ImageSet,
-    preprocess: Preprocessor,
+    preprocess: Callable[[Image.Image], torch.Tensor],
     spec: FinetuneSpec,
     state: Path,
     device: torch.device,
