@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,8 +24,8 @@ from vitopt.finetune.training import finetune
 from vitopt.inference import Candidate
 from vitopt.measure import evaluator
 from vitopt.models.checkpoint import Checkpoint, load_processor, open_checkpoint
+from vitopt.models.families import FAMILIES, TIMM
 from vitopt.models.forward import flops_per_image
-from vitopt.models.names import families
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import prepare
@@ -42,8 +43,13 @@ from vitopt.search import analysis, costs
 
 CPU = torch.device("cpu")
 FORMATS: list[Format] = [format for format in get_args(Format) if why_not_format(format, CPU) is None]
-WITH_TEACHER = "deit-with-teacher"
-MODELS = [*families(), WITH_TEACHER]
+# Every family, and every class of it: as `random:` calls it -> model type, whether it has a head for a teacher
+MODELS = {
+    name.replace("-SIZE", ""): (model_type, bool(number))
+    for model_type, family in FAMILIES.items()
+    if model_type != TIMM or find_spec("timm")
+    for number, name in enumerate(family.classes)
+}
 BRIEFLY = LatencySpec(iterations=2, rounds=2, warmup_seconds=0)
 
 # Opens every folder with nothing but transformers and saves its logits for the same images.
@@ -70,8 +76,7 @@ def images(shapes: Path) -> ImageSet:
 
 @pytest.fixture(scope="module")
 def originals(make_family: Callable[..., Checkpoint]) -> dict[str, Checkpoint]:
-    made = {family: make_family(family) for family in families()}
-    return made | {WITH_TEACHER: make_family("deit", with_teacher=True)}
+    return {name: make_family(model_type, with_teacher=second) for name, (model_type, second) in MODELS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +116,7 @@ def test_is_held_as_planned_and_keeps_its_heads(name: str, plans: dict[tuple[str
     for format in FORMATS:
         plan = plans[name, format]
         heads = [planned for planned in plan.layers if planned.layer.is_head]
-        assert len(heads) == (2 if name == WITH_TEACHER else 1)
+        assert len(heads) == (2 if name.endswith("distilled") else 1)
         if format not in QUANTIZED_FORMATS:
             assert plan.counts() == {format: len(plan.layers)}
             continue
@@ -221,5 +226,5 @@ def test_a_head_with_a_teacher_is_not_trained(
     originals: dict[str, Checkpoint], images: ImageSet, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="DeiTForImageClassificationWithTeacher for inference only"):
-        finetune(originals[WITH_TEACHER], FinetuneSpec(), tmp_path / "out", "cpu", images=images)
+        finetune(originals["deit-distilled"], FinetuneSpec(), tmp_path / "out", "cpu", images=images)
     assert not list(tmp_path.iterdir())

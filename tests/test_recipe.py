@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from vitopt.errors import RecipeError
-from vitopt.recipe import LINEARS, DataSpec, EvaluateSpec, FinetuneSpec, LatencySpec, Recipe, RunSpec, VariantSpec
+from vitopt.recipe import DataSpec, EvaluateSpec, FinetuneSpec, LatencySpec, Recipe, RunSpec, VariantSpec
 from vitopt.recipe_file import dump_yaml, load_recipe, validate
 
 MINIMAL = """
@@ -374,7 +374,7 @@ def test_bare_values_become_lists_and_sections():
 def test_an_empty_finetune_section_takes_the_defaults(recipe_file):
     recipe = load_recipe(recipe_file(MINIMAL + "finetune: {}\n"))
     assert recipe.finetune == FinetuneSpec()
-    assert recipe.finetune.targets == LINEARS
+    assert recipe.finetune.targets == ("block",)
 
 
 def test_specs_cannot_be_changed():

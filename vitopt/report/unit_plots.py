@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from vitopt.formats import colour_of
 from vitopt.measure.statistics import pareto_front
-from vitopt.recipe import LINEARS
+from vitopt.recipe import LINEARS, QKV
 from vitopt.report import units
 from vitopt.report.figures import Plot, canvas, step_line, styled
 from vitopt.report.labels import label_points
@@ -108,7 +108,7 @@ def layer_map(result: Sensitivity) -> Figure | None:
         return None
     blocks = sorted({number for number, _ in known.values()})
     present = {linear for _, linear in known.values()}
-    linears = [linear for linear in LINEARS if linear in present]
+    linears = [linear for linear in (QKV, *LINEARS) if linear in present]
     cells = {
         name: (blocks.index(number), linears.index(linear))
         for name, (number, linear) in known.items()
