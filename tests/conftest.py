@@ -25,14 +25,15 @@ from vitopt.models.calibration import load_uses
 libraries.quiet_libraries()
 
 from transformers import (
-    AutoConfig,
     AutoModelForImageClassification,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
 )
 
+from vitopt.models.architectures import known_architecture
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
+from vitopt.models.families import FAMILIES, TIMM
 
 CLASSES = ("circle", "cross", "square", "stripe")
 IMAGE_SIZE = 32
@@ -124,52 +125,21 @@ def shared() -> Path:
     return path
 
 
-_SMALL = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 128,
-    "image_size": 32,
-    "patch_size": 8,
-}
-# The first stage is too narrow for NF4, the second is not.
-_STAGES = {
-    "image_size": 32,
-    "patch_size": 4,
-    "embed_dim": 32,
-    "depths": [2, 2],
-    "num_heads": [2, 2],
-    "window_size": 4,
-}
-
-# model type -> (start of the architecture's name, settings)
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit": ("ViT", _SMALL),
-    "deit": ("DeiT", _SMALL),
-    "vit_msn": ("ViTMSN", _SMALL),
-    "ijepa": ("IJepa", _SMALL),
-    "beit": ("Beit", _SMALL),
-    "dinov2": ("Dinov2", _SMALL),
-    "dinov2_with_registers": ("Dinov2WithRegisters", _SMALL),
-    "siglip": ("Siglip", {"vision_config": _SMALL}),
-    "clip": ("CLIP", {"vision_config": _SMALL}),
-    "swin": ("Swin", _STAGES),
-    "swinv2": ("Swinv2", _STAGES),
-}
-
-
 @pytest.fixture(scope="session")
 def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]:
     """Makes a model of 32 x 32 pixels and the 4 classes, biases and norms random too, so that none is idle.
 
-    `with_teacher` gives DeiT the distillation head.
+    `with_teacher` gives DeiT the distillation head. Skips a timm model where timm is not installed.
     """
 
     def make(model_type: str, *, with_teacher: bool = False, **changes: Any) -> Checkpoint:
-        architecture, settings = FAMILIES[model_type]
+        if model_type == TIMM:
+            pytest.importorskip("timm")
+        name = [*FAMILIES[model_type].classes][with_teacher].replace("SIZE", "micro")
+        # Of two stages the first is too narrow for NF4, the second is not.
+        grid = "patch4-window4-32" if FAMILIES[model_type].shape == "stages" else "patch8-32"
         labels = {"id2label": dict(enumerate(CLASSES)), "label2id": {name: i for i, name in enumerate(CLASSES)}}
-        config = AutoConfig.for_model(model_type, **settings | labels | changes)
-        config.architectures = [f"{architecture}ForImageClassification{'WithTeacher' if with_teacher else ''}"]
+        config = known_architecture(f"{name}-{grid}", num_labels=len(CLASSES), **labels, **changes)
         torch.manual_seed(0)
         model = AutoModelForImageClassification.from_config(config)
         with torch.no_grad():
@@ -177,7 +147,8 @@ def make_family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Check
                 parameter.add_(0.2 * torch.randn_like(parameter))
         folder = tmp_path_factory.mktemp("families") / model_type
         model.save_pretrained(folder)
-        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+        if model_type != TIMM:  # whose configuration holds its preprocessing
+            ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
         return open_checkpoint(str(folder))
 
     return make

@@ -8,7 +8,6 @@ import yaml
 
 from vitopt.errors import RecipeError
 from vitopt.recipe import (
-    LINEARS,
     DataSpec,
     EvaluateSpec,
     FinetuneSpec,
@@ -385,7 +384,7 @@ def test_bare_values_become_lists_and_sections():
 def test_an_empty_finetune_section_takes_the_defaults(recipe_file):
     recipe = load_recipe(recipe_file(MINIMAL + "finetune: {}\n"))
     assert recipe.finetune == FinetuneSpec()
-    assert recipe.finetune.targets == LINEARS
+    assert recipe.finetune.targets == ("block",)
 
 
 def test_specs_cannot_be_changed():

@@ -70,6 +70,13 @@ def test_readme_says_what_the_results_say(table: ModuleType) -> None:
     assert table.replaced(readme, table.tables(table.load_results(ROOT / "benchmarks" / "results"))) == readme
 
 
+def test_readme_lists_the_families_that_vitopt_opens() -> None:
+    families = script("families_table")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert families.replaced(readme) == readme
+    assert families.replaced(readme.replace("| `beit` |", "| `beat` |")) == readme
+
+
 def test_without_a_gpu_every_row_of_every_gpu_recipe_is_unmeasured(table: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"images": 400}')
     told = table.tables(table.load_results(tmp_path))

@@ -12,6 +12,7 @@ from vitopt.spec import Patterns, Spec
 
 Linear = Literal["query", "key", "value", "output", "fc1", "fc2"]
 LINEARS: tuple[Linear, ...] = get_args(Linear)
+QKV = "qkv"  # timm's one layer for query, key and value
 
 
 class FinetuneSpec(Spec):
@@ -23,7 +24,7 @@ class FinetuneSpec(Spec):
     rank: int = Field(8, ge=1, le=1024, description="rank of the LoRA updates")
     alpha: float = Field(32, gt=0, description="LoRA scale; updates count alpha / rank")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the LoRA updates")
-    targets: Patterns = Field(LINEARS, min_length=1, description="layers to adapt, as in query or block.11.fc1")
+    targets: Patterns = Field(("block",), min_length=1, description="layers to adapt, as in query or block.11.fc1")
     epochs: float = Field(3, gt=0, description="passes over the images")
     batch_size: int = Field(16, ge=1, description="images per device and step")
     learning_rate: float = Field(1e-3, gt=0, description="highest rate of AdamW")

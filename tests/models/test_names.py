@@ -1,107 +1,78 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForImageClassification,
-    BeitConfig,
-    CLIPConfig,
-    DeiTConfig,
-    Dinov2Config,
-    Dinov2WithRegistersConfig,
-    IJepaConfig,
-    PretrainedConfig,
-    SiglipConfig,
-    SwinConfig,
-    Swinv2Config,
-    ViTConfig,
-    ViTMSNConfig,
-)
+from transformers import AutoModelForImageClassification, TimmWrapperConfig
 
 from vitopt.errors import CheckpointError, PatternError
+from vitopt.models.architectures import known_architecture
 from vitopt.models.checkpoint import load_model, open_checkpoint
-from vitopt.models.names import FUSED_LEAF, Layer, block_names, families, linear_layers, select
+from vitopt.models.families import FAMILIES, FUSED_LEAF, TIMM
+from vitopt.models.names import Layer, block_names, linear_layers, select
 from vitopt.optimize.quantize import quantize
 from vitopt.recipe import LINEARS, VariantSpec
 
-SMALL = {
-    "hidden_size": 8,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "image_size": 16,
-    "patch_size": 8,
-}
-
-# model type -> (configuration, architecture, module of block 1's query, module of block 1's output)
-FAMILIES = {
-    "vit": (ViTConfig(**SMALL), "ViT", "vit.layers.1.attention.q_proj", "vit.layers.1.attention.o_proj"),
-    "deit": (DeiTConfig(**SMALL), "DeiT", "deit.layers.1.attention.q_proj", "deit.layers.1.attention.o_proj"),
-    "vit_msn": (ViTMSNConfig(**SMALL), "ViTMSN", "vit.layers.1.attention.q_proj", "vit.layers.1.attention.o_proj"),
-    "ijepa": (IJepaConfig(**SMALL), "IJepa", "ijepa.layers.1.attention.q_proj", "ijepa.layers.1.attention.o_proj"),
-    "beit": (BeitConfig(**SMALL), "Beit", "beit.layers.1.attention.q_proj", "beit.layers.1.attention.o_proj"),
-    "dinov2": (
-        Dinov2Config(**SMALL),
-        "Dinov2",
-        "dinov2.encoder.layer.1.attention.q_proj",
-        "dinov2.encoder.layer.1.attention.o_proj",
-    ),
+# model type -> modules of block 1's query (or qkv) and output; in both Swins it is the second of the first stage
+MODULES = {
+    "vit": ("vit.layers.1.attention.q_proj", "vit.layers.1.attention.o_proj"),
+    "deit": ("deit.layers.1.attention.q_proj", "deit.layers.1.attention.o_proj"),
+    "vit_msn": ("vit.layers.1.attention.q_proj", "vit.layers.1.attention.o_proj"),
+    "ijepa": ("ijepa.layers.1.attention.q_proj", "ijepa.layers.1.attention.o_proj"),
+    "beit": ("beit.layers.1.attention.q_proj", "beit.layers.1.attention.o_proj"),
+    "dinov2": ("dinov2.encoder.layer.1.attention.q_proj", "dinov2.encoder.layer.1.attention.o_proj"),
     "dinov2_with_registers": (
-        Dinov2WithRegistersConfig(**SMALL),
-        "Dinov2WithRegisters",
         "dinov2_with_registers.encoder.layer.1.attention.q_proj",
         "dinov2_with_registers.encoder.layer.1.attention.o_proj",
     ),
     "siglip": (
-        SiglipConfig(vision_config=SMALL),
-        "Siglip",
         "vision_model.encoder.layers.1.self_attn.q_proj",
         "vision_model.encoder.layers.1.self_attn.out_proj",
     ),
     "clip": (
-        CLIPConfig(vision_config=SMALL),
-        "CLIP",
         "vision_model.encoder.layers.1.self_attn.q_proj",
         "vision_model.encoder.layers.1.self_attn.out_proj",
     ),
-    # one block in the first stage, two in the second, of both Swins
     "swin": (
-        SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[1, 2], window_size=4),
-        "Swin",
-        "swin.encoder.layers.1.blocks.0.attention.q_proj",
-        "swin.encoder.layers.1.blocks.0.attention.o_proj",
+        "swin.encoder.layers.0.blocks.1.attention.q_proj",
+        "swin.encoder.layers.0.blocks.1.attention.o_proj",
     ),
     "swinv2": (
-        Swinv2Config(image_size=16, patch_size=2, embed_dim=8, depths=[1, 2], num_heads=[1, 2], window_size=4),
-        "Swinv2",
-        "swinv2.encoder.layers.1.blocks.0.attention.self.query",
-        "swinv2.encoder.layers.1.blocks.0.attention.output.dense",
+        "swinv2.encoder.layers.0.blocks.1.attention.self.query",
+        "swinv2.encoder.layers.0.blocks.1.attention.output.dense",
     ),
+    "timm_wrapper": ("timm_model.blocks.1.attn.qkv", "timm_model.blocks.1.attn.proj"),
 }
 
 
-def on_meta(config: PretrainedConfig, architecture: str, ending: str = "ForImageClassification") -> nn.Module:
-    config.architectures = [f"{architecture}{ending}"]
+def on_meta(model_type: str, *, two_heads: bool = False, **settings: Any) -> nn.Module:
+    """The micro model of a family, without weights."""
+    if model_type == TIMM:
+        pytest.importorskip("timm")
+    name = [*FAMILIES[model_type].classes][two_heads].replace("SIZE", "micro")
+    grid = "patch4-window4-32" if model_type.startswith("swin") else "patch8-32"
     with torch.device("meta"):
-        return AutoModelForImageClassification.from_config(config)
+        return AutoModelForImageClassification.from_config(known_architecture(f"{name}-{grid}", **settings))
 
 
 def test_every_supported_family_is_tested():
-    assert sorted(FAMILIES) == families()
+    assert sorted(MODULES) == sorted(FAMILIES)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_logical_names_of(family):
-    config, architecture, query, output = FAMILIES[family]
-    model = on_meta(config, architecture)
+    query, output = MODULES[family]
+    model = on_meta(family)
     layers = linear_layers(model, family)
-    blocks = 3 if family.startswith("swin") else 2
-    expected = {f"block.{block}.{linear}" for block in range(blocks) for linear in LINEARS} | {"classifier"}
+    blocks = 4 if family.startswith("swin") else 2
+    linears = ("qkv", "output", "fc1", "fc2") if family == TIMM else LINEARS
+    expected = {f"block.{block}.{linear}" for block in range(blocks) for linear in linears} | {"classifier"}
     assert {layer.logical for layer in layers} == expected
     assert len(layers) == len(expected)
-    assert layers[-1].logical == layers[-1].module == "classifier"
-    assert [layer.block for layer in layers] == [block for block in range(blocks) for _ in LINEARS] + [None]
+    assert (layers[-1].logical, layers[-1].module) == ("classifier", next(iter(FAMILIES[family].heads)))
+    assert [layer.block for layer in layers] == [block for block in range(blocks) for _ in linears] + [None]
     found = {layer.logical: layer for layer in layers}
-    assert (found["block.1.query"].module, found["block.1.output"].module) == (query, output)
+    assert (found[f"block.1.{linears[0]}"].module, found["block.1.output"].module) == (query, output)
     for layer in layers:
         module = model.get_submodule(layer.module)
         assert isinstance(module, nn.Linear)
@@ -111,8 +82,8 @@ def test_logical_names_of(family):
 
 def test_only_the_pooling_head_the_downsampling_and_the_position_bias_have_no_name():
     unnamed = {}
-    for family, (config, architecture, *_) in FAMILIES.items():
-        model = on_meta(config, architecture)
+    for family in set(FAMILIES) - {TIMM}:
+        model = on_meta(family)
         named = {layer.module for layer in linear_layers(model, family)}
         rest = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)} - named
         if rest:
@@ -123,7 +94,7 @@ def test_only_the_pooling_head_the_downsampling_and_the_position_bias_have_no_na
         "swinv2": sorted(
             [
                 f"swinv2.encoder.layers.{block}.attention.self.continuous_position_bias_mlp.{index}"
-                for block in ("0.blocks.0", "1.blocks.0", "1.blocks.1")
+                for block in ("0.blocks.0", "0.blocks.1", "1.blocks.0", "1.blocks.1")
                 for index in (0, 2)
             ]
             + ["swinv2.encoder.layers.0.downsample.reduction"]
@@ -132,22 +103,24 @@ def test_only_the_pooling_head_the_downsampling_and_the_position_bias_have_no_na
 
 
 def test_swin_v2_calls_three_layers_of_a_block_dense():
-    config, architecture, *_ = FAMILIES["swinv2"]
-    modules = {layer.logical: layer.module for layer in linear_layers(on_meta(config, architecture), "swinv2")}
+    modules = {layer.logical: layer.module for layer in linear_layers(on_meta("swinv2"), "swinv2")}
     block = "swinv2.encoder.layers.0.blocks.0"
     assert modules["block.0.output"] == f"{block}.attention.output.dense"
     assert modules["block.0.fc1"] == f"{block}.intermediate.dense"
     assert modules["block.0.fc2"] == f"{block}.output.dense"
 
 
-def test_deit_with_a_teacher_has_two_heads_that_one_pattern_names():
-    model = on_meta(FAMILIES["deit"][0], "DeiT", "ForImageClassificationWithTeacher")
-    layers = linear_layers(model, "deit")
+@pytest.mark.parametrize(
+    ("family", "modules"),
+    [
+        ("deit", ("cls_classifier", "distillation_classifier")),
+        ("timm_wrapper", ("timm_model.head", "timm_model.head_dist")),
+    ],
+)
+def test_of_two_heads_one_pattern_names_both(family, modules):
+    layers = linear_layers(on_meta(family, two_heads=True), family)
     heads = {layer.logical: layer.module for layer in layers if layer.is_head}
-    assert heads == {
-        "classifier.class": "cls_classifier",
-        "classifier.distillation": "distillation_classifier",
-    }
+    assert heads == {"classifier.class": modules[0], "classifier.distillation": modules[1]}
     assert [layer.logical for layer in layers[-2:]] == list(heads)
     assert list(select(["classifier"], layers)) == list(heads)
     assert list(select(["classifier.distillation"], layers)) == ["classifier.distillation"]
@@ -158,7 +131,7 @@ def test_deit_with_a_teacher_has_two_heads_that_one_pattern_names():
 def test_an_unknown_family_lists_the_known_ones():
     with pytest.raises(CheckpointError) as caught:
         linear_layers(nn.Linear(2, 2), "resnet")
-    assert str(caught.value) == f"model type 'resnet' is not supported; supported: {', '.join(families())}"
+    assert str(caught.value) == f"model type 'resnet' is not supported: vitopt opens {', '.join(sorted(FAMILIES))}"
 
 
 def test_modules_under_other_names_are_refused():
@@ -172,17 +145,28 @@ def test_modules_under_other_names_are_refused():
     )
 
 
+@pytest.mark.parametrize("family", ["dinov2", "dinov2_with_registers"])
+def test_a_gated_mlp_is_refused_instead_of_planned_without_it(family):
+    with pytest.raises(CheckpointError, match=rf"{family} model.*{family}.encoder.layer.0.mlp.gate_proj"):
+        linear_layers(on_meta(family, use_swiglu_ffn=True), family)
+
+
 @pytest.mark.parametrize(
-    ("family", "config"), [("dinov2", Dinov2Config), ("dinov2_with_registers", Dinov2WithRegistersConfig)]
+    ("architecture", "module"),
+    [
+        ("vit_small_patch16_18x2_224", "ffns.1.mlp.fc2"),  # two attentions in a block
+        ("vit_relpos_small_patch16_224", "mlp.fc2"),  # an MLP that makes a position bias
+        ("vit_small_plus_patch16_dinov3", "mlp.fc1_g"),
+        ("vit_small_patch16_dinov3_qkvb", "attn.qkv"),  # its biases are added past the layer
+    ],
 )
-def test_a_gated_mlp_is_refused_instead_of_planned_without_it(family, config):
-    model = on_meta(config(**SMALL, use_swiglu_ffn=True), FAMILIES[family][1])
-    with pytest.raises(CheckpointError) as caught:
-        linear_layers(model, family)
-    assert str(caught.value) == (
-        f"this {family} model has a gated MLP ({family}.encoder.layer.0.mlp.gate_proj), which vitopt does not know: "
-        "use a size of the model whose MLP is fc1 and fc2"
-    )
+def test_a_timm_block_of_another_kind_is_refused(architecture, module):
+    pytest.importorskip("timm")
+    config = TimmWrapperConfig(architecture=architecture, model_args={"depth": 1}, num_labels=4)
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(config)
+    with pytest.raises(CheckpointError, match=rf"timm_model.blocks.0.*{module}"):
+        linear_layers(model, TIMM)
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
@@ -196,10 +180,10 @@ def test_quantized_models_keep_names_and_sizes(tiny_checkpoint, tmp_path, format
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_blocks_of(family):
-    config, architecture, query, _ = FAMILIES[family]
-    model = on_meta(config, architecture)
+    query, _ = MODULES[family]
+    model = on_meta(family)
     blocks = block_names(model, family)
-    assert len(blocks) == (3 if family.startswith("swin") else 2)
+    assert len(blocks) == (4 if family.startswith("swin") else 2)
     assert query.startswith(f"{blocks[1]}.")
     for layer in linear_layers(model, family):
         holding = [number for number, name in enumerate(blocks) if layer.module.startswith(f"{name}.")]
@@ -207,24 +191,24 @@ def test_blocks_of(family):
 
 
 def test_more_than_ten_blocks_are_in_order():
-    model = on_meta(ViTConfig(**SMALL | {"num_hidden_layers": 12}), "ViT")
+    model = on_meta("vit", num_hidden_layers=12)
     assert block_names(model, "vit") == tuple(f"vit.layers.{number}" for number in range(12))
 
 
 @pytest.mark.parametrize("family", ["vit", "clip"])
 def test_stacked_projections_are_three_layers_of_one_module(family):
-    config, architecture, query, _ = FAMILIES[family]
-    model = on_meta(config, architecture)
+    query, _ = MODULES[family]
+    model = on_meta(family)
     before = linear_layers(model, family)
     host = query.removesuffix(".q_proj")
     attention = model.get_submodule(host)
     for name in ("q_proj", "k_proj", "v_proj"):
         delattr(attention, name)
-    attention.add_module(FUSED_LEAF, nn.Linear(8, 24, device="meta"))
+    attention.add_module(FUSED_LEAF, nn.Linear(64, 192, device="meta"))
     layers = linear_layers(model, family)
     stacked = [layer for layer in layers if layer.module == f"{host}.{FUSED_LEAF}"]
     assert [layer.logical for layer in stacked] == ["block.1.query", "block.1.key", "block.1.value"]
-    assert {layer.parameters for layer in stacked} == {8 * 8} and {layer.block for layer in stacked} == {1}
+    assert {layer.parameters for layer in stacked} == {64 * 64} and {layer.block for layer in stacked} == {1}
     # All others are as they were.
     names = {layer.logical for layer in stacked}
     assert {layer for layer in layers if layer.logical not in names} == {

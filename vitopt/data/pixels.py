@@ -39,6 +39,8 @@ class Preprocessor:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of its output in pixels."""
+        if timm := getattr(self.processor, "data_config", None):
+            return timm["input_size"][1], timm["input_size"][2]
         size = getattr(self.processor, "crop_size", None) if getattr(self.processor, "do_center_crop", False) else None
         size = size or self.processor.size
         if getattr(size, "height", None) or "height" in dict(size):

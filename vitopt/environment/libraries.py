@@ -19,6 +19,7 @@ LIBRARIES = (
     "datasets",
     "safetensors",
     "torchvision",
+    "timm",
     "numpy",
     "pillow",
 )

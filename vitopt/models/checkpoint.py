@@ -28,10 +28,10 @@ from transformers import (
 from vitopt import storage
 from vitopt.environment import libraries, support
 from vitopt.errors import CheckpointError
-from vitopt.models import gate, hub
-from vitopt.models.architectures import RANDOM_PREFIX, architecture_names, known_architecture
+from vitopt.models import gate, hub, timm_models
+from vitopt.models.architectures import RANDOM_PREFIX, explain_names, known_architecture
 from vitopt.models.classes import name_input_embeddings
-from vitopt.models.names import HEADS
+from vitopt.models.families import FAMILIES, TIMM
 
 BUILT_IN = "vit-quickstart"
 CONFIG_FILE = "config.json"
@@ -88,6 +88,8 @@ class Checkpoint:
 
 def image_size(config: PretrainedConfig) -> tuple[int, int]:
     """Height and width in pixels that a configuration is made for."""
+    if config.model_type == TIMM:
+        return timm_models.image_size(config)
     # Families with a text half keep it with the rest of the vision half.
     size = getattr(config, "vision_config", config).image_size
     return (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -111,7 +113,9 @@ def open_checkpoint(source: str, config_only: bool = False) -> Checkpoint:
         name = source.removeprefix(RANDOM_PREFIX)
         config = known_architecture(name)
         if config is None:
-            raise CheckpointError(f"no architecture {name!r}; use one like {', '.join(architecture_names())}")
+            raise CheckpointError(f"no architecture {name!r}; {explain_names()}")
+        if config.model_type == TIMM:
+            timm_models.require_timm()
         return Checkpoint(source, source, config)
     path = built_in_path() if source == BUILT_IN else Path(source).expanduser()
     if path.is_dir():
@@ -164,6 +168,8 @@ def _open_hub(source: str, config_only: bool) -> Checkpoint:
 
 def _read_config(source: str, path: Path) -> PretrainedConfig:
     content = gate.read_config(source, path)
+    if content["model_type"] == TIMM:
+        timm_models.require_timm()
     try:
         config: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
@@ -241,7 +247,8 @@ def load_model(
         raise CheckpointError(
             _explain_load_failure(checkpoint.source, error, on_hub=checkpoint.revision is not None)
         ) from error
-    _require_all_weights(checkpoint.source, report, fresh_head=label_names is not None)
+    heads = FAMILIES[model.config.model_type].heads if label_names is not None else ()
+    _require_all_weights(checkpoint.source, report, {f"{head}.{part}" for head in heads for part in ("weight", "bias")})
     return model.eval()
 
 
@@ -253,15 +260,14 @@ def _with_labels(config: PretrainedConfig, names: list[str] | None) -> Pretraine
     return config
 
 
-def _require_all_weights(source: str, report: dict[str, Any], fresh_head: bool) -> None:
-    """Refuse a model of which transformers has drawn some weights at random, other than a fresh head's."""
-    head = {f"{name}.{part}" for name in HEADS for part in ("weight", "bias")} if fresh_head else set()
-    missing = sorted(set(report["missing_keys"]) - head)
+def _require_all_weights(source: str, report: dict[str, Any], fresh: set[str]) -> None:
+    """Refuse a model of which transformers has drawn some weights at random, other than those of a fresh head."""
+    missing = sorted(set(report["missing_keys"]) - fresh)
     if missing:
         raise CheckpointError(
             f"{source} lacks weights that its config.json asks for, first {missing[0]}: copy both from one model"
         )
-    misfits = sorted(misfit for misfit in report["mismatched_keys"] if misfit[0] not in head)
+    misfits = sorted(misfit for misfit in report["mismatched_keys"] if misfit[0] not in fresh)
     if misfits:
         name, held, wanted = misfits[0]
         raise CheckpointError(
@@ -295,6 +301,8 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: preprocessor_config.json is missing, unreadable, or names code.
     """
+    if checkpoint.config.model_type == TIMM:
+        return timm_models.image_processor(checkpoint.config)
     if checkpoint.is_random:
         height, width = checkpoint.image_size
         return ViTImageProcessor(size={"height": height, "width": width}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
@@ -331,7 +339,8 @@ def save_checkpoint(model: PreTrainedModel, processor: Any, folder: Path) -> Non
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes files that nobody else can serve
-    processor.save_pretrained(folder)
+    if model.config.model_type != TIMM:  # whose config.json holds it
+        processor.save_pretrained(folder)
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

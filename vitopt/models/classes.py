@@ -6,6 +6,7 @@ import torch
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PretrainedConfig, PreTrainedModel
 
 from vitopt.environment import support
+from vitopt.models.families import FAMILIES
 from vitopt.recipe import Attention, SdpaKernel
 
 # How the names of image classifiers end.
@@ -32,6 +33,8 @@ def why_not_kernel(
     config: PretrainedConfig, kernel: SdpaKernel, device: torch.device, dtype: torch.dtype
 ) -> str | None:
     """Why a checkpoint cannot run a kernel of scaled dot product attention here, or None when it can."""
+    if kernel != "auto" and FAMILIES[config.model_type].own_attention:
+        return f"the attention of {model_class(config).__name__} is its own, with the kernel that torch chooses"
     return (_lacks(config, "sdpa") if kernel != "auto" else None) or support.why_not_kernel(kernel, device, dtype)
 
 
@@ -42,6 +45,8 @@ def best_attention(config: PretrainedConfig) -> Attention:
 
 def _lacks(config: PretrainedConfig, attention: Attention) -> str | None:
     found = model_class(config)
+    if attention == "eager" and FAMILIES[config.model_type].own_attention:
+        return f"the attention of {found.__name__} is its own, which is sdpa"
     if attention not in _SUPPORT or getattr(found, _SUPPORT[attention]):
         return None
     return f"transformers has no {attention} for {found.__name__}"
@@ -60,5 +65,5 @@ def name_input_embeddings(config: PretrainedConfig) -> None:
 
     CLIP's classifier is the one class that does not know (transformers 5.23): the loader raises NotImplementedError.
     """
-    if config.model_type == "clip":
-        model_class(config)._input_embed_layer = "vision_model"
+    if module := FAMILIES[config.model_type].input_embeddings:
+        model_class(config)._input_embed_layer = module

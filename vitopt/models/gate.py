@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from vitopt.errors import CheckpointError
+from vitopt.models import timm_models
 from vitopt.models.classes import CLASSIFIERS
-from vitopt.models.names import families
+from vitopt.models.families import why_not_supported
 
 logger = logging.getLogger(__name__)
 
@@ -43,18 +44,15 @@ def read_config(source: str, path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: not a JSON mapping, or not an image classifier of a supported family and packing.
     """
-    content = _read_mapping(source, path)
+    content = timm_models.named_as_in_transformers(source, _read_mapping(source, path))
     model_type, architectures = content.get("model_type"), content.get("architectures") or []
     if not isinstance(model_type, str):
         raise CheckpointError(f"{source}: {path.name} has no model_type, so it is not a Hugging Face checkpoint")
     if not (isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)):
         raise CheckpointError(f"{source}: architectures in {path.name} is not a list of names: copy the file again")
-    if model_type not in families():
+    if reason := why_not_supported(model_type):
         own_code = f" and {_CODE} names code of its own, which vitopt never runs" if _CODE in content else ""
-        raise CheckpointError(
-            f"{source} is of model type {model_type!r}, which is not supported{own_code}; supported: "
-            + ", ".join(families())
-        )
+        raise CheckpointError(f"{source} is of model type {model_type!r}, which is not supported{own_code}: {reason}")
     if not any(name.endswith(CLASSIFIERS) for name in architectures):
         found = ", ".join(architectures) or f"{model_type} without a head"
         raise CheckpointError(

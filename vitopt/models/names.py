@@ -4,23 +4,15 @@ Users write these; the modules of the installed transformers version are found h
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from vitopt.errors import CheckpointError, PatternError
-from vitopt.recipe import LINEARS, Linear
-
-HEAD = "classifier"
-
-# Module of a head -> its logical name, over all families. DeiT with a teacher has two heads, whose logits it averages;
-# the pattern `classifier` names both.
-HEADS = {
-    "classifier": HEAD,
-    "cls_classifier": f"{HEAD}.class",
-    "distillation_classifier": f"{HEAD}.distillation",
-}
+from vitopt.models.families import FAMILIES, HEAD, Family, why_not_supported
+from vitopt.recipe import LINEARS, QKV
 
 
 @dataclass(frozen=True)
@@ -35,57 +27,7 @@ class Layer:
     @property
     def is_head(self) -> bool:
         """Whether it gives the logits, or one of two that are averaged."""
-        return self.module in HEADS
-
-
-FUSED_LEAF = "qkv_proj"  # query, key and value stacked into one layer while running
-
-# How a module's name ends -> its logical names, over all families and transformers versions known; the longest
-# ending that is listed counts.
-_LINEARS_OF_ENDING: dict[str, tuple[Linear, ...]] = {
-    "query": ("query",),  # Swin v2, and DINOv2 in transformers before its modules were renamed, as all that follow
-    "key": ("key",),
-    "value": ("value",),
-    "attention.output.dense": ("output",),
-    "intermediate.dense": ("fc1",),
-    "output.dense": ("fc2",),
-    "q_proj": ("query",),
-    "k_proj": ("key",),
-    "v_proj": ("value",),
-    FUSED_LEAF: ("query", "key", "value"),
-    "o_proj": ("output",),
-    "out_proj": ("output",),
-    "fc1": ("fc1",),
-    "fc2": ("fc2",),
-}
-assert {linear for linears in _LINEARS_OF_ENDING.values() for linear in linears} == set(LINEARS)
-
-# Layers of the giant DINOv2. Left out of a plan, they would be quantized without anybody having said so.
-_GATED_MLP = ("gate_proj", "up_proj", "down_proj")
-
-_PLAIN = r"layers\.\d+"
-_ENCODER = r"encoder\.layers?\.\d+"
-
-# model type -> how the name of a block starts, below the base model's prefix
-_BLOCK_OF_FAMILY = {
-    "vit": rf"vit\.{_PLAIN}",
-    "deit": rf"deit\.{_PLAIN}",
-    "vit_msn": rf"vit\.{_PLAIN}",
-    "ijepa": rf"ijepa\.{_PLAIN}",
-    "beit": rf"beit\.{_PLAIN}",
-    "dinov2": rf"dinov2\.{_ENCODER}",
-    "dinov2_with_registers": rf"dinov2_with_registers\.{_ENCODER}",
-    "siglip": rf"vision_model\.{_ENCODER}",
-    "clip": rf"vision_model\.{_ENCODER}",
-    # Stages are flattened: block.0 is the first block of the first stage.
-    "swin": r"swin\.encoder\.layers\.\d+\.blocks\.\d+",
-    "swinv2": r"swinv2\.encoder\.layers\.\d+\.blocks\.\d+",
-}
-
-
-def families() -> list[str]:
-    """Model types (`config.model_type`) whose layers have logical names."""
-    return sorted(_BLOCK_OF_FAMILY)
+        return self.block is None
 
 
 def linear_layers(model: nn.Module, model_type: str) -> list[Layer]:
@@ -97,25 +39,23 @@ def linear_layers(model: nn.Module, model_type: str) -> list[Layer]:
     Raises:
         CheckpointError: the family is not supported, or its modules are not those that are expected.
     """
-    if model_type not in _BLOCK_OF_FAMILY:
-        raise CheckpointError(f"model type {model_type!r} is not supported; supported: {', '.join(families())}")
-    pattern = re.compile(rf"({_BLOCK_OF_FAMILY[model_type]})\.(.+)")
+    if reason := why_not_supported(model_type):
+        raise CheckpointError(f"model type {model_type!r} is not supported: {reason}")
+    family = FAMILIES[model_type]
+    pattern = re.compile(rf"({family.block})\.(.+)")
     blocks: dict[str, int] = {}
     layers: list[Layer] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        if name in HEADS:
-            layers.append(Layer(HEADS[name], name, _element_count(module), None))
+        if name in family.heads:
+            layers.append(Layer(family.heads[name], name, _element_count(module), None))
         elif match := pattern.fullmatch(name):
             prefix, inside = match.groups()
             block = blocks.setdefault(prefix, len(blocks))
-            if inside.endswith(_GATED_MLP):
-                raise CheckpointError(
-                    f"this {model_type} model has a gated MLP ({name}), which vitopt does not know: "
-                    "use a size of the model whose MLP is fc1 and fc2"
-                )
-            linears = _linears_of(inside)
+            linears = _linears_of(inside, family)
+            if linears is None or _computes_beside(model, name):
+                raise CheckpointError(_explain_unknown(model_type, name))
             for linear in linears:
                 layers.append(Layer(f"block.{block}.{linear}", name, _element_count(module) // len(linears), block))
     if not blocks:
@@ -123,19 +63,40 @@ def linear_layers(model: nn.Module, model_type: str) -> list[Layer]:
             f"no block of this {model_type} model was found under the names that vitopt knows; "
             "use a transformers version from 5.9 on"
         )
+    heads = [layer for layer in layers if layer.is_head]
+    if len(heads) > 1:
+        layers = [replace(layer, logical=f"{HEAD}.class") if layer.logical == HEAD else layer for layer in layers]
+    counted = Counter(layer.logical for layer in layers)
+    if twice := [layer.module for layer in layers if counted[layer.logical] > 1]:
+        raise CheckpointError(_explain_unknown(model_type, twice[-1]))
     return layers
 
 
-def _linears_of(inside: str) -> tuple[Linear, ...]:
-    """Logical names of a module by its name inside the block, none for one that vitopt leaves alone."""
+def _linears_of(inside: str, family: Family) -> tuple[str, ...] | None:
+    """Logical names of a module by its name inside the block: none for one that stays as it is, None if unknown."""
+    if inside.endswith(family.unnamed):
+        return ()
     parts = inside.split(".")
     endings = (".".join(parts[start:]) for start in range(len(parts)))
-    return next((_LINEARS_OF_ENDING[ending] for ending in endings if ending in _LINEARS_OF_ENDING), ())
+    return next((family.linears[ending] for ending in endings if ending in family.linears), None)
+
+
+def _computes_beside(model: nn.Module, name: str) -> bool:
+    # timm's attention may keep biases of its own, and then multiplies with the weight instead of calling the layer.
+    return getattr(model.get_submodule(name.rpartition(".")[0]), "q_bias", None) is not None
+
+
+def _explain_unknown(model_type: str, module: str) -> str:
+    # Left out of a plan, it would be quantized, or not, without anybody having said so.
+    return (
+        f"this {model_type} model has a layer in its blocks that vitopt does not know ({module}): use one whose blocks "
+        "hold plain attention and an MLP of fc1 and fc2"
+    )
 
 
 def block_names(model: nn.Module, model_type: str) -> tuple[str, ...]:
     """Full module names of the transformer blocks, in order."""
-    pattern = re.compile(_BLOCK_OF_FAMILY[model_type])
+    pattern = re.compile(FAMILIES[model_type].block)
     return tuple(name for name, _ in model.named_modules() if pattern.fullmatch(name))
 
 
@@ -164,7 +125,7 @@ def select(patterns: Iterable[str], layers: list[Layer]) -> dict[str, str]:
 
 
 def _matches(pattern: str, logical: str) -> bool:
-    if pattern in LINEARS:
+    if pattern in (QKV, *LINEARS):
         pattern = f"block.*.{pattern}"
     wanted, actual = pattern.split("."), logical.split(".")
     # A pattern with fewer parts names all that lies below it.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vitopt.models.names import FUSED_LEAF
+from vitopt.models.families import FUSED_LEAF
 
 _PARTS = ("q_proj", "k_proj", "v_proj")
 _ROW_SCALED = ("Tensor", "Int8Tensor", "Float8Tensor")

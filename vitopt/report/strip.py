@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vitopt.recipe import LINEARS
+from vitopt.recipe import LINEARS, QKV, Linear
 from vitopt.records import Record
 
 HEAD = "classifier"
@@ -28,7 +28,12 @@ def strips(records: Sequence[Record]) -> list[Strip]:
 def strip_of(name: str, layers: Mapping[str, str]) -> Strip:
     """The strip of a layer plan: logical name -> format."""
     numbers = sorted({int(logical.split(".")[1]) for logical in layers if logical.startswith("block.")})
-    blocks = {number: tuple(layers.get(f"block.{number}.{linear}") for linear in LINEARS) for number in numbers}
+    blocks = {number: tuple(_format(layers, number, linear) for linear in LINEARS) for number in numbers}
     # A model with two heads holds them alike.
     head = next((format for logical, format in layers.items() if logical.split(".")[0] == HEAD), None)
     return Strip(name, blocks, head, Counter(layers.values()))
+
+
+def _format(layers: Mapping[str, str], block: int, linear: Linear) -> str | None:
+    fused = layers.get(f"block.{block}.{QKV}") if linear in ("query", "key", "value") else None
+    return layers.get(f"block.{block}.{linear}", fused)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vitopt.formats import colour_of
-from vitopt.recipe import LINEARS
+from vitopt.recipe import LINEARS, QKV
 from vitopt.report import units
 from vitopt.report.figures import Plot, blank, canvas, step_line, styled
 from vitopt.report.labels import label_points
@@ -74,7 +74,7 @@ def layer_map(result: Sensitivity) -> Figure | None:
     if result.granularity != "linear" or 2 * len(result.units) < len(known):
         return None
     blocks = sorted({number for number, _ in known.values()})
-    linears = [linear for linear in LINEARS if linear in {own for _, own in known.values()}]
+    linears = [linear for linear in (QKV, *LINEARS) if linear in {own for _, own in known.values()}]
     figure = canvas(2 * (_ROW * len(linears) + 24) + 56, between=0.12)
     for axes, (title, effects) in zip(figure.subplots(2, 1, sharex=True), _effects(result).items(), strict=True):
         full = max(map(abs, effects.values()), default=0.0) or 1.0

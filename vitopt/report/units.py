@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from vitopt.recipe import LINEARS
+from vitopt.recipe import LINEARS, QKV
 from vitopt.search.results import Sensitivity, UnitScores
 
 
@@ -13,11 +13,11 @@ def place(unit: str) -> tuple[int, str]:
 
 
 def in_order(units: Iterable[str]) -> list[str]:
-    """By block, and inside it in the order of LINEARS."""
+    """By block, and inside it `qkv` first, then in the order of LINEARS."""
 
     def key(unit: str) -> tuple[int, int, str]:
         number, linear = place(unit)
-        return number, [*LINEARS, linear].index(linear), linear
+        return number, [QKV, *LINEARS, linear].index(linear), linear
 
     return sorted(units, key=key)
 
