@@ -45,6 +45,20 @@ def require_format(format: Format, device: torch.device) -> None:
         raise UnsupportedError(f"format {format} cannot run on {device}: {reason}; the nearest that can is {nearest}")
 
 
+def why_not_compile(device: torch.device) -> str | None:
+    """Why `torch.compile` cannot make code for `device`, or None when it can."""
+    if device.type == "cuda":
+        return _needs("triton")
+    from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler is found (install g++, or name one in CXX)"
+    return None
+
+
 def why_not_attention(attention: Attention, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why an attention implementation cannot run, or None when it can."""
     if attention != "flash_attention_2":
