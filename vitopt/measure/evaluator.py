@@ -76,7 +76,7 @@ def evaluate(
         return []
     failures = dict(outcome.failures) if outcome else {}
     running = [runnable for runnable in runnables if runnable.name not in failures]
-    with watched(runnables[0].device) as warnings:
+    with watched(runnables[0].device) as conditions:
         rows = time_rows(running, spec.latency, baseline, images)
     tested = HashedImages.of(images, spec.look_alikes) if images is not None else None
     together = uuid.uuid4().hex
@@ -88,9 +88,9 @@ def evaluate(
             overlaps = tested.overlaps(runnable.images_seen() if isinstance(runnable, HasSeenImages) else ())
             own["dataset"] = _describe_dataset(images, runnable, outcome.skipped, overlaps)
             notes = [*notes, *(warning(overlap, len(images)) for overlap in overlaps)]
-        own["warnings"] = (*warnings, *notes)
+        own["warnings"] = (*conditions.warnings, *notes)
         if runnable.name in rows:
-            own["measured_together"] = together
+            own |= {"measured_together": together, "gpu_load": conditions.gpu}
         measured[runnable.name] = _first_figures(runnable, own, outcome, images, rows.get(runnable.name), baseline)
 
     measured = _adjusted(measured)
