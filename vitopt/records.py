@@ -210,11 +210,11 @@ class Roofline(Part):
 class GpuLoad(Part):
     """The GPU while the calls of all variants were timed, looked at several times a second."""
 
-    polls: int
-    mean_power_watts: float | None
-    max_power_watts: float | None
+    polls: int = Field(description="how often it was looked at")
+    mean_power_watts: float | None = Field(description="null where the driver does not tell, as the next three")
+    max_power_watts: float | None = Field(description="highest that was seen")
     median_clock_mhz: float | None = Field(description="of its multiprocessors")
-    min_clock_mhz: float | None
+    min_clock_mhz: float | None = Field(description="lowest that was seen")
     throttled: dict[str, float] = Field(description="reason for lowered clocks -> share of the looks that saw it")
 
 

@@ -32,6 +32,7 @@ from vitopt.optimize.compiled import Compiled, compiled
 from vitopt.optimize.expand import EXPANDABLE, expand
 from vitopt.optimize.formats import live_formats, stored_formats
 from vitopt.optimize.fuse import FusedAttention, fuse_projections
+from vitopt.optimize.refused import fall_back_where_refused
 from vitopt.recipe import HeldSpec, RunSpec
 from vitopt.records import Model, Option, Size, Variant
 
@@ -59,6 +60,7 @@ class TorchRunnable:
         self._dtype = input_dtype(self.model)
         self._compiled: Compiled | None = None
         self._has_compiled = False
+        self._unrefused: set[torch.Size] = set()  # shapes of which it is known what fp8 products they get
         if self.run.compile:
             blocks = block_names(self.model, self.checkpoint.config.model_type)
             modules = [self.model.get_submodule(name) for name in blocks]
@@ -140,7 +142,7 @@ class TorchRunnable:
             "channels_last": self.run.channels_last,
             "compile": self.fixed_shapes,
             "autotune": self.run.autotune and self.fixed_shapes,
-        }
+        } | ({"format": "fp8 with some layers in bf16"} if "format" in self.reasons else {})
 
     def flops_per_image(self) -> int:
         """Arithmetic of one image."""
@@ -162,6 +164,8 @@ class TorchRunnable:
         """
         layout = torch.channels_last if self.run.channels_last else torch.contiguous_format
         pixel_values = pixel_values.to(self._dtype, memory_format=layout)
+        if "fp8" in self.layers.values() and pixel_values.shape not in self._unrefused:
+            self._settle_products(pixel_values)
         if self._compiled is not None and self._compiled.knows(pixel_values.shape):
             return self._compiled(pixel_values)
         if self._compiled is not None and "compile" not in self.reasons:
@@ -183,6 +187,17 @@ class TorchRunnable:
 
     def _eager(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.model(pixel_values=pixel_values).logits
+
+    def _settle_products(self, pixel_values: torch.Tensor) -> None:
+        """Find, before a shape is compiled, the fp8 products that the device does not have for it."""
+        self._unrefused.add(pixel_values.shape)
+        with torch.compiler.set_stance("force_eager"):
+            refused = fall_back_where_refused(self.model, lambda: self._eager(pixel_values))
+        if refused:
+            parts = sorted({name.rpartition(".")[2] for name in refused})
+            reason = f"batch {len(pixel_values)}: the device refused {len(refused)} layers, {' and '.join(parts)}"
+            self.reasons["format"] = "; ".join([*filter(None, [self.reasons.get("format")]), reason])
+            logger.warning("%s: %s in fp8; they run in bf16", self.name, reason)
 
     def _first_call(self, compiled: Compiled, pixel_values: torch.Tensor) -> torch.Tensor:
         """Compile for a shape that is new."""
