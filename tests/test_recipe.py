@@ -350,6 +350,18 @@ def test_names_must_agree():
     ]
 
 
+def test_a_variant_may_be_timed_at_some_of_the_batch_sizes():
+    variants = [{"name": name, "format": "bf16"} for name in ("one", "four")]
+    latency = {"batch_sizes": [1, 64], "only": {"one": 1}}
+    spec = validate(Recipe, changed(variants=variants, evaluate={"latency": latency}), where="test").evaluate.latency
+    asked = [(name, size) for name in ("one", "four") for size in (1, 64) if spec.times(name, size)]
+    assert asked == [("one", 1), ("four", 1), ("four", 64)]
+    unknown = changed(variants=variants, evaluate={"latency": latency | {"only": {"fuor": [1]}}})
+    assert mistakes(unknown) == ["evaluate.latency.only names 'fuor', which is no variant; did you mean 'four'?"]
+    (mistake,) = mistakes(changed(variants=variants, evaluate={"latency": latency | {"only": {"one": [8]}}}))
+    assert "only: one" in mistake and "1, 64" in mistake
+
+
 def test_a_waterfall_names_variants():
     named = changed(waterfall=["one", "fuor"], variants=[{"name": name, "format": "bf16"} for name in ("one", "four")])
 

@@ -211,6 +211,9 @@ class LatencySpec(Spec):
     batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_list)] = Field(
         (1,), min_length=1, description="batch sizes to time, as in 1,8,32"
     )
+    only: dict[Name, Annotated[tuple[int, ...], BeforeValidator(_as_list)]] = Field(
+        default_factory=dict, description="variants that are timed at some of the batch sizes only, as in fp32: [1]"
+    )
     iterations: int = Field(100, ge=1, description="timed calls per variant and batch size")
     rounds: int = Field(10, ge=1, description="the calls are spread over so many interleaved rounds")
     warmup_seconds: float = Field(20, ge=0, description="longest warm-up per variant and batch size")
@@ -224,6 +227,19 @@ class LatencySpec(Spec):
         if isinstance(content, dict) and "rounds" not in content and isinstance(content.get("iterations"), int):
             return content | {"rounds": max(1, min(content["iterations"], cls.model_fields["rounds"].default))}
         return content
+
+    def times(self, name: str, batch_size: int) -> bool:
+        """Whether the variant of this name is timed at this batch size."""
+        return batch_size in self.only.get(name, self.batch_sizes)
+
+    @model_validator(mode="after")
+    def _only_narrows(self) -> "LatencySpec":
+        for name, sizes in self.only.items():
+            if not sizes or not set(sizes) <= set(self.batch_sizes):
+                raise ValueError(
+                    f"`only: {name}` must name some of the batch_sizes {', '.join(map(str, self.batch_sizes))}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _rounds_fit(self) -> "LatencySpec":
@@ -312,8 +328,11 @@ class Recipe(Spec):
             mistakes.append("data: `train` is the split to fine-tune on, and there is no `finetune`")
         if self.require.batch_size not in (None, *self.evaluate.latency.batch_sizes):
             mistakes.append(f"require.batch_size {self.require.batch_size} is not in evaluate.latency.batch_sizes")
-        for key, wanted in [("baseline", self.baseline), ("export", self.export)] + [
-            ("waterfall", name) for name in self.waterfall
+        for key, wanted in [
+            ("baseline", self.baseline),
+            ("export", self.export),
+            *(("waterfall", name) for name in self.waterfall),
+            *(("evaluate.latency.only", name) for name in self.evaluate.latency.only),
         ]:
             if wanted is not None and wanted not in names:
                 mistakes.append(f"{key} names {wanted!r}, which is no variant; {suggest(wanted, names)}")

@@ -461,6 +461,19 @@ def small_rates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         rate.cache_clear()
 
 
+def test_rows_of_one_batch_size_are_told_before_the_next_is_begun(subjects: list[TorchRunnable]) -> None:
+    told: list[tuple[str, list[int]]] = []
+    spec = at(1, 3)
+    only = spec.latency.model_copy(update={"only": {subjects[1].name: (3,)}})
+    evaluate(
+        subjects,
+        spec.model_copy(update={"latency": only}),
+        ready=lambda one: told.append((one.record.variant.name, [row.batch_size for row in one.record.latency])),
+    )
+    first, second = (subject.name for subject in subjects)
+    assert told[:4] == [(first, [1]), (second, []), (first, [1, 3]), (second, [3])]
+
+
 def test_floor_and_utilisation_are_against_the_rates_in_the_record(
     subjects: list[TorchRunnable], small_rates: None
 ) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -303,6 +304,15 @@ def test_compilation_in_the_warm_up_is_welcome(compiled: Callable[[torch.Tensor]
         call = functools.partial(compiled, torch.ones(size))
         timing = time_interleaved({"a": call}, spec, clock_for(torch.device("cpu")))["a"]
         assert timing.failure is None and len(timing.samples_ms) == 4
+
+
+def test_each_variant_is_told_of_as_soon_as_it_is_warm(caplog: pytest.LogCaptureFixture) -> None:
+    machine = Machine()
+    calls = {"a": machine.call("a", lambda number: 2.5), "bad": failing(machine, "bad", 0)}
+    with caplog.at_level(logging.INFO):
+        time_interleaved(calls, LatencySpec(iterations=1, rounds=1), machine, "latency at batch 8")
+    fast, bad = caplog.messages
+    assert "batch 8: a: about 2.5 ms" in fast and "batch 8: bad: RuntimeError: no kernel" in bad
 
 
 def test_samples_are_in_order_of_time() -> None:

@@ -73,7 +73,7 @@ def test_a_program_that_is_not_there_is_told() -> None:
 
 
 class Allocator:
-    """As much of torch.cuda as a peak takes: 900 bytes of other variants, 40 more while a call runs, in its own pool."""
+    """As much of torch.cuda as a peak takes: others hold 900 bytes, a call takes 40 in its own pool."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.allocated = self.peak = 900

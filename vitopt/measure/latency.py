@@ -6,16 +6,22 @@ and in no sample. Neither is the warm-up.
 """
 
 import functools
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from vitopt import progress
 from vitopt.measure.failures import explain_failure, is_out_of_memory
-from vitopt.recipe import LatencySpec
+
+if TYPE_CHECKING:  # a GPU machine may have torch and no pydantic, and is timed by these clocks all the same
+    from vitopt.recipe import LatencySpec
+
+logger = logging.getLogger(__name__)
 
 Call = Callable[[], object]
 
@@ -101,6 +107,7 @@ class Timing:
 
     warmup_ms: float = 0.0
     warmup_iterations: int = 0
+    warm_ms: float = 0.0  # median of the last calls of the warm-up
     settled: bool = False  # whether the warm-up ended because calls took a steady time
     discarded_calls: int = 0  # after switches, in no other figure
     rounds_ms: list[list[float]] = field(default_factory=list)
@@ -115,7 +122,7 @@ class Timing:
 
 
 def time_interleaved(
-    calls: Mapping[str, Call], spec: LatencySpec, clock: Clock, description: str = "latency"
+    calls: Mapping[str, Call], spec: "LatencySpec", clock: Clock, description: str = "latency"
 ) -> dict[str, Timing]:
     """Time several calls against each other; name -> its samples.
 
@@ -124,8 +131,12 @@ def time_interleaved(
     timings = {name: Timing() for name in calls}
     previous = None
     for name, call in calls.items():
-        _guarded(timings[name], functools.partial(_warm_up, call, timings[name], spec, clock))
+        timing = timings[name]
+        _guarded(timing, functools.partial(_warm_up, call, timing, spec, clock))
         previous = name
+        # Compilation can take minutes: who stops it half way has the first figures of those before.
+        outcome = timing.failure or f"about {timing.warm_ms:.3g} ms, warm after {timing.warmup_ms / 1000:.1f} s"
+        logger.info("%s: %s: %s", description, name, outcome)
     per_round = -(-spec.iterations // spec.rounds)
     for number in progress.track(range(spec.rounds), description, spec.rounds):
         orders = balanced_orders([name for name in calls if timings[name].failure is None])
@@ -165,7 +176,7 @@ def _guarded(timing: Timing, work: Call) -> None:
         timing.out_of_memory = is_out_of_memory(error)
 
 
-def _warm_up(call: Call, timing: Timing, spec: LatencySpec, clock: Clock) -> None:
+def _warm_up(call: Call, timing: Timing, spec: "LatencySpec", clock: Clock) -> None:
     """Call until the running median is stable, at most `warmup_seconds` after the first call, which may compile."""
     started = clock.now()
     samples = [clock.time(call)]
@@ -174,6 +185,7 @@ def _warm_up(call: Call, timing: Timing, spec: LatencySpec, clock: Clock) -> Non
         samples.append(clock.time(call))
     timing.settled = settled
     timing.warmup_ms, timing.warmup_iterations = 1000 * (clock.now() - started), len(samples)
+    timing.warm_ms = statistics.median(samples[-_WINDOW:])
 
 
 def _is_stable(samples: list[float]) -> bool:

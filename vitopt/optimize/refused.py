@@ -51,7 +51,7 @@ def fall_back_where_refused(model: nn.Module, call: Callable[[], object]) -> lis
             return nn.functional.linear(input, layer.weight.dequantize(), layer.bias)
 
     for name, layer in layers.items():
-        layer.forward = functools.partial(attempt, name, layer)  # type: ignore[method-assign]
+        layer.forward = functools.partial(attempt, name, layer)
     try:
         call()
     finally:
