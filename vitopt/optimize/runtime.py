@@ -4,6 +4,7 @@ import functools
 import logging
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,15 +29,30 @@ from vitopt.models.classes import best_attention, why_not_attention, why_not_ker
 from vitopt.models.forward import flops_per_image, input_dtype
 from vitopt.models.names import block_names
 from vitopt.optimize.attention import attention_of, implementation, kernel_used
+from vitopt.optimize.blocks import carry_residuals, join_gelu, narrow_last_block
 from vitopt.optimize.compiled import Compiled, compiled
 from vitopt.optimize.expand import EXPANDABLE, expand
 from vitopt.optimize.formats import live_formats, stored_formats
 from vitopt.optimize.fuse import FusedAttention, fuse_projections
+from vitopt.optimize.patches import multiply_patches
 from vitopt.optimize.refused import fall_back_where_refused
 from vitopt.recipe import HeldSpec, RunSpec
 from vitopt.records import Model, Option, Size, Variant
 
 logger = logging.getLogger(__name__)
+
+# option -> what changes the model in place and tells how much, given the names of its blocks; why it changes nothing.
+# The last block's own attention is made before queries, keys and values are stacked.
+_REWRITES: dict[str, tuple[Callable[[nn.Module, tuple[str, ...]], int], str]] = {
+    "patch_product": (lambda model, _: multiply_patches(model), "no patch embedding here is a plain convolution"),
+    "class_token_last": (narrow_last_block, "this model's head or last block (eager, or of another kind) needs all"),
+    "carry_residual": (carry_residuals, "the blocks of this family are of another kind"),
+    "gelu_epilogue": (lambda model, _: join_gelu(model), "no GELU here follows an unquantized product"),
+    "fuse_qkv": (
+        lambda model, _: fuse_projections(model),
+        "no query, key and value here can be fused (packed, eager, or another attention)",
+    ),
+}
 
 
 @dataclass
@@ -138,10 +154,11 @@ class TorchRunnable:
         return {
             "attention": self.attention_used,
             "sdpa_kernel": None,  # a profiled call tells
-            "fuse_qkv": self.fused_attentions > 0,
+            **{option: getattr(self.run, option) and option not in self.reasons for option in _REWRITES},
             "channels_last": self.run.channels_last,
             "compile": self.fixed_shapes,
             "autotune": self.run.autotune and self.fixed_shapes,
+            "compile_whole": self.run.compile_whole and self.fixed_shapes,
         } | ({"format": "fp8 with some layers in bf16"} if "format" in self.reasons else {})
 
     def flops_per_image(self) -> int:
@@ -182,7 +199,7 @@ class TorchRunnable:
 
     def alone(self, batch_size: int) -> list[str]:
         """Command of a process that runs only this, uncompiled."""
-        run = self.run.model_copy(update={"compile": False, "autotune": False}).model_dump_json()
+        run = self.run.model_copy(update={"compile": False, "autotune": False, "compile_whole": False}).model_dump_json()
         return [sys.executable, "-m", "vitopt.optimize.alone", self.checkpoint.source, run, str(batch_size)]
 
     def _eager(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -262,9 +279,11 @@ def prepare(
     if run.run_as is not None:
         expand(model, checkpoint.config.model_type, run.run_as)
     model.requires_grad_(False)
-    if run.fuse_qkv and fuse_projections(model) == 0:
-        reasons["fuse_qkv"] = "no query, key and value here can be fused (packed, eager, or another attention)"
-        logger.warning("%s: %s", name, reasons["fuse_qkv"])
+    blocks = block_names(model, checkpoint.config.model_type)
+    for option, (rewrite, reason) in _REWRITES.items():
+        if getattr(run, option) and rewrite(model, blocks) == 0:
+            reasons[option] = reason
+            logger.warning("%s: %s", name, reason)
     if run.channels_last:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
