@@ -26,7 +26,7 @@ from vitopt.measure.failures import explain_failure
 from vitopt.measure.latency import clock_for
 from vitopt.models.architectures import known_architecture
 from vitopt.optimize.attention import implementation
-from vitopt.optimize.compiled import compiled
+from vitopt.optimize.compiled import Path, compiled
 
 GEMM_SIDE = {"cuda": 8192, "cpu": 512}
 CALLS = 20
@@ -54,7 +54,7 @@ def main() -> None:
         tell("fp32 eager", lambda: timed(lambda pixels: model(pixel_values=pixels).logits, 1, torch.float32, device))
         half = copy.deepcopy(model).to(torch.bfloat16)
         half.set_attn_implementation(implementation("sdpa", "auto", captured=device.type == "cuda"))
-        graph = compiled(half, list(half.vit.layers), device, autotune=False)
+        graph = compiled(Path(half, torch.bfloat16), list(half.vit.layers), device)
         tell("compiled bf16 agrees with fp32", lambda: agreement(model, graph, device))
         for batch_size in (1, arguments.batch_size):
             tell("bf16 compiled", lambda size=batch_size: timed(graph, size, torch.bfloat16, device))

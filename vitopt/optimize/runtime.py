@@ -30,7 +30,7 @@ from vitopt.models.forward import flops_per_image, input_dtype
 from vitopt.models.names import block_names
 from vitopt.optimize.attention import attention_of, implementation, kernel_used
 from vitopt.optimize.blocks import carry_residuals, join_gelu, narrow_last_block
-from vitopt.optimize.compiled import Compiled, compiled
+from vitopt.optimize.compiled import Compiled, Path, compiled
 from vitopt.optimize.expand import EXPANDABLE, expand
 from vitopt.optimize.formats import live_formats, stored_formats
 from vitopt.optimize.fuse import FusedAttention, fuse_projections
@@ -73,14 +73,16 @@ class TorchRunnable:
     layers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._dtype = input_dtype(self.model)
+        layout = torch.channels_last if self.run.channels_last else torch.contiguous_format
+        self._path = Path(self.model, input_dtype(self.model), layout)
         self._compiled: Compiled | None = None
         self._has_compiled = False
         self._unrefused: set[torch.Size] = set()  # shapes of which it is known what fp8 products they get
         if self.run.compile:
             blocks = block_names(self.model, self.checkpoint.config.model_type)
             modules = [self.model.get_submodule(name) for name in blocks]
-            self._compiled = compiled(self.model, modules, self.device, self.run.autotune)
+            ways = {"autotune": self.run.autotune, "whole": self.run.compile_whole}
+            self._compiled = compiled(self._path, modules, self.device, **ways)
 
     @functools.cached_property
     def preprocess(self) -> Preprocessor:
@@ -179,8 +181,6 @@ class TorchRunnable:
 
         A shape that cannot be compiled runs eager, as do all new ones from then on; it is said, and the reason kept.
         """
-        layout = torch.channels_last if self.run.channels_last else torch.contiguous_format
-        pixel_values = pixel_values.to(self._dtype, memory_format=layout)
         if "fp8" in self.layers.values() and pixel_values.shape not in self._unrefused:
             self._settle_products(pixel_values)
         if self._compiled is not None and self._compiled.knows(pixel_values.shape):
@@ -199,11 +199,13 @@ class TorchRunnable:
 
     def alone(self, batch_size: int) -> list[str]:
         """Command of a process that runs only this, uncompiled."""
-        run = self.run.model_copy(update={"compile": False, "autotune": False, "compile_whole": False}).model_dump_json()
+        run = self.run.model_copy(
+            update={"compile": False, "autotune": False, "compile_whole": False}
+        ).model_dump_json()
         return [sys.executable, "-m", "vitopt.optimize.alone", self.checkpoint.source, run, str(batch_size)]
 
     def _eager(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=pixel_values).logits
+        return self._path(pixel_values)
 
     def _settle_products(self, pixel_values: torch.Tensor) -> None:
         """Find, before a shape is compiled, the fp8 products that the device does not have for it."""
