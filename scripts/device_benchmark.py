@@ -73,7 +73,7 @@ _TESTS = Plan("tests", ("-m", "pytest", "-m", "gpu", "-rs", "tests/test_gpu.py")
 PLANS = {
     "cuda": (
         Plan("smoke", ("scripts/device_smoke.py", "--device", DEVICE), 60),
-        _recipe("goals-vit-l", 210, wants=("torchao",)),
+        _recipe("goals-vit-l", 270, wants=("torchao",)),
         _recipe("packed-vit-l", 100, ("bitsandbytes",), ("torchao",)),
         _TESTS,
         _recipe("waterfall-vit-l", 120, wants=("torchao",)),

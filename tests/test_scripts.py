@@ -320,6 +320,41 @@ def test_a_smoke_test_tells_figures_and_reasons_line_by_line(
     assert broken == {"name": "broken", "failure": "ZeroDivisionError: division by zero"}
 
 
+@pytest.fixture(scope="module")
+def costs() -> ModuleType:
+    return script("block_costs")
+
+
+def test_kernels_of_a_block_are_counted_in_the_compilers_schedule(costs: ModuleType) -> None:
+    class Mlp(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = torch.nn.Linear(32, 64, bias=False), torch.nn.Linear(64, 32, bias=False)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.two(torch.nn.functional.gelu(self.one(inputs)))
+
+    found = costs.cost(Mlp().requires_grad_(False), torch.zeros(16, 32))
+    assert (found.generated, found.called) == (1, 2)  # GELU, and the products
+    inner, outer, weights = 16 * 64, 16 * 32, 2 * 32 * 64
+    assert found.bytes == 4 * (outer + inner + 2 * inner + inner + outer + weights)
+
+
+def test_a_block_takes_fewer_kernels_with_the_options_that_join_them(costs: ModuleType) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    plain, fused, joined = (
+        costs.block_cost(costs.ViTConfig(**shape), 1, options)
+        for options in ((), ("fuse_qkv",), ("fuse_qkv", "gelu_epilogue"))
+    )
+    assert fused.called == plain.called - 2 and fused.generated == plain.generated
+    assert joined.called == fused.called and joined.generated == fused.generated - 1
+    assert joined.bytes < fused.bytes < plain.bytes
+    last, narrow = (
+        costs.block_cost(costs.ViTConfig(**shape), 1, options, block=-1) for options in ((), ("class_token_last",))
+    )
+    assert narrow.bytes < last.bytes
+
+
 def test_files_are_named_after_the_device(benchmark: ModuleType) -> None:
     assert benchmark._device_name({"gpu": {"name": "NVIDIA H200"}}) == "h200"
     assert benchmark._device_name({"gpu": {"name": "NVIDIA A100-SXM4-80GB"}}) == "a100-sxm4-80gb"

@@ -150,7 +150,7 @@ class RunSpec(Spec):
         False, description="the last block computes the class token alone, from keys and values of all; exact"
     )
     carry_residual: bool = Field(
-        False, description="a block leaves its last addition to the norm of the next, one kernel less; exact"
+        False, description="a block leaves its last addition to the norm of the next block; exact"
     )
     gelu_epilogue: bool = Field(
         False, description="GELU within the product before it, by tanh: answers change, accuracy must be measured"

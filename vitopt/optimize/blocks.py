@@ -30,11 +30,8 @@ class Block(nn.Module):
     def forward(self, hidden_states: torch.Tensor | Carried, *args: Any, **options: Any) -> torch.Tensor | Carried:
         """`hidden_states`: (batch, tokens, width), or two such whose sum it is. Returns the same, fewer tokens where
         attention gives fewer: the first ones."""
-        if isinstance(hidden_states, tuple):
-            # Done here it is one kernel with the norm that follows; at the end of a block it would be one of its own.
-            residual = hidden_states[0] + hidden_states[1]
-        else:
-            residual = hidden_states
+        # Done here an addition is one kernel with the norm that follows; at the end of a block it is one of its own.
+        residual = hidden_states[0] + hidden_states[1] if isinstance(hidden_states, tuple) else hidden_states
         attended, _ = self.attention(self.layernorm_before(residual), *args, **options)
         residual = attended + residual[:, : attended.shape[1]]
         delta = self.mlp(self.layernorm_after(residual))
@@ -136,15 +133,10 @@ def join_gelu(model: nn.Module) -> int:
 
 
 def _has_gelu(host: nn.Module) -> bool:
-    fc1, children = getattr(host, "fc1", None), {name for name, _ in host.named_children()}
-    plain = type(fc1) is nn.Linear and type(fc1.weight.data) is torch.Tensor and fc1.bias is not None
-    activation = getattr(host, "activation_fn", None)
-    exact = type(activation).__name__ == "GELUActivation" or (type(activation) is nn.GELU and not _is_tanh(activation))
-    return plain and exact and children == {"fc1", "fc2", "activation_fn"}
-
-
-def _is_tanh(activation: nn.GELU) -> bool:
-    return activation.approximate == "tanh"
+    if {name for name, _ in host.named_children()} != {"fc1", "fc2", "activation_fn"}:
+        return False
+    plain = type(host.fc1) is nn.Linear and type(host.fc1.weight.data) is torch.Tensor and host.fc1.bias is not None
+    return plain and type(host.activation_fn).__name__ == "GELUActivation"
 
 
 def _is_plain(host: nn.Module) -> bool:

@@ -2,8 +2,8 @@
 
 On a GPU one block is compiled and serves all (they differ in their weights alone, which are its inputs), then the
 whole forward pass is captured as a CUDA graph for each batch size: compilation takes the time of one block, and a
-call costs one launch and the copy of its pixels, which casts them. On the CPU the whole model is compiled with its weights frozen in, so that they are packed
-once for the processor's matrix kernels.
+call costs one launch and the copy of its pixels, which casts them. On the CPU the whole model is compiled with its
+weights frozen in, so that they are packed once for the processor's matrix kernels.
 """
 
 import contextlib
