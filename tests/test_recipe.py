@@ -74,7 +74,7 @@ def test_baseline_name_is_the_one_named():
         ),
         (
             {"evaluate": {"latency": {"zzz": 1}}},
-            "evaluate.latency.zzz: unknown key; known: batch_sizes, iterations, rounds, warmup_seconds, inputs",
+            "evaluate.latency.zzz: unknown key; known: batch_sizes, only, iterations, rounds, warmup_seconds, inputs",
         ),
     ],
 )
@@ -218,9 +218,14 @@ RUN = {
     "sdpa_kernel": "math",
     "run_as": "w8a8",
     "fuse_qkv": True,
+    "class_token_last": True,
+    "carry_residual": True,
+    "gelu_epilogue": True,
+    "patch_product": False,  # the one that goes with no channels_last
     "channels_last": True,
     "compile": True,
     "autotune": True,
+    "compile_whole": True,
 }
 
 
@@ -232,9 +237,14 @@ def test_a_variant_by_default_runs_as_it_is():
         "sdpa_kernel": "auto",
         "run_as": None,
         "fuse_qkv": False,
+        "class_token_last": False,
+        "carry_residual": False,
+        "gelu_epilogue": False,
+        "patch_product": False,
         "channels_last": False,
         "compile": False,
         "autotune": False,
+        "compile_whole": False,
     }
 
 
@@ -254,6 +264,11 @@ def variant(**run: object) -> dict[str, object]:
     ("run", "line"),
     [
         ({"autotune": True}, "variants.0: `autotune` is a way to compile: set `compile` too"),
+        ({"compile_whole": True}, "variants.0: `compile_whole` is a way to compile: set `compile` too"),
+        (
+            {"patch_product": True, "channels_last": True},
+            "variants.0: `channels_last` is for a convolution, and `patch_product` replaces it: take one of them",
+        ),
         ({"autotune": True, "compile": False}, "variants.0: `autotune` is a way to compile: set `compile` too"),
         (
             {"sdpa_kernel": "flash", "attention": "eager"},

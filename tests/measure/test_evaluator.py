@@ -416,7 +416,7 @@ def test_a_record_tells_how_the_checkpoint_was_run(
     subjects: list[TorchRunnable], records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = records[1].variant
-    off = {"fuse_qkv": False, "channels_last": False, "compile": False, "autotune": False}
+    off = {name: False for name, about in RunSpec.model_fields.items() if about.annotation is bool}
     assert plain.stored_format is None and off.items() <= plain.ran.items()
 
     def no_compiler(model: torch.nn.Module, **_: Any) -> Any:
