@@ -112,6 +112,24 @@ def test_a_graph_gives_the_logits_of_the_eager_model(half: Checkpoint, run_as: s
     assert graph.fixed_shapes and graph.reasons.get("compile") is None
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"class_token_last": True},
+        {"carry_residual": True},
+        {"patch_product": True},
+        {"gelu_epilogue": True},
+        {"class_token_last": True, "carry_residual": True, "patch_product": True, "compile_whole": True},
+    ],
+)
+def test_a_rewritten_model_gives_the_logits_of_the_eager_one(half: Checkpoint, options: dict[str, bool]) -> None:
+    eager = prepare(half, name="eager", device=CUDA)
+    graph = prepare(half, name="graph", device=CUDA, run=RunSpec(compile=True, fuse_qkv=True, **options))
+    for batch_size in (8, 1):
+        assert relative_error(graph(pixels_of(batch_size)), eager(pixels_of(batch_size))) < COMPILED_ERROR[None]
+    assert graph.reasons == {}
+
+
 def test_what_a_graph_returned_is_not_overwritten_by_its_next_call(half: Checkpoint) -> None:
     graph = prepare(half, name="graph", device=CUDA, run=RunSpec(compile=True))
     first = graph(pixels_of(4))
