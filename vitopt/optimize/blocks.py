@@ -74,7 +74,7 @@ class GeluMlp(nn.Module):
         return self.fc2(linear_gelu(hidden_states, self.fc1.weight, self.fc1.bias))
 
 
-# An operator of its own: inductor would take `_addmm_activation` apart into a product and a kernel for GELU.
+# An operator of its own: torch's `_addmm_activation` is not the same function on every device, see below.
 @torch.library.custom_op("vitopt::linear_gelu", mutates_args=())
 def linear_gelu(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """gelu(inputs weight^T + bias) with gelu(x) = x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
@@ -85,7 +85,7 @@ def linear_gelu(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) 
     rows = inputs.reshape(-1, inputs.shape[-1])
     if inputs.is_cuda:
         found = torch._addmm_activation(bias, rows, weight.t(), use_gelu=True)
-    else:
+    else:  # there it is the exact GELU; what is measured on a CPU is to hold on a GPU
         found = nn.functional.gelu(torch.addmm(bias, rows, weight.t()), approximate="tanh")
     return found.view(*inputs.shape[:-1], weight.shape[0])
 
