@@ -31,9 +31,9 @@ check: $(READY)  ## ruff, mypy and the import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-gpu:  ## what only a GPU shows: its tests and recipes, into benchmarks/results/ and README (under 9 minutes)
-	@$(GPU_PYTHON) scripts/device_benchmark.py --device cuda; status=$$?; \
-	$(GPU_PYTHON) scripts/performance_table.py; exit $$status
+gpu:  ## what only a GPU shows, in under 9 minutes; OUTPUT=DIR holds the results, else benchmarks/results/ and README
+	@$(GPU_PYTHON) scripts/device_benchmark.py --device cuda $(if $(OUTPUT),--output $(OUTPUT)); status=$$?; \
+	$(if $(OUTPUT),,$(GPU_PYTHON) scripts/performance_table.py;) exit $$status
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs build *.egg-info

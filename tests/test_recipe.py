@@ -83,7 +83,7 @@ def test_baseline_name_is_the_one_named():
         ),
         (
             {"evaluate": {"latency": {"zzz": 1}}},
-            "evaluate.latency.zzz: unknown key; known: batch_sizes, iterations, rounds, warmup_seconds, inputs",
+            "evaluate.latency.zzz: unknown key; known: batch_sizes, only, iterations, rounds, warmup_seconds, inputs",
         ),
     ],
 )
@@ -228,9 +228,14 @@ RUN = {
     "sdpa_kernel": "math",
     "run_as": "w8a8",
     "fuse_qkv": True,
+    "class_token_last": True,
+    "carry_residual": True,
+    "gelu_epilogue": True,
+    "patch_product": False,  # the one that goes with no channels_last
     "channels_last": True,
     "compile": True,
     "autotune": True,
+    "compile_whole": True,
 }
 
 
@@ -242,9 +247,14 @@ def test_a_variant_by_default_runs_as_it_is():
         "sdpa_kernel": "auto",
         "run_as": None,
         "fuse_qkv": False,
+        "class_token_last": False,
+        "carry_residual": False,
+        "gelu_epilogue": False,
+        "patch_product": False,
         "channels_last": False,
         "compile": False,
         "autotune": False,
+        "compile_whole": False,
     }
 
 
@@ -264,6 +274,11 @@ def variant(**run: object) -> dict[str, object]:
     ("run", "line"),
     [
         ({"autotune": True}, "variants.0: `autotune` is a way to compile: set `compile` too"),
+        ({"compile_whole": True}, "variants.0: `compile_whole` is a way to compile: set `compile` too"),
+        (
+            {"patch_product": True, "channels_last": True},
+            "variants.0: `channels_last` is for a convolution, and `patch_product` replaces it: take one of them",
+        ),
         ({"autotune": True, "compile": False}, "variants.0: `autotune` is a way to compile: set `compile` too"),
         (
             {"sdpa_kernel": "flash", "attention": "eager"},
@@ -358,6 +373,18 @@ def test_names_must_agree():
         "baseline names 'tow', which is no variant; did you mean 'two'?; "
         "export names 'none-of-them', which is no variant; known: one, two, two, one"
     ]
+
+
+def test_a_variant_may_be_timed_at_some_of_the_batch_sizes():
+    variants = [{"name": name, "format": "bf16"} for name in ("one", "four")]
+    latency = {"batch_sizes": [1, 64], "only": {"one": 1}}
+    spec = validate(Recipe, changed(variants=variants, evaluate={"latency": latency}), where="test").evaluate.latency
+    asked = [(name, size) for name in ("one", "four") for size in (1, 64) if spec.times(name, size)]
+    assert asked == [("one", 1), ("four", 1), ("four", 64)]
+    unknown = changed(variants=variants, evaluate={"latency": latency | {"only": {"fuor": [1]}}})
+    assert mistakes(unknown) == ["evaluate.latency.only names 'fuor', which is no variant; did you mean 'four'?"]
+    (mistake,) = mistakes(changed(variants=variants, evaluate={"latency": latency | {"only": {"one": [8]}}}))
+    assert "only: one" in mistake and "1, 64" in mistake
 
 
 def test_a_waterfall_names_variants():

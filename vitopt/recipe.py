@@ -107,9 +107,22 @@ class RunSpec(Spec):
         None, description="format that packed layers expand to at load; without it they run packed"
     )
     fuse_qkv: bool = Field(False, description="query, key and value as one matrix product; exact")
+    class_token_last: bool = Field(
+        False, description="the last block computes the class token alone, from keys and values of all; exact"
+    )
+    carry_residual: bool = Field(
+        False, description="a block leaves its last addition to the norm of the next block; exact"
+    )
+    gelu_epilogue: bool = Field(
+        False, description="GELU within the product before it, by tanh: answers change, accuracy must be measured"
+    )
+    patch_product: bool = Field(False, description="patch embedding as a matrix product, no convolution; exact")
     channels_last: bool = Field(False, description="pixels and patch embedding in NHWC memory order")
     compile: bool = Field(False, description="compile for each batch size; on a GPU, replay it as one CUDA graph")
     autotune: bool = Field(False, description="with compile: time its kernels first, slower to start")
+    compile_whole: bool = Field(
+        False, description="with compile on a GPU: all blocks as one program, slower to start; on a CPU it is always so"
+    )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -118,8 +131,11 @@ class RunSpec(Spec):
 
     @model_validator(mode="after")
     def _options_fit(self) -> "RunSpec":
-        if self.autotune and not self.compile:
-            raise ValueError("`autotune` is a way to compile: set `compile` too")
+        for way in ("autotune", "compile_whole"):
+            if getattr(self, way) and not self.compile:
+                raise ValueError(f"`{way}` is a way to compile: set `compile` too")
+        if self.patch_product and self.channels_last:
+            raise ValueError("`channels_last` is for a convolution, and `patch_product` replaces it: take one of them")
         if self.sdpa_kernel != "auto" and self.attention != "sdpa":
             raise ValueError(f"`sdpa_kernel` chooses a kernel of sdpa, and `attention` is {self.attention}")
         return self
@@ -228,6 +244,9 @@ class LatencySpec(Spec):
     batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(as_list)] = Field(
         (1,), min_length=1, description="batch sizes to time, as in 1,8,32"
     )
+    only: dict[Name, Annotated[tuple[int, ...], BeforeValidator(as_list)]] = Field(
+        default_factory=dict, description="variants that are timed at some of the batch sizes only, as in fp32: [1]"
+    )
     iterations: int = Field(100, ge=1, description="timed calls per variant and batch size")
     rounds: int = Field(10, ge=1, description="the calls are spread over so many interleaved rounds")
     warmup_seconds: float = Field(20, ge=0, description="longest warm-up per variant and batch size")
@@ -241,6 +260,19 @@ class LatencySpec(Spec):
         if isinstance(content, dict) and "rounds" not in content and isinstance(content.get("iterations"), int):
             return content | {"rounds": max(1, min(content["iterations"], cls.model_fields["rounds"].default))}
         return content
+
+    def times(self, name: str, batch_size: int) -> bool:
+        """Whether the variant of this name is timed at this batch size."""
+        return batch_size in self.only.get(name, self.batch_sizes)
+
+    @model_validator(mode="after")
+    def _only_narrows(self) -> "LatencySpec":
+        for name, sizes in self.only.items():
+            if not sizes or not set(sizes) <= set(self.batch_sizes):
+                raise ValueError(
+                    f"`only: {name}` must name some of the batch_sizes {', '.join(map(str, self.batch_sizes))}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _rounds_fit(self) -> "LatencySpec":
@@ -332,6 +364,7 @@ class Recipe(Spec):
         if self.require.batch_size not in (None, *self.evaluate.latency.batch_sizes):
             mistakes.append(f"require.batch_size {self.require.batch_size} is not in evaluate.latency.batch_sizes")
         named = [("baseline", self.baseline), *(("waterfall", name) for name in self.waterfall)]
+        named += [("evaluate.latency.only", name) for name in self.evaluate.latency.only]
         if not self.exports_best:
             named.append(("export", self.export))
         elif not self.require.limits:

@@ -56,6 +56,8 @@ def start(as_json: bool, threads: int | None = None) -> None:
     from vitopt.environment import launch, libraries
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)
+    if os.environ.get("VITOPT_LOG") == "info":  # each variant is told of as soon as it is warm
+        logging.getLogger("vitopt").setLevel(logging.INFO)
     logging.root.handlers[0].setFormatter(NoteFormatter("note: %(message)s"))
     libraries.quiet_libraries()
     if as_json or not launch.is_main_process():
