@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from vitopt import __version__, storage
 from vitopt.cli import app
 from vitopt.data.images import open_images
-from vitopt.measure import evaluator, forecast, rates
+from vitopt.measure import evaluator, forecast, rates, throughput
 from vitopt.measure.predictions import load_predictions
 from vitopt.models.checkpoint import Checkpoint
 from vitopt.recipe import DataSpec

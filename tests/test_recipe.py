@@ -7,16 +7,7 @@ import pytest
 import yaml
 
 from vitopt.errors import RecipeError
-from vitopt.recipe import (
-    DataSpec,
-    EvaluateSpec,
-    FinetuneSpec,
-    LatencySpec,
-    Recipe,
-    RecipeVariant,
-    RunSpec,
-    VariantSpec,
-)
+from vitopt.recipe import DataSpec, EvaluateSpec, FinetuneSpec, LatencySpec, Recipe, RecipeVariant, RunSpec, VariantSpec
 from vitopt.recipe_file import dump_yaml, load_recipe, validate
 
 MINIMAL = """

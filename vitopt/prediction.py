@@ -56,8 +56,8 @@ def predict(
     Raises:
         BadImageError: a file is missing.
     """
-    images = image_files(paths)
-    runnable = prepare(open_checkpoint(source), name=source, device=devices.resolve_device(device), run=run)
+    checkpoint, images = open_checkpoint(source), image_files(paths)
+    runnable = prepare(checkpoint, name=source, device=devices.resolve_device(device), run=run)
     return classify(runnable, images, top, **options)
 
 

@@ -17,10 +17,7 @@ from vitopt.spec import CalibrationSpec as CalibrationSpec
 from vitopt.spec import Patterns, as_list
 from vitopt.spec import Spec as Spec
 from vitopt.spec import suggest as suggest
-from vitopt.steps import LINEARS as LINEARS
-from vitopt.steps import QKV as QKV
 from vitopt.steps import FinetuneSpec as FinetuneSpec
-from vitopt.steps import Linear as Linear
 from vitopt.steps import Step as Step
 
 Attention = Literal["eager", "sdpa", "flash_attention_2"]

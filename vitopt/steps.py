@@ -4,15 +4,11 @@ A new kind is a spec and an entry of `STEPS` here, and a file with its function.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
 from vitopt.spec import Patterns, Spec
-
-Linear = Literal["query", "key", "value", "output", "fc1", "fc2"]
-LINEARS: tuple[Linear, ...] = get_args(Linear)
-QKV = "qkv"  # timm's one layer for query, key and value
 
 
 class FinetuneSpec(Spec):

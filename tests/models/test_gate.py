@@ -18,7 +18,7 @@ from vitopt.models import gate
 from vitopt.models.checkpoint import empty_model, load_model, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
 from vitopt.prediction import predict
-from vitopt.recipe import Recipe, VariantSpec
+from vitopt.recipe import Recipe, RecipeVariant, VariantSpec
 
 ENTRIES = {
     "AutoConfig": "code.Config",
@@ -59,7 +59,7 @@ def one_line(call: Callable[[], object]) -> str:
 
 
 def recipe(folder: Path) -> Recipe:
-    return Recipe(name="r", model=str(folder), variants=(VariantSpec(name="fp32", format="fp32"),))
+    return Recipe(name="r", model=str(folder), variants=(RecipeVariant(name="fp32", format="fp32"),))
 
 
 USES: dict[str, Callable[[Path, Path], Any]] = {

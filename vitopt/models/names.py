@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from vitopt.errors import CheckpointError, PatternError
+from vitopt.layers import LINEARS, QKV
 from vitopt.models.families import FAMILIES, HEAD, Family, why_not_supported
-from vitopt.recipe import LINEARS, QKV
 
 
 @dataclass(frozen=True)
