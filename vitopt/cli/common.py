@@ -5,12 +5,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vitopt import progress
-from vitopt.cli.printing import err
+from vitopt.cli.printing import err, say
 from vitopt.errors import VitoptError
 from vitopt.terminal import NoteFormatter
 from vitopt.threads import bind
@@ -62,3 +63,15 @@ def start(as_json: bool, threads: int | None = None) -> None:
         progress.enable("off")
     else:
         progress.enable("bars" if sys.stderr.isatty() else "lines")
+
+
+def add_card(folder: Path) -> None:
+    """Write the model card of a checkpoint that was just made; the machine that made it may lack the package for it."""
+    from vitopt.environment import launch, support
+
+    if not support.installed("jinja2"):
+        say("model card: left out, jinja2 not installed")
+    elif launch.is_main_process():
+        from vitopt.report.card import write_card_without_figures
+
+        write_card_without_figures(folder)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vitopt import progress, storage
-from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, ThreadsOption, start
+from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, ThreadsOption, add_card, start
 from vitopt.cli.options import Fields, from_fields, refuse
 from vitopt.cli.printing import out, print_json, print_sensitivity, print_table, say
 from vitopt.errors import RecipeError
@@ -118,6 +118,7 @@ def quantize(
             variant = _choose_skip_list(opened, variant, images, calibration, output, device)
         with progress.task(f"quantizing to {format}", None):
             plan = write(opened, variant, output, device, images=images)
+        add_card(output)
     size = disk_bytes(output)
     if as_json:
         print_json({"checkpoint": str(output), "skip": variant.skip, "layer_plan": plan.counts(), "disk_bytes": size})
@@ -142,6 +143,7 @@ def _quantize_to_fastest(checkpoint: str, data: DataSpec, output: Path, options:
         skip_bad = data.skip_bad_images
         choice = find_fastest(opened, images, EvaluateSpec(end_to_end=False), skip_bad=skip_bad, **options)
         plan = write(opened, choice.variant, output, options["device"], images=images, purpose="format")
+        add_card(output)
     if as_json:
         found: dict[str, Any] = {"checkpoint": str(output), "chosen": choice.variant.name}
         found |= {"run": choice.variant.run.model_dump(mode="json"), "layer_plan": plan.counts()}

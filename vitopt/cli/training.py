@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, start
+from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, add_card, start
 from vitopt.cli.options import Fields, from_fields, refuse
 from vitopt.cli.printing import print_json, say
 from vitopt.recipe import DataSpec, FinetuneSpec
@@ -44,6 +44,7 @@ def finetune(
     except DataError:
         test = None  # only a training split is fine: there is nothing to report on
     report = train(opened, finetune, output, device, images=training, test=test, seed=seed)
+    add_card(output)
     if as_json:
         print_json(vars(report) | {"checkpoint": str(output)})
         return

@@ -21,6 +21,7 @@ from vitopt import progress, storage
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Augmentation, PixelDataset, Preprocessor
+from vitopt.data.sources import hub_id, public_name
 from vitopt.environment import devices, launch
 from vitopt.errors import CheckpointError, DataError, MeasurementError, StorageError
 from vitopt.measure.chance import explain_guessing, is_guessing
@@ -34,6 +35,7 @@ from vitopt.models.checkpoint import (
 )
 from vitopt.models.classes import why_not_trained
 from vitopt.models.names import linear_layers, select
+from vitopt.models.origin import FINETUNE, note_origin
 from vitopt.recipe import FinetuneSpec
 from vitopt.transformation import note_images
 
@@ -172,9 +174,17 @@ def _finetune(
             save_checkpoint(merged, preprocess.processor, folder)
             storage.write_json(folder / REPORT_FILE, asdict(report))
             note_images(checkpoint, train, TRAINING, folder)
+            note_origin(checkpoint, folder, FINETUNE, **_facts(spec, train, report))
         shutil.rmtree(state, ignore_errors=True)
     launch.wait_for_all()
     return report
+
+
+def _facts(spec: FinetuneSpec, train: ImageSet, report: TrainingReport) -> dict[str, Any]:
+    """What the note of origin tells of a training."""
+    told = {"method", "learning_rate", "batch_size", *(("rank", "alpha") if spec.method == "lora" else ())}
+    data = {"dataset": public_name(train.name), "dataset_hub_id": hub_id(train.name), "split": train.split}
+    return spec.model_dump(mode="json", include=told) | asdict(report) | data
 
 
 def head_labels(checkpoint: Checkpoint, train: ImageSet) -> list[str]:
