@@ -63,14 +63,14 @@ def origin_of(checkpoint: Checkpoint) -> Origin:
         if (folder / ORIGIN_FILE).is_file():
             return load_origin(folder)
         card = _metadata(folder / CARD_FILE)
-        return Origin(_hub_id(card.get("base_model")), None, *_license(card))
+        return Origin(_hub_id(card.get("base_model")), None, **_license(card))
     if checkpoint.revision is None:
         return Origin()
     try:
         file = hub.fetch(checkpoint.source, CARD_FILE, checkpoint.revision)
     except CheckpointError:
         file = None  # the model was opened; its card alone is refused
-    return Origin(checkpoint.source, checkpoint.revision, *_license(_metadata(file)))
+    return Origin(checkpoint.source, checkpoint.revision, **_license(_metadata(file)))
 
 
 def load_origin(folder: Path) -> Origin:
@@ -101,9 +101,9 @@ def _metadata(card: Path | None) -> dict[str, Any]:
         return {}
 
 
-def _license(card: dict[str, Any]) -> list[str | None]:
-    stated = (card.get(key) for key in ("license", "license_name", "license_link"))
-    return [value if isinstance(value, str) else None for value in stated]
+def _license(card: dict[str, Any]) -> dict[str, Any]:
+    stated = {key: card.get(key) for key in ("license", "license_name", "license_link")}
+    return {key: value for key, value in stated.items() if isinstance(value, str)}
 
 
 def _hub_id(base: Any) -> str | None:

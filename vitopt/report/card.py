@@ -103,6 +103,7 @@ def _formats_on_disk(record: Record) -> list[str]:
 def _metadata(record: Record, origin: Origin) -> ModelCardData:
     quantized = [name for name in _formats_on_disk(record) if name in QUANTIZED_FORMATS]
     trained, results = origin.last(FINETUNE), list(_results(record))
+    relation = "finetune" if trained else "quantized" if quantized else None
     data = [step["dataset_hub_id"] for step in origin.steps if step.get("dataset_hub_id")]
     return ModelCardData(
         base_model=origin.base_model,
@@ -121,9 +122,7 @@ def _metadata(record: Record, origin: Origin) -> ModelCardData:
         ],
         model_name=record.variant.name if results else None,
         eval_results=results or None,
-        base_model_relation=("finetune" if trained else "quantized" if quantized else None)
-        if origin.base_model
-        else None,
+        base_model_relation=relation if origin.base_model else None,
     )
 
 
