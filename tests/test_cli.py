@@ -115,11 +115,11 @@ def finished(tiny_checkpoint: Path, shapes: Path, tmp_path_factory: pytest.TempP
 
 
 OPTIONS = {
-    "run": ["RECIPE", "--output", "--set", "--dry-run", "--strict", "--skip-bad-images", "--json"],
+    "run": ["RECIPE", "--output", "--set", "--dry-run", "--strict", "--skip-bad-images", "--log-to", "--json"],
     "finetune": [
         "CHECKPOINT", "--data", "--output", "--method", "--rank", "--alpha", "--dropout", "--target", "--epochs",
-        "--batch-size", "--learning-rate", "--precision", "--augment", "--flip", "--workers", "--seed", "--device",
-        "--json",
+        "--batch-size", "--learning-rate", "--precision", "--augment", "--flip", "--workers", "--seed", "--log-to",
+        "--device", "--json",
     ],
     "quantize": [
         "CHECKPOINT", "--format", "--output", "--skip", "--half", "--data", "--min-agreement", "--compile", "--device",
@@ -151,7 +151,7 @@ OPTIONS = {
     "predict": [
         "CHECKPOINT", "IMAGES", "--top", "--attention", "--sdpa-kernel", "--run-as", "--threads", "--device", "--json",
     ],
-    "report": ["RUN-DIR", "--json"],
+    "report": ["RUN-DIR", "--log-to", "--json"],
     "push": ["CHECKPOINT", "REPO", "--private", "--public", "--revision", "--json"],
     "doctor": ["--device", "--json"],
     "init": ["MODEL", "DATA", "--name"],

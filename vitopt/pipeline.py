@@ -29,6 +29,7 @@ from vitopt.recipe import DataSpec, Recipe, VariantSpec
 from vitopt.recipe_file import dump_yaml, load_recipe
 from vitopt.records import RECORD_FILE, Record, Requirement, load_record, save_record
 from vitopt.stages import STAGES_FILE, RunFolder, Stage
+from vitopt.tracking import Tracking
 from vitopt.transformation import Transformation
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class _Run:
     folder: RunFolder
     recipe: Recipe
     variants: tuple[VariantSpec, ...]  # the recipe's, every automatic skip list chosen
+    tracking: Tracking
     calibrations: dict[str, ImageSet] = field(default_factory=dict)  # by variant, what its skip list was chosen on
 
     def variant_folder(self, name: str) -> Path:
@@ -90,7 +92,8 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
     files = [RECIPE_FILE, ENVIRONMENT_FILE, STAGES_FILE, "report.html", "report.md"]
     files += [f"sensitivity/{variant.name}.json" for variant in recipe.variants]
     with launch.in_main_process(storage.claimed(folder, *inputs, files=files)):
-        current = _Run(RunFolder(folder, say), recipe, recipe.variants)
+        tracking = Tracking(recipe.log_to, recipe.name, folder / "log")
+        current = _Run(RunFolder(folder, say), recipe, recipe.variants, tracking)
         launch.wait_for_all()  # before the main process changes what the others have yet to read
         if launch.is_main_process():
             _begin(current, device)
@@ -141,7 +144,7 @@ def _finetuned(current: _Run, source: Checkpoint, data: DataSpec, test: ImageSet
     overlap = set(train.image_hashes) & set(test.image_hashes)
     if overlap:
         logger.warning("%d test images are also training images; accuracy will look better than it is", len(overlap))
-    how = functools.partial(finetune, seed=recipe.seed)
+    how = functools.partial(finetune, seed=recipe.seed, tracking=current.tracking)
     stage = Stage(
         "finetune",
         inputs=[source.fingerprint(), train.sha256, labels, spec.model_dump(mode="json"), recipe.seed],
@@ -274,6 +277,7 @@ def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str 
                 save(one)
                 if one.record.failure:
                     run.say(f"evaluate: {one.record.variant.name} failed: {one.record.failure}")
+            current.tracking.log(one.record for one in measured)
 
     on = f"{len(images)} images of {images.name}" if images else "random pixels"
     return Stage(

@@ -15,6 +15,7 @@ from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat, RunAs
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 SdpaKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
 Labels = Literal["name", "index"]
+Tracker = Literal["mlflow", "tensorboard", "wandb"]
 Linear = Literal["query", "key", "value", "output", "fc1", "fc2"]
 
 AUTO = "auto"
@@ -292,6 +293,9 @@ class Recipe(Spec):
     evaluate: EvaluateSpec = EvaluateSpec()
     require: RequireSpec = Field(RequireSpec(), description="what every variant must be shown to be")
     export: str | None = Field(None, description="name of the variant to copy to `export/`")
+    log_to: Annotated[tuple[Tracker, ...], BeforeValidator(_as_list)] = Field(
+        (), description="experiment trackers that get the training and the records"
+    )
     waterfall: tuple[Name, ...] = Field(
         (), description="variants each of which adds one technique to the one before, for a figure in the report"
     )

@@ -13,6 +13,7 @@ import typer
 from vitopt import progress
 from vitopt.cli.printing import err, say
 from vitopt.errors import VitoptError
+from vitopt.recipe import Tracker
 from vitopt.terminal import NoteFormatter
 from vitopt.threads import bind
 
@@ -21,6 +22,9 @@ CheckpointArgument = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Only JSON on standard output, no bars.")]
+LogToOption = Annotated[
+    list[Tracker] | None, typer.Option(help="Experiment tracker to log to, repeatable; TensorBoard's files go beside.")
+]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse instead of falling back to SDPA.")]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Compute on the CPU with so many threads, each bound to its own core.")

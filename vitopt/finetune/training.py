@@ -37,6 +37,7 @@ from vitopt.models.classes import why_not_trained
 from vitopt.models.names import linear_layers, select
 from vitopt.models.origin import FINETUNE, note_origin
 from vitopt.recipe import FinetuneSpec
+from vitopt.tracking import Tracking
 from vitopt.transformation import note_images
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ def finetune(
     images: ImageSet | None = None,
     test: ImageSet | None = None,
     seed: int = 0,
+    tracking: Tracking | None = None,
 ) -> TrainingReport:
     """Fine-tune `checkpoint` on `images` and write a merged fp32 checkpoint to `output`.
 
@@ -95,6 +97,7 @@ def finetune(
         MeasurementError: the GPU's memory is full; or the loss or a weight is no longer a number, and then
             nothing is kept of such a training.
         StorageError: the output would replace something else, is in use, or cannot be written.
+        UnsupportedError: a tracker opens no run.
     """
     if images is None:
         raise DataError(f"{checkpoint.source} cannot be fine-tuned without images: give some to train on")
@@ -104,8 +107,11 @@ def finetune(
         )
     if reason := why_not_trained(checkpoint.config):
         raise CheckpointError(f"{checkpoint.source} cannot be fine-tuned: {reason}; take a model with one head")
-    with launch.in_main_process(storage.reserved(output, checkpoint.folder, images.name)):
-        return _finetune(checkpoint, images, spec, output, test, device, seed)
+    with (
+        launch.in_main_process(storage.reserved(output, checkpoint.folder, images.name)),
+        (tracking or Tracking()).training() as callbacks,
+    ):
+        return _finetune(checkpoint, images, spec, output, test, device, seed, callbacks)
 
 
 def _finetune(
@@ -116,6 +122,7 @@ def _finetune(
     test: ImageSet | None,
     device: str,
     seed: int,
+    callbacks: list[TrainerCallback],
 ) -> TrainingReport:
     set_seed(seed)
     target = devices.resolve_device(device)
@@ -136,7 +143,7 @@ def _finetune(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     with _explained_io(output), progress.task("fine-tuning", _steps(spec, train)) as bar:
-        trainer = _trainer(model, train, preprocess, spec, state, target, seed, bar)
+        trainer = _trainer(model, train, preprocess, spec, state, target, seed, [_Advance(bar), *callbacks])
         started = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=bool(resumed_from))
@@ -216,7 +223,7 @@ def _trainer(
     state: Path,
     device: torch.device,
     seed: int,
-    bar: progress.Task,
+    callbacks: list[TrainerCallback],
 ) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(state),
@@ -235,7 +242,7 @@ def _trainer(
         save_total_limit=1,
         logging_strategy="epoch",
         logging_nan_inf_filter=False,
-        report_to="none",
+        report_to="none",  # `Tracking` adds the integrations itself
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -248,7 +255,7 @@ def _trainer(
         args=arguments,
         train_dataset=PixelDataset(train, preprocess, augment),
         compute_metrics=_metrics,
-        callbacks=[_Advance(bar), _SaveNowAndThen(), _StopWhenDiverged(spec)],
+        callbacks=[*callbacks, _SaveNowAndThen(), _StopWhenDiverged(spec)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
