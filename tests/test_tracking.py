@@ -14,7 +14,7 @@ from vitopt import pipeline
 from vitopt.cli import app
 from vitopt.data.images import open_images
 from vitopt.environment import support
-from vitopt.errors import UnsupportedError
+from vitopt.errors import RecipeError, UnsupportedError
 from vitopt.finetune.training import finetune
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.recipe import DataSpec, FinetuneSpec, Recipe
@@ -27,7 +27,8 @@ SPEC = FinetuneSpec(epochs=2, batch_size=16, rank=2)
 def make_record(name: str = "nf4", **fields: Any) -> Record:
     row = Latency(
         batch_size=8, iterations=4, rounds=2, mean_ms=2.5, std_ms=None, min_ms=1.0, p50_ms=2.5, p95_ms=None,
-        p99_ms=None, p50_ci95_ms=(1.5, None), images_per_second=3200.0, speedup_vs_baseline=1.5, speedup_ci95=(1.4, 1.6),
+        p99_ms=None, p50_ci95_ms=(1.5, None), images_per_second=3200.0, speedup_vs_baseline=1.5,
+        speedup_ci95=(1.4, 1.6),
         warmup_ms=1.0, warmup_iterations=1, samples_ms=(1.0, 2.0, 3.0, 4.0),
     )  # fmt: skip
     accuracy = Accuracy(
@@ -76,6 +77,11 @@ def test_a_record_that_was_compared_has_the_comparison() -> None:
         "mean_kl_divergence_ci95_low": 0.1,
         "mean_kl_divergence_ci95_high": 0.14,
     }
+
+
+def test_an_unknown_tracker_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"'tensorbord'.*'tensorboard'"):
+        Tracking(("tensorbord",))
 
 
 def test_a_tracker_that_is_not_installed_is_refused_with_its_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:

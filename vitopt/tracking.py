@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from vitopt.environment import launch, support
-from vitopt.errors import UnsupportedError
-from vitopt.recipe import Tracker
+from vitopt.errors import RecipeError, UnsupportedError
+from vitopt.recipe import suggest
 from vitopt.records import Record
 
 logger = logging.getLogger(__name__)
@@ -27,14 +27,17 @@ class Tracking:
     """Trackers to log to, the name of the run there, and the folder of TensorBoard's files.
 
     Raises:
-        UnsupportedError: the package of a tracker is not installed.
+        RecipeError: there is no such tracker.
+        UnsupportedError: the package of one is not installed.
     """
 
-    to: tuple[Tracker, ...] = ()
+    to: tuple[str, ...] = ()
     run: str = ""
     folder: Path = Path("log")
 
     def __post_init__(self) -> None:
+        for tracker in set(self.to) - set(_TRACKERS):
+            raise RecipeError(f"no tracker named {tracker!r}; {suggest(tracker, list(_TRACKERS))}")
         missing = [tracker for tracker in self.to if not support.installed(tracker)]
         if missing:
             raise UnsupportedError(
@@ -132,7 +135,7 @@ def _wandb(tracking: Tracking, part: str) -> Iterator[Log]:
         yield run.log
 
 
-_TRACKERS: Mapping[Tracker, Callable[[Tracking, str], AbstractContextManager[Log]]] = {
+_TRACKERS: Mapping[str, Callable[[Tracking, str], AbstractContextManager[Log]]] = {
     "mlflow": _mlflow,
     "tensorboard": _tensorboard,
     "wandb": _wandb,

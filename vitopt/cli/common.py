@@ -13,7 +13,6 @@ import typer
 from vitopt import progress
 from vitopt.cli.printing import err, say
 from vitopt.errors import VitoptError
-from vitopt.recipe import Tracker
 from vitopt.terminal import NoteFormatter
 from vitopt.threads import bind
 
@@ -23,7 +22,7 @@ CheckpointArgument = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Only JSON on standard output, no bars.")]
 LogToOption = Annotated[
-    list[Tracker] | None, typer.Option(help="Experiment tracker to log to, repeatable; TensorBoard's files go beside.")
+    list[str] | None, typer.Option(help="mlflow, tensorboard (files beside the output) or wandb; repeatable.")
 ]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse instead of falling back to SDPA.")]
 ThreadsOption = Annotated[
