@@ -90,6 +90,14 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_pip_line(monkeypatc
         Tracking(("mlflow", "tensorboard", "wandb"))
 
 
+def test_a_folder_of_that_name_is_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mlflow").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # where the package itself is not
+    monkeypatch.delitem(sys.modules, "mlflow", raising=False)
+    with pytest.raises(UnsupportedError, match="pip install mlflow"):
+        Tracking(("mlflow",))
+
+
 def test_a_run_with_such_a_tracker_is_refused_before_it_does_anything(
     tiny_checkpoint: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

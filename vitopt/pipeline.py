@@ -58,7 +58,7 @@ class _Run:
     folder: RunFolder
     recipe: Recipe
     variants: tuple[VariantSpec, ...]  # the recipe's, every automatic skip list chosen
-    tracking: Tracking
+    tracking: Tracking = field(default_factory=Tracking)
     calibrations: dict[str, ImageSet] = field(default_factory=dict)  # by variant, what its skip list was chosen on
 
     def variant_folder(self, name: str) -> Path:

@@ -133,7 +133,12 @@ def _results(record: Record) -> Iterator[EvalResult]:
         return
 
     def result(
-        kind: str, name: str, value: float, limits: tuple[float | None, float | None] | None, unit: float = 1
+        kind: str,
+        name: str,
+        value: float,
+        limits: tuple[float | None, float | None] | None,
+        unit: float = 1,
+        **count: int,
     ) -> EvalResult:
         ends = [round(end / unit, 6) for end in limits or () if end is not None]
         known = len(ends) == 2
@@ -145,7 +150,7 @@ def _results(record: Record) -> Iterator[EvalResult]:
             metric_type=kind,
             metric_name=f"{name} (95 %: {ends[0]:g} to {ends[1]:g})" if known else name,
             metric_value=round(value / unit, 6),
-            metric_args={"images": data.images} | ({"ci95": ends} if known else {}),
+            metric_args=(count or {"images": data.images}) | ({"ci95": ends} if known else {}),
         )
 
     if (accuracy := record.accuracy) is not None:
@@ -161,7 +166,7 @@ def _results(record: Record) -> Iterator[EvalResult]:
         yield result("kl_divergence", kl, versus.mean_kl_divergence, versus.kl_ci95)
     for row in record.latency:
         on = f"latency in ms at batch {row.batch_size}, {table.device_name(record.environment)}"
-        yield result("latency_p50_ms", f"Median {on}", row.p50_ms, row.p50_ci95_ms)
+        yield result("latency_p50_ms", f"Median {on}", row.p50_ms, row.p50_ci95_ms, calls=row.iterations)
 
 
 def _without_paths(text: str, records: Sequence[Record]) -> str:
