@@ -23,17 +23,15 @@ libraries.quiet_libraries()
 from vitopt.measure.bootstrap import positive_mean_interval
 from vitopt.measure.claims import at_least
 from vitopt.measure.clusters import proportion_interval
-from vitopt.measure.latency_statistics import quantile_interval, speedup_interval
-from vitopt.measure.predictions import Predictions
-from vitopt.measure.ratio import ratio_interval
-from vitopt.measure.statistics import (
+from vitopt.measure.intervals import (
     Interval,
-    holm,
-    mcnemar_exact_p,
-    paired_counts,
     paired_delta_interval,
+    ratio_interval,
     wilson_interval,
 )
+from vitopt.measure.latency_statistics import quantile_interval, speedup_interval
+from vitopt.measure.paired import holm, mcnemar_exact_p, paired_counts
+from vitopt.measure.predictions import Predictions
 from vitopt.recipe import CHOOSING
 from vitopt.search.confirmation import loss, loss_with_share
 from vitopt.search.goal import Goal
@@ -68,7 +66,7 @@ def tango(rng: Generator, *, lost: float, gained: float, images: int) -> bool:
     """Two models that differ: `lost` of the images only the first has right, `gained` only the second."""
     kinds = rng.choice(4, images, p=[0.8 - lost, lost, gained, 0.2 - gained])
     counts = paired_counts((kinds == 0) | (kinds == 1), (kinds == 0) | (kinds == 2))
-    interval = paired_delta_interval(counts.both_right, counts.right_to_wrong, counts.wrong_to_right, counts.both_wrong)
+    interval = paired_delta_interval(*counts)
     return misses(interval, gained - lost)
 
 
@@ -122,7 +120,7 @@ def margin(rng: Generator, *, images: int) -> bool:
     """The gate at a true loss of just the margin, 1 point: whether it calls it shown."""
     kinds = rng.choice(4, images, p=[0.77, 0.03, 0.02, 0.18])
     counts = paired_counts((kinds == 0) | (kinds == 1), (kinds == 0) | (kinds == 2))
-    interval = paired_delta_interval(counts.both_right, counts.right_to_wrong, counts.wrong_to_right, counts.both_wrong)
+    interval = paired_delta_interval(*counts)
     return at_least(interval, -0.01) == "shown"
 
 
@@ -160,6 +158,7 @@ DAMAGES = {
     "steep": 0.6 ** np.arange(UNITS),
     "tied": np.repeat([8.0, 1.0], UNITS // 2),
 }
+TRUTH_IMAGES = 400_000  # of which the true figures are counted
 VARIANCE = 0.5  # of all units' errors together: 9 % of the images change sides, and 1.4 points are lost
 
 
@@ -220,7 +219,7 @@ def search(rng: Generator, damage: str, goal: Goal, images: int) -> tuple[Search
 def truth() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Variances of errors, and the points of top-1 and the KL that they cost over very many images."""
     variances = np.linspace(0, VARIANCE, 26)
-    everyone = Population(np.random.default_rng(1), np.full(25, VARIANCE / 25), 400_000)
+    everyone = Population(np.random.default_rng(1), np.full(25, VARIANCE / 25), TRUTH_IMAGES)
     losses = [everyone.loss(Goal(max_top1_drop=1), range(25 - quantized)) for quantized in range(26)]
     drops, kls = [-one.top1_delta_points for one in losses], [one.kl for one in losses]
     return variances, np.array(drops), np.array(kls)

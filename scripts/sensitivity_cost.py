@@ -27,7 +27,7 @@ from vitopt.optimize.formats import quantization_config
 from vitopt.optimize.quantize import plan_for
 from vitopt.recipe import VariantSpec
 from vitopt.search.hybrid import Hybrid
-from vitopt.search.sensitivity import Calibration, Unit, table_logits, units
+from vitopt.search.sensitivity import Calibration, Unit, mixture_logits, units
 
 
 def naive(hybrid: Hybrid, calibration: Calibration, chosen: list[Unit]) -> dict[str, list[torch.Tensor]]:
@@ -82,7 +82,7 @@ def main() -> None:
         seconds["naive"].append(time.perf_counter() - started)
         started = time.perf_counter()
         fast: dict[str, list[torch.Tensor]] = {}
-        fast["base"] = table_logits(hybrid, calibration, chosen, done=fast.__setitem__)
+        fast["base"] = mixture_logits(hybrid, calibration, chosen, done=fast.__setitem__)
         seconds["vitopt"].append(time.perf_counter() - started)
         assert all(torch.equal(a, b) for unit in slow for a, b in zip(slow[unit], fast[unit], strict=True))
 

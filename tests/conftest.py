@@ -20,7 +20,7 @@ from PIL import Image
 
 from vitopt.environment import libraries
 from vitopt.formats import AMPERE
-from vitopt.measure.statistics import Interval
+from vitopt.measure.intervals import Interval
 from vitopt.models.calibration import load_uses
 
 libraries.quiet_libraries()

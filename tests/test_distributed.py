@@ -55,7 +55,12 @@ def launched(
         "export": "nf4",
     }
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "vitopt"]
+    program = root / "program.py"  # `python -m vitopt`, without processes that measure memory
+    program.write_text(
+        "from vitopt.cli import main\nfrom vitopt.measure import evaluator\n"
+        "evaluator.peak_memory = lambda *_: None\nmain()\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     command = [sys.executable, *launcher, "run", str(root / "recipe.yaml"), "--output", str(root / "run"), "--json"]
     done = subprocess.run(
         command,

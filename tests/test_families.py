@@ -28,6 +28,7 @@ from vitopt.models.names import families
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import prepare
+from vitopt.prediction import predict
 from vitopt.recipe import (
     QUANTIZED_FORMATS,
     DataSpec,
@@ -160,7 +161,7 @@ def test_predicts_in_every_format_what_plain_transformers_does(
 ) -> None:
     file = shapes / images.ids[0] if (shapes / images.ids[0]).is_file() else shapes / "test" / images.ids[0]
     for format in FORMATS:
-        (found,) = inference.predict(str(root / f"{name}-{format}"), [file], top=4, device="cpu")
+        (found,) = predict(str(root / f"{name}-{format}"), [file], top=4, device="cpu")
         logits = torch.from_numpy(plain[f"{name}-{format}"][0])
         best = found["classes"][0]
         assert best["index"] == int(logits.argmax())

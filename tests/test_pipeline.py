@@ -18,12 +18,11 @@ import torch
 import yaml
 from conftest import calibration_hashes
 
-from vitopt import inference, pipeline
+from vitopt import inference, pipeline, variants
 from vitopt.checks import plans
 from vitopt.data.images import open_images
 from vitopt.environment import devices, launch, libraries, machine, support
 from vitopt.errors import (
-    BadImageError,
     CheckpointError,
     DataError,
     MeasurementError,
@@ -36,11 +35,13 @@ from vitopt.measure.predictions import load_predictions
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.ownership import LIST_FILE
 from vitopt.pipeline import RunResult
+from vitopt.prediction import predict
 from vitopt.recipe import DataSpec, Recipe
 from vitopt.recipe_file import load_recipe
 from vitopt.records import SCHEMA, Memory, load_record
 from vitopt.report.table import cautions
 from vitopt.stages import RunFolder
+from vitopt.variants import Settled
 
 VERSIONS = libraries.versions()
 NAMES = ("fp32", "nf4-skip", "nf4-fa2", "int8")
@@ -242,6 +243,11 @@ def test_what_depends_on_a_change_is_done_again_and_nothing_else(
 OTHER_GPU = {"name": "another GPU"}
 
 
+def settled(recipe: Recipe) -> list[Settled]:
+    base = open_checkpoint(recipe.model)
+    return [Settled(variant, base) for variant in recipe.variants]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -266,12 +272,12 @@ def test_figures_stand_only_where_and_with_what_they_were_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = Recipe.model_validate(content)
-    current = pipeline._Run(RunFolder(tmp_path, print), recipe, recipe.variants)
     images = open_images(DataSpec(source=str(shapes)), None)
-    before = pipeline._evaluate_stage(current, images, {}).fingerprint
-    assert pipeline._evaluate_stage(current, images, {}).fingerprint == before
+    arguments = RunFolder(tmp_path, print), recipe, images, settled(recipe), {}
+    before = pipeline._evaluate_stage(*arguments).fingerprint
+    assert pipeline._evaluate_stage(*arguments).fingerprint == before
     change(monkeypatch)
-    assert pipeline._evaluate_stage(current, images, {}).fingerprint != before
+    assert pipeline._evaluate_stage(*arguments).fingerprint != before
 
 
 @pytest.mark.parametrize("main", [True, False])
@@ -283,8 +289,8 @@ def test_one_process_writes_and_tells_of_a_variant_that_failed(
     monkeypatch.setattr(pipeline, "measure", lambda *_, **__: [row])
     monkeypatch.setattr(launch, "is_main_process", lambda: main)
     said: list[str] = []
-    current = pipeline._Run(RunFolder(tmp_path, said.append), recipe, recipe.variants)
-    pipeline._evaluate_stage(current, None, {"fp32": "not here"}).work()
+    run_folder = RunFolder(tmp_path, said.append)
+    pipeline._evaluate_stage(run_folder, recipe, None, settled(recipe), {"fp32": "not here"}).work()
     assert (tmp_path / "variants" / "fp32" / "record.json").exists() == main
     assert said == (["evaluate: fp32 failed: not here"] if main else [])
 
@@ -436,7 +442,7 @@ def test_a_file_of_the_user_in_a_variant_that_can_no_longer_be_made_is_kept(
         (again / "variants" / "int8" / "notes.txt").write_text("mine")  # while the run is going on
         raise UnsupportedError("not here")
 
-    monkeypatch.setattr(pipeline, "quantize", cannot)
+    monkeypatch.setattr(variants, "quantize", cannot)
     other = changed(content)
     other["variants"][3]["skip"] = ["block.2"]
     with pytest.raises(StorageError, match=r"int8 holds notes.txt"):
@@ -490,6 +496,27 @@ def test_a_failed_variant_does_not_keep_the_others_from_standing(
     assert said[-1] == "evaluate: up to date, skipped"
     assert times(folder) == before
     assert result.records == with_failure[0].records
+
+
+@pytest.mark.parametrize(("require", "exported"), [({"max_megabytes": 1000}, True), ({"max_megabytes": 0.001}, False)])
+def test_the_recommended_variant_is_exported(
+    content: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, require: dict[str, Any], exported: bool
+) -> None:
+    brief = changed(content, variants=content["variants"][:2], require=require, prefer="size", finetune=None)
+    result, said = run(brief | {"export": "best"}, tmp_path / "run")
+    assert result.recommendation is not None and (result.recommendation.ship is not None) is exported
+    written = json.loads((result.folder / "recommendation.json").read_text())
+    assert written["ship"] == result.recommendation.ship and written["line"] == result.recommendation.line
+    assert result.recommendation.line[1:] in (result.folder / "report.md").read_text()
+    assert (result.folder / "export").is_dir() is exported
+    if exported:
+        exported_plan = json.loads((result.export / "record.json").read_text())["variant"]["name"]
+        assert exported_plan == result.recommendation.ship
+        name = brief["variants"][1]["name"]
+        run(brief | {"export": name, "require": {"max_megabytes": 0.001}}, tmp_path / "run")
+        assert any(name in line and "weights at most 0.001 MB" in line for line in caplog.messages)
+    else:
+        assert any(line.startswith("export: left out") for line in said)
 
 
 def test_a_variant_that_fails_cannot_be_exported(content: dict[str, Any], tmp_path: Path) -> None:
@@ -586,7 +613,7 @@ def test_the_export_has_a_card_whose_code_runs_without_vitopt(
     )
     assert done.returncode == 0, done.stderr
     guesses = {guess["label"]: guess["score"] for guess in eval(done.stdout)}
-    (ours,) = inference.predict(str(result.export), [image], top=4, device="cpu")
+    (ours,) = predict(str(result.export), [image], top=4, device="cpu")
     assert guesses == pytest.approx({c["label"]: c["percent"] / 100 for c in ours["classes"]}, abs=5e-3)
 
 
@@ -605,8 +632,8 @@ def test_cards_that_were_edited_stay(content: dict[str, Any], again: Path) -> No
         card.unlink()  # as editors do: they are links to one file
         card.write_text(f"{text}\nWritten by hand in {card.parent.name}.\n")
     others = [one | {"skip": ["block.2"]} if "skip" in one else one for one in content["variants"]]
-    for variants in (content["variants"], others):
-        run(changed(content, variants=variants), again)
+    for asked in (content["variants"], others):
+        run(changed(content, variants=asked), again)
         for card in cards:
             assert card.read_text().endswith(f"Written by hand in {card.parent.name}.\n")
     assert "block.2" in (again / "variants" / "nf4-skip" / "origin.json").read_text()
@@ -798,38 +825,6 @@ def test_models_with_other_classes_are_not_measured_together(
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match=r"have different classes, so they cannot be compared"):
         together(tiny_checkpoint, other)
-
-
-def test_predictions_are_the_softmax_of_the_models_logits(tiny_checkpoint: Path, shapes: Path) -> None:
-    from PIL import Image
-    from transformers import AutoModelForImageClassification
-
-    paths = [shapes / "test" / "circle" / "00.png", shapes / "test" / "stripe" / "03.png"]
-    got = inference.predict(str(tiny_checkpoint), paths, top=3, device="cpu")
-    model = AutoModelForImageClassification.from_pretrained(tiny_checkpoint)
-    for path, one in zip(paths, got, strict=True):
-        pixels = np.asarray(Image.open(path).convert("RGB"), np.float32) / 127.5 - 1
-        with torch.inference_mode():
-            shares = model(torch.from_numpy(pixels).permute(2, 0, 1)[None]).logits.softmax(-1)[0].numpy()
-        best = np.argsort(-shares)[:3]
-        assert one["image"] == str(path)
-        assert [c["index"] for c in one["classes"]] == best.tolist()
-        assert [c["label"] for c in one["classes"]] == [model.config.id2label[index] for index in best]
-        assert [c["percent"] for c in one["classes"]] == pytest.approx(100 * shares[best], rel=1e-4)
-
-
-def test_more_classes_than_there_are_gives_all(tiny_checkpoint: Path, shapes: Path) -> None:
-    (got,) = inference.predict(str(tiny_checkpoint), [shapes / "test" / "circle" / "00.png"], top=50, device="cpu")
-    assert len(got["classes"]) == 4
-    assert sum(c["percent"] for c in got["classes"]) == pytest.approx(100, abs=1e-3)
-
-
-def test_an_image_that_is_not_there_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadImageError, match=r"no image at .*nothing.png"):
-        inference.predict(str(tiny_checkpoint), [tmp_path / "nothing.png"], top=1, device="cpu")
-    (tmp_path / "text.png").write_text("text")
-    with pytest.raises(BadImageError, match=r"image .*text.png cannot be decoded"):
-        inference.predict(str(tiny_checkpoint), [tmp_path / "text.png"], top=1, device="cpu")
 
 
 def test_classes_of_other_names_are_trained_again(

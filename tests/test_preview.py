@@ -12,6 +12,7 @@ from vitopt.models.checkpoint import open_checkpoint
 from vitopt.preview import preview
 from vitopt.recipe import DataSpec, Recipe
 from vitopt.search.confirmation import divide
+from vitopt.search.fastest import candidates
 
 TIMED = {"latency": {"batch_sizes": [1, 4], "iterations": 85, "rounds": 5}}
 
@@ -90,6 +91,36 @@ def test_stages_take_their_images_times_their_passes(tiny_checkpoint: Path, shap
         "evaluate: accuracy": 50 * (0.01 + 0.1 + 0.04 + 0.04),
         "evaluate: latency": 5 * 100 * 0.18,
     }
+
+
+def test_steps_that_variants_share_take_their_time_once(tiny_checkpoint: Path, shapes: Path) -> None:
+    first, second = {"finetune": {"epochs": 1}}, {"finetune": {"epochs": 3}}
+    variants = [
+        {"name": "fp32", "format": "fp32"},
+        {"name": "a", "format": "nf4", "steps": [first]},
+        {"name": "b", "format": "int8", "steps": [first, second]},
+    ]
+    wanted = recipe(tiny_checkpoint, shapes, variants=variants)
+    checkpoint = open_checkpoint(str(tiny_checkpoint))
+    found = forecast.stages(wanted, checkpoint, {"fp32": 0.1, "bf16": 0.04}, 0.01, {"train": 100})
+    assert [(stage.name, pytest.approx(stage.seconds)) for stage in found[:-1]] == [
+        (f"steps/{name}", epochs * 100 * (3 * 0.1 + 0.01))
+        for name, epochs in zip(wanted.variants[2].step_names, (1, 3), strict=True)
+    ]
+
+
+def test_a_choice_of_a_format_takes_the_time_of_its_candidates(tiny_checkpoint: Path, shapes: Path) -> None:
+    fastest = {"name": "fastest", "format": "auto", "fastest": {"images": 20, "compile": False}}
+    wanted = recipe(tiny_checkpoint, shapes, variants=[{"name": "fp32", "format": "fp32"}, fastest])
+    compared = {"fastest": candidates(torch.device("cpu"), "bf16", compile=False)}
+    assert len(compared["fastest"]) == 3
+    checkpoint = open_checkpoint(str(tiny_checkpoint))
+    found = forecast.stages(wanted, checkpoint, {"fp32": 0.1, "bf16": 0.04}, 0.01, {"fastest": 20}, compared)
+    assert found[0].name == "format fastest"
+    assert found[0].seconds == pytest.approx(20 * (0.01 + 0.18) + 100 * 0.18)
+    assert {stage.name for stage in preview(wanted).stages} == {
+        "format fastest", "evaluate: accuracy", "evaluate: latency"
+    }  # fmt: skip
 
 
 def test_the_time_of_a_call_is_about_that_of_the_model_itself(tiny_checkpoint: Path) -> None:

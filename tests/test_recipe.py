@@ -7,7 +7,17 @@ import pytest
 import yaml
 
 from vitopt.errors import RecipeError
-from vitopt.recipe import LINEARS, DataSpec, EvaluateSpec, FinetuneSpec, LatencySpec, Recipe, RunSpec, VariantSpec
+from vitopt.recipe import (
+    LINEARS,
+    DataSpec,
+    EvaluateSpec,
+    FinetuneSpec,
+    LatencySpec,
+    Recipe,
+    RecipeVariant,
+    RunSpec,
+    VariantSpec,
+)
 from vitopt.recipe_file import dump_yaml, load_recipe, validate
 
 MINIMAL = """
@@ -46,7 +56,7 @@ def mistakes(content: object) -> list[str]:
 def test_minimal_recipe_gets_the_documented_defaults(recipe_file):
     recipe = load_recipe(recipe_file())
     assert recipe.data == DataSpec(source="digits")
-    assert recipe.variants == (VariantSpec(name="a", format="fp32"),)
+    assert recipe.variants == (RecipeVariant(name="a", format="fp32"),)
     assert (recipe.device, recipe.seed, recipe.strict, recipe.finetune) == ("auto", 0, False, None)
     assert recipe.evaluate.latency == LatencySpec(batch_sizes=(1,), iterations=100, rounds=10)
     assert recipe.baseline_name == "a"
@@ -113,7 +123,8 @@ def test_all_mistakes_are_reported_at_once():
 
 def test_a_list_of_which_all_items_are_wrong_is_not_called_too_short_as_well():
     assert mistakes(changed(variants=[{"name": "a", "format": "x"}])) == [
-        "variants.0.format: input should be 'fp32', 'fp16', 'bf16', 'nf4', 'int4', 'int8', 'w8a8' or 'fp8', not 'x'"
+        "variants.0.format: input should be 'auto', 'fp32', 'fp16', 'bf16', 'nf4', 'int4', 'int8', 'w8a8' or 'fp8', "
+        "not 'x'"
     ]
 
 
@@ -507,7 +518,7 @@ def test_a_dumped_variant_starts_with_its_name_and_how_it_is_held(recipe_file):
     recipe = load_recipe(recipe_file(MINIMAL.replace("data: digits\n", "")))
     dumped = dump_yaml(recipe)
     (written,) = yaml.safe_load(dumped)["variants"]
-    assert list(written) == ["name", "format", "half", "skip", "auto", "layers", *RUN]
+    assert list(written) == ["name", "format", "half", "skip", "auto", "layers", *RUN, "fastest", "steps"]
     assert "data: null\n" in dumped and "\n- name: a\n" in dumped
     assert load_recipe(recipe_file(dumped)) == recipe
 
@@ -563,3 +574,42 @@ def test_recipes_records_and_help_import_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# A format that measuring has yet to choose
+
+
+@pytest.mark.parametrize(
+    ("also", "named"),
+    [
+        ({"skip": ["block.0"]}, "`skip`"),
+        ({"skip": "auto"}, "`skip`"),
+        ({"layers": {"block.0": "bf16"}}, "`layers`"),
+        ({"run_as": "bf16"}, "`run_as`"),
+        ({"attention": "eager", "compile": True}, "`attention`, `compile`"),
+    ],
+)
+def test_an_open_format_leaves_nothing_else_to_ask(also, named):
+    (line,) = mistakes(changed(variants=[{"name": "a", "format": "auto"} | also]))
+    assert line.startswith("variants.0: `format: auto`") and f"leave {named} out" in line
+
+
+def test_how_a_format_is_chosen_is_nothing_for_one_that_is_named():
+    (line,) = mistakes(changed(variants=[{"name": "a", "format": "nf4", "fastest": {"min_agreement": 99}}]))
+    assert line.startswith("variants.0: `fastest`")
+    (line,) = mistakes(changed(variants=[{"name": "a", "format": "auto", "auto": {"max_top1_drop": 2}}]))
+    assert line.startswith("variants.0: `auto`")
+
+
+def test_an_open_format_needs_data():
+    (line,) = mistakes(changed(data=None, variants=[{"name": "a", "format": "auto"}]))
+    assert line == "`format: auto` of a needs `data`"
+
+
+def test_a_choice_gives_the_format_and_how_it_is_run():
+    content = {"name": "a", "format": "auto", "half": "fp16", "steps": ["finetune"], "fastest": {"compile": False}}
+    open_variant = validate(RecipeVariant, content, where="v")
+    assert open_variant.chooses_format and open_variant.calibration == open_variant.fastest
+    chosen = open_variant.with_choice(VariantSpec(name="w8a8-compiled", format="w8a8", compile=True, fuse_qkv=True))
+    assert (chosen.name, chosen.format, chosen.half, chosen.steps) == ("a", "w8a8", "fp16", open_variant.steps)
+    assert chosen.run == RunSpec(compile=True, fuse_qkv=True) and not chosen.chooses_format

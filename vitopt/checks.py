@@ -1,8 +1,11 @@
 """What a recipe asks, held against its model, its images and this device, before anything is done."""
 
+import logging
+
 import torch
 
 from vitopt.data.images import ALL, ImageSet, open_images
+from vitopt.data.labels import fit_labels
 from vitopt.data.sources import parse_source
 from vitopt.environment.devices import DTYPES
 from vitopt.errors import DataError, PatternError, RecipeError, UnsupportedError
@@ -11,11 +14,15 @@ from vitopt.models.classes import best_attention, why_not_attention, why_not_ker
 from vitopt.models.names import linear_layers, select
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import plan_for
-from vitopt.recipe import DataSpec, Recipe, VariantSpec
+from vitopt.recipe import CalibrationSpec, DataSpec, FastestSpec, FinetuneSpec, Recipe, Step
+from vitopt.search.analysis import require_disjoint
+from vitopt.search.fastest import require_enough_images
+
+logger = logging.getLogger(__name__)
 
 
 def plans(recipe: Recipe) -> dict[str, LayerPlan]:
-    """Layer plan of every variant, from shapes alone.
+    """Layer plan of every variant whose format is known, from shapes alone.
 
     Raises:
         RecipeError: patterns match nothing or targets do not exist; all mistakes at once.
@@ -24,22 +31,35 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
     checkpoint = open_checkpoint(recipe.model, config_only=True)
     resolved, mistakes = {}, []
     for variant in recipe.variants:
+        if variant.chooses_format:
+            continue
         try:
             known = variant.skipping(()) if variant.skips_automatically else variant
             resolved[variant.name] = plan_for(checkpoint, known)
         except (PatternError, RecipeError, UnsupportedError) as error:
             mistakes.append(f"variant {variant.name}: {error}")
-    if recipe.finetune is not None:
+    for where, spec in _finetunes(recipe).items():
         if reason := why_not_trained(checkpoint.config):
-            mistakes.append(f"finetune: {reason}")
-        if recipe.finetune.method == "lora":
+            mistakes.append(f"{where}: {reason}")
+        if spec.method == "lora":
             try:
-                select(recipe.finetune.targets, linear_layers(empty_model(checkpoint), checkpoint.config.model_type))
+                select(spec.targets, linear_layers(empty_model(checkpoint), checkpoint.config.model_type))
             except PatternError as error:
-                mistakes.append(f"finetune.targets: {error}")
+                mistakes.append(f"{where}.targets: {error}")
     if mistakes:
         raise RecipeError("\n".join(mistakes))
     return resolved
+
+
+def _finetunes(recipe: Recipe) -> dict[str, FinetuneSpec]:
+    """All fine-tunings of a recipe, by where they stand in it."""
+    steps = {
+        f"variants.{row}.steps.{place}.{step.name}": step.settings
+        for row, variant in enumerate(recipe.variants)
+        for place, step in enumerate(variant.steps)
+    }
+    whole = {} if recipe.finetune is None else {"finetune": recipe.finetune}
+    return whole | {where: spec for where, spec in steps.items() if isinstance(spec, FinetuneSpec)}
 
 
 def tested_images(recipe: Recipe, data: DataSpec) -> ImageSet:
@@ -48,7 +68,7 @@ def tested_images(recipe: Recipe, data: DataSpec) -> ImageSet:
     Raises:
         DataError: there are none.
     """
-    uses_train = recipe.finetune is not None or any(variant.skips_automatically for variant in recipe.variants)
+    uses_train = recipe.finetune is not None or any(variant.wants_images for variant in recipe.variants)
     source, named = parse_source(data.source)
     if named is not None and (uses_train or data.test not in (None, named)):
         # What a source names wins over all other splits, so it would be trained on and tested on.
@@ -65,9 +85,54 @@ def training_images(data: DataSpec) -> ImageSet:
     return open_images(data.model_copy(update={"limit": None}), data.train)
 
 
-def calibration_images(data: DataSpec, variant: VariantSpec) -> ImageSet:
-    """The images on which the skip list of a variant with `skip: auto` is chosen; none is decoded."""
-    return open_images(data.model_copy(update={"limit": variant.auto.images}), variant.auto.split)
+def calibration_images(data: DataSpec, spec: CalibrationSpec) -> ImageSet:
+    """The images on which something is chosen; none is decoded."""
+    return open_images(data.model_copy(update={"limit": spec.images}), spec.split)
+
+
+def step_images(data: DataSpec, step: Step) -> ImageSet | None:
+    """The images that a step learns from; none is decoded."""
+    if step.kind.images is None:
+        return None
+    return training_images(data) if step.kind.images == "training" else calibration_images(data, step.settings)
+
+
+def require_images(recipe: Recipe, source: Checkpoint, data: DataSpec, test: ImageSet) -> None:
+    """Refuse, before the first long stage, images that would fail a later one; warn of tested ones that train.
+
+    Raises:
+        DataError: a variant will not know the tested classes, or other classes than another; or calibration images are
+            tested too.
+        RecipeError: there are too few images to choose a format on.
+    """
+    trained = source.label_names
+    if recipe.trains:
+        from vitopt.finetune.training import head_labels
+
+        train = training_images(data)
+        trained = head_labels(source, train)
+        if overlap := set(train.image_hashes) & set(test.image_hashes):
+            logger.warning(
+                "%d test images are also training images; accuracy will look better than it is", len(overlap)
+            )
+    first = recipe.variants[0]
+    classes = {
+        variant.name: trained if recipe.finetune is not None or variant.trains else source.label_names
+        for variant in recipe.variants
+    }
+    for variant in recipe.variants:
+        fit_labels(test, classes[variant.name])
+        if classes[variant.name] != classes[first.name]:
+            raise DataError(
+                f"variants {first.name} and {variant.name} would have different classes, as only one is fine-tuned on "
+                f"{data.source}: fine-tune the model for all of them (`finetune`), or each in its `steps`"
+            )
+        calibrations = [step.settings for step in variant.steps if step.kind.images == "calibration"]
+        for spec in [*calibrations, *([variant.calibration] if variant.calibration else [])]:
+            calibration = calibration_images(data, spec)
+            require_disjoint(calibration, test)
+            if isinstance(spec, FastestSpec):
+                require_enough_images(len(calibration), spec.min_agreement)
 
 
 def require_attention(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> None:

@@ -1,12 +1,9 @@
-"""Checkpoints prepared and called: measured together, or asked for the classes of images."""
+"""Checkpoints prepared and measured together."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from vitopt import progress
-from vitopt.data.images import ImageSet, image_files
+from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.environment import devices
 from vitopt.errors import DataError, UnsupportedError
@@ -88,27 +85,3 @@ def _fit_all(images: ImageSet, checkpoints: Sequence[Checkpoint]) -> ImageSet:
         if other.label_names != first.label_names:
             raise DataError(f"{other.source} and {first.source} have different classes, so they cannot be compared")
     return fit_labels(images, first.label_names)
-
-
-def predict(
-    source: str, paths: Sequence[Path], *, top: int, run: RunSpec | None = None, device: str = "auto"
-) -> list[dict[str, Any]]:
-    """Classify image files: per image its path and the `top` classes with their probabilities in percent.
-
-    Raises:
-        BadImageError: a file is missing or cannot be decoded.
-    """
-    checkpoint = open_checkpoint(source)
-    runnable = prepare(checkpoint, name=source, device=devices.resolve_device(device), run=run)
-    images = image_files(paths)
-    results = []
-    for index, path in enumerate(progress.track(paths, "predicting", len(paths))):
-        pixels = runnable.preprocess(images.image(index)).unsqueeze(0).to(runnable.device)
-        probabilities = runnable(pixels)[0].float().softmax(-1)
-        best = probabilities.topk(min(top, len(probabilities)))
-        classes = [
-            {"label": checkpoint.label_names[label], "index": label, "percent": 100 * share}
-            for share, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
-        results.append({"image": str(path), "classes": classes})
-    return results

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from vitopt.errors import StorageError
 
@@ -36,26 +37,34 @@ def listed_files(folder: Path) -> dict[str, int] | None:
         return None
 
 
-def list_above(path: Path) -> tuple[Path, dict[str, int], str] | None:
-    """The nearest folder above `path` that has a list, that list, and the name that `path` has in it."""
+class Entry(NamedTuple):
+    """Where a path belongs in the nearest list above it, whether it is listed or not."""
+
+    folder: Path  # that holds the list
+    files: dict[str, int]  # the list: names and sizes in bytes
+    name: str  # of the path in the list
+
+
+def entry_of(path: Path) -> Entry | None:
+    """The entry of `path`; None where no folder above it has a list."""
     path = Path(os.path.abspath(path))  # noqa: PTH100 (a link stays a link)
     for folder in path.parents:
         files = listed_files(folder)
         if files is not None:
-            return folder, files, path.relative_to(folder).as_posix()
+            return Entry(folder, files, path.relative_to(folder).as_posix())
     return None
 
 
 def is_listed(path: Path) -> bool:
     """Whether vitopt wrote the file at `path`."""
-    found = list_above(path)
-    return found is not None and found[2] in found[1]
+    entry = entry_of(path)
+    return entry is not None and entry.name in entry.files
 
 
 def is_whole(path: Path) -> bool:
     """Whether the file at `path` is there and as long as vitopt wrote it."""
-    found = list_above(path)
-    return found is not None and path.is_file() and found[1].get(found[2]) == path.stat().st_size
+    entry = entry_of(path)
+    return entry is not None and path.is_file() and entry.files.get(entry.name) == path.stat().st_size
 
 
 def sealed(card: str) -> str:
@@ -90,13 +99,13 @@ def first_foreign(folder: Path) -> Path | None:
     for parent, folders, files in os.walk(folder):
         here = Path(parent)
         folders.sort()
-        found = sorted(files + [name for name in folders if (here / name).is_symlink()])
-        if LIST_FILE in found and here != folder:
+        names = sorted(files + [name for name in folders if (here / name).is_symlink()])
+        if LIST_FILE in names and here != folder:
             return here
-        for name in found:
+        for name in names:
             if not OWN_NAMES.fullmatch(name) and not is_listed(here / name):
                 return here / name
-        if not found and not folders and here != folder:
+        if not names and not folders and here != folder:
             return here
     return None
 
@@ -107,8 +116,8 @@ def require_overwritable(file: Path) -> None:
     Raises:
         StorageError: such a file, by name.
     """
-    found = list_above(file)
-    if found is not None and file.exists() and found[2] not in found[1]:
+    entry = entry_of(file)
+    if entry is not None and file.exists() and entry.name not in entry.files:
         raise StorageError(f"{file} is there and vitopt did not write it: move it elsewhere")
 
 

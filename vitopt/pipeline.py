@@ -3,42 +3,36 @@
 A run is a folder, in which each stage leaves a checkpoint or a record; `stages.py` tells which of them still stand.
 """
 
-import functools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from vitopt import ownership, storage
-from vitopt.checks import calibration_images, plans, require_attention, tested_images, training_images
+from vitopt.checks import plans, require_attention, require_images, tested_images
 from vitopt.data.images import ImageSet
-from vitopt.data.labels import fit_labels
 from vitopt.environment import devices, launch, machine, support
-from vitopt.errors import CheckpointError, MeasurementError, RecipeError, RecordError, UnsupportedError
+from vitopt.errors import CheckpointError, RecipeError
 from vitopt.inference import Candidate, measure
 from vitopt.measure.evaluator import Measured
 from vitopt.measure.gate import judge, judge_floor
 from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
-from vitopt.models.architectures import RANDOM_PREFIX
-from vitopt.models.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
-from vitopt.optimize.quantize import quantize
-from vitopt.recipe import DataSpec, Recipe, VariantSpec
+from vitopt.models.checkpoint import Checkpoint, open_checkpoint
+from vitopt.recipe import Recipe
 from vitopt.recipe_file import dump_yaml, load_recipe
 from vitopt.records import RECORD_FILE, Record, Requirement, load_record, save_record
+from vitopt.report.recommendation import RECOMMENDATION_FILE, Recommendation, recommend
 from vitopt.stages import STAGES_FILE, RunFolder, Stage
 from vitopt.tracking import Tracking
-from vitopt.transformation import Transformation
+from vitopt.variants import Settled, VariantMaker, choice_files
 
 logger = logging.getLogger(__name__)
 
+EXPORT_FOLDER = "export"
 RECIPE_FILE = "recipe.yaml"
 ENVIRONMENT_FILE = "environment.json"
-_MEASURED = (RECORD_FILE, PREDICTIONS_FILE, "README.md")  # beside a variant's checkpoint; it stands without them
-
-S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -47,28 +41,14 @@ class RunResult:
 
     folder: Path
     records: list[Record]
+    recommendation: Recommendation | None  # None where nothing is required
     report: Path | None  # None where its packages are not installed, and in processes other than the main one
-    export: Path | None
+    exported: Record | None  # of the variant whose checkpoint was copied to `export`
 
-
-@dataclass
-class _Run:
-    """A recipe that is being carried out in a folder."""
-
-    folder: RunFolder
-    recipe: Recipe
-    variants: tuple[VariantSpec, ...]  # the recipe's, every automatic skip list chosen
-    tracking: Tracking = field(default_factory=Tracking)
-    calibrations: dict[str, ImageSet] = field(default_factory=dict)  # by variant, what its skip list was chosen on
-
-    def variant_folder(self, name: str) -> Path:
-        return self.folder.path / "variants" / name
-
-
-def _checkpoint_files(folder: Path) -> list[Path]:
-    """The files that a stage wrote as a checkpoint into `folder`, or might have written."""
-    written = ownership.listed_files(folder) or {}
-    return [folder / CONFIG_FILE, *(folder / name for name in written if name not in (CONFIG_FILE, *_MEASURED))]
+    @property
+    def export(self) -> Path | None:
+        """Folder of the exported checkpoint."""
+        return self.folder / EXPORT_FOLDER if self.exported else None
 
 
 def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: None) -> RunResult:
@@ -84,26 +64,27 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
     device = devices.resolve_device(recipe.device)
     source = open_checkpoint(recipe.model)
     images = None if recipe.data is None else tested_images(recipe, recipe.data)
-    if images is not None and recipe.finetune is None:
-        fit_labels(images, source.label_names)
+    if images is not None and recipe.data is not None:
+        require_images(recipe, source, recipe.data, images)
     if recipe.strict:
         require_attention(recipe, source, device)
     inputs = source.folder, recipe.data.folder if recipe.data else None
-    files = [RECIPE_FILE, ENVIRONMENT_FILE, STAGES_FILE, "report.html", "report.md"]
-    files += [f"sensitivity/{variant.name}.json" for variant in recipe.variants]
+    files = [RECIPE_FILE, ENVIRONMENT_FILE, STAGES_FILE, "report.html", "report.md", RECOMMENDATION_FILE]
+    files += [file for variant in recipe.variants for file in choice_files(variant)]
     with launch.in_main_process(storage.claimed(folder, *inputs, files=files)):
-        tracking = Tracking(recipe.log_to, recipe.name, folder / "log")
-        current = _Run(RunFolder(folder, say), recipe, recipe.variants, tracking)
+        Tracking(recipe.log_to)  # refused now, not after the training
+        run_folder = RunFolder(folder, say)
         launch.wait_for_all()  # before the main process changes what the others have yet to read
         if launch.is_main_process():
-            _begin(current, device)
-        return _run_stages(current, source, images)
+            _begin(recipe, folder, device)
+        return _run_stages(run_folder, recipe, source, images)
 
 
-def _begin(current: _Run, device: torch.device) -> None:
-    folder, recipe = current.folder.path, current.recipe
-    products = [*(["finetune"] if recipe.finetune else []), *(["export"] if recipe.export else [])]
-    for product in (*products, *(f"variants/{variant.name}" for variant in recipe.variants)):
+def _begin(recipe: Recipe, folder: Path, device: torch.device) -> None:
+    products = [*(["finetune"] if recipe.finetune else []), *([EXPORT_FOLDER] if recipe.export else [])]
+    for variant in recipe.variants:
+        products += [f"variants/{variant.name}", *(f"steps/{name}" for name in variant.step_names)]
+    for product in products:
         ownership.require_replaceable(folder / product)
     if not _holds_recipe(folder, recipe):
         storage.write_text(folder / RECIPE_FILE, dump_yaml(recipe))
@@ -118,150 +99,40 @@ def _holds_recipe(folder: Path, recipe: Recipe) -> bool:
         return False
 
 
-def _run_stages(current: _Run, source: Checkpoint, images: ImageSet | None) -> RunResult:
-    run, data, base = current.folder, current.recipe.data, source
-    if images is not None and data is not None:
-        base = _finetuned(current, source, data, images)
-        current.variants = tuple(_with_skip_list(current, base, variant, data, images) for variant in current.variants)
-    made = {variant.name: run.carry_out(_variant_stage(current, base, variant)) for variant in current.variants}
-    evaluation = _evaluate_stage(current, images, made)
+def _run_stages(run: RunFolder, recipe: Recipe, source: Checkpoint, images: ImageSet | None) -> RunResult:
+    maker = VariantMaker(run, recipe, images)
+    base = maker.finetuned(source)
+    variants = [maker.settle(variant, base) for variant in recipe.variants]
+    failures = {settled.variant.name: maker.make(settled) for settled in variants}
+    evaluation = _evaluate_stage(run, recipe, images, variants, failures)
     run.carry_out(evaluation)
-    return _report(current, _judged(current, evaluation.read()))
+    return _report(run, recipe, _judged(run, recipe, evaluation.read()))
 
 
-def _finetuned(current: _Run, source: Checkpoint, data: DataSpec, test: ImageSet) -> Checkpoint:
-    """The checkpoint that the variants are made of: the source itself, or fine-tuned as the recipe asks."""
-    recipe = current.recipe
-    spec = recipe.finetune
-    if spec is None:
-        return source
-    from vitopt.finetune.training import finetune, head_labels
-
-    output = current.folder.path / "finetune"
-    train = training_images(data)
-    labels = head_labels(source, train)
-    fit_labels(test, labels)  # before the training, not after it
-    overlap = set(train.image_hashes) & set(test.image_hashes)
-    if overlap:
-        logger.warning("%d test images are also training images; accuracy will look better than it is", len(overlap))
-    how = functools.partial(finetune, seed=recipe.seed, tracking=current.tracking)
-    stage = Stage(
-        "finetune",
-        inputs=[source.fingerprint(), train.sha256, labels, spec.model_dump(mode="json"), recipe.seed],
-        files=_checkpoint_files(output),
-        task=f"{spec.method} on {len(train)} images of {train.name}",
-        work=lambda: _transform(current, how, source, spec, output, train),
-        read=lambda: open_checkpoint(str(output)),
-    )
-    current.folder.carry_out(stage)
-    tuned = stage.read()
-    fit_labels(test, tuned.label_names)
-    return tuned
-
-
-def _transform(
-    current: _Run, how: Transformation[S], checkpoint: Checkpoint, spec: S, output: Path, images: ImageSet | None
-) -> str:
-    return how(checkpoint, spec, output, current.recipe.device, images=images).summary()
-
-
-def _with_skip_list(
-    current: _Run, base: Checkpoint, variant: VariantSpec, data: DataSpec, test: ImageSet
-) -> VariantSpec:
-    """The variant with its skip list: as it stands, or chosen on calibration images if it is automatic."""
-    if not variant.skips_automatically:
-        return variant
-    from vitopt.search.analysis import analyse_for, require_disjoint
-    from vitopt.search.results import SENSITIVITY_SCHEMA, load_sensitivity
-
-    device, name = current.recipe.device, f"sensitivity {variant.name}"
-    output = current.folder.path / "sensitivity" / f"{variant.name}.json"
-    calibration = calibration_images(data, variant)
-    require_disjoint(calibration, test)
-    current.calibrations[variant.name] = calibration
-
-    def work() -> None:
-        analyse_for(base, calibration, variant, output, device, skip_bad=data.skip_bad_images)
-
-    stage = Stage(
-        name,
-        inputs=[
-            base.fingerprint(),
-            calibration.sha256,
-            variant.format,
-            variant.half,
-            variant.auto.model_dump(mode="json"),
-            data.skip_bad_images,
-            SENSITIVITY_SCHEMA,
-        ],
-        files=[output],
-        task=f"{variant.format} on {len(calibration)} calibration images",
-        work=work,
-        read=lambda: load_sensitivity(output),
-        measured_on=devices.resolve_device(device),
-        alone=True,
-    )
-    current.folder.carry_out(stage)
-    found = stage.read().search
-    if found is None:
-        raise RecordError(f"{output} holds no search: delete it and run again")
-    current.folder.say(f"{name}: keeps {', '.join(found.chosen) or 'nothing'} in 16 bit")
-    if found.advice:
-        logger.warning("%s: %s", variant.name, found.advice)
-    return variant.skipping(found.chosen)
-
-
-def _variant_stage(current: _Run, base: Checkpoint, variant: VariantSpec) -> Stage[Path]:
-    """Make a variant's checkpoint. Where that fails, its row tells why and the others still tell something."""
-    output = current.variant_folder(variant.name)
-    held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
-    calibration = current.calibrations.get(variant.name)
-    tolerated = (CheckpointError, MeasurementError, UnsupportedError)
-
-    def work() -> str:
-        for other in current.variants:
-            folder = current.variant_folder(other.name)
-            made = current.folder.completed.get(f"variant {other.name}") == stage.fingerprint
-            if folder != output and made and all(map(ownership.is_whole, _checkpoint_files(folder))):
-                storage.copy_folder(folder, output, leave_out=_MEASURED)
-                return f"the same weights as {other.name}"
-        try:
-            return _transform(current, quantize, base, variant, output, calibration)
-        except tolerated:
-            if any(output.glob("*.safetensors")):
-                storage.remove(output)  # of an earlier recipe, which this variant no longer is
-            raise
-
-    stage = Stage(
-        f"variant {variant.name}",
-        inputs=[base.fingerprint(), held, calibration.sha256 if calibration else None],
-        files=_checkpoint_files(output),
-        work=work,
-        read=lambda: output,
-        alone=True,
-        tolerated=tolerated,
-    )
-    return stage
-
-
-def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str | None]) -> Stage[list[Record]]:
-    """Measure all variants together; `made` tells of each why it could not be made, None where it was."""
-    recipe, run = current.recipe, current.folder
-    folders = {variant.name: current.variant_folder(variant.name) for variant in current.variants}
+def _evaluate_stage(
+    run: RunFolder,
+    recipe: Recipe,
+    images: ImageSet | None,
+    variants: Sequence[Settled],
+    failures: dict[str, str | None],
+) -> Stage[list[Record]]:
+    """Measure all variants together; `failures` tells of each why it could not be made, None where it was."""
+    settled = {made.variant.name: made for made in variants}
+    folders = {name: run.variant(name) for name in settled}
     predictions = [folder / PREDICTIONS_FILE for folder in folders.values()]
 
-    def save(one: Measured) -> None:
-        folder = folders[one.record.variant.name]
-        save_record(one.record, folder)
-        if one.predictions is not None and support.installed("pyarrow"):
-            save_predictions(one.predictions, folder)
+    def save(measured: Measured) -> None:
+        record = _with_origin(measured.record, settled[measured.record.variant.name])
+        save_record(record, folders[record.variant.name])
+        if measured.predictions is not None and support.installed("pyarrow"):
+            save_predictions(measured.predictions, folders[record.variant.name])
 
     def work() -> None:
         run.forget("evaluate")  # the records on disk are replaced one by one from now on
         measured = measure(
             [
-                Candidate(variant.name, str(folders[variant.name]), variant.run, variant, made[variant.name])
-                for variant in current.variants
+                Candidate(name, str(folders[name]), made.variant.run, made.variant, failures[name])
+                for name, made in settled.items()
             ],
             recipe.evaluate,
             images=images,
@@ -269,21 +140,21 @@ def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str 
             baseline=recipe.baseline_name,
             device=recipe.device,
             strict=recipe.strict,
-            untrained=recipe.finetune is None and recipe.model.startswith(RANDOM_PREFIX),
+            untrained=settled[recipe.baseline_name].base.is_random,
             ready=save,
         )
         if launch.is_main_process():
-            for one in measured:
-                save(one)
-                if one.record.failure:
-                    run.say(f"evaluate: {one.record.variant.name} failed: {one.record.failure}")
-            current.tracking.log(one.record for one in measured)
+            for result in measured:
+                save(result)
+                if result.record.failure:
+                    run.say(f"evaluate: {result.record.variant.name} failed: {result.record.failure}")
+            Tracking(recipe.log_to, recipe.name, run.path / "log").log(result.record for result in measured)
 
     on = f"{len(images)} images of {images.name}" if images else "random pixels"
     return Stage(
         "evaluate",
         inputs=[
-            [variant.model_dump(mode="json") for variant in current.variants],
+            [[made.variant.model_dump(mode="json"), made.chosen] for made in variants],
             {name: run.completed.get(f"variant {name}") for name in folders},
             recipe.baseline_name,
             recipe.evaluate.model_dump(mode="json"),
@@ -299,53 +170,78 @@ def _evaluate_stage(current: _Run, images: ImageSet | None, made: dict[str, str 
     )
 
 
-def _judged(current: _Run, records: list[Record]) -> list[Record]:
+def _with_origin(record: Record, settled: Settled) -> Record:
+    """The record with what only the recipe knows: the steps before, and why this format."""
+    steps = tuple(step.model_dump(mode="json") for step in settled.variant.steps)
+    variant = record.variant.model_copy(update={"steps": steps, "chosen": settled.chosen})
+    return record.model_copy(update={"variant": variant})
+
+
+def _judged(run: RunFolder, recipe: Recipe, records: list[Record]) -> list[Record]:
     """The records with what the recipe requires of each variant; what was measured stands when that changes."""
-    asked = {variant.name: variant for variant in current.recipe.variants}
-    baseline = next((one for one in records if one.variant.name == current.recipe.baseline_name), None)
+    asked = {variant.name: variant for variant in recipe.variants}
+    baseline = next((record for record in records if record.variant.name == recipe.baseline_name), None)
     judged = []
     for record in records:
-        found: tuple[Requirement, ...] = ()
+        requirements: tuple[Requirement, ...] = ()
         if baseline is not None and record is not baseline:
             variant = asked[record.variant.name]
             floor = judge_floor(variant.auto, record, baseline) if variant.skips_automatically else ()
-            found = floor + judge(current.recipe.require, record, baseline)
-        if found != record.requirements:
-            record = record.model_copy(update={"requirements": found})
+            requirements = floor + judge(recipe.require, record, baseline)
+        if requirements != record.requirements:
+            record = record.model_copy(update={"requirements": requirements})
             if launch.is_main_process():
-                save_record(record, current.variant_folder(record.variant.name))
+                save_record(record, run.variant(record.variant.name))
         judged.append(record)
     return judged
 
 
-def _report(current: _Run, records: list[Record]) -> RunResult:
-    recipe, folder = current.recipe, current.folder.path
-    export = folder / "export" if recipe.export else None
+def _report(run: RunFolder, recipe: Recipe, records: list[Record]) -> RunResult:
+    recommendation = recommend(records, recipe.prefer, recipe.price_per_hour)
     if not launch.is_main_process():
-        return RunResult(folder, records, None, export)
-    report = _write_report(current, records)
-    if export is not None:
-        chosen = next(record for record in records if record.variant.name == recipe.export)
-        if chosen.failure is not None:
-            raise CheckpointError(f"cannot export {recipe.export}: {chosen.failure}")
-        storage.copy_folder(current.variant_folder(chosen.variant.name), export)
-    return RunResult(folder, records, report, export)
+        return RunResult(run.path, records, recommendation, None, None)
+    if recommendation is not None:
+        recommendation.save(run.path)
+    report = _write_report(run, recipe, records)
+    return RunResult(run.path, records, recommendation, report, _export(run, recipe, records, recommendation))
 
 
-def _write_report(current: _Run, records: list[Record]) -> Path | None:
+def _export(
+    run: RunFolder, recipe: Recipe, records: list[Record], recommendation: Recommendation | None
+) -> Record | None:
+    """Copy the variant that the recipe names, or the recommended one, to `export/`; its record."""
+    folder = run.path / EXPORT_FOLDER
+    name = recipe.export
+    if recipe.exports_best:
+        name = recommendation.ship if recommendation else None
+    if name is None:
+        if recipe.export is not None:
+            storage.remove(folder)  # of an earlier recommendation
+            run.say("export: left out, no variant is shown to meet all that is required")
+        return None
+    record = next(record for record in records if record.variant.name == name)
+    if record.failure is not None:
+        raise CheckpointError(f"cannot export {name}: {record.failure}")
+    if recommendation is not None and (lacking := (recommendation.missed | recommendation.undecided).get(name)):
+        logger.warning("%s is exported and is not shown to meet what is required: %s", name, "; ".join(lacking))
+    storage.copy_folder(run.variant(name), folder)
+    return record
+
+
+def _write_report(run: RunFolder, recipe: Recipe, records: list[Record]) -> Path | None:
     """The report's path; None where a package that it needs is not installed, which is said."""
     missing = [package for package in ("jinja2", "matplotlib", "pyarrow") if not support.installed(package)]
     if missing:
         # Measuring alone needs none of them; the records are complete, so the report can be written elsewhere.
-        without_predictions = "pyarrow" in missing and current.recipe.data is not None
+        without_predictions = "pyarrow" in missing and recipe.data is not None
         what = "report and predictions" if without_predictions else "report"
-        later = "" if without_predictions else f"; `vitopt report {current.folder.path}` writes it"
-        current.folder.say(f"{what}: left out, {' and '.join(missing)} not installed{later}")
+        later = "" if without_predictions else f"; `vitopt report {run.path}` writes it"
+        run.say(f"{what}: left out, {' and '.join(missing)} not installed{later}")
         return None
     from vitopt.report.card import write_card
     from vitopt.report.page import write_report
 
     for record in records:
         if record.failure is None:
-            write_card(record, current.variant_folder(record.variant.name), records)
-    return write_report(current.folder.path)
+            write_card(record, run.variant(record.variant.name), records)
+    return write_report(run.path)

@@ -1,5 +1,6 @@
 """What a recipe will need, before any of it is done: images for its claims, and time."""
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from vitopt.measure.forecast import StageTime
 from vitopt.measure.planning import Need, needs
 from vitopt.models.checkpoint import load_processor, open_checkpoint
 from vitopt.recipe import Recipe, RequireSpec
+from vitopt.search.fastest import candidates
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,11 @@ def preview(recipe: Recipe) -> Preview:
         try:
             test = tested_images(recipe, recipe.data)
             counted["test"] = len(test)
-            if recipe.finetune is not None:
+            if recipe.trains:
                 counted["train"] = len(training_images(recipe.data))
             for variant in recipe.variants:
-                if variant.skips_automatically:
-                    counted[variant.name] = len(calibration_images(recipe.data, variant))
+                if variant.calibration is not None:
+                    counted[variant.name] = len(calibration_images(recipe.data, variant.calibration))
         except VitoptError as error:
             notes.append(f"not all images can be counted: {error}")
     return Preview(_claims(recipe, counted), _stages(recipe, counted, test, notes), notes)
@@ -72,11 +74,17 @@ def _stages(recipe: Recipe, counted: dict[str, int], test: ImageSet | None, note
     try:
         checkpoint = open_checkpoint(recipe.model, config_only=True)
         device = devices.resolve_device(recipe.device)
-        types = {forecast.number_type(variant) for variant in recipe.variants}
-        types |= {"fp32"} if recipe.finetune else set()
+        compared = {
+            variant.name: candidates(device, variant.half, variant.fastest.compile)
+            for variant in recipe.variants
+            if variant.chooses_format
+        }
+        variants = [*recipe.variants, *itertools.chain.from_iterable(compared.values())]
+        types = {forecast.number_type(variant) for variant in variants}
+        types |= {"fp32"} if recipe.trains else set()
         seconds = {name: forecast.seconds_per_image(checkpoint, device, DTYPES[name]) for name in sorted(types)}
         decode = forecast.seconds_to_decode(test, Preprocessor(load_processor(checkpoint))) if test else 0.0
     except Exception as error:  # an estimate that fails, for memory or anything else, must not fail the dry run
         notes.append(f"no estimate of the time: {' '.join(str(error).split())}")
         return []
-    return forecast.stages(recipe, checkpoint, seconds, decode, counted)
+    return forecast.stages(recipe, checkpoint, seconds, decode, counted, compared)

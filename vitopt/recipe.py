@@ -3,53 +3,38 @@
 So a `vitopt` subcommand and a recipe mean the same thing by the same word. Nothing here imports torch.
 """
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from vitopt import storage
 from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat, RunAs
+
+# All that a recipe can say is imported from here.
+from vitopt.spec import CalibrationSpec as CalibrationSpec
+from vitopt.spec import Patterns, as_list
+from vitopt.spec import Spec as Spec
+from vitopt.spec import suggest as suggest
+from vitopt.steps import LINEARS as LINEARS
+from vitopt.steps import FinetuneSpec as FinetuneSpec
+from vitopt.steps import Linear as Linear
+from vitopt.steps import Step as Step
 
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 SdpaKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
 Labels = Literal["name", "index"]
 Tracker = Literal["mlflow", "tensorboard", "wandb"]
-Linear = Literal["query", "key", "value", "output", "fc1", "fc2"]
+Prefer = Literal["latency", "size", "throughput", "cost"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
 
 AUTO = "auto"
+BEST = "best"
 # One calibration image in so many chooses a skip list, the others confirm it. Choosing ranks by KL, about which every
 # image tells something, and runs a model of L blocks about L times for each; confirming counts the few images that
 # change sides, and runs three models for each: many confirming images are needed, and they are cheap.
 CHOOSING = 4
-LINEARS: tuple[Linear, ...] = get_args(Linear)
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str | int) else value
-
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
-Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
-
-
-class Spec(BaseModel):
-    """Base of all recipe sections: immutable, unknown keys are mistakes."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-def suggest(word: str, known: Sequence[str]) -> str:
-    """The nearest word that is known, else all of them."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
-
-
-def _changed(spec: Spec, *keys: str) -> str:
-    """Those keys whose values are not the defaults, in words; a resolved recipe states the defaults as well."""
-    defaults = type(spec).model_fields
-    return ", ".join(f"`{key}`" for key in keys if getattr(spec, key) != defaults[key].default)
 
 
 class DataSpec(Spec):
@@ -83,45 +68,13 @@ def data_from_string(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
-class FinetuneSpec(Spec):
-    """One fine-tuning run. LoRA: Hu et al., arXiv 2106.09685; its update is scaled by alpha / rank."""
-
-    method: Literal["lora", "full"] = Field(
-        "lora", description="LoRA updates beside the weights, or full: every weight is trained"
-    )
-    rank: int = Field(8, ge=1, le=1024, description="rank of the LoRA updates")
-    alpha: float = Field(32, gt=0, description="LoRA scale; updates count alpha / rank")
-    dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the LoRA updates")
-    targets: Patterns = Field(LINEARS, min_length=1, description="layers to adapt, as in query or block.11.fc1")
-    epochs: float = Field(3, gt=0, description="passes over the images")
-    batch_size: int = Field(16, ge=1, description="images per device and step")
-    learning_rate: float = Field(1e-3, gt=0, description="highest rate of AdamW")
-    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
-    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="part of all steps in which the rate rises")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over all classes")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="precision of the training; auto is bf16 where the device computes in it"
-    )
-    augment: bool = Field(True, description="random crops and, with flip, mirror images")
-    flip: bool = Field(True, description="mirror images; wrong where that changes the class, as with digits")
-    workers: int = Field(0, ge=0, description="processes that decode images; 0 decodes in the training process")
-
-    @model_validator(mode="after")
-    def _lora_keys_need_lora(self) -> "FinetuneSpec":
-        without_effect = _changed(self, "rank", "alpha", "dropout", "targets") if self.method == "full" else ""
-        if without_effect:
-            raise ValueError(f"`method: full` trains every weight, so {without_effect} would do nothing: leave it out")
-        return self
-
-
-class AutoSkipSpec(Spec):
+class AutoSkipSpec(CalibrationSpec):
     """How `skip: auto` chooses: the cheapest skip list, confirmed on calibration images that did not choose it."""
 
     max_top1_drop: float | None = Field(1.0, gt=0, le=100, description="largest loss of top-1 in points")
     max_kl_share: float | None = Field(None, gt=0, lt=1, description="KL at most this share of the quantized model's")
     objective: Literal["size", "latency"] = Field("size", description="what a kept layer costs")
     granularity: Literal["block", "linear"] = Field("block", description="whole blocks or single linear layers")
-    split: str = Field("train", description="split of the data whose images calibrate; never the tested ones")
     # 512 choose and 1,536 confirm. That shows the floor of one point where up to 1.3 % of the images change sides, and
     # half a point where hardly any does: 0.5 points take 1,020 images if none changes, and 5,000 if 1 % do.
     images: int = Field(
@@ -136,6 +89,13 @@ class AutoSkipSpec(Spec):
         if self.max_top1_drop is None and self.max_kl_share is None:
             raise ValueError("give max_top1_drop or max_kl_share, else there is no floor to keep to")
         return self
+
+
+class FastestSpec(CalibrationSpec):
+    """How `format: auto` chooses: the fastest format here that is shown to agree with fp32 on calibration images."""
+
+    min_agreement: float = Field(98, ge=0, le=100, description="agreement with fp32 in percent of images, at least")
+    compile: bool = Field(True, description="try compiled models too")
 
 
 class RunSpec(Spec):
@@ -181,13 +141,14 @@ class VariantSpec(RunSpec, HeldSpec):
 
     @model_validator(mode="after")
     def _skip_needs_quantization(self) -> "VariantSpec":
-        if self.skip and self.format not in QUANTIZED_FORMATS:
+        may_quantize = self.format in (*QUANTIZED_FORMATS, AUTO)  # auto: see `RecipeVariant`
+        if self.skip and not may_quantize:
             raise ValueError(f"format {self.format} quantizes nothing, so `skip` has nothing to keep in 16 bit")
         if AUTO in self.skip and self.skip != (AUTO,):
             raise ValueError("`skip: auto` chooses the whole list; it cannot be mixed with names")
         if self.auto != AutoSkipSpec() and not self.skips_automatically:
             raise ValueError("`auto` says how `skip: auto` chooses, and `skip` is another: leave one of them out")
-        if self.half != "bf16" and self.format not in QUANTIZED_FORMATS and not self.layers:
+        if self.half != "bf16" and not may_quantize and not self.layers:
             raise ValueError(f"format {self.format} quantizes nothing, so `half` would do nothing: leave it out")
         return self
 
@@ -201,15 +162,70 @@ class VariantSpec(RunSpec, HeldSpec):
         """Whether a sensitivity analysis has yet to choose the skip list."""
         return self.skip == (AUTO,)
 
-    def skipping(self, chosen: Sequence[str]) -> "VariantSpec":
+    def skipping(self, chosen: Sequence[str]) -> Self:
         """The same variant with this skip list."""
         return self.model_copy(update={"skip": tuple(chosen)})
+
+
+class RecipeVariant(VariantSpec):
+    """A variant as a recipe asks for it: what is done before its format is made, and a format that may be open."""
+
+    format: Literal["auto", Format]  # type: ignore[assignment]  # wider, until `with_choice` says which
+    fastest: FastestSpec = Field(FastestSpec(), description="how `format: auto` chooses")
+    steps: tuple[Step, ...] = Field((), description="what is done to the checkpoint first, in order: finetune")
+
+    @model_validator(mode="after")
+    def _choice_is_whole(self) -> "RecipeVariant":
+        if not self.chooses_format and self.fastest != FastestSpec():
+            raise ValueError(
+                "`fastest` says how `format: auto` chooses, and `format` is another: leave one of them out"
+            )
+        without_effect = self.changed("skip", "layers", *RunSpec.model_fields) if self.chooses_format else ""
+        if without_effect:
+            raise ValueError(
+                f"`format: auto` compares whole formats and chooses how they run: leave {without_effect} out, or name "
+                "a format"
+            )
+        return self
+
+    @property
+    def chooses_format(self) -> bool:
+        """Whether measuring has yet to choose the format and how it is run."""
+        return self.format == AUTO
+
+    @property
+    def calibration(self) -> CalibrationSpec | None:
+        """Which images choose what is left open; None where nothing is."""
+        return self.auto if self.skips_automatically else self.fastest if self.chooses_format else None
+
+    @property
+    def trains(self) -> bool:
+        """Whether one of its steps learns from the training images."""
+        return any(step.kind.images == "training" for step in self.steps)
+
+    @property
+    def wants_images(self) -> list[str]:
+        """What of it needs other images than the tested ones."""
+        wants = [f"step {step.name}" for step in self.steps if step.kind.images]
+        wants += ["`skip: auto`"] if self.skips_automatically else []
+        return wants + (["`format: auto`"] if self.chooses_format else [])
+
+    @property
+    def step_names(self) -> list[str]:
+        """A name for each step, as `finetune-1c0de2f4`: the same in variants whose steps so far are the same."""
+        dumped = [step.model_dump(mode="json") for step in self.steps]
+        digests = [storage.sha256_of_json(dumped[: index + 1]) for index in range(len(dumped))]
+        return [f"{step.name}-{digest[:8]}" for step, digest in zip(self.steps, digests, strict=True)]
+
+    def with_choice(self, choice: VariantSpec) -> "RecipeVariant":
+        """The same variant in the format of `choice`, and run as that is."""
+        return self.model_copy(update={name: getattr(choice, name) for name in ("format", *RunSpec.model_fields)})
 
 
 class LatencySpec(Spec):
     """How variants are timed."""
 
-    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_list)] = Field(
+    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(as_list)] = Field(
         (1,), min_length=1, description="batch sizes to time, as in 1,8,32"
     )
     iterations: int = Field(100, ge=1, description="timed calls per variant and batch size")
@@ -288,12 +304,14 @@ class Recipe(Spec):
     seed: int = Field(0, ge=0)
     strict: bool = Field(False, description="an attention kernel that cannot run is an error, not a fallback")
     finetune: FinetuneSpec | None = None
-    variants: Annotated[tuple[VariantSpec, ...], Field(min_length=1)]
+    variants: Annotated[tuple[RecipeVariant, ...], Field(min_length=1)]
     baseline: str | None = Field(None, description="name of the variant to compare with; null is the first")
     evaluate: EvaluateSpec = EvaluateSpec()
     require: RequireSpec = Field(RequireSpec(), description="what every variant must be shown to be")
-    export: str | None = Field(None, description="name of the variant to copy to `export/`")
-    log_to: Annotated[tuple[Tracker, ...], BeforeValidator(_as_list)] = Field(
+    prefer: Prefer = Field("latency", description="which of the variants that meet `require` is recommended")
+    price_per_hour: float | None = Field(None, gt=0, description="what an hour of this device costs, in any currency")
+    export: str | None = Field(None, description="name of the variant to copy to `export/`; best: the recommended one")
+    log_to: Annotated[tuple[Tracker, ...], BeforeValidator(as_list)] = Field(
         (), description="experiment trackers that get the training and the records"
     )
     waterfall: tuple[Name, ...] = Field(
@@ -306,24 +324,39 @@ class Recipe(Spec):
         mistakes = [f"two variants are named {name!r}" for name in sorted(set(names)) if names.count(name) > 1]
         if self.data is None:
             needy = ["finetune"] if self.finetune is not None else []
-            needy += [f"`skip: auto` of {variant.name}" for variant in self.variants if variant.skips_automatically]
+            needy += [f"{what} of {variant.name}" for variant in self.variants for what in variant.wants_images]
             needs_images = ("max_top1_drop", "min_agreement", "max_kl")
             needy += [f"require.{key}" for key in self.require.limits if key in needs_images]
-            if without_effect := _changed(self.evaluate, "batch_size", "workers"):
+            if without_effect := self.evaluate.changed("batch_size", "workers"):
                 needy.append(f"evaluate: {without_effect}")
             mistakes += [f"{what} needs `data`" for what in needy]
-        elif self.finetune is None and self.data.train != "train":
+        elif not self.trains and self.data.train != "train":
             mistakes.append("data: `train` is the split to fine-tune on, and there is no `finetune`")
         if self.require.batch_size not in (None, *self.evaluate.latency.batch_sizes):
             mistakes.append(f"require.batch_size {self.require.batch_size} is not in evaluate.latency.batch_sizes")
-        for key, wanted in [("baseline", self.baseline), ("export", self.export)] + [
-            ("waterfall", name) for name in self.waterfall
-        ]:
+        named = [("baseline", self.baseline), *(("waterfall", name) for name in self.waterfall)]
+        if not self.exports_best:
+            named.append(("export", self.export))
+        elif not self.require.limits:
+            mistakes.append("export: best is the variant that meets `require`, and nothing is required")
+        if self.prefer == "cost" and self.price_per_hour is None:
+            mistakes.append("prefer: cost needs `price_per_hour`")
+        for key, wanted in named:
             if wanted is not None and wanted not in names:
                 mistakes.append(f"{key} names {wanted!r}, which is no variant; {suggest(wanted, names)}")
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything learns from the training images."""
+        return self.finetune is not None or any(variant.trains for variant in self.variants)
+
+    @property
+    def exports_best(self) -> bool:
+        """Whether the recommended variant is exported, and not one by its name."""
+        return self.export == BEST and all(variant.name != BEST for variant in self.variants)
 
     @property
     def baseline_name(self) -> str:

@@ -50,10 +50,10 @@ def validate(model: type[S], content: Any, where: str) -> S:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        found = error.errors(include_url=False)
+        errors = error.errors(include_url=False)
         # A tuple whose items are wrong is also called too short by pydantic; the items say it better.
-        inner = {mistake["loc"][:-depth] for mistake in found for depth in range(1, len(mistake["loc"]))}
-        mistakes = [_describe(model, m) for m in found if m["type"] != "too_short" or m["loc"] not in inner]
+        inner = {mistake["loc"][:-depth] for mistake in errors for depth in range(1, len(mistake["loc"]))}
+        mistakes = [_describe(model, m) for m in errors if m["type"] != "too_short" or m["loc"] not in inner]
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         raise RecipeError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in mistakes)) from error
 
@@ -85,7 +85,7 @@ def spec_in(annotation: Any) -> type[Spec] | None:
     """The spec class in an annotation such as `Annotated[DataSpec | None, ...]`; None if there is none."""
     if isinstance(annotation, type) and issubclass(annotation, Spec):
         return annotation
-    return next((found for part in get_args(annotation) if (found := spec_in(part))), None)
+    return next((spec for part in get_args(annotation) if (spec := spec_in(part))), None)
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:

@@ -39,6 +39,12 @@ class Variant(Part):
     skip: tuple[str, ...] = Field((), description="patterns that were kept in 16 bit")
     layers: dict[str, str] = Field(default_factory=dict, description="patterns that got another format")
     stored_format: str | None = Field(None, description="format on disk where the layers were expanded at load")
+    steps: tuple[dict[str, Any], ...] = Field(
+        (), description="what was done to the checkpoint before its format was made, in order: name -> settings"
+    )
+    chosen: str | None = Field(
+        None, description="why it has this format and runs so, where `format: auto` asked for the fastest"
+    )
     asked: dict[str, Option] = Field(default_factory=dict, description="how it was to be run, by option")
     ran: dict[str, Option] = Field(
         default_factory=dict, description="how it ran, by option, read back from what ran; empty if nothing did"

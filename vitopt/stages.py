@@ -60,6 +60,10 @@ class RunFolder:
     def __post_init__(self) -> None:
         self.completed = _read_completed(self.path / STAGES_FILE)
 
+    def variant(self, name: str) -> Path:
+        """The folder of a variant's checkpoint and record."""
+        return self.path / "variants" / name
+
     def carry_out(self, stage: Stage[Any]) -> str | None:
         """Do a stage unless it stands; the reason where it could not be done, None where its product is there.
 

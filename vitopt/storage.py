@@ -25,11 +25,11 @@ from vitopt.ownership import (
     LIST_SCHEMA,
     LOCK_FILE,
     OWN_NAMES,
+    entry_of,
     first_foreign,
     is_edited,
     is_listed,
     is_whole,
-    list_above,
     listed_files,
     not_ours,
     refuse_file,
@@ -86,7 +86,7 @@ def _lock(file: Path, target: Path) -> Iterator[None]:
         yield
     finally:
         _held.discard(file)
-        file.unlink(missing_ok=True)  # while it is held; who waits for a deleted one makes it anew
+        file.unlink(missing_ok=True)  # while it is held, so that no other process's lock file is deleted
         lock.release()
 
 
@@ -101,14 +101,14 @@ def _holder(file: Path) -> str:
 def _folder(folder: Path) -> Iterator[None]:
     """Make a folder and those above it; on leaving, remove of these what is still empty."""
     with _explained(folder):
-        made = [one for one in (folder, *folder.parents) if not one.exists()]
+        created = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
-        for one in made:
+        for path in created:
             with contextlib.suppress(OSError):
-                one.rmdir()
+                path.rmdir()
 
 
 @contextlib.contextmanager
@@ -225,7 +225,7 @@ def _replace_folder(source: Path, target: Path) -> None:
 
 
 def _remove_leftovers(place: Path, kind: str) -> None:
-    """Remove what this process no longer needs, and what killed ones, which have the lock no more, left here."""
+    """Remove the temporary folders of one kind beside `place`, those that killed processes left too."""
     for left in place.parent.iterdir():
         if re.fullmatch(rf"\.{re.escape(place.name)}\.{kind}-\d+", left.name):
             shutil.rmtree(left, ignore_errors=True)
@@ -258,12 +258,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         StorageError: as `staged_folder` does, or there is such a list and it does not name what is at `path`.
     """
     require_overwritable(path)
-    found = list_above(path)
+    entry = entry_of(path)
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if found is not None:
-            folder, files, name = found
-            # First, so that a file without its list entry, which nothing would replace, can never be.
+        if entry is not None:
+            folder, files, name = entry
+            # Before the file: a file that is on no list would never be replaced.
             if files.get(name) != len(content):
                 _write_list(folder, files | {name: len(content)})
         _replace_file(path, content)
@@ -294,11 +294,11 @@ def remove(path: Path) -> None:
         if not is_listed(path):
             raise StorageError(f"{path} would be deleted and vitopt did not write it: move it elsewhere")
         path.unlink()
-    if found := list_above(path):
-        folder, files, name = found
-        left = {one: size for one, size in files.items() if one != name and not one.startswith(f"{name}/")}
-        if left != files:
-            _write_list(folder, left)
+    if entry := entry_of(path):
+        folder, files, name = entry
+        others = {file: size for file, size in files.items() if file != name and not file.startswith(f"{name}/")}
+        if others != files:
+            _write_list(folder, others)
 
 
 def copy_folder(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> None:

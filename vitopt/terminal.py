@@ -1,4 +1,4 @@
-"""Text on a terminal: what others wrote into names is shown as it stands there, never obeyed."""
+"""Text on a terminal: control characters and markup in names are printed as text and have no effect."""
 
 import logging
 import re
@@ -13,7 +13,12 @@ _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 
 def visible(text: str) -> str:
     """`text` with its invisible characters written out, as in `\\x1b`."""
-    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _UNSEEN.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def spreadsheet_text(text: str) -> str:
+    """`text` for a cell of a CSV file: what a spreadsheet would take for a formula is text (OWASP, "CSV Injection")."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 class Console(console.Console):

@@ -58,7 +58,7 @@ def learned(
 ) -> tuple[Path, TrainingReport, torch.Tensor]:
     """A LoRA training that is long enough to learn: its folder, its report, and logits before the merge."""
     folder = tmp_path_factory.mktemp("lora")
-    spec = FinetuneSpec(epochs=40, batch_size=8, learning_rate=3e-3, rank=16, flip=False, precision="fp32")
+    spec = FinetuneSpec(epochs=20, batch_size=8, learning_rate=5e-3, rank=16, flip=False, precision="fp32")
     logits = []
     evaluate = training._top1_percent
 
@@ -131,7 +131,7 @@ def test_training_json_holds_the_report(
     folder, report, _ = learned
     assert json.loads((folder / "training.json").read_text()) == vars(report)
     assert set(vars(report)) == {field.name for field in fields(TrainingReport)}
-    assert (report.images, report.classes, report.epochs, report.steps) == (32, 4, 40, 160)
+    assert (report.images, report.classes, report.epochs, report.steps) == (32, 4, 20, 80)
     assert report.resumed_from_step == 0 and report.seconds > 0
     # LoRA adds rank x (in + out) to each of 18 linears; the head of 64 x 4 + 4 is trained whole.
     added = 16 * 3 * (4 * (64 + 64) + 2 * (64 + 128))

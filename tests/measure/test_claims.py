@@ -3,7 +3,7 @@ import math
 import pytest
 
 from vitopt.measure.claims import at_least, at_most
-from vitopt.measure.statistics import Interval
+from vitopt.measure.intervals import Interval
 
 
 @pytest.mark.parametrize(

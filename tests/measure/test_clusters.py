@@ -13,16 +13,13 @@ from vitopt.measure.clusters import (
     _variance_between,
     delta_interval,
     effective_share,
-    positive_mean_interval,
+    grouped_mean_interval,
     proportion_interval,
     sign_flip_p,
 )
+from vitopt.measure.intervals import paired_delta_interval, wilson_interval
+from vitopt.measure.paired import mcnemar_exact_p
 from vitopt.measure.predictions import Predictions
-from vitopt.measure.statistics import (
-    mcnemar_exact_p,
-    paired_delta_interval,
-    wilson_interval,
-)
 
 Draw = Callable[[np.random.Generator], tuple[np.ndarray, np.ndarray, list[str]]]
 
@@ -88,8 +85,8 @@ def test_sign_flips_of_groups_are_those_of_all_signs() -> None:
 
 
 def test_mean_of_values_that_are_all_zero_or_of_one_group() -> None:
-    assert positive_mean_interval([0.0, 0.0], ["a", "b"]).high == 0
-    assert positive_mean_interval([1.0, 2.0], ["a", "a"]) is None
+    assert grouped_mean_interval([0.0, 0.0], ["a", "b"]).high == 0
+    assert grouped_mean_interval([1.0, 2.0], ["a", "a"]) is None
 
 
 @pytest.mark.parametrize("groups", [["a"], []])
@@ -153,8 +150,8 @@ def test_kl_intervals_are_wider_and_hold_the_truth() -> None:
         names = uneven(rng, 40, 10)
         codes = np.unique(names, return_inverse=True)[1]
         values = np.exp(rng.normal(0, 0.7, 40)[codes] + rng.normal(0, 1, len(names)))
-        one = positive_mean_interval(values, names)
-        plain = positive_mean_interval(values, [str(index) for index in range(len(values))])
+        one = grouped_mean_interval(values, names)
+        plain = grouped_mean_interval(values, [str(index) for index in range(len(values))])
         ours.append(one.low <= truth <= one.high)
         naive.append(plain.low <= truth <= plain.high)
     assert share_covered(ours) >= 0.88  # long tails keep it below 0.95

@@ -1,6 +1,7 @@
 """The shared evaluator: its records are complete, agree with themselves and with an independent count."""
 
 import dataclasses
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -544,8 +545,8 @@ def test_a_figure_that_fails_loses_only_itself(
     monkeypatch: pytest.MonkeyPatch,
     small_rates: None,
 ) -> None:
+    monkeypatch.setattr(evaluator, "find_throughput", functools.partial(throughput.find_throughput, largest=1))
     monkeypatch.setattr(evaluator, broken, fail)
-    monkeypatch.setattr(throughput, "_LARGEST_BATCH", 1)
     spec = QUICK.model_copy(update={"throughput": True, "roofline": True})
     got = evaluate(subjects, spec, images=images, baseline="base")
     for one in (measured.record for measured in got):

@@ -8,7 +8,7 @@ import pytest
 from vitopt.measure import gate
 from vitopt.measure.comparison import speed_ratio
 from vitopt.measure.gate import judge, judge_floor, overall
-from vitopt.measure.statistics import Interval, paired_delta_interval
+from vitopt.measure.intervals import Interval, paired_delta_interval
 from vitopt.recipe import AutoSkipSpec, RequireSpec
 from vitopt.records import Record, Requirement
 

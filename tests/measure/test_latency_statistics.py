@@ -12,7 +12,6 @@ from vitopt.measure.latency_statistics import (
     latency_summary,
     quantile_interval,
     speedup_interval,
-    student_t_quantile,
 )
 
 CASES = 2_000
@@ -47,14 +46,6 @@ class TestLatencySummary:
     def test_rejects(self, samples, message):
         with pytest.raises(ValueError, match=message):
             latency_summary(samples)
-
-
-class TestStudentTQuantile:
-    @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 9, 30, 201])
-    @pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.999])
-    def test_equals_scipy(self, confidence, freedom):
-        expected = scipy.stats.t.ppf((1 + confidence) / 2, freedom)
-        assert student_t_quantile(confidence, freedom) == pytest.approx(expected, rel=1e-9)
 
 
 class TestSpeedupInterval:

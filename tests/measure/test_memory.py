@@ -1,7 +1,6 @@
 """Peak memory of a variant alone."""
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,6 @@ from vitopt.measure import memory
 from vitopt.measure.memory import peak_memory
 from vitopt.models.checkpoint import open_checkpoint, weight_bytes
 from vitopt.optimize.runtime import prepare
-from vitopt.recipe import RunSpec
 
 CPU = torch.device("cpu")
 GIGABYTE = 10**9
@@ -33,27 +31,12 @@ def test_peak_is_that_of_a_process_of_its_own(tiny_checkpoint: Path, monkeypatch
     assert (found.kind, found.batch_size, found.reserved_bytes) == ("resident_set", 3, None)
 
 
-def test_random_weights_are_drawn_and_run_in_that_process_as_the_variant_says() -> None:
-    run = RunSpec(run_as="w8a8", fuse_qkv=True, compile=True)
-    subject = prepare(open_checkpoint("random:vit-tiny-patch16-32"), name="v", device=CPU, run=run)
-    found = peak_memory(subject, 1)
-    assert (found.kind, found.batch_size) == ("resident_set", 1)
-    assert 100e6 < found.peak_bytes < 1.5 * GIGABYTE
-
-
-def test_a_process_that_fails_says_why(tiny_checkpoint: Path, copy_of: Callable[[Path], Path]) -> None:
-    folder = copy_of(tiny_checkpoint)
-    subject = prepare(open_checkpoint(str(folder)), name="v", device=CPU)
-    (folder / "config.json").unlink()
-    with pytest.raises(MeasurementError, match="CheckpointError"):
-        peak_memory(subject, 1)
-
-
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL.*memory"),
         ("import sys; sys.exit(7)", "status 7"),
+        ("raise ValueError('no weights')", "failed: ValueError: no weights"),
         ("print('no figure')", "did not say"),
         ("import time; time.sleep(60)", "not done after 0.5 s"),
     ],

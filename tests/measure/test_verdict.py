@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from vitopt.measure.statistics import mcnemar_exact_p, paired_delta_interval
+from vitopt.measure.intervals import paired_delta_interval
+from vitopt.measure.paired import mcnemar_exact_p
 from vitopt.measure.verdict import accuracy_verdict, speed_verdict
 
 

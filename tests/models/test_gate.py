@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from vitopt.checks import plans
 from vitopt.errors import CheckpointError
-from vitopt.inference import predict
 from vitopt.models import gate
 from vitopt.models.checkpoint import empty_model, load_model, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
+from vitopt.prediction import predict
 from vitopt.recipe import Recipe, VariantSpec
 
 ENTRIES = {
@@ -67,7 +67,7 @@ USES: dict[str, Callable[[Path, Path], Any]] = {
     "quantize": lambda folder, tmp: quantize(
         open_checkpoint(str(folder)), VariantSpec(name="bf16", format="bf16"), tmp / "out", device="cpu"
     ),
-    "predict": lambda folder, tmp: predict(str(folder), [tmp / "x.png"], top=1, device="cpu"),
+    "predict": lambda folder, tmp: list(predict(str(folder), [tmp / "x.png"], top=1, device="cpu")),
 }
 
 

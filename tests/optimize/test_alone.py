@@ -15,11 +15,12 @@ def highest_resident_bytes() -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
+@pytest.mark.parametrize("random", [False, True])
 @pytest.mark.parametrize("run", [RunSpec(), RunSpec(run_as="w8a8", fuse_qkv=True, sdpa_kernel="math")])
 def test_it_prints_the_peak_as_its_last_line(
-    run: RunSpec, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    run: RunSpec, random: bool, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(str(tiny_checkpoint), run.model_dump_json(), "2")
+    main("random:vit-tiny-patch16-32" if random else str(tiny_checkpoint), run.model_dump_json(), "2")
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     # The system counts pages per thread and adds them up now and then.
     assert printed["peak_bytes"] == pytest.approx(highest_resident_bytes(), abs=2**24)

@@ -11,10 +11,12 @@ def test_only_changed_classes_are_listed_most_images_first(make: SimpleNamespace
 
     changes = class_changes(variant, baseline)
 
-    assert [(c.name, c.images_changed) for c in changes.shown] == [("circle", -3), ("square", -1), ("cross", 1)]
-    assert (changes.worse, changes.better, changes.rest) == (2, 1, 0)
-    assert changes.shown[0].points == -30.0
-    assert (changes.classes, changes.baseline) == (4, "fp32")
+    assert changes.table.rows == (
+        ("circle", "10", "100.0", "70.0", "-30.0", "-3"),
+        ("square", "10", "100.0", "90.0", "-10.0", "-1"),
+        ("cross", "10", "90.0", "100.0", "+10.0", "+1"),
+    )
+    assert (changes.worse, changes.better, changes.rest, changes.classes) == (2, 1, 0, 4)
 
 
 def test_the_rest_is_counted(make: SimpleNamespace):
@@ -23,8 +25,7 @@ def test_the_rest_is_counted(make: SimpleNamespace):
 
     changes = class_changes(variant, baseline, most=1)
 
-    assert len(changes.shown) == 1
-    assert changes.rest == 3
+    assert (len(changes.table), changes.rest) == (1, 3)
 
 
 def test_more_images_come_before_more_points(make: SimpleNamespace):
@@ -38,12 +39,12 @@ def test_more_images_come_before_more_points(make: SimpleNamespace):
 
     changes = class_changes(with_classes(90.0, 0.0), with_classes(96.0, 100.0))
 
-    assert [(change.name, change.images_changed) for change in changes.shown] == [("large", -3), ("a small one", -1)]
+    assert [(row[0], row[-1]) for row in changes.table.rows] == [("large", "-3"), ("a small one", "-1")]
 
 
-def test_without_accuracy_there_is_nothing_to_compare(make: SimpleNamespace):
+def test_without_accuracy_or_a_change_there_is_nothing_to_show(make: SimpleNamespace):
     measured, timed = make.record("a", predictions=make.predictions()), make.record("b", p50_ms={1: 1.0})
 
     assert class_changes(timed, measured) is None
     assert class_changes(measured, timed) is None
-    assert class_changes(measured, measured).shown == ()
+    assert class_changes(measured, measured) is None

@@ -18,8 +18,8 @@ NAMES = dict(enumerate(("circle", "cross", "square", "stripe")))
 NO_IMAGES = Thumbnails(None)
 
 
-def flips_of(before, after, thumbnails=NO_IMAGES, **options):
-    return flips(("fp32", before), ("nf4", after), NAMES, thumbnails, **options)
+def flips_of(before, after, thumbnails=NO_IMAGES):
+    return flips("nf4", before, after, NAMES, thumbnails)
 
 
 def dataset(name, split=None):
@@ -37,7 +37,7 @@ def test_only_flips_are_chosen_with_those_lost_first(make: SimpleNamespace):
 
     found = flips_of(before, after)
 
-    assert (found.right_to_wrong, found.wrong_to_right, found.rest) == (2, 1, 0)
+    assert (found.right_to_wrong, found.wrong_to_right, found.flipped) == (2, 1, 3)
     assert [(flip.image, flip.became_right) for flip in found.shown] == [
         ("cross/09.png", False),
         ("cross/05.png", False),
@@ -65,33 +65,30 @@ def test_images_wrong_in_two_ways_are_no_flips(make: SimpleNamespace):
     assert choose(before, replace(before, logits=logits), most=5) == []
 
 
-@pytest.mark.parametrize(
-    ("lost", "won", "shown"),
-    [(20, 20, (6, 6)), (20, 2, (10, 2)), (1, 20, (1, 11)), (3, 4, (3, 4)), (0, 0, (0, 0))],
-)
-def test_each_kind_gets_half_of_the_places_and_what_the_other_leaves(make: SimpleNamespace, lost, won, shown):
-    before = make.predictions(wrong=range(won), images=60)
-    after = make.predictions(wrong=range(30, 30 + lost), images=60)
+def test_of_many_flips_the_clearest_are_shown_and_the_rest_is_counted(make: SimpleNamespace):
+    before = make.predictions(wrong=range(20), images=60)
+    after = make.predictions(wrong=range(30, 50), images=60)
 
     found = flips_of(before, after)
 
-    became_right = [flip.became_right for flip in found.shown]
-    assert (became_right.count(False), became_right.count(True)) == shown
-    assert found.rest == lost + won - sum(shown)
+    # The higher the number of an image, the surer the model.
+    assert [flip.image[-6:-4] for flip in found.shown] == [f"{index}" for index in range(49, 37, -1)]
+    assert (found.right_to_wrong, found.wrong_to_right, found.flipped) == (20, 20, 40)
 
 
 def test_unknown_classes_are_numbered(make: SimpleNamespace):
     before, after = make.predictions(), make.predictions(wrong=(0,))
 
-    (flip,) = flips(("fp32", before), ("nf4", after), {}, NO_IMAGES).shown
+    (flip,) = flips("nf4", before, after, {}, NO_IMAGES).shown
 
     assert (flip.label, flip.variant.name) == ("class 0", "class 1")
 
 
-def test_predictions_over_other_images_are_not_compared(make: SimpleNamespace):
+def test_equal_predictions_and_those_over_other_images_give_none(make: SimpleNamespace):
     before, after = make.predictions(), make.predictions(images=39)
 
     assert flips_of(before, after) is None
+    assert flips_of(before, before) is None
 
 
 def test_probabilities_do_not_overflow():

@@ -136,11 +136,10 @@ def test_all_parts_are_there(comparison, make: SimpleNamespace, tmp_path):
         "repeat",
     ]
     for words in (
-        "no loss shown; a loss of up to",  # the verdict on bf16
+        "no loss shown",  # the verdict on bf16
         "fp32 → bf16 → nf4",  # the chain
         "24 right to wrong, 1 wrong to right",
         "4 of 4 classes worse, 0 better",
-        "all 12 blocks nf4; head bf16",
         "vitopt run recipe.yaml",
         "0" * 64,
         "Test CPU",
@@ -149,6 +148,7 @@ def test_all_parts_are_there(comparison, make: SimpleNamespace, tmp_path):
         assert words in page.words
     legends = re.findall(r'<ul class="legend"[^>]*>(.*?)</ul>', (tmp_path / "report.html").read_text())
     assert len(legends) == 4 and all("nf4" in legend for legend in legends)
+    assert 'aria-label="Layer plan of nf4: 72 nf4, 1 bf16"' in (tmp_path / "report.html").read_text()
     assert page.tags.count("caption") == page.tags.count("table")
 
 
@@ -205,10 +205,9 @@ def test_what_the_device_allows_is_said_on_both_pages(make: SimpleNamespace, tmp
     text = (tmp_path / "report.md").read_text()
     assert "What the device allows" in page.words
     assert "712 TFLOP/s in bf16" in page.words
-    assert "w8a8 takes 80.0 times its" in page.words
     assert "MFU" in page.words and "- MFU: " in text
-    assert "## What the device allows\n\n- matrix rate: 712 TFLOP/s in bf16\n- copy rate: 4,104 GB/s" in text
-    assert "- one image: 2.51 GFLOP in matrix products" in text
+    assert "## What the device allows\n\n- matrix rate: 712 TFLOP/s in bf16\n- copy rate: 4.10 TB/s" in text
+    assert "- one image: 2.51 GFLOP" in text
     assert "| bf16 | bf16 | sdpa flash | 8.00 | 8.72 | 8.78 | 0.050 | 125 | 0.6 |" in text
     assert [f"plots/waterfall-{size}.png" in text for size in (1, 8, 32)] == [True] * 3
 
@@ -265,7 +264,7 @@ def test_accuracy_alone_is_enough(make: SimpleNamespace, tmp_path):
 
 def test_unreadable_predictions_are_said_and_the_rest_is_shown(comparison, make: SimpleNamespace, tmp_path):
     folder = make.run(tmp_path, *comparison)
-    (folder / "variants" / "02" / PREDICTIONS_FILE).write_bytes(b"not parquet")
+    (folder / "variants" / "01" / PREDICTIONS_FILE).write_bytes(b"not parquet")
 
     page = read(folder)
 
@@ -309,7 +308,7 @@ def test_markdown_has_a_table_per_batch_size_and_the_plots(comparison, make: Sim
 
     text = (tmp_path / "run" / "report.md").read_text()
 
-    assert text.startswith("# run\n\n2 variants were compared with fp32")
+    assert text.startswith("# run\n\nAccuracy against fp32 on 40 images")
     assert text.count("| variant | format |") == 2
     assert "| bf16 | bf16 | sdpa | 95.0 | +0.0 (" in text
     for path in re.findall(r"\]\((plots/[^)]+)\)", text):

@@ -2,7 +2,7 @@ import pytest
 
 from vitopt.recipe import RequireSpec
 from vitopt.records import Requirement
-from vitopt.report.requirements import asked, requirement_cells, requirement_sentence
+from vitopt.report.requirements import asked, requirement_parts, requirement_sentence
 
 
 def test_every_key_has_words():
@@ -42,4 +42,4 @@ def test_a_requirement_in_one_line(fields, text):
 
 def test_an_end_that_is_not_known_is_said():
     one = Requirement(name="max_p99_ms", limit=20, measured=18, ci95=(17.0, None), decision="undecided", reason="why")
-    assert requirement_cells(one) == ("p99 at most 20 ms", "18", "17 to –", "not shown: why")
+    assert requirement_parts(one) == ("p99 at most 20 ms", "18 (17 to –), not shown: why")

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vitopt.report.waterfall import chain_of, floor_words, steps
+from vitopt.report.waterfall import chain_of, steps
 
 CHAIN = ("eager", "sdpa", "bf16", "compiled")
 
@@ -30,17 +30,3 @@ def test_steps_carry_the_speedup_over_the_step_before(make: SimpleNamespace):
 def test_no_steps_where_one_of_the_chain_was_not_timed(make: SimpleNamespace):
     assert steps([*timed(make), make.record("nf4")], 1) == []
     assert steps([], 1) == []
-
-
-def test_the_last_step_is_held_against_its_floor(make: SimpleNamespace):
-    times = {1: 8.0, 8: 16.0, 32: 40.0}
-    chain = [
-        make.record("bf16", "bf16", p50_ms=times, floor_ms={1: 0.05, 8: 0.4, 32: 1.6}),
-        make.record("w8a8", "w8a8", p50_ms={1: 1.0, 32: 4.0}, floor_ms={1: 0.03, 32: 0.8}),
-    ]
-
-    assert floor_words(chain) == (
-        "w8a8 takes 33.3 times its floor at batch 1 (0.030 ms) and 5.0 times at batch 32 (0.80 ms)."
-    )
-    assert floor_words(timed(make)) == ""
-    assert floor_words([]) == ""

@@ -14,7 +14,7 @@ from vitopt.data.images import ImageSet, open_images
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor, batches
 from vitopt.errors import BadImageError, CheckpointError, DataError, RecipeError, UnsupportedError
-from vitopt.measure import statistics
+from vitopt.measure.logit_statistics import mean_kl_divergence
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint
 from vitopt.models.names import block_names, linear_layers
 from vitopt.optimize.formats import quantization_config
@@ -26,7 +26,7 @@ from vitopt.search.confirmation import divide
 from vitopt.search.goal import Goal
 from vitopt.search.hybrid import Boundary, Hybrid
 from vitopt.search.results import load_sensitivity
-from vitopt.search.sensitivity import Calibration, table_logits, units
+from vitopt.search.sensitivity import Calibration, mixture_logits, units
 
 BLOCKS = 4
 FRAGILE = 2
@@ -85,7 +85,7 @@ def test_both_tables_equal_the_naive_loop_to_the_bit(
     chosen = units(linear_layers(forward.base, "vit"), granularity)
     for hybrid in (forward, Hybrid(forward.donor, forward.base, forward.blocks)):
         found: dict[str, list[torch.Tensor]] = {}
-        table_logits(hybrid, calibration, chosen, done=found.__setitem__)
+        mixture_logits(hybrid, calibration, chosen, done=found.__setitem__)
         assert list(found) == [unit.name for unit in chosen]
         for unit in chosen:
             with hybrid.lending(unit.layers):
@@ -101,7 +101,7 @@ def test_a_mixture_equals_the_checkpoint_that_quantize_writes(
     found: dict[str, list[torch.Tensor]] = {}
     recovery = Hybrid(hybrid.donor, hybrid.base, hybrid.blocks)
     calibration = calibration_of(images, fragile)
-    table_logits(recovery, calibration, kept, done=found.__setitem__)
+    mixture_logits(recovery, calibration, kept, done=found.__setitem__)
     quantize(fragile, VariantSpec(name="x", format="nf4", skip="block.1"), tmp_path / "kept")
     written = load_model(open_checkpoint(str(tmp_path / "kept")))
     with torch.inference_mode():
@@ -124,7 +124,7 @@ def test_blocks_that_run_are_counted(fragile: Checkpoint, images: ImageSet) -> N
     # A block that only passes on runs none of its parts, so its first norm is what counts.
     for name in hybrid.blocks:
         hybrid.base.get_submodule(f"{name}.layernorm_before").register_forward_hook(count)
-    table_logits(hybrid, calibration, units(linear_layers(hybrid.base, "vit"), "block"), done=lambda *_: None)
+    mixture_logits(hybrid, calibration, units(linear_layers(hybrid.base, "vit"), "block"), done=lambda *_: None)
     per_batch = calls / calibration.count
     assert per_batch == BLOCKS * (BLOCKS + 1) / 2 + BLOCKS
 
@@ -146,8 +146,8 @@ def test_spilling_changes_no_result(fragile: Checkpoint, images: ImageSet) -> No
     calibration = calibration_of(images, fragile)
     in_memory: dict[str, list[torch.Tensor]] = {}
     spilled: dict[str, list[torch.Tensor]] = {}
-    table_logits(hybrid, calibration, chosen, done=in_memory.__setitem__)
-    table_logits(hybrid, calibration, chosen, done=spilled.__setitem__, memory_bytes=0)
+    mixture_logits(hybrid, calibration, chosen, done=in_memory.__setitem__)
+    mixture_logits(hybrid, calibration, chosen, done=spilled.__setitem__, memory_bytes=0)
     assert all(torch.equal(a, b) for name in in_memory for a, b in zip(in_memory[name], spilled[name], strict=True))
 
 
@@ -213,13 +213,13 @@ def interrupted(fragile: Checkpoint, images: ImageSet, tmp_path: Path) -> Path:
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The units that are run from now on."""
     units_run: list[str] = []
-    run = analysis.table_logits
+    run = analysis.mixture_logits
 
     def watching(hybrid, calibration, chosen, **options):
         units_run.extend(unit.name for unit in chosen)
         return run(hybrid, calibration, chosen, **options)
 
-    monkeypatch.setattr(analysis, "table_logits", watching)
+    monkeypatch.setattr(analysis, "mixture_logits", watching)
     return units_run
 
 
@@ -273,13 +273,13 @@ def test_a_sample_holds_all_classes_and_counts_what_it_holds(
 ) -> None:
     """The images come sorted by class, so the first batches would hold one or two classes."""
     seen: list[Calibration] = []
-    run = analysis.table_logits
+    run = analysis.mixture_logits
 
     def watching(hybrid, calibration, chosen, **options):
         seen.append(calibration)
         return run(hybrid, calibration, chosen, **options)
 
-    monkeypatch.setattr(analysis, "table_logits", watching)
+    monkeypatch.setattr(analysis, "mixture_logits", watching)
     found = analyse(fragile, images, "nf4", tmp_path / "s.json", sample=9, candidates=2, batch_size=4)
     assert sorted(seen[0].labels.tolist()) == [0, 0, 0, 1, 1, 2, 2, 3, 3]
     assert found.sample_images == 9
@@ -338,7 +338,7 @@ def test_the_confirming_loss_is_that_of_the_checkpoint_that_quantize_writes(
     with torch.inference_mode():
         pixels = torch.cat(pixels_of(confirming, fragile, 32)).bfloat16()
         before, after = (model(pixels).logits.float().numpy() for model in (exact, written))
-    assert found.confirmed.kl == pytest.approx(statistics.mean_kl_divergence(before, after), rel=1e-5)
+    assert found.confirmed.kl == pytest.approx(mean_kl_divergence(before, after), rel=1e-5)
     lost = (before.argmax(1) == confirming.labels).mean() - (after.argmax(1) == confirming.labels).mean()
     assert found.confirmed.top1_delta_points == pytest.approx(-100 * lost)
 

@@ -9,7 +9,7 @@ import pytest
 
 from vitopt.data.images import ImageSet, open_images
 from vitopt.errors import DataError
-from vitopt.measure import statistics
+from vitopt.measure.logit_statistics import mean_kl_divergence
 from vitopt.measure.predictions import Predictions
 from vitopt.recipe import DataSpec
 from vitopt.search.confirmation import divide, loss, loss_with_share
@@ -53,8 +53,8 @@ def test_a_loss_is_against_16_bit_and_its_share_against_the_quantized() -> None:
     noise = rng.normal(0, 1, (200, 5))
     full, quantized, mixed = predictions(exact), predictions(exact + noise), predictions(exact + 0.5 * noise)
     found = loss_with_share(full, quantized, mixed)
-    assert found.kl == pytest.approx(statistics.mean_kl_divergence(full.logits, mixed.logits))
-    whole = statistics.mean_kl_divergence(full.logits, quantized.logits)
+    assert found.kl == pytest.approx(mean_kl_divergence(full.logits, mixed.logits))
+    whole = mean_kl_divergence(full.logits, quantized.logits)
     assert found.kl_share == pytest.approx(found.kl / whole)
     assert found.kl_share_ci95 is not None and found.kl_share_ci95[0] < found.kl / whole < found.kl_share_ci95[1]
     assert loss(full, full, mixed).kl_share is None

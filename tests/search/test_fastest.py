@@ -9,16 +9,16 @@ import torch
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
-from vitopt.data.images import open_images
-from vitopt.environment import support
-from vitopt.errors import CheckpointError, DataError, RecipeError
+from vitopt.data.images import ImageSet, open_images
+from vitopt.environment import launch, support
+from vitopt.errors import CheckpointError, DataError, RecipeError, RecordError
 from vitopt.measure import evaluator
-from vitopt.measure.statistics import wilson_interval
+from vitopt.measure.intervals import wilson_interval
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
-from vitopt.recipe import DataSpec, EvaluateSpec, LatencySpec
+from vitopt.recipe import DataSpec, EvaluateSpec, FastestSpec, LatencySpec, VariantSpec
 from vitopt.records import Dataset, Latency, Memory, Record, Variant, VersusBaseline
 from vitopt.search import fastest
-from vitopt.search.fastest import candidates, choose, find_fastest
+from vitopt.search.fastest import candidates, choose, find_fastest, load_choice, save_choice
 
 CPU = torch.device("cpu")
 QUICK = EvaluateSpec(batch_size=8, end_to_end=False, latency=LatencySpec(iterations=8, rounds=4, warmup_seconds=0))
@@ -86,7 +86,8 @@ def test_an_undecided_candidate_is_named_with_the_images_that_it_takes() -> None
     variants = {variant.name: variant for variant in candidates(CPU, "bf16", compile=False)}
     undecided, slow = record("w8a8", 4.0, 99.0, images=400), record("bf16", 20.0, 99.0, images=400)
     worse = record("fp8", 4.0, 97.5, images=400)
-    choice = fastest.Choice(variants["fp32"], [record("fp32", 10.0), undecided, slow, worse], 98)
+    measured = (record("fp32", 10.0), undecided, slow, worse)
+    choice = fastest.Choice(variant=variants["fp32"], records=measured, min_agreement_percent=98)
     first, second = choice.undecided()  # what is slower anyway is not worth more images
     assert first.startswith("w8a8 agrees on 99.0 % of 400 images, which does not show 98 %")
     needed = int(first.split("about ")[1].split()[0].replace(",", ""))
@@ -102,7 +103,7 @@ def test_too_few_images_are_refused_before_the_work(
     monkeypatch.setattr(fastest, "quantize", lambda *_, **__: pytest.fail("measured anyway"))
     images = open_images(DataSpec(source=str(shapes)), "train")
     with pytest.raises(RecipeError, match=f"32 images cannot show.*{remedy}"):
-        find_fastest(checkpoint, images, QUICK, min_agreement_percent=least, compile=False, device="cpu")
+        fastest_of(checkpoint, images, min_agreement=least)
 
 
 def test_fp32_stays_where_nothing_faster_agrees() -> None:
@@ -131,9 +132,16 @@ def checkpoint(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Checkp
     return open_checkpoint(str(tiny_checkpoint))
 
 
+def fastest_of(checkpoint: Checkpoint, images: ImageSet, min_agreement: float = 0) -> fastest.Choice:
+    spec = FastestSpec(min_agreement=min_agreement, compile=False)
+    choice = find_fastest(checkpoint, images, spec, QUICK, device="cpu")
+    assert choice is not None
+    return choice
+
+
 def test_all_candidates_are_measured_against_fp32(checkpoint: Checkpoint, shapes: Path) -> None:
     images = open_images(DataSpec(source=str(shapes)), "train")
-    choice = find_fastest(checkpoint, images, QUICK, min_agreement_percent=0, compile=False, device="cpu")
+    choice = fastest_of(checkpoint, images)
     assert [record.variant.format for record in choice.records] == ["fp32", "bf16", "w8a8"]
     reference, *others = choice.records
     assert reference.versus_baseline is None
@@ -145,9 +153,9 @@ def test_all_candidates_are_measured_against_fp32(checkpoint: Checkpoint, shapes
 
 def test_the_choice_is_told_with_its_figures(checkpoint: Checkpoint, shapes: Path) -> None:
     images = open_images(DataSpec(source=str(shapes)), "train")
-    choice = find_fastest(checkpoint, images, QUICK, min_agreement_percent=0, compile=False, device="cpu")
+    choice = fastest_of(checkpoint, images)
     by_name = {variant.name: variant for variant in candidates(CPU, "bf16", compile=False)}
-    told = fastest.Choice(by_name["bf16"], choice.records, 98).sentence()
+    told = fastest.Choice(variant=by_name["bf16"], records=choice.records, min_agreement_percent=98).sentence()
     reference, measured = choice.records[:2]
     found = fastest.speedup(reference, measured)
     assert measured.versus_baseline is not None and found.interval is not None
@@ -155,7 +163,7 @@ def test_the_choice_is_told_with_its_figures(checkpoint: Checkpoint, shapes: Pat
     assert f"on {measured.versus_baseline.agreement_percent:.1f} % (" in told and told.endswith(
         f"of {len(images)} images"
     )
-    kept = fastest.Choice(by_name["fp32"], choice.records, 99.5).sentence()
+    kept = fastest.Choice(variant=by_name["fp32"], records=choice.records, min_agreement_percent=99.5).sentence()
     assert kept == "nothing is shown to be faster and to agree with fp32 on 99.5 %: fp32 it is"
 
 
@@ -171,12 +179,51 @@ def test_a_candidate_that_cannot_be_made_is_left_out(
 
     monkeypatch.setattr(fastest, "quantize", no_w8a8)
     images = open_images(DataSpec(source=str(shapes)), "train")
-    choice = find_fastest(checkpoint, images, QUICK, min_agreement_percent=0, compile=False, device="cpu")
-    assert [record.variant.name for record in choice.records] == ["fp32", "bf16"]
+    choice = fastest_of(checkpoint, images)
+    assert {record.variant.name: record.failure for record in choice.records} == {
+        "fp32": None,
+        "bf16": None,
+        "w8a8": "no such luck",
+    }
+    assert choice.variant.name != "w8a8"
     assert "w8a8 is left out: no such luck" in caplog.messages
+
+
+def test_the_main_process_alone_chooses(checkpoint: Checkpoint, shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others know of no figures, only of candidates that could not be made."""
+    row = evaluator.failed("w8a8", VariantSpec(name="w8a8", format="w8a8"), "not here", CPU)
+    monkeypatch.setattr(fastest, "measure", lambda *_, **__: [row])
+    monkeypatch.setattr(fastest, "quantize", lambda *_, **__: None)
+    monkeypatch.setattr(launch, "is_main_process", lambda: False)
+    images = open_images(DataSpec(source=str(shapes)), "train")
+    assert find_fastest(checkpoint, images, FastestSpec(min_agreement=0), QUICK, device="cpu") is None
 
 
 def test_images_of_other_classes_are_refused(checkpoint: Checkpoint) -> None:
     images = open_images(DataSpec(source="digits", limit=20), "train")
     with pytest.raises(DataError):
-        find_fastest(checkpoint, images, QUICK, min_agreement_percent=0, compile=False, device="cpu")
+        fastest_of(checkpoint, images)
+
+
+def test_a_choice_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    variant = candidates(CPU, "bf16", compile=True)[-1]
+    measured = (record("fp32", 10.0), record("w8a8", 4.0, 99.0))
+    choice = fastest.Choice(variant=variant, records=measured, min_agreement_percent=97)
+    save_choice(choice, tmp_path / "choice.json")
+    assert load_choice(tmp_path / "choice.json") == choice
+
+
+@pytest.mark.parametrize("broken", [None, "", "{}", "[1"])
+def test_a_choice_that_cannot_be_read_is_an_error(broken: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "choice.json"
+    if broken is not None:
+        path.write_text(broken)
+    with pytest.raises(RecordError, match=r"choice\.json"):
+        load_choice(path)
+
+
+def test_only_what_decides_is_measured() -> None:
+    asked = EvaluateSpec(throughput=True, roofline=True, latency=LatencySpec(batch_sizes=(8, 32), iterations=20))
+    wanted = fastest.how_measured(asked)
+    assert wanted.latency.batch_sizes == (8,) and wanted.latency.iterations == 20
+    assert not (wanted.end_to_end or wanted.throughput or wanted.roofline)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vitopt.measure.statistics import paired_delta_interval
+from vitopt.measure.intervals import paired_delta_interval
 from vitopt.search.goal import Goal, decide, images_to_show, likely_shown, power_note
 from vitopt.search.results import Loss
 

@@ -11,7 +11,7 @@ from vitopt.cli.options import Fields, from_fields, refuse
 from vitopt.cli.printing import out, print_json, print_sensitivity, print_table, say
 from vitopt.errors import RecipeError
 from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
-from vitopt.recipe import AUTO, AutoSkipSpec, DataSpec, EvaluateSpec, VariantSpec
+from vitopt.recipe import AUTO, AutoSkipSpec, DataSpec, EvaluateSpec, FastestSpec, VariantSpec
 from vitopt.recipe_file import validate
 
 if TYPE_CHECKING:
@@ -77,10 +77,16 @@ def quantize(
         DataSpec | None,
         _data_fields("images for --skip auto and --format auto: the train split, never your test images"),
     ],
-    min_agreement: Annotated[
-        float, typer.Option(min=0, max=100, help="With --format auto: agreement with fp32 in percent of images.")
-    ] = 98,
-    compile: Annotated[bool, typer.Option(help="With --format auto: try compiled models too.")] = True,
+    fastest: Annotated[
+        FastestSpec,
+        Fields(
+            ("min_agreement", "compile"),
+            help={
+                "min_agreement": "with --format auto: agreement with fp32 in percent of images, at least",
+                "compile": "with --format auto: try compiled models too",
+            },
+        ),
+    ],
     auto: SearchOptions,
     half: HalfOption = HALF,
     threads: ThreadsOption = None,
@@ -95,8 +101,7 @@ def quantize(
         if skip:
             raise RecipeError("--format auto compares whole formats: choose one, then --skip keeps layers in 16 bit")
         start(as_json, threads)
-        options = {"min_agreement_percent": min_agreement, "half": half, "compile": compile, "device": device}
-        _quantize_to_fastest(checkpoint, calibration, output, options, as_json)
+        _quantize_to_fastest(checkpoint, calibration, output, fastest, half, device, as_json)
         return
     content: dict[str, Any] = {"name": "variant", "format": format, "skip": skip or [], "half": half}
     if skip == [AUTO]:
@@ -131,7 +136,9 @@ def quantize(
     say(f"checkpoint: {output}")
 
 
-def _quantize_to_fastest(checkpoint: str, data: DataSpec, output: Path, options: dict[str, Any], as_json: bool) -> None:
+def _quantize_to_fastest(
+    checkpoint: str, data: DataSpec, output: Path, spec: FastestSpec, half: HalfFormat, device: str, as_json: bool
+) -> None:
     from vitopt.data.images import open_images
     from vitopt.models.checkpoint import disk_bytes, open_checkpoint
     from vitopt.optimize.quantize import quantize as write
@@ -140,16 +147,19 @@ def _quantize_to_fastest(checkpoint: str, data: DataSpec, output: Path, options:
     opened = open_checkpoint(checkpoint)
     with storage.reserved(output, opened.folder, data.folder):  # now, not after minutes of measuring
         images = open_images(data, "train")
-        skip_bad = data.skip_bad_images
-        choice = find_fastest(opened, images, EvaluateSpec(end_to_end=False), skip_bad=skip_bad, **options)
-        plan = write(opened, choice.variant, output, options["device"], images=images, purpose="format")
+        choice = find_fastest(
+            opened, images, spec, EvaluateSpec(), half=half, device=device, skip_bad=data.skip_bad_images
+        )
+        if choice is None:
+            return  # not the main process
+        plan = write(opened, choice.variant, output, device, images=images, purpose="format")
         add_card(output)
     if as_json:
-        found: dict[str, Any] = {"checkpoint": str(output), "chosen": choice.variant.name}
-        found |= {"run": choice.variant.run.model_dump(mode="json"), "layer_plan": plan.counts()}
-        found |= {"why": choice.sentence(), "undecided": choice.undecided()}
-        found |= {"disk_bytes": disk_bytes(output), "records": [record.to_json() for record in choice.records]}
-        print_json(found)
+        result: dict[str, Any] = {"checkpoint": str(output), "chosen": choice.variant.name}
+        result |= {"run": choice.variant.run.model_dump(mode="json"), "layer_plan": plan.counts()}
+        result |= {"why": choice.sentence(), "undecided": choice.undecided()}
+        result |= {"disk_bytes": disk_bytes(output), "records": [record.to_json() for record in choice.records]}
+        print_json(result)
         return
     print_table(choice.records)
     for line in (choice.sentence(), *choice.undecided()):
@@ -166,11 +176,11 @@ def _choose_skip_list(
     folder = place.with_name(f"{place.name}.sensitivity")  # `vitopt report` shows it
     with storage.claimed(folder, checkpoint.folder, data.folder):
         scores = folder / "sensitivity.json"
-        found = analyse_for(checkpoint, images, variant, scores, device, skip_bad=data.skip_bad_images).search
-    assert found is not None
-    say(f"keeps {', '.join(found.chosen) or 'nothing'} in 16 bit, chosen on {found.choosing_images:,} images")
-    say(found.advice or f"shown on {found.confirming_images:,} other images (95 %): {found.goal}")
-    return variant.skipping(found.chosen)
+        search = analyse_for(checkpoint, images, variant, scores, device, skip_bad=data.skip_bad_images).search
+    assert search is not None
+    say(f"keeps {', '.join(search.chosen) or 'nothing'} in 16 bit, chosen on {search.choosing_images:,} images")
+    say(search.advice or f"shown on {search.confirming_images:,} other images (95 %): {search.goal}")
+    return variant.skipping(search.chosen)
 
 
 def _refuse_useless_scores(context: typer.Context) -> None:

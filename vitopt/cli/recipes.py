@@ -49,22 +49,20 @@ def run(
         print_json([record.to_json() for record in result.records])
         return
     from vitopt.environment import launch
-    from vitopt.report.summary import ship
 
     if launch.is_main_process():
         print_table(result.records)
-        if advice := ship(result.records):
-            out.print(f"\n{advice}")
+        if result.recommendation is not None:
+            out.print(f"\n{result.recommendation.line}")
         if result.report is not None:
             out.print(f"\nreport: {result.report}")
         if result.export is not None:
             out.print(f"export: {result.export}")
-        if result.export is not None and result.report is not None:
+        if result.exported is not None and result.report is not None:
             from vitopt.report.card import loading_code
 
-            chosen = next(record for record in result.records if record.variant.name == resolved.export)
             out.print("\nIt opens with plain transformers:\n")
-            out.print(loading_code(chosen, str(result.export)))
+            out.print(loading_code(result.exported, str(result.export)))
 
 
 def report(

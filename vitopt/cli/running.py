@@ -1,4 +1,4 @@
-"""Checkpoints that are run: measured on images, timed without, or asked for the classes of images."""
+"""Checkpoints that are run: measured on images, or timed without."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +10,7 @@ import typer
 from vitopt import storage
 from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, StrictOption, ThreadsOption, start
 from vitopt.cli.options import Fields, from_fields
-from vitopt.cli.printing import out, print_json, print_table
+from vitopt.cli.printing import print_json, print_table
 from vitopt.errors import MeasurementError, RecipeError
 from vitopt.recipe import DataSpec, EvaluateSpec, RunSpec
 from vitopt.records import RECORD_FILE, Record
@@ -98,31 +98,6 @@ def benchmark(
     records = [one.record for one in measured]
     print_json([record.to_json() for record in records]) if as_json else print_table(records)
     _exit_if_failed(records)
-
-
-@from_fields()
-def predict(
-    *,
-    checkpoint: CheckpointArgument,
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    top: Annotated[int, typer.Option(min=1, help="Classes to print per image.")] = 5,
-    run: Annotated[RunSpec, Fields(("attention", "sdpa_kernel", "run_as"))],
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Classify images."""
-    start(as_json, threads)
-    from vitopt import inference
-
-    predictions = inference.predict(checkpoint, images, top=top, run=run, device=device)
-    if as_json:
-        print_json(predictions)
-        return
-    for prediction in predictions:
-        out.print(prediction["image"], style="bold")
-        for guess in prediction["classes"]:
-            out.print(f"  {guess['percent']:5.1f} %  {guess['label']}")
 
 
 def _candidates(sources: Sequence[str], run: RunSpec, expanded: Sequence[str]) -> list[Any]:

@@ -12,10 +12,18 @@ from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Batch, batches, on_device
 from vitopt.environment import launch
 from vitopt.errors import DataError, MeasurementError, RecordError
-from vitopt.measure import statistics
 from vitopt.measure.bootstrap import positive_mean_interval
 from vitopt.measure.clusters import clustered, proportion_interval
 from vitopt.measure.failures import explain_failure, is_out_of_memory
+from vitopt.measure.intervals import Interval, paired_delta_interval, wilson_interval
+from vitopt.measure.logit_statistics import (
+    calibration_noise,
+    expected_calibration_error,
+    kl_divergences,
+    normalised_error,
+    topk_correct,
+)
+from vitopt.measure.paired import holm, mcnemar_exact_p, paired_counts
 from vitopt.measure.power import smallest_visible_loss
 from vitopt.measure.predictions import Predictions
 from vitopt.measure.runnable import Runnable, fixed_shapes
@@ -169,9 +177,9 @@ def _merge(shares: Sequence[_Share], images: ImageSet, batch_size: int) -> Outco
 
 def summarise(predictions: Predictions, class_names: Sequence[str]) -> Accuracy:
     """Accuracy of one variant, with its Wilson interval and a row per class."""
-    top1 = statistics.topk_correct(predictions.logits, predictions.labels, 1)
+    top1 = topk_correct(predictions.logits, predictions.labels, 1)
     classes = predictions.logits.shape[1]
-    top5 = statistics.topk_correct(predictions.logits, predictions.labels, 5) if classes > 5 else None
+    top5 = topk_correct(predictions.logits, predictions.labels, 5) if classes > 5 else None
     interval = proportion_interval(top1, predictions.groups)
     rows = []
     for label in np.unique(predictions.labels):
@@ -189,8 +197,8 @@ def summarise(predictions: Predictions, class_names: Sequence[str]) -> Accuracy:
         top1_percent=100 * float(top1.mean()),
         top1_ci95_percent=_percent(interval),
         top5_percent=None if top5 is None else 100 * float(top5.mean()),
-        expected_calibration_error=statistics.expected_calibration_error(predictions.logits, predictions.labels),
-        calibration_noise=statistics.calibration_noise(predictions.logits),
+        expected_calibration_error=expected_calibration_error(predictions.logits, predictions.labels),
+        calibration_noise=calibration_noise(predictions.logits),
         classes=tuple(rows),
     )
 
@@ -202,29 +210,27 @@ def compare(baseline_name: str, baseline: Predictions, variant: Predictions) -> 
         RecordError: they are not over the same images with the same labels in the same order.
     """
     _require_same_images(baseline, variant)
-    counts = statistics.paired_counts(baseline.correct, variant.correct)
-    interval = statistics.paired_delta_interval(
-        counts.both_right, counts.right_to_wrong, counts.wrong_to_right, counts.both_wrong
-    )
+    counts = paired_counts(baseline.correct, variant.correct)
+    interval = paired_delta_interval(*counts)
     images = len(baseline.labels)
     delta = 100 * (counts.wrong_to_right - counts.right_to_wrong) / images
     low, high = 100 * interval.low, 100 * interval.high
     same = int(np.sum(baseline.classes == variant.classes))
-    divergences = statistics.kl_divergences(baseline.logits, variant.logits)
-    p = statistics.mcnemar_exact_p(counts.right_to_wrong, counts.wrong_to_right)
+    divergences = kl_divergences(baseline.logits, variant.logits)
+    p = mcnemar_exact_p(counts.right_to_wrong, counts.wrong_to_right)
     visible = smallest_visible_loss(images, (counts.right_to_wrong + counts.wrong_to_right) / images)
     versus = VersusBaseline(
         baseline=baseline_name,
         top1_delta_points=delta,
         top1_delta_ci95_points=(low, high),
         agreement_percent=100 * same / images,
-        agreement_ci95_percent=_percent(statistics.wilson_interval(same, images)),
+        agreement_ci95_percent=_percent(wilson_interval(same, images)),
         right_to_wrong=counts.right_to_wrong,
         wrong_to_right=counts.wrong_to_right,
         mcnemar_p=p,
         mean_kl_divergence=float(divergences.mean()),
         kl_ci95=None if (kl := positive_mean_interval(divergences)) is None else (kl.low, kl.high),
-        normalised_logit_error=statistics.normalised_error(baseline.logits, variant.logits),
+        normalised_logit_error=normalised_error(baseline.logits, variant.logits),
         smallest_visible_loss_points=min(visible, 100.0),
         verdict=accuracy_verdict(images, delta, low, high, p),
     )
@@ -243,11 +249,11 @@ def adjusted(compared: Sequence[VersusBaseline], images: int) -> list[VersusBase
                 "verdict": accuracy_verdict(images, one.top1_delta_points, *one.top1_delta_ci95_points, p),
             }
         )
-        for one, p in zip(compared, statistics.holm([one.mcnemar_p for one in compared]), strict=True)
+        for one, p in zip(compared, holm([one.mcnemar_p for one in compared]), strict=True)
     ]
 
 
-def _percent(interval: statistics.Interval) -> tuple[float, float]:
+def _percent(interval: Interval) -> tuple[float, float]:
     return 100 * interval.low, 100 * interval.high
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vitopt.measure.statistics import Interval
+from vitopt.measure.intervals import Interval
 
 
 def positive_mean_interval(values: ArrayLike, resamples: int | None = None, seed: int = 0) -> Interval | None:

@@ -1,6 +1,6 @@
 """Is an accuracy that of guessing? Then labels and model do not belong together, and nothing measured on them holds."""
 
-from vitopt.measure import statistics
+from vitopt.measure.intervals import wilson_interval
 
 # Chance-corrected accuracy below which a classifier is of no use; a working one is far above it.
 _USELESS = 0.1
@@ -14,7 +14,7 @@ def is_guessing(right: int, images: int, classes: int) -> bool:
     above 0.1. With few images the interval is wide and nothing is shown.
     """
     chance = 1 / classes
-    interval = statistics.wilson_interval(right, images)
+    interval = wilson_interval(right, images)
     return interval.low <= chance and interval.high <= chance + _USELESS * (1 - chance)
 
 

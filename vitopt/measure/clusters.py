@@ -12,12 +12,13 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import special
 
-from vitopt.measure import statistics
-from vitopt.measure.latency_statistics import student_t_quantile
+from vitopt.measure.intervals import Interval, paired_delta_interval, wilson_interval
+from vitopt.measure.logit_statistics import kl_divergences
+from vitopt.measure.paired import paired_counts
 from vitopt.measure.power import smallest_visible_loss
 from vitopt.measure.predictions import Predictions
-from vitopt.measure.statistics import Interval
 from vitopt.measure.verdict import accuracy_verdict
 from vitopt.records import VersusBaseline
 
@@ -38,7 +39,7 @@ def effective_share(values: ArrayLike, groups: Sequence[str], confidence: float 
     if variance == 0:
         return least
     z = NormalDist().inv_cdf((1 + confidence) / 2)
-    t = student_t_quantile(confidence, freedom)
+    t = special.stdtrit(freedom, (1 + confidence) / 2)
     return max(least, min(1.0, float(numbers.var()) / images / variance) * (z / t) ** 2)
 
 
@@ -46,23 +47,18 @@ def proportion_interval(right: ArrayLike, groups: Sequence[str] | None) -> Inter
     """Wilson interval of the share of images that are `right`, bool (images,); None: all images are independent."""
     values = np.asarray(right, np.float64)
     images = _effective_images(values, groups)
-    return statistics.wilson_interval(float(values.sum()) * images / len(values), images)
+    return wilson_interval(float(values.sum()) * images / len(values), images)
 
 
 def delta_interval(baseline_correct: ArrayLike, variant_correct: ArrayLike, groups: Sequence[str]) -> Interval:
     """Tango's interval of the accuracy of the variant minus that of the baseline; both are bool (images,)."""
-    counts = statistics.paired_counts(baseline_correct, variant_correct)
+    counts = paired_counts(baseline_correct, variant_correct)
     change = np.asarray(variant_correct, np.float64) - np.asarray(baseline_correct, np.float64)
     share = _effective_images(change, groups) / len(change)
-    return statistics.paired_delta_interval(
-        counts.both_right * share,
-        counts.right_to_wrong * share,
-        counts.wrong_to_right * share,
-        counts.both_wrong * share,
-    )
+    return paired_delta_interval(*(share * count for count in counts))
 
 
-def positive_mean_interval(values: ArrayLike, groups: Sequence[str], confidence: float = 0.95) -> Interval | None:
+def grouped_mean_interval(values: ArrayLike, groups: Sequence[str], confidence: float = 0.95) -> Interval | None:
     """Interval of the mean of values (images,) of which none is negative, such as KL divergences.
 
     Student's t on the logarithm of the mean, whose skew is less; None with fewer than two groups.
@@ -72,7 +68,7 @@ def positive_mean_interval(values: ArrayLike, groups: Sequence[str], confidence:
     if len(sizes) < 2 or mean == 0:
         return None if mean else Interval(0.0, 0.0)
     variance, freedom = _variance_between(sizes, parts)
-    reach = student_t_quantile(confidence, freedom) * math.sqrt(variance) / mean
+    reach = special.stdtrit(freedom, (1 + confidence) / 2) * math.sqrt(variance) / mean
     return Interval(mean * math.exp(-reach), mean * math.exp(reach))
 
 
@@ -101,7 +97,7 @@ def clustered(versus: VersusBaseline, baseline: Predictions, variant: Prediction
         return versus
     change = variant.correct.astype(np.int64) - baseline.correct.astype(np.int64)
     low, high = _percent(delta_interval(baseline.correct, variant.correct, groups))
-    kl = positive_mean_interval(statistics.kl_divergences(baseline.logits, variant.logits), groups)
+    kl = grouped_mean_interval(kl_divergences(baseline.logits, variant.logits), groups)
     p = sign_flip_p(change, groups)
     discordant = versus.right_to_wrong + versus.wrong_to_right
     visible = smallest_visible_loss(max(1, int(_effective_images(change, groups))), discordant / len(change))

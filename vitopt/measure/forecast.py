@@ -1,8 +1,9 @@
 """What a run will take on this machine: a few timed calls, multiplied. An estimate, and it is called one."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -11,7 +12,7 @@ from vitopt.data.pixels import Preprocessor
 from vitopt.measure.latency import clock_for
 from vitopt.models.checkpoint import Checkpoint, empty_model
 from vitopt.models.names import linear_layers
-from vitopt.recipe import CHOOSING, Recipe, VariantSpec
+from vitopt.recipe import CHOOSING, FinetuneSpec, Recipe, VariantSpec
 
 _SECONDS = 2.0  # for each type of number
 _MOST_CALLS = 20
@@ -60,37 +61,53 @@ def stages(
     seconds: Mapping[str, float],
     decode: float,
     images: Mapping[str, int],
+    compared: Mapping[str, Sequence[VariantSpec]] = MappingProxyType({}),
 ) -> list[StageTime]:
     """About how long the long stages take.
 
-    `seconds` per image by `number_type`; `images` per split: `train`, `test`, and by name of a variant whose skip
-    list is chosen automatically, its calibration images. Compiling is not in it.
+    `seconds` per image by `number_type`; `images` per split: `train`, `test`, and by name of a variant that leaves its
+    skip list or format open, its calibration images. `compared`: by name of a variant whose format is open, what is
+    measured to choose one. Compiling is not in it.
     """
-    found = []
-    if recipe.finetune is not None and "train" in images:
-        per_image = _TRAINING_PASSES * seconds["fp32"] + decode
-        found.append(StageTime("finetune", recipe.finetune.epochs * images["train"] * per_image))
-    layers = linear_layers(empty_model(checkpoint), checkpoint.config.model_type)
+    times = []
+    trainings = {} if recipe.finetune is None else {"finetune": recipe.finetune}
     for variant in recipe.variants:
-        if variant.name in images:
-            blocks = {layer.block for layer in layers if layer.block is not None}
-            units = len(blocks) if variant.auto.granularity == "block" else len(layers) - 1
-            per_pass = seconds[number_type(variant)]
-            choosing = -(-images[variant.name] // CHOOSING)
-            confirming = images[variant.name] - choosing
-            # Two mixtures per unit, of which on average half of the blocks run anew.
-            total = choosing * (_CHOOSING_DECODES * decode + (units + _SEARCH_LOOKS) * per_pass)
-            total += confirming * (decode + _CONFIRMING_MODELS * per_pass)
-            found.append(StageTime(f"sensitivity {variant.name}", total))
+        trainings |= {
+            f"steps/{name}": step.settings
+            for name, step in zip(variant.step_names, variant.steps, strict=True)
+            if isinstance(step.settings, FinetuneSpec)
+        }
+    for name, spec in trainings.items():
+        if "train" in images:
+            per_image = _TRAINING_PASSES * seconds["fp32"] + decode
+            times.append(StageTime(name, spec.epochs * images["train"] * per_image))
+    layers = linear_layers(empty_model(checkpoint), checkpoint.config.model_type)
+    latency = recipe.evaluate.latency
+    calls = latency.iterations + _WARMUP_CALLS
+    for variant in recipe.variants:
+        if variant.name not in images:
+            continue
+        if variant.chooses_format:
+            of_compared = sum(seconds[number_type(candidate)] for candidate in compared[variant.name])
+            total = images[variant.name] * (decode + of_compared) + latency.batch_sizes[0] * calls * of_compared
+            times.append(StageTime(f"format {variant.name}", total))
+            continue
+        blocks = {layer.block for layer in layers if layer.block is not None}
+        units = len(blocks) if variant.auto.granularity == "block" else len(layers) - 1
+        per_pass = seconds[number_type(variant)]
+        choosing = -(-images[variant.name] // CHOOSING)
+        confirming = images[variant.name] - choosing
+        # Two mixtures per unit, of which on average half of the blocks run anew.
+        total = choosing * (_CHOOSING_DECODES * decode + (units + _SEARCH_LOOKS) * per_pass)
+        total += confirming * (decode + _CONFIRMING_MODELS * per_pass)
+        times.append(StageTime(f"sensitivity {variant.name}", total))
     of_variants = sum(seconds[number_type(variant)] for variant in recipe.variants)
     if "test" in images:
-        found.append(StageTime("evaluate: accuracy", images["test"] * (decode + of_variants)))
-    latency = recipe.evaluate.latency
-    timed = sum(latency.batch_sizes) * (latency.iterations + _WARMUP_CALLS)
-    found.append(StageTime("evaluate: latency", timed * of_variants))
-    return found
+        times.append(StageTime("evaluate: accuracy", images["test"] * (decode + of_variants)))
+    times.append(StageTime("evaluate: latency", sum(latency.batch_sizes) * calls * of_variants))
+    return times
 
 
 def number_type(variant: VariantSpec) -> str:
-    """`fp32` or `bf16`: what its arithmetic is taken to cost; that of quantized formats is unknown before."""
+    """`fp32` or `bf16`: what its arithmetic is taken to cost; that of quantized and open formats is unknown before."""
     return "fp32" if (variant.run_as or variant.format) == "fp32" else "bf16"

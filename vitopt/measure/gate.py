@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vitopt.measure import power
-from vitopt.measure.claims import Decision, at_least, at_most
+from vitopt.measure.claims import Decision, at_least, at_most, together
 from vitopt.measure.comparison import speed_ratio
-from vitopt.measure.statistics import Interval
+from vitopt.measure.intervals import Interval
+from vitopt.measure.latency_statistics import calls_needed
 from vitopt.recipe import AutoSkipSpec, RequireSpec
 from vitopt.records import Record, Requirement
 
@@ -41,20 +42,19 @@ def judge(require: RequireSpec, record: Record, baseline: Record) -> tuple[Requi
 
 def judge_floor(auto: AutoSkipSpec, record: Record, baseline: Record) -> tuple[Requirement, ...]:
     """The floors of `skip: auto`, which was chosen on calibration images, on the tested ones."""
-    found = []
+    requirements = []
     if auto.max_top1_drop is not None:
         evidence = _evidence("max_top1_drop", auto.max_top1_drop, record, baseline, None)
-        found.append(_judged("auto.max_top1_drop", auto.max_top1_drop, evidence))
+        requirements.append(_judged("auto.max_top1_drop", auto.max_top1_drop, evidence))
     if auto.max_kl_share is not None:
         missing = Evidence(missing="a share of KL is measured on the calibration images alone")
-        found.append(_judged("auto.max_kl_share", auto.max_kl_share, missing))
-    return tuple(found)
+        requirements.append(_judged("auto.max_kl_share", auto.max_kl_share, missing))
+    return tuple(requirements)
 
 
 def overall(requirements: Sequence[Requirement]) -> Decision:
     """Failed where any is, else undecided where any is, else shown."""
-    decisions = {one.decision for one in requirements}
-    return "failed" if "failed" in decisions else "undecided" if "undecided" in decisions else "shown"
+    return together(requirement.decision for requirement in requirements)
 
 
 def _judged(key: str, limit: float, evidence: Evidence) -> Requirement:
@@ -83,7 +83,7 @@ def _what_would_decide(evidence: Evidence) -> str:
 
 
 def round_up(count: float) -> int:
-    """Two digits are all that such a number is worth."""
+    """`count` rounded up to two significant digits: it is an estimate."""
     unit: int = 10 ** max(0, math.ceil(math.log10(count)) - 2)
     return math.ceil(count / unit) * unit
 
@@ -129,16 +129,16 @@ def _of_answers(key: str, limit: float, record: Record) -> Evidence:
 
 def _of_speed(limit: float, record: Record, baseline: Record, batch_size: int | None) -> Evidence:
     latency = record.latency_at(batch_size)
-    found = speed_ratio(baseline, record, latency.batch_size) if latency else None
-    if latency is None or found is None:
+    speed = speed_ratio(baseline, record, latency.batch_size) if latency else None
+    if latency is None or speed is None:
         return Evidence(missing=_not_timed(batch_size), batch_size=batch_size)
     at = latency.batch_size
-    if found.interval is None:
-        reason = f"{found.caution}; time both in one `vitopt run` or `vitopt benchmark`"
-        return Evidence(found.ratio, missing=reason, batch_size=at)
-    logs = Interval(math.log(found.interval.low), math.log(found.interval.high))
-    needed = latency.iterations * _growth(math.log(found.ratio), logs, math.log(limit))
-    return Evidence(found.ratio, found.interval, needed, latency.iterations, "calls", batch_size=at)
+    if speed.interval is None:
+        reason = f"{speed.caution}; time both in one `vitopt run` or `vitopt benchmark`"
+        return Evidence(speed.ratio, missing=reason, batch_size=at)
+    logs = Interval(math.log(speed.interval.low), math.log(speed.interval.high))
+    needed = latency.iterations * _growth(math.log(speed.ratio), logs, math.log(limit))
+    return Evidence(speed.ratio, speed.interval, needed, latency.iterations, "calls", batch_size=at)
 
 
 def _of_p99(limit: float, record: Record, baseline: Record, batch_size: int | None) -> Evidence:
@@ -148,7 +148,7 @@ def _of_p99(limit: float, record: Record, baseline: Record, batch_size: int | No
     at = latency.batch_size
     low, high = latency.p99_ci95_ms or (None, None)
     if low is None and high is None:
-        reason = f"an upper limit of p99 takes {power.fewest_calls(0.99)} calls, not {latency.iterations}"
+        reason = f"an upper limit of p99 takes {calls_needed(0.99)} calls, not {latency.iterations}"
         return Evidence(latency.p99_ms, missing=reason, batch_size=at)
     interval = Interval(0.0 if low is None else low, math.inf if high is None else high)
     over = sum(sample > limit for sample in latency.samples_ms) / latency.iterations

@@ -40,20 +40,20 @@ def batch_invariance(
     alone = batch_size if fixed_shapes(runnable) and 1 not in timed_at else 1
     # Folders are sorted by class: these are spread over all of them.
     chosen = np.unique(np.linspace(0, len(images) - 1, _MOST_IMAGES).round().astype(int)).tolist()
-    found: list[np.ndarray] = []
+    logits: list[np.ndarray] = []
     started = time.perf_counter()
     # In an order that covers the data set wherever the time runs out.
     order = [index for start in range(_FEWEST_IMAGES) for index in chosen[start::_FEWEST_IMAGES]]
     for index in order:
         pixels = runnable.preprocess(images.image(index)).unsqueeze(0).to(runnable.device)
-        found.append(padded_call(runnable, pixels, alone)[0].float().cpu().numpy())
+        logits.append(padded_call(runnable, pixels, alone)[0].float().cpu().numpy())
         if time.perf_counter() - started > _SECONDS:
             break
-    if len(found) < min(_FEWEST_IMAGES, len(chosen)):
-        raise MeasurementError(f"{len(found)} single images took {_SECONDS:g} s")
-    single, among = np.stack(found), predictions.logits[order[: len(found)]]
+    if len(logits) < min(_FEWEST_IMAGES, len(chosen)):
+        raise MeasurementError(f"{len(logits)} single images took {_SECONDS:g} s")
+    single, among = np.stack(logits), predictions.logits[order[: len(logits)]]
     return BatchInvariance(
-        images=len(found),
+        images=len(logits),
         batch_size=batch_size if fixed_shapes(runnable) else min(batch_size, len(images)),
         agreement_percent=100 * float(np.mean(single.argmax(axis=1) == among.argmax(axis=1))),
         max_logit_difference=float(np.abs(single - among).max()),

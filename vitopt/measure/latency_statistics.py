@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import special
 
-from vitopt.measure.statistics import Interval, bisect, check_confidence
+from vitopt.measure.intervals import Interval, check_confidence
 
 Limits = tuple[float | None, float | None]  # None: so few samples cannot give this limit
 
@@ -72,7 +73,7 @@ def quantile_interval(samples_ms: ArrayLike, quantile: float, confidence: float 
     check_confidence(confidence)
     ordered = np.sort(_latencies(samples_ms))
     # below[k]: the probability that at most k samples lie below the quantile, for k under their count
-    below = _binomial_cdf(len(ordered), quantile)[:-1]
+    below = special.bdtr(np.arange(len(ordered)), len(ordered), quantile)
     tail = (1 - confidence) / 2
     lower = int(np.searchsorted(below, tail, side="right"))
     upper = int(np.searchsorted(below, 1 - tail))
@@ -88,6 +89,7 @@ def calls_needed(quantile: float, confidence: float = 0.95) -> int:
     72 for p95 and 368 for p99. A claim about the upper limit alone may take it from the interval at 90 %, which
     is missed upwards in 5 % of cases: 59 and 299. MLPerf's 662 for p99 is one-sided at 99 % confidence, with the
     second slowest as the limit.
+    Source: Hahn and Meeker 1991, "Statistical intervals", section 5.2.
     Raises ValueError for a quantile or confidence out of range.
     """
     _check_quantile(quantile)
@@ -122,37 +124,9 @@ def speedup_interval(
     if rounds < 3:
         return Speedup(math.exp(centre), None)
     variance = math.fsum((ratio - centre) ** 2 for ratio in log_ratios) / (rounds - 1)
-    reach = student_t_quantile(confidence, rounds - 1) * math.sqrt(variance / rounds)
-    return Speedup(math.exp(centre), Interval(math.exp(centre - reach), math.exp(centre + reach)))
-
-
-def student_t_quantile(confidence: float, freedom: int) -> float:
-    """Value that |t|, with `freedom` degrees of freedom, stays below with probability `confidence`.
-
-    Source: Abramowitz and Stegun 1964, 26.7.3 and 26.7.4, finite sums in angle = atan(t / sqrt(freedom)).
-    """
     check_confidence(confidence)
-    odd = freedom % 2
-
-    def below(angle: float) -> bool:
-        cosine = math.cos(angle)
-        term, total = cosine**odd, 0.0
-        for exponent in range(odd, freedom - 1, 2):
-            total += term
-            term *= cosine**2 * (exponent + 1) / (exponent + 2)
-        total *= math.sin(angle)
-        return (2 / math.pi * (angle + total) if odd else total) < confidence
-
-    return math.sqrt(freedom) * math.tan(bisect(below, 0.0, math.pi / 2))
-
-
-def _binomial_cdf(trials: int, chance: float) -> NDArray[np.float64]:
-    """Probability of at most k successes, for k from 0 to `trials`: (trials + 1,)."""
-    count = np.arange(trials)
-    # In logarithms, as (1 - chance)**trials underflows from 162 trials at 0.99 on.
-    steps = np.log((trials - count) / (count + 1)) + math.log(chance / (1 - chance))
-    log_mass = trials * math.log(1 - chance) + np.concatenate([[0.0], np.cumsum(steps)])
-    return np.asarray(np.cumsum(np.exp(log_mass)))
+    reach = special.stdtrit(rounds - 1, (1 + confidence) / 2) * math.sqrt(variance / rounds)
+    return Speedup(math.exp(centre), Interval(math.exp(centre - reach), math.exp(centre + reach)))
 
 
 def _check_quantile(quantile: float) -> None:

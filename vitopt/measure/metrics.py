@@ -6,7 +6,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from vitopt.measure.statistics import topk_correct
+from vitopt.measure.logit_statistics import topk_correct
 
 _CITATION = "Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, arXiv 1409.0575"
 

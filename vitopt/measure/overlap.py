@@ -28,8 +28,8 @@ class HashedImages:
 
     def overlaps(self, uses: Sequence[Use]) -> tuple[Overlap, ...]:
         """Where tested images are met again: among themselves, then in each use; uses without any are left out."""
-        found = [self._among_themselves, *map(self._with, uses)]
-        return tuple(overlap for overlap in found if overlap.same or overlap.alike)
+        overlaps = [self._among_themselves, *map(self._with, uses)]
+        return tuple(overlap for overlap in overlaps if overlap.same or overlap.alike)
 
     @functools.cached_property
     def _among_themselves(self) -> Overlap:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from vitopt.errors import RecordError
 from vitopt.measure import power
+from vitopt.measure.latency_statistics import calls_needed
 from vitopt.recipe import RequireSpec
 from vitopt.records import Record, VersusBaseline
 
@@ -109,4 +110,4 @@ def _p99(limit: float, pilot: Record | None, batch_size: int | None) -> _Answer:
     if latency is not None:
         over, source = sum(ms > limit for ms in latency.samples_ms) / latency.iterations, "of the pilot"
     likely = power.calls_to_bound_p99(over) if over < 0.01 else None
-    return power.fewest_calls(0.99), likely, f"{100 * over:.3g} % of calls truly take longer ({source})"
+    return calls_needed(0.99), likely, f"{100 * over:.3g} % of calls truly take longer ({source})"

@@ -7,7 +7,8 @@ All sizes are for the intervals that the gate decides by, so a plan and a gate a
 import math
 from statistics import NormalDist
 
-from vitopt.measure.statistics import paired_score_variance
+from vitopt.measure.intervals import paired_score_variance
+from vitopt.measure.latency_statistics import calls_needed
 
 POWER = 0.8
 _Z = NormalDist().inv_cdf(0.975)
@@ -42,18 +43,10 @@ def trials_to_bound_share(limit: float, truth: float, power: float = POWER) -> f
 def calls_to_bound_p99(share_over: float, power: float = POWER) -> float:
     """Calls until the interval of p99 lies on one side of a limit that `share_over` of all calls exceed.
 
-    It is never less than `fewest_calls`, and just that where no call exceeds it.
+    It is never less than `calls_needed`, and just that where no call exceeds it.
     """
-    fewest = fewest_calls(0.99)
+    fewest = calls_needed(0.99)
     return max(trials_to_bound_share(0.01, share_over, power), fewest) if share_over > 0 else fewest
-
-
-def fewest_calls(quantile: float, confidence: float = 0.95) -> int:
-    """Calls from which on the slowest is an upper limit of a two-sided interval of a quantile: 368 for p99.
-
-    Source: Hahn and Meeker 1991, "Statistical intervals", section 5.2.
-    """
-    return math.ceil(math.log((1 - confidence) / 2) / math.log(quantile))
 
 
 def growth_to_decide(distance: float, reach: float, power: float = POWER) -> float:

@@ -62,54 +62,46 @@ def quantize(
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.source} is quantized already; start from the 16- or 32-bit checkpoint")
     with storage.reserved(output, checkpoint.folder):
-        return _quantize(checkpoint, variant, output, device, images, purpose)
-
-
-def _quantize(
-    checkpoint: Checkpoint,
-    variant: VariantSpec,
-    output: Path,
-    device: str,
-    images: ImageSet | None,
-    purpose: str,
-) -> LayerPlan:
-    target = devices.resolve_device(device)
-    plan = plan_for(checkpoint, variant)
-    for format in {variant.format, *(planned.format for planned in plan.layers)}:
-        support.require_format(format, target)
-    base = DTYPES[variant.half if variant.format in QUANTIZED_FORMATS or variant.layers else variant.format]
-    config = quantization_config(plan, base)
-    processor = load_processor(checkpoint)
-    if config is not None and checkpoint.is_random:
-        # transformers quantizes while it reads a file, so random weights are written to one first.
-        with tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(load_model(checkpoint, dtype=base), processor, Path(folder))
-            model = load_model(open_checkpoint(folder), dtype=base, device=target, quantization=config)
-    else:
-        model = load_model(checkpoint, dtype=base, device=target, quantization=config)
-    _check(plan, live_formats(model, checkpoint.config.model_type))
-    with storage.staged_folder(output) as folder:
-        save_checkpoint(model, processor, folder)
-        note_images(checkpoint, images, purpose, folder)
-        held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
-        note_origin(checkpoint, folder, QUANTIZE, **held, layer_plan=plan.counts())
-        del model  # not in memory twice
-        _require_finite_logits(folder, variant, target)
-    return plan
+        target = devices.resolve_device(device)
+        plan = plan_for(checkpoint, variant)
+        for format in {variant.format, *(planned.format for planned in plan.layers)}:
+            support.require_format(format, target)
+        base = DTYPES[variant.half if variant.format in QUANTIZED_FORMATS or variant.layers else variant.format]
+        config = quantization_config(plan, base)
+        processor = load_processor(checkpoint)
+        if config is not None and checkpoint.is_random:
+            # transformers quantizes while it reads a file, so random weights are written to one first.
+            with tempfile.TemporaryDirectory() as folder:
+                save_checkpoint(load_model(checkpoint, dtype=base), processor, Path(folder))
+                model = load_model(open_checkpoint(folder), dtype=base, device=target, quantization=config)
+        else:
+            model = load_model(checkpoint, dtype=base, device=target, quantization=config)
+        _check(plan, live_formats(model, checkpoint.config.model_type))
+        with storage.staged_folder(output) as folder:
+            save_checkpoint(model, processor, folder)
+            note_images(checkpoint, images, purpose, folder)
+            held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
+            note_origin(checkpoint, folder, QUANTIZE, **held, layer_plan=plan.counts())
+            del model  # not in memory twice
+            _require_finite_logits(folder, variant, target)
+        return plan
 
 
 def _require_finite_logits(folder: Path, variant: VariantSpec, device: torch.device) -> None:
-    """Open what was written and run it on one random image: what does not open or run is not promised."""
+    """Open what was written and run it on one random image.
+
+    Raises UnsupportedError where it does not run, MeasurementError where its logits are not finite.
+    """
     written = open_checkpoint(str(folder))
     model = load_model(written, device=device)
     pixels = random_pixels(1, written.image_size).to(device)
     try:
         with torch.inference_mode():
-            found = logits(model, pixels)
+            computed = logits(model, pixels)
     except Exception as error:  # kernels raise whatever they run into
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
         raise UnsupportedError(f"this model in {variant.format} does not run on {device}: {reason}") from error
-    if not torch.isfinite(found).all():
+    if not torch.isfinite(computed).all():
         raise MeasurementError(
             f"this model in {variant.format} gives logits that are not finite: its weights are not, or the 16-bit type "
             "overflows; try bf16 (`half`) or keep layers in 16 bit"

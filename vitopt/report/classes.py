@@ -3,77 +3,47 @@
 from dataclasses import dataclass
 
 from vitopt.records import Record
-from vitopt.report.table import Table, of, tabulate
+from vitopt.report.table import Table
 
 MOST_SHOWN = 10
 
 
 @dataclass(frozen=True)
-class ClassChange:
-    """One class whose accuracy differs from the baseline's."""
-
-    name: str
-    images: int
-    baseline_percent: float
-    variant_percent: float
-
-    @property
-    def points(self) -> float:
-        """Variant minus baseline, in percentage points."""
-        return self.variant_percent - self.baseline_percent
-
-    @property
-    def images_changed(self) -> int:
-        """Images won (positive) or lost (negative) on balance."""
-        return round(self.points * self.images / 100)
-
-
-@dataclass(frozen=True)
 class ClassChanges:
-    """Changed classes of one variant: how many became worse and better, and the most changed ones."""
+    """Changed classes of one variant: how many became worse and better, and a table of the most changed ones."""
 
     variant: str
-    baseline: str
     classes: int
     worse: int
     better: int
-    shown: tuple[ClassChange, ...]
+    table: Table
 
     @property
     def rest(self) -> int:
         """Changed classes that are not shown."""
-        return self.worse + self.better - len(self.shown)
-
-    @property
-    def table(self) -> Table:
-        """The classes that are shown."""
-        return tabulate(f"Classes of {self.variant} that changed most", _COLUMNS, self.shown)
+        return self.worse + self.better - len(self.table)
 
 
-_COLUMNS = {
-    "class": of("name"),
-    "images": of("images", "{:,}".format),
-    "baseline %": of("baseline_percent", "{:.1f}".format),
-    "variant %": of("variant_percent", "{:.1f}".format),
-    "points": of("points", "{:+.1f}".format),
-    "images won or lost": of("images_changed", "{:+d}".format),
-}
+_HEADINGS = ("class", "images", "baseline %", "variant %", "points", "images won or lost")
 
 
 def class_changes(record: Record, baseline: Record, most: int = MOST_SHOWN) -> ClassChanges | None:
-    """Classes that changed, most images first; None where either has no accuracy per class.
+    """Classes that changed, most images first; None where none did, or either has no accuracy per class.
 
     Sorted by images rather than points: a class of one image moves by 100 points when that image flips.
     """
-    if not (record.accuracy and baseline.accuracy and record.accuracy.classes and baseline.accuracy.classes):
+    before = {known.label: known.top1_percent for known in baseline.accuracy.classes} if baseline.accuracy else {}
+    classes = record.accuracy.classes if record.accuracy else ()
+    changed = []
+    for after in classes:
+        old, new = before.get(after.label, after.top1_percent), after.top1_percent
+        if points := new - old:
+            images = round(points * after.images / 100)  # won (positive) or lost (negative) on balance
+            cells = after.name, f"{after.images:,}", f"{old:.1f}", f"{new:.1f}", f"{points:+.1f}", f"{images:+d}"
+            changed.append((-abs(images), -abs(points), points, cells))
+    if not changed:
         return None
-    before = {one.label: one.top1_percent for one in baseline.accuracy.classes}
-    changed = [
-        ClassChange(one.name, one.images, before[one.label], one.top1_percent)
-        for one in record.accuracy.classes
-        if before.get(one.label, one.top1_percent) != one.top1_percent
-    ]
-    changed.sort(key=lambda change: (-abs(change.images_changed), -abs(change.points), change.points, change.name))
-    worse = sum(change.points < 0 for change in changed)
-    names, classes = (record.variant.name, baseline.variant.name), len(record.accuracy.classes)
-    return ClassChanges(*names, classes, worse, len(changed) - worse, tuple(changed[:most]))
+    name, worse = record.variant.name, sum(points < 0 for *_, points, _ in changed)
+    rows = tuple(cells for *_, cells in sorted(changed)[:most])
+    table = Table(f"Classes of {name} that changed most", _HEADINGS, rows)
+    return ClassChanges(name, len(classes), worse, len(changed) - worse, table)

@@ -1,11 +1,43 @@
-"""The tables beside the comparison: agreement, what one image alone gets, and how latency was timed."""
+"""The tables beside the comparison: against the baseline, requirements, agreement, batches, and timing."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from vitopt.records import Latency, Record
-from vitopt.report.table import Cell, Table, milliseconds, of, percent, rate, tabulate
+from vitopt.records import Record
+from vitopt.report.requirements import requirement_parts
+from vitopt.report.summary import times_smaller
+from vitopt.report.table import Cell, Table, batch_sizes, milliseconds, of, percent, rate, tabulate, with_interval
+
+
+def against_baseline(records: Sequence[Record], baseline: Record | None) -> Table:
+    """Whether each variant lost accuracy, its speed-ups with their intervals, and how much smaller it is."""
+
+    def speedup(batch_size: int) -> Cell:
+        words = _with("{:.2f}x".format, "speedup_vs_baseline", "speedup_ci95")
+        return lambda record: words(row) if (row := record.latency_at(batch_size)) else None
+
+    compared = [record for record in records if baseline and record is not baseline and not record.failure]
+    accuracy = {"accuracy": of("versus_baseline.verdict")} if any(r.versus_baseline for r in compared) else {}
+    columns: dict[str, Cell] = {
+        "variant": of("variant.name"),
+        **accuracy,
+        **{f"speed-up at batch {size} (95 %)": speedup(size) for size in batch_sizes(compared)},
+        "times smaller": lambda record: f"{ratio:.1f}x" if (ratio := times_smaller(record, baseline)) else None,
+    }
+    caption = f"Against {baseline.variant.name}" if baseline else ""
+    return tabulate(caption, columns, compared, 1 + len(accuracy))
+
+
+def requirements(records: Sequence[Record]) -> Table:
+    """What each variant shows of what is required."""
+
+    def finding(required: str) -> Cell:
+        return lambda record: dict(map(requirement_parts, record.requirements)).get(required)
+
+    judged = [record for record in records if record.requirements]
+    asked = dict.fromkeys(requirement_parts(one)[0] for record in judged for one in record.requirements)
+    columns = {"variant": of("variant.name"), **{required: finding(required) for required in asked}}
+    return tabulate("Requirements", columns, judged)
 
 
 def agreement(records: Sequence[Record]) -> Table:
@@ -24,9 +56,7 @@ def end_to_end(records: Sequence[Record]) -> list[Table]:
     calls = [_Row(record, call) for record in records for call in record.end_to_end]
     return [
         tabulate(
-            f"From image file to class at batch {size}, in ms",
-            _END_TO_END,
-            [call for call in calls if call.of.batch_size == size],
+            f"From file to class at batch {size}, in ms", _END_TO_END, [c for c in calls if c.of.batch_size == size]
         )
         for size in sorted({call.of.batch_size for call in calls})
     ]
@@ -35,11 +65,7 @@ def end_to_end(records: Sequence[Record]) -> list[Table]:
 def other_timings(records: Sequence[Record]) -> Table:
     """Warm-up, device time, highest rate and energy."""
     # What belongs to the variant and to no batch size stands in its first row.
-    rows = [
-        _Row(record, latency, None if number else record)
-        for record in records
-        for number, latency in enumerate(record.latency)
-    ]
+    rows = [_Row(record, row, None if at else record) for record in records for at, row in enumerate(record.latency)]
     return tabulate("How latency was timed", _TIMINGS, rows)
 
 
@@ -51,13 +77,7 @@ def environment_facts(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(key.replace("_", " "), str(value)) for key, value in facts.items() if value is not None]
 
 
-def p_value(p: float) -> str:
-    """Three decimals, or that it is below the last of them."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-@dataclass(frozen=True)
-class _Row:
+class _Row(NamedTuple):
     """A part of a record as a row of its own; `first` is the record in the first row of it."""
 
     record: Record
@@ -68,15 +88,15 @@ class _Row:
 def _with(words: Callable[[float], str], figure: str, interval: str) -> Cell:
     """A figure with its interval where there is one; both by the names of their fields."""
 
-    def cell(item: Any) -> str:
-        ends = getattr(item, interval)
-        return words(getattr(item, figure)) + (f" ({words(ends[0])} to {words(ends[1])})" if ends else "")
+    def cell(item: Any) -> str | None:
+        value = getattr(item, figure)
+        return None if value is None else with_interval(words, value, getattr(item, interval))
 
     return cell
 
 
-def _settled(latency: Latency) -> str | None:
-    return None if latency.settled is None else "yes" if latency.settled else "no"
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 _AGREEMENT: dict[str, Cell] = {
@@ -86,18 +106,11 @@ _AGREEMENT: dict[str, Cell] = {
     "agree % (95 %)": of("versus_baseline", _with(percent, "agreement_percent", "agreement_ci95_percent")),
     "right to wrong": of("versus_baseline.right_to_wrong", "{:,}".format),
     "wrong to right": of("versus_baseline.wrong_to_right", "{:,}".format),
-    "McNemar p": of(
-        "versus_baseline", lambda v: p_value(v.mcnemar_p if v.mcnemar_holm_p is None else v.mcnemar_holm_p)
-    ),
+    "McNemar p": of("versus_baseline", lambda v: _p(v.mcnemar_p if v.mcnemar_holm_p is None else v.mcnemar_holm_p)),
     "KL, nats (95 %)": of("versus_baseline", _with("{:.4f}".format, "mean_kl_divergence", "kl_ci95")),
     "logit error": of("versus_baseline.normalised_logit_error", "{:.3f}".format),
-    "calibration error (by chance)": of(
-        "accuracy",
-        lambda found: (
-            f"{found.expected_calibration_error:.3f}"
-            + ("" if found.calibration_noise is None else f" ({found.calibration_noise:.3f})")
-        ),
-    ),
+    "calibration error": of("accuracy.expected_calibration_error", "{:.3f}".format),
+    "that by chance": of("accuracy.calibration_noise", "{:.3f}".format),
 }
 _BATCH_INVARIANCE: dict[str, Cell] = {
     "variant": of("variant.name"),
@@ -120,10 +133,8 @@ _TIMINGS: dict[str, Cell] = {
     "timed calls": of("of.iterations", "{:,}".format),
     "rounds": of("of.rounds"),
     "discarded calls": of("of.discarded_calls", "{:,}".format),
-    "warm-up settled": of("of", _settled),
+    "warm-up settled": of("of.settled", lambda settled: "yes" if settled else "no"),
     "device p50, ms": of("of.device_p50_ms", milliseconds),
-    "highest images/s": of(
-        "first.throughput", lambda most: f"{rate(most.images_per_second)} at batch {most.batch_size}"
-    ),
+    "highest images/s": of("first.throughput", lambda t: f"{rate(t.images_per_second)} at batch {t.batch_size}"),
     "joules/image": of("first.energy_joules_per_image", "{:.3g}".format),
 }

@@ -48,7 +48,7 @@ class Plot:
     name: str  # of its files
     kind: str
     title: str
-    alt: str  # what it shows, in words, for those who cannot see it
+    alt: str  # what it shows, for those who cannot see it; its figures are in a table
     figure: Figure | None
     batch_size: int | None = None
     svg: str = ""
@@ -94,14 +94,14 @@ def rendered(plots: Iterable[Plot], folder: Path | None) -> list[Plot]:
         StorageError: the folder cannot be written.
     """
     drawn = []
-    for one in plots:
-        if one.figure is None:
+    for plot in plots:
+        if plot.figure is None:
             continue
-        svg = svg_of(one.figure, one.name, f"{one.title}. {one.alt}")
+        svg = svg_of(plot.figure, plot.name, plot.alt)
         if folder is not None:
-            storage.write_text(folder / f"{one.name}.svg", svg)
-            storage.write_bytes(folder / f"{one.name}.png", png_of(one.figure))
-        drawn.append(replace(one, svg=svg, figure=None))
+            storage.write_text(folder / f"{plot.name}.svg", svg)
+            storage.write_bytes(folder / f"{plot.name}.png", png_of(plot.figure))
+        drawn.append(replace(plot, svg=svg, figure=None))
     return drawn
 
 

@@ -49,15 +49,14 @@ class Flips:
     """Flips of one variant: how many in each direction, and examples, clearest first."""
 
     variant: str
-    baseline: str
     right_to_wrong: int
     wrong_to_right: int
     shown: tuple[Flip, ...]
 
     @property
-    def rest(self) -> int:
-        """Flipped images that are not shown."""
-        return self.right_to_wrong + self.wrong_to_right - len(self.shown)
+    def flipped(self) -> int:
+        """Images that turned either way."""
+        return self.right_to_wrong + self.wrong_to_right
 
 
 class Thumbnails:
@@ -69,12 +68,8 @@ class Thumbnails:
     def __init__(self, dataset: Dataset | None):
         self._images = _open(dataset)
         self._index = {name: index for index, name in enumerate(self._images.ids)} if self._images else {}
+        self.available = self._images is not None  # whether the images were found at all
         self.of = functools.cache(self._of)
-
-    @property
-    def available(self) -> bool:
-        """Whether the images were found at all."""
-        return self._images is not None
 
     def _of(self, name: str, sha256: str) -> str | None:
         """JPEG of one image as a data URI; None where it is absent or no longer has this content."""
@@ -113,14 +108,12 @@ def data_uri(image: Image.Image) -> str:
 
 
 def flips(
-    baseline: tuple[str, Predictions],
-    variant: tuple[str, Predictions],
-    class_names: Mapping[int, str],
-    thumbnails: Thumbnails,
-    most: int = MOST_SHOWN,
+    variant: str, before: Predictions, after: Predictions, class_names: Mapping[int, str], thumbnails: Thumbnails
 ) -> Flips | None:
-    """Flips of a variant, each given with its name; None where the two are not over the same images."""
-    (baseline_name, before), (variant_name, after) = baseline, variant
+    """Flips of a variant, from the baseline's predictions and its own.
+
+    None where no image flipped, and where the two are not over the same images.
+    """
     if before.image_sha256 != after.image_sha256 or before.logits.shape != after.logits.shape:
         return None
 
@@ -140,31 +133,20 @@ def flips(
             became_right=bool(after.correct[index]),
             thumbnail=thumbnails.of(after.ids[index], after.image_sha256[index]),
         )
-        for index in choose(before, after, most)
+        for index in choose(before, after)
     )
     lost, won = int((before.correct & ~after.correct).sum()), int((~before.correct & after.correct).sum())
-    return Flips(variant_name, baseline_name, lost, won, shown)
+    return Flips(variant, lost, won, shown) if shown else None
 
 
-def choose(before: Predictions, after: Predictions, most: int) -> list[int]:
-    """Indices of the flipped images to show, at most `most`: the lost ones, then the won ones.
-
-    Of each kind those come first whose label's probability changed most. Each kind gets half of the places, and
-    what the other leaves free.
-    """
-    lost = _ranked(before, after, before.correct & ~after.correct)
-    won = _ranked(before, after, ~before.correct & after.correct)
-    shown_lost = lost[: max(most - most // 2, most - len(won))]
-    return shown_lost + won[: most - len(shown_lost)]
-
-
-def _ranked(before: Predictions, after: Predictions, flipped: NDArray[np.bool_]) -> list[int]:
-    indices = np.flatnonzero(flipped)
+def choose(before: Predictions, after: Predictions, most: int = MOST_SHOWN) -> list[int]:
+    """Indices of at most `most` flipped images: those whose label's probability changed most, the lost ones first."""
+    indices = np.flatnonzero(before.correct != after.correct)
     # Only of the flipped images: probabilities of all would take gigabytes on a large set.
-    old, new = softmax(before.logits[indices]), softmax(after.logits[indices])
     rows, labels = np.arange(len(indices)), before.labels[indices]
-    change = np.abs(new[rows, labels] - old[rows, labels])
-    return indices[np.argsort(-change, kind="stable")].tolist()
+    change = softmax(after.logits[indices])[rows, labels] - softmax(before.logits[indices])[rows, labels]
+    clearest = np.argsort(-np.abs(change), kind="stable")[:most]
+    return indices[sorted(clearest, key=lambda row: change[row] > 0)].tolist()
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

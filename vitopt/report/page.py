@@ -9,18 +9,19 @@ from typing import Any
 from vitopt import storage
 from vitopt.errors import RecordError
 from vitopt.formats import FORMATS
-from vitopt.measure.predictions import PREDICTIONS_FILE, load_predictions
+from vitopt.measure.predictions import PREDICTIONS_FILE, Predictions, load_predictions
 from vitopt.recipe_file import load_recipe
 from vitopt.records import RECORD_FILE, Record, load_record
-from vitopt.report import details, roofline, sensitivity, summary
+from vitopt.report import details, roofline, sensitivity, summary, unit_plots
 from vitopt.report.classes import class_changes
-from vitopt.report.figures import Plot, remove_others
+from vitopt.report.figures import Plot, remove_others, rendered
 from vitopt.report.flips import Flips, Thumbnails, flips
 from vitopt.report.plots import save_plots
+from vitopt.report.recommendation import Recommendation, recommend
 from vitopt.report.rendering import templates
 from vitopt.report.strip import strips
 from vitopt.report.table import batch_sizes, cautions, comparison, device_name, notes
-from vitopt.report.waterfall import chain_of, floor_words
+from vitopt.report.waterfall import chain_of
 
 PAGE_FILE = "report.html"
 MARKDOWN_FILE = "report.md"
@@ -32,11 +33,12 @@ class Run:
     """What a run's folder holds that a report needs."""
 
     folder: Path
+    folders: list[Path]  # of the records
     records: list[Record]
-    folders: dict[str, Path]  # of the variants, by name
     baseline: Record | None
     recipe_text: str | None
     chain: list[Record]  # of the waterfall
+    recommendation: Recommendation | None
 
 
 def load_run(folder: Path) -> list[Record]:
@@ -56,74 +58,58 @@ def write_report(folder: Path) -> Path:
         StorageError: the folder cannot be written.
     """
     run = _open_run(folder)
-    plots = save_plots(
-        run.records, run.baseline.variant.name if run.baseline else None, folder / PLOTS_FOLDER, run.chain
-    )
-    context = _context(run, plots)
-    storage.write_text(folder / MARKDOWN_FILE, templates.get_template(MARKDOWN_FILE).render(context))
-    path = folder / PAGE_FILE
-    storage.write_text(path, templates.get_template(PAGE_FILE).render(context))
-    return path
+    baseline = run.baseline.variant.name if run.baseline else None
+    context = _context(run, baseline, save_plots(run.records, baseline, folder / PLOTS_FOLDER, run.chain))
+    for name in (MARKDOWN_FILE, PAGE_FILE):
+        storage.write_text(folder / name, templates.get_template(name).render(context))
+    return folder / PAGE_FILE
 
 
 def _open_run(folder: Path) -> Run:
-    names = [path.parent.name for path in sorted(folder.glob(f"variants/*/{RECORD_FILE}"))]
-    if not names:
+    there = {path.parent.name: path.parent for path in sorted(folder.glob(f"variants/*/{RECORD_FILE}"))}
+    if not there:
         raise RecordError(f"{folder} holds no records (variants/*/{RECORD_FILE}): give the folder of a `vitopt run`")
     path = folder / "recipe.yaml"
     recipe = load_recipe(path) if path.is_file() else None
-    order = [variant.name for variant in recipe.variants] if recipe else []
+    names = [variant.name for variant in recipe.variants] if recipe else []
     # Variants that have left the recipe may still lie there; without a recipe, all that lie there count.
-    wanted = [folder / "variants" / name for name in order if name in names] or [
-        folder / "variants" / name for name in names
-    ]
-    records = [load_record(place) for place in wanted]
+    folders = [there[name] for name in names if name in there] or list(there.values())
+    records = [load_record(variant) for variant in folders]
     return Run(
         folder,
+        folders,
         records,
-        folders={record.variant.name: place for record, place in zip(records, wanted, strict=True)},
         baseline=summary.baseline_of(records, recipe.baseline_name if recipe else None),
         recipe_text=path.read_text(encoding="utf-8") if recipe else None,
         chain=chain_of(records, recipe.waterfall if recipe else ()),
+        recommendation=recommend(records, recipe.prefer, recipe.price_per_hour) if recipe else recommend(records),
     )
 
 
-def _analyses(run: Run) -> tuple[list[sensitivity.Part], list[str]]:
-    """Every sensitivity analysis of the run, its figures saved, and what could not be read."""
-    records, plots = {record.variant.name: record for record in run.records}, run.folder / PLOTS_FOLDER
-    results, unreadable = sensitivity.read_all(run.folder, list(records))
-    parts = [
-        sensitivity.drawn(sensitivity.part_of(name, result, records.get(name)), sensitivity.plot_prefix(name), plots)
-        for name, result in results.items()
-    ]
-    remove_others(plots, sensitivity.OWN_FILE, [plot for part in parts for plot in part.plots])
-    return parts, unreadable
-
-
-def _context(run: Run, plots: Sequence[Plot]) -> dict[str, Any]:
+def _context(run: Run, baseline: str | None, plots: Sequence[Plot]) -> dict[str, Any]:
     """What both reports are made of."""
-    records, baseline = run.records, run.baseline
+    records = run.records
     analyses, unreadable_analyses = _analyses(run)
     flipped, unreadable_predictions, has_pictures = _flips(run)
-    together = _differences(records) + [f"{part.name}: {part.advice}" for part in analyses if part.advice]
-    others = [record for record in records if record is not baseline]
-    changes = [class_changes(record, baseline) for record in others] if baseline else []
-    compared = [(versus, record.variant.name) for record in records if (versus := record.versus_baseline)]
-    # Its examples are worth seeing first.
-    worst = max(compared, key=lambda pair: pair[0].right_to_wrong + pair[0].wrong_to_right, default=None)
+    together = _differences(records) + [
+        f"{analysis.name}: {analysis.advice}" for analysis in analyses if analysis.advice
+    ]
+    changes = [class_changes(record, run.baseline) for record in records if run.baseline]
     return {
         **sensitivity.page_context(),
         "title": run.folder.resolve().name,
         "records": records,
-        "baseline": baseline.variant.name if baseline else None,
+        "baseline": baseline,
         "device": device_name(records[0].environment),
         "dataset": next((record.dataset for record in records if record.dataset), None),
-        "headline": summary.headline(records, baseline),
-        "highlights": summary.highlights(records, baseline),
+        "headline": summary.headline(records, run.baseline, run.recommendation.line if run.recommendation else None),
+        "highlights": summary.highlights(records, run.baseline),
         "cautions": cautions(records) + together + unreadable_analyses + unreadable_predictions,
         "notes": notes(records) + together + unreadable_analyses,
-        "verdicts": summary.verdicts(records, baseline),
         "tables": {size: comparison(records, size) for size in batch_sizes(records) or (None,)},
+        "judgements": [
+            table for table in (details.against_baseline(records, run.baseline), details.requirements(records)) if table
+        ],
         "agreement": details.agreement(records),
         "batch_invariance": details.batch_invariance(records),
         "end_to_end": details.end_to_end(records),
@@ -133,16 +119,16 @@ def _context(run: Run, plots: Sequence[Plot]) -> dict[str, Any]:
         "memory_kind": next((record.memory.kind for record in records if record.memory), None),
         "strips": strips(records),
         "chain": [record.variant.name for record in run.chain],
-        "floor": floor_words(run.chain),
         "roofline": roofline.facts(records),
         "roofline_title": roofline.TITLE,
         "sensitivity_title": sensitivity.TITLE,
         "analyses": analyses,
-        "class_changes": [found for found in changes if found is not None],
+        "class_changes": [change for change in changes if change],
         "flips": flipped,
         "has_pictures": has_pictures,
         "formats": FORMATS,
-        "most_affected": worst[1] if worst else None,
+        # Its examples are worth seeing first.
+        "most_affected": max(flipped, key=lambda variant: variant.flipped).variant if flipped else None,
         "recipe": run.recipe_text,
         "environment": details.environment_facts(records[0].environment),
     }
@@ -151,34 +137,41 @@ def _context(run: Run, plots: Sequence[Plot]) -> dict[str, Any]:
 _KINDS = ("accuracy", "latency", "waterfall", "size")
 
 
+def _analyses(run: Run) -> tuple[list[sensitivity.Analysis], list[str]]:
+    """Every sensitivity analysis of the run, its figures saved, and what could not be read."""
+    folder = run.folder / PLOTS_FOLDER
+    results, unreadable = sensitivity.read_all(run.folder, [record.variant.name for record in run.records])
+    analyses = []
+    for name, result in results.items():
+        plots = rendered(unit_plots.drawables(result, sensitivity.plot_prefix(name)), folder)
+        analyses.append(sensitivity.analysis_of(name, result, plots))
+    remove_others(folder, sensitivity.OWN_FILE, [plot for analysis in analyses for plot in analysis.plots])
+    return analyses, unreadable
+
+
 def _flips(run: Run) -> tuple[list[Flips], list[str], bool]:
     """Flips of every variant whose predictions were kept; what could not be read; whether images were found."""
-    found: list[Flips] = []
     unreadable: list[str] = []
-    kept = [
-        record
-        for record in run.records
-        if record.failure is None and (run.folders[record.variant.name] / PREDICTIONS_FILE).is_file()
-    ]
-    if run.baseline is None or run.baseline not in kept:
-        return [], [], False
-    name, thumbnails = run.baseline.variant.name, Thumbnails(run.baseline.dataset)
-    try:
-        reference = load_predictions(run.folders[name])
-    except RecordError as error:
-        return [], [str(error)], False
-    for record in kept:
-        folder, variant = run.folders[record.variant.name], record.variant.name
-        if variant == name:
-            continue
+
+    def predictions(record: Record) -> Predictions | None:
+        folder = folders[record.variant.name]
+        if record.failure is not None or not (folder / PREDICTIONS_FILE).is_file():
+            return None
         try:
-            predictions = (variant, load_predictions(folder))
+            return load_predictions(folder)
         except RecordError as error:
             unreadable.append(str(error))
-            continue
-        one = flips((name, reference), predictions, _class_names(folder, record), thumbnails)
-        found += [one] if one is not None else []
-    return found, unreadable, thumbnails.available
+            return None
+
+    folders = {record.variant.name: folder for record, folder in zip(run.records, run.folders, strict=True)}
+    if run.baseline is None or (before := predictions(run.baseline)) is None:
+        return [], unreadable, False
+    thumbnails, flipped = Thumbnails(run.baseline.dataset), []
+    for record in run.records:
+        if record is not run.baseline and (after := predictions(record)) is not None:
+            name = record.variant.name
+            flipped.append(flips(name, before, after, _class_names(folders[name], record), thumbnails))
+    return [variant for variant in flipped if variant], unreadable, thumbnails.available
 
 
 def _class_names(folder: Path, record: Record) -> dict[int, str]:
@@ -187,7 +180,7 @@ def _class_names(folder: Path, record: Record) -> dict[int, str]:
         of_head = json.loads((folder / "config.json").read_text(encoding="utf-8"))["id2label"]
         return {int(index): str(name) for index, name in of_head.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {one.label: one.name for one in record.accuracy.classes} if record.accuracy else {}
+        return {known.label: known.name for known in record.accuracy.classes} if record.accuracy else {}
 
 
 def _differences(records: Sequence[Record]) -> list[str]:

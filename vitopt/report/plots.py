@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from vitopt.formats import colour_of
-from vitopt.measure.statistics import pareto_front
+from vitopt.measure.pareto import pareto_front
 from vitopt.records import Record
 from vitopt.report.figures import Plot, blank, remove_others, rendered, step_line, styled
 from vitopt.report.labels import label_points
 from vitopt.report.svg import INK
-from vitopt.report.table import batch_sizes, human_bytes, in_words, milliseconds
+from vitopt.report.table import batch_sizes, human_bytes, milliseconds, with_interval
 from vitopt.report.waterfall import Step, steps
 
 MOST_DOTS = 80  # per variant; evenly thinned by rank, which leaves the distribution as it is
@@ -42,16 +42,15 @@ def save_plots(
     """
     drawn: list[Plot] = []
     for size in batch_sizes(records):
-        points = [record for record in records if record.accuracy and record.latency_at(size)]
-        for name, kind, figure, shown, headings in (
-            ("accuracy-latency", "accuracy", accuracy_latency(records, size, baseline), points, ("p50 ms", "top-1 %")),
-            ("latency", "latency", latency_samples(records, size), records, ("p50 ms", "p95 ms")),
-            ("waterfall", "waterfall", waterfall(steps(chain, size), size), chain, ("p50 ms", "floor ms")),
+        for name, kind, what, figure in (
+            ("accuracy-latency", "accuracy", "Accuracy against latency", accuracy_latency(records, size, baseline)),
+            ("latency", "latency", "Latency of every call", latency_samples(records, size)),
+            ("waterfall", "waterfall", "Latency, one technique at a time", waterfall(steps(chain, size), size)),
         ):
-            words = in_words(shown, size, *headings)
-            drawn.append(Plot(f"{name}-{size}", kind, f"Batch size {size}", words, figure, size))
-    drawn.append(Plot("weights", "size", "Weights", in_words(records, None, "weights", "on disk"), sizes(records)))
-    drawn.append(Plot("memory", "size", "Peak memory", in_words(records, None, "peak memory"), memory(records)))
+            title = f"Batch size {size}"
+            drawn.append(Plot(f"{name}-{size}", kind, title, f"{what}. {title}", figure, size))
+    drawn.append(Plot("weights", "size", "Weights", "Weights in memory and on disk", sizes(records)))
+    drawn.append(Plot("memory", "size", "Peak memory", "Peak memory", memory(records)))
     plots = rendered(drawn, folder)
     remove_others(folder, _OWN_FILE, plots)
     return plots
@@ -109,12 +108,9 @@ def latency_samples(records: Sequence[Record], batch_size: int) -> Figure | None
     edge = 1.15 * max(latency.p95_ms or max(latency.samples_ms, default=latency.p50_ms) for _, latency in shown)
     texts = []
     for record, latency in shown:
-        text = f"p50 {milliseconds(latency.p50_ms)}"
-        if latency.p95_ms is not None:
-            text += f" · p95 {milliseconds(latency.p95_ms)}"
-        if max(latency.samples_ms, default=0) > edge:
-            text += f" · max {milliseconds(max(latency.samples_ms))}"
-        texts.append((record, text))
+        longest = max(latency.samples_ms, default=0)
+        known = {"p50": latency.p50_ms, "p95": latency.p95_ms, "max": longest if longest > edge else None}
+        texts.append((record, " · ".join(f"{name} {milliseconds(ms)}" for name, ms in known.items() if ms is not None)))
     figure, axes = _rows(texts, f"latency at batch {batch_size}, ms")
     for place, (record, latency) in enumerate(shown):
         colour = colour_of(record.variant.format)
@@ -135,10 +131,9 @@ def sizes(records: Sequence[Record]) -> Figure | None:
     """Bytes of the weights as bars, of the files on disk as a tick; None where no size is known."""
     bars: list[_Bar] = []
     for record, size in ((record, record.size) for record in records if record.size):
-        words, disk = human_bytes(size.weight_bytes), None
-        if size.disk_bytes is not None:
-            words, disk = f"{words} · on disk {human_bytes(size.disk_bytes)}", size.disk_bytes / 1e6
-        bars.append((record, words, size.weight_bytes / 1e6, disk))
+        disk = "" if size.disk_bytes is None else f" · on disk {human_bytes(size.disk_bytes)}"
+        tick = None if size.disk_bytes is None else size.disk_bytes / 1e6
+        bars.append((record, human_bytes(size.weight_bytes) + disk, size.weight_bytes / 1e6, tick))
     return _bars(bars, "weights in memory, MB; tick: files on disk")
 
 
@@ -157,7 +152,10 @@ def waterfall(chain: Sequence[Step], batch_size: int) -> Figure | None:
     """
     bars: list[_Bar] = []
     for step in chain:
-        words = f"{milliseconds(step.latency.p50_ms)} ms" + (f" · {step.ratio_words}" if step.speedup else "")
+        words = f"{milliseconds(step.latency.p50_ms)} ms"
+        if speedup := step.speedup:
+            within = (speedup.interval.low, speedup.interval.high) if speedup.interval else None
+            words += f" · {with_interval('{:.2f}x'.format, speedup.ratio, within)}"
         bars.append((step.record, words, step.latency.p50_ms, step.latency.floor_ms))
     known = [bar for *_, bar in bars if bar is not None]
     figure = _bars(bars, f"median latency at batch {batch_size}, ms" + ("; tick: floor" if known else ""))

@@ -22,21 +22,20 @@ def asked(name: str, limit: float) -> str:
     return f"{'floor of skip: auto: ' if floor else ''}{words} {figure}"
 
 
-def requirement_cells(requirement: Requirement) -> tuple[str, str, str, str]:
-    """What was asked, the figure, its 95 % interval, and the decision with its reason."""
+def requirement_parts(requirement: Requirement) -> tuple[str, str]:
+    """What was asked, and what was found: the figure, its 95 % interval, and the decision with its reason."""
     required = asked(requirement.name, requirement.limit)
     required += f" at batch {requirement.batch_size}" if requirement.batch_size else ""
     low, high = requirement.ci95 or (None, None)
-    interval = f"{_figure(low)} to {_figure(high)}" if low != high else _figure(None)
-    decision = DECISIONS[requirement.decision] + (f": {requirement.reason}" if requirement.reason else "")
-    return required, _figure(requirement.measured), interval, decision
+    interval = f" ({_figure(low)} to {_figure(high)})" if low != high else ""
+    measured = "" if requirement.measured is None else f"{_figure(requirement.measured)}{interval}, "
+    reason = f": {requirement.reason}" if requirement.reason else ""
+    return required, f"{measured}{DECISIONS[requirement.decision]}{reason}"
 
 
 def requirement_sentence(requirement: Requirement) -> str:
     """The same on one line."""
-    required, measured, interval, decision = requirement_cells(requirement)
-    within = "" if interval == "–" else f" ({interval})"
-    return f"{required}: {'' if measured == '–' else f'{measured}{within}, '}{decision}"
+    return ": ".join(requirement_parts(requirement))
 
 
 def _figure(value: float | None) -> str:

@@ -1,6 +1,6 @@
 """What the device allows: the rates that floor and utilisation are held against, in words."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from vitopt.records import Record
 
@@ -9,34 +9,31 @@ TITLE = "What the device allows"
 
 def facts(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Name and text of the device's rates, and the model's arithmetic; empty where no rate is known."""
-    by_format: dict[str, list[float]] = {}
-    copies = []
-    for one in (record.roofline for record in records if record.roofline):
-        by_format.setdefault(one.gemm_format, []).append(one.gemm_flops_per_second)
-        copies.append(one.copy_bytes_per_second)
-    if not copies:
+    measured = [record.roofline for record in records if record.roofline]
+    if not measured:
         return []
-    products = ", ".join(f"{_span(found, _flops)}/s in {format}" for format, found in by_format.items())
-    copy = _span(copies, lambda rate: f"{_figure(rate / 1e9)} GB")
-    images = [record.model.flops_per_image for record in records if record.model and record.model.flops_per_image]
-    found = [("matrix rate", products), ("copy rate", f"{copy}/s, bytes read and bytes written")]
-    if images:
-        arithmetic = f"{_span(images, _flops)} in matrix products and convolutions, a multiply-add counted as two"
-        found.append(("one image", arithmetic))
-    return found
+    formats = dict.fromkeys(rates.gemm_format for rates in measured)
+    products = {f: [rates.gemm_flops_per_second for rates in measured if rates.gemm_format == f] for f in formats}
+    copies = [rates.copy_bytes_per_second for rates in measured]
+    lines = [
+        ("matrix rate", ", ".join(f"{_span(rates, 'FLOP/s')} in {format}" for format, rates in products.items())),
+        ("copy rate", f"{_span(copies, 'B/s')}, bytes read and bytes written"),
+    ]
+    models = [record.model for record in records if record.model]
+    if images := [model.flops_per_image for model in models if model.flops_per_image]:
+        lines.append(
+            ("one image", f"{_span(images, 'FLOP')} in matrix products and convolutions, a multiply-add counted as two")
+        )
+    return lines
 
 
-def _span(values: Sequence[float], words: Callable[[float], str]) -> str:
-    """One value in words, or the lowest and the highest where they differ."""
-    return " to ".join(dict.fromkeys([words(min(values)), words(max(values))]))
-
-
-def _flops(count: float) -> str:
-    """As in `712 TFLOP`, `35.1 GFLOP`, `4.20 MFLOP`."""
-    unit, size = next((pair for pair in (("T", 1e12), ("G", 1e9)) if count >= pair[1]), ("M", 1e6))
-    return f"{_figure(count / size)} {unit}FLOP"
+def _span(values: Sequence[float], unit: str) -> str:
+    """One value, or the lowest and the highest where they differ: as in `712 TFLOP/s`, `35.1 GFLOP`, `4.10 TB/s`."""
+    return " to ".join(dict.fromkeys(f"{_figure(value)}{unit}" for value in (min(values), max(values))))
 
 
 def _figure(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    """Three digits, or all before the point, and the prefix of the unit."""
+    prefix, size = next((pair for pair in (("T", 1e12), ("G", 1e9)) if value >= pair[1]), ("M", 1e6))
+    value /= size
+    return f"{value:,.0f} {prefix}" if value >= 99.95 else f"{value:.{1 if value >= 9.995 else 2}f} {prefix}"

@@ -1,56 +1,48 @@
-"""Which layers must stay in 16 bit: a sensitivity analysis and its skip list, in words, figures and a table."""
+"""Which layers must stay in 16 bit: a sensitivity analysis and its skip list, in words, figures and tables."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vitopt import storage
 from vitopt.errors import RecordError
 from vitopt.formats import FORMATS, OTHER_COLOUR
-from vitopt.measure import statistics
 from vitopt.recipe import LINEARS
-from vitopt.records import Record
 from vitopt.report import unit_plots, units
 from vitopt.report.details import environment_facts
 from vitopt.report.figures import Plot, rendered
 from vitopt.report.rendering import templates
-from vitopt.report.requirements import requirement_sentence
 from vitopt.report.strip import HEAD, Strip, strip_of
-from vitopt.report.table import Cell, Table, delta_words, device_name, human_bytes, of, percent, tabulate
+from vitopt.report.summary import listed
+from vitopt.report.table import Cell, Table, delta_words, device_name, human_bytes, of, percent, tabulate, with_interval
 from vitopt.report.unit_plots import kl_words
 from vitopt.search.results import Loss, Point, Sensitivity, UnitScores, load_sensitivity
 
 FOLDER = "sensitivity"
-_MOST_NAMED = 4  # single layers; more do not make a sentence
+_MOST_NAMED = 4  # more units do not make a sentence; the line for a recipe names all
 TITLE = "Which layers must stay in 16 bit"
 OWN_FILE = re.compile(rf"{FOLDER}-.+-({'|'.join(unit_plots.NAMES)})\.(svg|png)")
 
 
 @dataclass(frozen=True)
-class Part:
-    """All that a page shows of one analysis; `plots` only where they have been drawn."""
+class Analysis:
+    """All that a page shows of one analysis."""
 
     name: str  # of the variant, or of the format where the analysis stands alone
     result: Sensitivity
     answer: str
-    facts: tuple[tuple[str, str], ...]
     skip: str | None  # a line of a recipe; None where nothing is kept, or the goal is not met
     strip: Strip | None
+    losses: Table
     table: Table
-    plots: tuple[Plot, ...] = ()
+    plots: tuple[Plot, ...]
 
     @property
     def advice(self) -> str | None:
         """What to do where the goal was not shown."""
         return self.result.search.advice if self.result.search else None
-
-    @property
-    def telling(self) -> Table:
-        """The rows of those units that the bars show."""
-        shown = units.telling(self.result)
-        return replace(self.table, rows=tuple(row for row in self.table.rows if row[0] in shown))
 
     def plots_of(self, *names: str) -> list[Plot]:
         """Those figures that were drawn."""
@@ -60,39 +52,30 @@ class Part:
 def read_all(folder: Path, order: Sequence[str] = ()) -> tuple[dict[str, Sensitivity], list[str]]:
     """The analyses of a run by name, those of `order` first, and what could not be read."""
     # What ends in `.partial` is what an interrupted analysis goes on from.
-    complete = [path for path in sorted(folder.glob(f"{FOLDER}/*.json")) if not path.stem.endswith(".partial")]
-    paths = {path.stem: path for path in complete}
-    found: dict[str, Sensitivity] = {}
+    paths = {path.stem: path for path in sorted(folder.glob(f"{FOLDER}/*.json")) if ".partial." not in path.name}
+    results: dict[str, Sensitivity] = {}
     unreadable: list[str] = []
     for name in dict.fromkeys([*(name for name in order if name in paths), *paths]):
         try:
-            found[name] = load_sensitivity(paths[name])
+            results[name] = load_sensitivity(paths[name])
         except RecordError as error:
             unreadable.append(str(error))
-    return found, unreadable
+    return results, unreadable
 
 
-def part_of(name: str, result: Sensitivity, record: Record | None = None) -> Part:
-    """What is to be said about one analysis, and about what its variant's `record` says of its floor; no plots yet."""
+def analysis_of(name: str, result: Sensitivity, plots: Sequence[Plot] = ()) -> Analysis:
+    """What is to be said about one analysis."""
     point = _chosen_point(result)
-    return Part(
+    return Analysis(
         name=name,
         result=result,
-        answer=_answer(result),
-        facts=tuple(_facts(result, record)),
+        answer=_answer(result, point),
         skip=f"skip: [{', '.join(point.skip)}]" if point and point.skip and point.within_target else None,
         strip=strip_of(name, _layers(result)) if result.search else None,
+        losses=_losses(result, point),
         table=_table(result),
+        plots=tuple(plots),
     )
-
-
-def drawn(part: Part, prefix: str, folder: Path | None) -> Part:
-    """The part with its figures, whose ids and files begin with `prefix`; saved in `folder` unless that is None.
-
-    Raises:
-        StorageError: the folder cannot be written.
-    """
-    return replace(part, plots=tuple(rendered(unit_plots.drawables(part.result, prefix), folder)))
 
 
 def write_sensitivity_page(path: Path) -> Path:
@@ -108,7 +91,7 @@ def write_sensitivity_page(path: Path) -> Path:
     text = templates.get_template("sensitivity.html").render(
         title=f"{result.format} on {Path(result.checkpoint).name}",
         section=TITLE,
-        part=drawn(part_of(result.format, result), FOLDER, None),
+        analysis=analysis_of(result.format, result, rendered(unit_plots.drawables(result, FOLDER), None)),
         device=device_name(result.environment),
         environment=environment_facts(result.environment),
         **page_context(),
@@ -119,7 +102,7 @@ def write_sensitivity_page(path: Path) -> Path:
 
 
 def plot_prefix(name: str) -> str:
-    """The beginning of the names of a part's figures: safe as an id and as a file, different for different names."""
+    """The beginning of figures' names: safe as an id and as a file, and different for different names."""
     safe = re.fullmatch(r"[A-Za-z0-9._+-]+", name)
     return f"{FOLDER}-{name if safe else storage.sha256_of_json(name)[:12]}"
 
@@ -145,100 +128,62 @@ def _layers(result: Sensitivity) -> dict[str, str]:
     return plan | {HEAD: result.half}  # the head is never quantized
 
 
-def _answer(result: Sensitivity) -> str:
-    search, point, all_kl = result.search, _chosen_point(result), kl_words(result.quantized.kl)
+def _answer(result: Sensitivity, point: Point | None) -> str:
+    search = result.search
     if search is None:
-        text = "No goal was given, so no skip list was chosen."
-        recovered = [(unit.recovery.kl, name) for name, unit in units.by_name(result).items() if unit.recovery]
-        if recovered:
-            kl, name = min(recovered, key=lambda one: one[0])
-            text += f" Kept alone, {units.words([name])} brings back most: KL {kl_words(kl)} instead of {all_kl} nats."
-        return text
-    count = _count(result)
+        return "No goal was given, so no skip list was chosen."
+    known = units.known_units(result)
+    count = f"{len(search.chosen)} of {len(known)} {units.kind(result, len(known))}"
+    goal = f"{search.goal}, for the {'least extra time' if search.objective == 'latency' else 'fewest extra bytes'}"
     if point is None or not point.within_target:
-        return f"No list met the goal on {result.images:,} images. The nearest keeps {count} in {result.half}."
+        return f"No skip list met the goal ({goal}). The nearest keeps {count} in {result.half}."
+    names = listed(units.in_order(search.chosen)) if len(search.chosen) <= _MOST_NAMED else count
     decision = {"shown": "shown to be met", "failed": "not met", "undecided": "not shown to be met"}[search.decision]
-    end = f"the goal is {decision} on {search.confirming_images:,} other images."
-    if not search.chosen:
-        return f"Nothing was chosen to stay in 16 bit. With all in {result.format}, {end}"
-    price = f"{human_bytes(point.extra_bytes)} more weights"
-    if point.extra_ms is not None:
-        price += f" and {abs(point.extra_ms):.2f} ms {'more' if point.extra_ms >= 0 else 'less'} per image"
-    many = result.granularity == "linear" and len(search.chosen) > _MOST_NAMED
     return (
-        f"Keep {count if many else units.words(search.chosen)} in {result.half} and the rest in {result.format}. "
-        f"On {result.images:,} calibration images KL falls from {all_kl} to {kl_words(point.loss.kl)} nats, "
-        f"for {price}. With this list, {end}"
+        f"Keep {names or 'nothing'} in {result.half}, the rest in {result.format}. The goal ({goal}) is {decision} "
+        f"on {search.confirming_images:,} images that did not choose."
     )
 
 
-def _count(result: Sensitivity) -> str:
-    chosen, known = len(result.search.chosen if result.search else ()), len(units.known_units(result))
-    return f"{chosen} of {known} {units.kind(result)}" if chosen < known else f"all {known} {units.kind(result)}"
+class _Outcome(NamedTuple):
+    """A mixture of formats, how far it is from the 16-bit model on so many images, and what it costs."""
+
+    name: str
+    images: int
+    loss: Loss
+    point: Point | None = None
 
 
-def _facts(result: Sensitivity, record: Record | None) -> list[tuple[str, str]]:
-    floors = [one for one in (record.requirements if record else ()) if one.name == "auto.max_top1_drop"]
-    facts = [("on the tested images", requirement_sentence(one)) for one in floors]
-    if (search := result.search) is not None:
-        cheapest = {"size": "fewest extra bytes", "latency": "least extra time"}.get(search.objective, search.objective)
-        met = {"shown": "yes", "failed": "no", "undecided": "not shown"}[search.decision]
-        images = f"{search.confirming_images:,} images that did not choose"
-        share, ends = search.confirmed.kl_share, search.confirmed.kl_share_ci95
-        confirmed = f"{met}, by the 95 % interval on {images}: {_loss(search.confirmed)}"
-        if share is not None and ends is not None:
-            low, high = (f"{100 * end:.0f}" for end in ends)
-            confirmed += f", KL {100 * share:.0f} % ({low} to {high} %) of that with all quantized"
-        facts += [("goal", f"{search.goal}, for the {cheapest}"), ("stays in 16 bit", _count(result))]
-        facts += [("goal met", confirmed)] + ([("advice", search.advice)] if search.advice else [])
-        if point := _chosen_point(result):
-            part = _share(point.loss.kl, result.quantized.kl)
-            of_all = f" ({part} of that with all in {result.format})" if part else ""
-            facts.append(("with this list", f"{_loss(point.loss)}, KL {kl_words(point.loss.kl)} nats{of_all}"))
-        facts.append(("tried", f"{len(search.points)} skip lists"))
-    losses = [loss for unit in result.units for loss in (unit.damage, unit.recovery) if loss]
-    changed, chance = sum(map(units.shows_change, losses)), 0.05 * len(losses)
-    change = f"{changed} of {len(losses)} intervals exclude no change; about {chance:.0f} would by chance alone"
-    facts.append((f"all in {result.format}", f"{_loss(result.quantized)}, KL {kl_words(result.quantized.kl)} nats"))
-    facts += [("top-1 by unit", change), ("calibration", f"{result.images:,} images of {result.dataset}")]
-    return facts + ([] if result.sample_images is None else [("first pass", _first_pass(result))])
+def _losses(result: Sensitivity, point: Point | None) -> Table:
+    """The quantized model and the chosen skip list, on the images that chose it and on others."""
 
+    def share(outcome: _Outcome) -> str | None:
+        loss, whole = outcome.loss, result.quantized.kl
+        value = loss.kl / whole if loss.kl_share is None and whole else loss.kl_share
+        return None if value is None else with_interval("{:.0%}".format, value, loss.kl_share_ci95)
 
-def _first_pass(result: Sensitivity) -> str:
-    """The label-free first pass, and how well it agrees with the exact table where both are known."""
-    both = [
-        (result.sample_kl[one.unit], one.recovery.kl)
-        for one in result.units
-        if one.recovery and one.unit in result.sample_kl
-    ]
-    text = (
-        f"{len(result.sample_kl)} {units.kind(result)} ranked by KL on {result.sample_images:,} images, labels unused"
-    )
-    text += f"; {len(result.units)} of them then scored exactly"
-    try:
-        correlation = statistics.spearman([first for first, _ in both], [exact for _, exact in both])
-    except ValueError:  # fewer than two, or all equal
-        return text
-    return f"{text}. The rank correlation of these {len(both)} with the exact recovery KL is {correlation:.2f}"
-
-
-def _loss(loss: Loss) -> str:
-    delta, agreement = _delta(loss).replace("-", "−"), percent(loss.agreement_percent)
-    return f"top-1 {delta} points against 16 bit, same class on {agreement} %"
+    columns: dict[str, Cell] = {
+        "held": of("name"),
+        "images": of("images", "{:,}".format),
+        "Δ points (95 %)": of("loss", _delta),
+        "agree %": of("loss.agreement_percent", percent),
+        "KL, nats": of("loss.kl", kl_words),
+        "KL share (95 %)": share,
+        "extra weights": of("point.extra_bytes", lambda count: f"+{human_bytes(count)}"),
+        "extra ms": of("point.extra_ms", "{:+.2f}".format),
+    }
+    outcomes = [_Outcome(f"all in {result.format}", result.images, result.quantized)]
+    if (search := result.search) and point:
+        outcomes.append(_Outcome("skip list, on the images that chose it", result.images, point.loss, point))
+        outcomes.append(_Outcome("skip list, on other images", search.confirming_images, search.confirmed, point))
+    return tabulate("Against the 16-bit model", columns, outcomes)
 
 
 def _delta(loss: Loss) -> str:
     return delta_words(loss.top1_delta_points, loss.top1_delta_ci95_points, 1)
 
 
-def _share(part: float, whole: float) -> str | None:
-    """A percentage, to a tenth below ten."""
-    share = 100 * part / whole if whole > 0 else None
-    return None if share is None else f"{share:.{1 if abs(share) < 9.95 else 0}f} %"
-
-
-@dataclass(frozen=True)
-class _Unit:
+class _Unit(NamedTuple):
     name: str
     held: str | None
     scores: UnitScores | None
@@ -247,26 +192,20 @@ class _Unit:
 
 def _table(result: Sensitivity) -> Table:
     """All figures by unit; those that only the first pass has seen have nothing but its KL."""
-    search, scored, all_kl, kind = result.search, units.by_name(result), result.quantized.kl, units.kind(result, 1)
+    search, scored, kind = result.search, units.by_name(result), units.kind(result, 1)
     columns: dict[str, Cell] = {
         kind: of("name"),
-        **({"held in": of("held")} if search else {}),
+        "held in": of("held"),
         "damage: KL": of("scores.damage.kl", kl_words),
         "damage: Δ points (95 %)": of("scores.damage", _delta),
         "recovery: KL": of("scores.recovery.kl", kl_words),
-        "brought back": of("scores.recovery.kl", lambda kl: _share(all_kl - kl, all_kl)),
         "recovery: Δ points (95 %)": of("scores.recovery", _delta),
         "extra weights": of("scores.extra_bytes", lambda count: f"+{human_bytes(count)}"),
         "extra ms": of("scores.extra_ms", "{:+.3f}".format),
         "first pass: KL": of("sample", kl_words),
     }
-    rows = [
-        _Unit(
-            name,
-            result.half if search and name in search.chosen else result.format,
-            scored.get(name),
-            result.sample_kl.get(name),
-        )
-        for name in units.known_units(result)
-    ]
+    rows = []
+    for name in units.known_units(result):
+        held = (result.half if name in search.chosen else result.format) if search else None
+        rows.append(_Unit(name, held, scored.get(name), result.sample_kl.get(name)))
     return tabulate(f"Every {kind}: damage, recovery, and what 16 bit costs", columns, rows, 2 if search else 1)

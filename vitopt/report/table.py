@@ -8,7 +8,7 @@ from vitopt.formats import QUANTIZED_FORMATS
 from vitopt.measure.gate import overall
 from vitopt.measure.latency_statistics import calls_needed
 from vitopt.records import Latency, Record, Variant
-from vitopt.report.requirements import DECISIONS, requirement_cells, requirement_sentence
+from vitopt.report.requirements import DECISIONS, requirement_parts, requirement_sentence
 
 UNKNOWN = "–"
 SUMMARY_MARK = "<!-- vitopt compare -->\n"  # what a summary begins with; unseen where Markdown is shown
@@ -80,8 +80,8 @@ def _digits(record: Record) -> int:
 def _peak(timed: _Timed) -> str | None:
     """Peak memory at the batch size where it was measured at each, else the one that was measured."""
     record, latency = timed.record, timed.latency
-    if any(one.peak_bytes is not None for one in record.latency):
-        return human_bytes(latency.peak_bytes) if latency else None
+    if any(row.peak_bytes is not None for row in record.latency):
+        return human_bytes(latency.peak_bytes) if latency and latency.peak_bytes is not None else None
     return human_bytes(record.memory.peak_bytes) if record.memory else None
 
 
@@ -96,16 +96,6 @@ def row(record: Record, batch_size: int | None = None) -> list[str]:
     """Cells of one variant at one batch size (None: the first measured); a dash where a figure is missing."""
     timed = _Timed(record, record.latency_at(batch_size))
     return [cell(timed) or UNKNOWN for cell in _COLUMNS.values()]
-
-
-def in_words(records: Sequence[Record], batch_size: int | None, *headings: str) -> str:
-    """Those columns of the comparison as text: `fp32: p50 ms 30.00, weights 20 MB; nf4: …`."""
-    said = []
-    for record in records:
-        cells = dict(zip(HEADINGS, row(record, batch_size), strict=True))
-        known = [f"{heading} {cells[heading]}" for heading in headings if cells[heading] != UNKNOWN]
-        said += [f"{record.variant.name}: {', '.join(known)}"] if known else []
-    return "; ".join(said)
 
 
 def batch_sizes(records: Sequence[Record]) -> list[int]:
@@ -174,33 +164,35 @@ def device_name(environment: Mapping[str, Any]) -> str:
     return str(gpu["name"] if gpu else environment.get("processor", "unknown device"))
 
 
-def human_bytes(count: int | None) -> str:
+def human_bytes(count: float) -> str:
     """Megabytes of a million bytes, as file managers and vendors count them; gigabytes from a thousand on."""
-    if count is None:
-        return UNKNOWN
     megabytes = count / 1e6
     if megabytes >= 999.5:
         return f"{megabytes / 1000:.2f} GB"
     return f"{megabytes:.{2 if megabytes < 10 else 0}f} MB"
 
 
-def milliseconds(value: float | None) -> str:
+def milliseconds(value: float) -> str:
     """One decimal from 100 ms on, two below, three under 0.1 ms."""
-    return _number(value, 1 if value is None or value >= 100 else 2 if value >= 0.1 else 3)
+    return f"{value:.{1 if value >= 100 else 2 if value >= 0.1 else 3}f}"
 
 
-def tail(estimate: float | None, limits: tuple[float | None, float | None] | None) -> str:
+def tail(estimate: float | None, limits: tuple[float | None, float | None] | None) -> str | None:
     """A high percentile with its upper 95 % limit; the lower limit alone where so few calls give no upper one.
 
     The percentile of few calls is mostly below the true one, so it is shown with its limit or not at all. Records of
     earlier versions have no limits.
     """
-    if limits is None:
-        return milliseconds(estimate)
-    low, high = limits
-    if high is None:
-        return UNKNOWN if low is None else f"≥ {milliseconds(low)}"
-    return f"{milliseconds(estimate)} (≤ {milliseconds(high)})"
+    low, high = limits or (None, None)
+    if high is None and limits:
+        return None if low is None else f"≥ {milliseconds(low)}"
+    within = "" if high is None else f" (≤ {milliseconds(high)})"
+    return None if estimate is None else milliseconds(estimate) + within
+
+
+def with_interval(words: Callable[[float], str], value: float, interval: tuple[float, float] | None) -> str:
+    """A figure with its interval where there is one, as in `1.50x (1.42x to 1.58x)`."""
+    return words(value) + (f" ({words(interval[0])} to {words(interval[1])})" if interval else "")
 
 
 def percent(value: float) -> str:
@@ -209,9 +201,9 @@ def percent(value: float) -> str:
     return f"{value:.{digits}f}"
 
 
-def rate(images_per_second: float | None) -> str:
+def rate(images_per_second: float) -> str:
     """Whole images per second from 100 on, one decimal below."""
-    return _number(images_per_second, 0 if images_per_second is not None and images_per_second > 99 else 1)
+    return f"{images_per_second:.{0 if images_per_second > 99 else 1}f}"
 
 
 def notes(records: Sequence[Record]) -> list[str]:
@@ -289,8 +281,8 @@ def pull_request(records: tuple[Record, Record]) -> str:
     parts = [markdown(comparison(records, size)) for size in batch_sizes(records) or (None,)]
     if after.requirements:
         title += f": requirements {DECISIONS[overall(after.requirements)]}"
-        rows = tuple(map(requirement_cells, after.requirements))
-        parts.insert(0, markdown(Table("", ("required", "measured", "95 %", ""), rows)))
+        rows = tuple(map(requirement_parts, after.requirements))
+        parts.insert(0, markdown(Table("", ("required", "measured (95 %)"), rows)))
     lines = "\n".join(f"- {markdown_text(line)}" for line in cautions(records) + verdicts(records))
     return SUMMARY_MARK + "\n\n".join([f"### {markdown_text(title)}", *parts, lines]) + "\n"
 
@@ -310,12 +302,7 @@ def _together(found: Iterable[tuple[str, str]]) -> list[str]:
 
 def delta_words(points: float, interval: tuple[float, float], digits: int) -> str:
     """A change in percentage points with its interval, as in `+0.5 (-1.0 to +2.0)`."""
-    low, high = interval
-    return f"{points:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return UNKNOWN if value is None else f"{value:.{digits}f}"
+    return with_interval(f"{{:+.{digits}f}}".format, points, interval)
 
 
 _COLUMNS: dict[str, Cell] = {

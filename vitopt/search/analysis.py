@@ -1,9 +1,10 @@
 """A whole sensitivity analysis of one checkpoint and format: tables, costs, and, if asked, the skip list."""
 
+import functools
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -17,7 +18,7 @@ from vitopt.environment import devices, machine, support
 from vitopt.environment.devices import DTYPES
 from vitopt.errors import BadImageError, CheckpointError, DataError, RecipeError
 from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
-from vitopt.measure import statistics
+from vitopt.measure.logit_statistics import mean_kl_divergence
 from vitopt.measure.predictions import Predictions
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor
 from vitopt.models.names import Layer, block_names
@@ -33,10 +34,10 @@ from vitopt.search.sensitivity import (
     DEFAULT_MEMORY_BYTES,
     Calibration,
     Granularity,
-    Table,
+    Scoring,
     Unit,
     calibration_of,
-    table_logits,
+    mixture_logits,
     units,
 )
 from vitopt.search.skiplist import Objective, search_skip_list
@@ -98,7 +99,7 @@ def analyse(
         best = sorted(sample_kl, key=lambda name: sample_kl[name])[:candidates]
         chosen = [unit for unit in chosen if unit.name in best]
     scores = analysis.scores(chosen)
-    found = None if goal is None or confirming is None else analysis.search(scores, confirming, goal, objective)
+    search = None if goal is None or confirming is None else analysis.search(scores, confirming, goal, objective)
     result = Sensitivity(
         checkpoint=checkpoint.source,
         checkpoint_sha256=checkpoint.fingerprint(),
@@ -113,7 +114,7 @@ def analyse(
         quantized=analysis.quantized,
         units=tuple(scores),
         seconds=round(time.perf_counter() - started, 1),
-        search=found,
+        search=search,
         environment=machine.describe(target),
     )
     save_sensitivity(result, output)
@@ -148,7 +149,7 @@ def analyse_for(
 
 
 def require_disjoint(calibration: ImageSet, test: ImageSet) -> None:
-    """Refuse calibration images that are also test images: a skip list chosen on them would flatter itself.
+    """Refuse calibration images that are also test images: what is chosen on them would flatter itself.
 
     Raises:
         DataError: at least one image is in both, by content.
@@ -157,7 +158,7 @@ def require_disjoint(calibration: ImageSet, test: ImageSet) -> None:
     if shared:
         first = next(n for n, h in zip(calibration.ids, calibration.image_hashes, strict=True) if h in shared)
         raise DataError(
-            f"{len(shared)} calibration images are also test images (first: {first}); choose the skip list on other "
+            f"{len(shared)} calibration images are also test images (first: {first}); calibrate on other "
             "images, such as the training split"
         )
 
@@ -199,6 +200,7 @@ class _Analysis:
         self.from_packed = Hybrid(packed, exact, blocks)
         self.units = units(layers, granularity)
         self._device, self._batch_size, self._memory_bytes = device, batch_size, memory_bytes
+        self._mixtures = functools.partial(mixture_logits, memory_bytes=memory_bytes)
         self._preprocess = Preprocessor(load_processor(checkpoint))
         # Formats round differently on other devices, in other batches and in other versions.
         made_by = machine.provenance(device)
@@ -221,13 +223,13 @@ class _Analysis:
         """Recovery KL of every unit on a few images; labels are not used."""
         sample = self._calibration(images)
         reference = sample.predictions([self.from_exact.logits(pixels) for pixels in sample.stream()]).logits
-        found: dict[str, float] = {}
+        kl: dict[str, float] = {}
 
         def done(unit: str, logits: list[torch.Tensor]) -> None:
-            found[unit] = statistics.mean_kl_divergence(reference, sample.predictions(logits).logits)
+            kl[unit] = mean_kl_divergence(reference, sample.predictions(logits).logits)
 
-        self._run(self.from_packed, sample, self.units, done, "sampling")
-        return found
+        self._mixtures(self.from_packed, sample, self.units, done=done, description="sampling")
+        return kl
 
     def scores(self, chosen: Sequence[Unit]) -> list[UnitScores]:
         """Both tables for `chosen`, with what keeping each unit costs."""
@@ -246,32 +248,21 @@ class _Analysis:
             for unit in chosen
         ]
 
-    def _fill(self, table: Table, hybrid: Hybrid, chosen: Sequence[Unit]) -> Predictions:
+    def _fill(self, scoring: Scoring, hybrid: Hybrid, chosen: Sequence[Unit]) -> Predictions:
         """Store the logits of every mixture that is not stored yet; return those of the unmixed model."""
 
         def done(unit: str, logits: list[torch.Tensor]) -> None:
-            storage.write_bytes(self._file(table, unit), safetensors.torch.save({"logits": torch.cat(logits)}))
+            storage.write_bytes(self._file(scoring, unit), safetensors.torch.save({"logits": torch.cat(logits)}))
 
-        missing = [unit for unit in chosen if not self._file(table, unit.name).is_file()]
-        return self.calibration.predictions(self._run(hybrid, self.calibration, missing, done, table))
+        missing = [unit for unit in chosen if not self._file(scoring, unit.name).is_file()]
+        unmixed = self._mixtures(hybrid, self.calibration, missing, done=done, description=scoring)
+        return self.calibration.predictions(unmixed)
 
-    def _file(self, table: Table, unit: str) -> Path:
-        return self.partial / f"{table}-{unit}.safetensors"
+    def _file(self, scoring: Scoring, unit: str) -> Path:
+        return self.partial / f"{scoring}-{unit}.safetensors"
 
-    def _stored(self, table: Table, unit: Unit) -> Predictions:
-        return self.calibration.predictions([safetensors.torch.load_file(self._file(table, unit.name))["logits"]])
-
-    def _run(
-        self,
-        hybrid: Hybrid,
-        calibration: Calibration,
-        chosen: Sequence[Unit],
-        done: Callable[[str, list[torch.Tensor]], None],
-        description: str,
-    ) -> list[torch.Tensor]:
-        return table_logits(
-            hybrid, calibration, chosen, memory_bytes=self._memory_bytes, done=done, description=description
-        )
+    def _stored(self, scoring: Scoring, unit: Unit) -> Predictions:
+        return self.calibration.predictions([safetensors.torch.load_file(self._file(scoring, unit.name))["logits"]])
 
     def search(
         self, scores: Sequence[UnitScores], confirming: ImageSet, goal: Goal, objective: Objective
@@ -292,8 +283,9 @@ class _Analysis:
 
             def confirm(names: frozenset[str]) -> Loss:
                 others = self._calibration(confirming)
-                found = zip(*self._three_models(others, [one for name in names for one in layers[name]]), strict=True)
-                return loss_with_share(*map(others.predictions, found))
+                kept = [layer for name in names for layer in layers[name]]
+                logits = zip(*self._three_models(others, kept), strict=True)
+                return loss_with_share(*map(others.predictions, logits))
 
             return search_skip_list(
                 scores,

@@ -4,11 +4,14 @@ A list chosen as the best of many on some images looks better there than it is. 
 the one list that the search ends with is judged once, on the other part.
 """
 
+import numpy as np
+
 from vitopt.data.images import ImageSet
 from vitopt.errors import DataError
-from vitopt.measure import statistics
+from vitopt.measure.intervals import paired_delta_interval, ratio_interval
+from vitopt.measure.logit_statistics import kl_divergences, mean_kl_divergence, normalised_error
+from vitopt.measure.paired import paired_counts
 from vitopt.measure.predictions import Predictions
-from vitopt.measure.ratio import ratio_interval
 from vitopt.recipe import CHOOSING
 from vitopt.search.results import Loss
 
@@ -30,26 +33,24 @@ def divide(images: ImageSet) -> tuple[ImageSet, ImageSet]:
 
 def loss(exact: Predictions, reference: Predictions, changed: Predictions) -> Loss:
     """`changed` against the 16-bit model `exact`; its top-1 against `reference`."""
-    counts = statistics.paired_counts(reference.correct, changed.correct)
-    interval = statistics.paired_delta_interval(
-        counts.both_right, counts.right_to_wrong, counts.wrong_to_right, counts.both_wrong
-    )
+    counts = paired_counts(reference.correct, changed.correct)
+    interval = paired_delta_interval(*counts)
     return Loss(
         top1_delta_points=100 * (counts.wrong_to_right - counts.right_to_wrong) / len(changed.labels),
         top1_delta_ci95_points=(100 * interval.low, 100 * interval.high),
-        agreement_percent=100 * statistics.agreement(exact.classes, changed.classes),
-        kl=statistics.mean_kl_divergence(exact.logits, changed.logits),
-        logit_error=statistics.normalised_error(exact.logits, changed.logits),
+        agreement_percent=100 * float(np.mean(exact.classes == changed.classes)),
+        kl=mean_kl_divergence(exact.logits, changed.logits),
+        logit_error=normalised_error(exact.logits, changed.logits),
     )
 
 
 def loss_with_share(exact: Predictions, quantized: Predictions, changed: Predictions) -> Loss:
     """`loss` against the 16-bit model, with its KL as a share of the fully quantized model's."""
     measured = loss(exact, exact, changed)
-    before = statistics.kl_divergences(exact.logits, quantized.logits)
+    before = kl_divergences(exact.logits, quantized.logits)
     if not before.any():  # quantizing changed nothing, so there is nothing to have a share of
         return measured
-    after = statistics.kl_divergences(exact.logits, changed.logits)
+    after = kl_divergences(exact.logits, changed.logits)
     interval = ratio_interval(after, before)
     share = float(after.mean() / before.mean())
     return measured.model_copy(update={"kl_share": share, "kl_share_ci95": (interval.low, interval.high)})

@@ -30,14 +30,14 @@ def extra_ms(hybrid: Hybrid, chosen: Sequence[Unit], pixels: torch.Tensor) -> di
     Units of the same shapes take the same time: one block of each kind is timed with and without it. None where the
     block cannot be called by itself.
     """
-    found: dict[tuple[object, ...], float | None] = {}
-    result: dict[str, float | None] = {}
+    by_kind: dict[tuple[object, ...], float | None] = {}
+    by_name: dict[str, float | None] = {}
     for unit in chosen:
         kind = tuple((layer.logical.rsplit(".", 1)[-1], layer.parameters) for layer in unit.layers)
-        if kind not in found:
-            found[kind] = _time_unit(hybrid, unit, pixels)
-        result[unit.name] = found[kind]
-    return result
+        if kind not in by_kind:
+            by_kind[kind] = _time_unit(hybrid, unit, pixels)
+        by_name[unit.name] = by_kind[kind]
+    return by_name
 
 
 def _time_unit(hybrid: Hybrid, unit: Unit, pixels: torch.Tensor) -> float | None:

@@ -1,4 +1,4 @@
-"""`--format auto`: the fastest way to run a checkpoint on this device that still agrees with it in fp32.
+"""`format: auto`: the fastest way to run a checkpoint on this device that still agrees with it in fp32.
 
 Nothing is looked up. Every format that the device can run is made, run in every way that may be its fastest, and
 measured against fp32 on the same images and, turn by turn, for the same time.
@@ -7,27 +7,26 @@ measured against fp32 on the same images and, turn by turn, for the same time.
 import logging
 import math
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
+from vitopt import storage
 from vitopt.data.images import ImageSet
-from vitopt.data.labels import fit_labels
-from vitopt.environment import devices, support
-from vitopt.errors import CheckpointError, MeasurementError, RecipeError, UnsupportedError
+from vitopt.environment import devices, launch, support
+from vitopt.errors import CheckpointError, MeasurementError, RecipeError, RecordError, UnsupportedError
 from vitopt.formats import FORMATS, QUANTIZED_FORMATS, HalfFormat
+from vitopt.inference import Candidate, measure
 from vitopt.measure.claims import at_least
 from vitopt.measure.comparison import paired_speedup
-from vitopt.measure.evaluator import evaluate
+from vitopt.measure.intervals import Interval, wilson_interval
 from vitopt.measure.latency_statistics import Speedup
 from vitopt.measure.power import trials_to_bound_share
-from vitopt.measure.statistics import Interval, wilson_interval
-from vitopt.models.checkpoint import Checkpoint, open_checkpoint
+from vitopt.models.checkpoint import Checkpoint
 from vitopt.optimize.quantize import quantize
-from vitopt.optimize.runtime import TorchRunnable, prepare
-from vitopt.recipe import EvaluateSpec, VariantSpec
+from vitopt.recipe import EvaluateSpec, FastestSpec, Spec, VariantSpec
 from vitopt.records import Record
 
 logger = logging.getLogger(__name__)
@@ -35,12 +34,11 @@ logger = logging.getLogger(__name__)
 REFERENCE = "fp32"
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Spec):
     """What was chosen, and the records of all that was measured, the reference first."""
 
     variant: VariantSpec
-    records: list[Record]
+    records: tuple[Record, ...]
     min_agreement_percent: float
 
     def sentence(self) -> str:
@@ -65,19 +63,19 @@ class Choice:
             if record.dataset is None or record.versus_baseline is None or not record.latency:
                 continue
             if at_least(_agreement(record), limit) == "undecided" and speedup(self.records[0], record).ratio > 1:
-                found = record.versus_baseline.agreement_percent
-                more = _images_to_show(found / 100, limit)
+                agreement = record.versus_baseline.agreement_percent
+                more = _images_to_show(agreement / 100, limit)
                 remedy = f"give about {more:,} images" if more else "allow less agreement"
                 lines.append(
-                    f"{record.variant.name} agrees on {found:.1f} % of {record.dataset.images:,} images, which does "
-                    f"not show {self.min_agreement_percent:g} % (95 %): {remedy}"
+                    f"{record.variant.name} agrees on {agreement:.1f} % of {record.dataset.images:,} images, which "
+                    f"does not show {self.min_agreement_percent:g} % (95 %): {remedy}"
                 )
         return lines
 
 
 def candidates(device: torch.device, half: HalfFormat, compile: bool) -> list[VariantSpec]:
     """Ways to run that may be the fastest on a device: fp32 as it is, then each format, plain and compiled."""
-    found = [VariantSpec(name=REFERENCE, format="fp32")]
+    variants = [VariantSpec(name=REFERENCE, format="fp32")]
     for format, facts in FORMATS.items():
         if (
             not facts.can_be_fast
@@ -87,24 +85,24 @@ def candidates(device: torch.device, half: HalfFormat, compile: bool) -> list[Va
             continue
         held = {"half": half} if format in QUANTIZED_FORMATS else {}
         if format != "fp32":
-            found.append(VariantSpec(name=format, format=format, **held))
+            variants.append(VariantSpec(name=format, format=format, **held))
         if compile:
             name = f"{format}-compiled"
-            found.append(VariantSpec(name=name, format=format, compile=True, fuse_qkv=True, **held))
-    return found
+            variants.append(VariantSpec(name=name, format=format, compile=True, fuse_qkv=True, **held))
+    return variants
 
 
-def choose(records: list[Record], min_agreement_percent: float) -> str:
+def choose(records: Sequence[Record], min_agreement_percent: float) -> str:
     """Name of the fastest record that is shown to agree with the first; the first itself if none is.
 
     An agreement is shown by the lower end of its interval. Of those that agree the fastest leads, but what comes
     earlier in the list is simpler, and stays unless the leader is shown to be faster.
     """
     limit = min_agreement_percent / 100
-    agreeing = [one for one in records[1:] if one.latency and one.dataset and one.versus_baseline]
-    known = [records[0], *(one for one in agreeing if at_least(_agreement(one), limit) == "shown")]
-    leader = max(known, key=lambda record: speedup(records[0], record).ratio)
-    for record in known:
+    compared = [record for record in records[1:] if record.latency and record.dataset and record.versus_baseline]
+    agreeing = [records[0], *(record for record in compared if at_least(_agreement(record), limit) == "shown")]
+    leader = max(agreeing, key=lambda record: speedup(records[0], record).ratio)
+    for record in agreeing:
         interval = speedup(record, leader).interval
         if record is leader or interval is None or interval.low <= 1:
             return record.variant.name
@@ -134,63 +132,99 @@ def _range(interval: Interval | None) -> str:
     return "" if interval is None else f" ({interval.low:.2f} to {interval.high:.2f})"
 
 
+def require_enough_images(images: int, min_agreement_percent: float) -> None:
+    """Refuse so few images that they could not show the agreement even if a format agreed on all of them.
+
+    Raises:
+        RecipeError: there are too few.
+    """
+    if wilson_interval(images, images).low < min_agreement_percent / 100:
+        fewest = _images_to_show(1.0, min_agreement_percent / 100)
+        remedy = f"give at least {fewest:,}" if fewest else "no number of images does; ask for less than 100 %"
+        raise RecipeError(
+            f"{images:,} images cannot show (95 %) that a format agrees with fp32 on {min_agreement_percent:g} %, "
+            f"not even if it agrees on each of them: {remedy}"
+        )
+
+
+def how_measured(spec: EvaluateSpec) -> EvaluateSpec:
+    """What of `spec` a choice needs: agreement, and the time at the first batch size."""
+    latency = spec.latency.model_copy(update={"batch_sizes": spec.latency.batch_sizes[:1]})
+    return spec.model_copy(
+        update={"latency": latency, "end_to_end": False, "throughput": False, "roofline": False, "look_alikes": False}
+    )
+
+
 def find_fastest(
     checkpoint: Checkpoint,
     images: ImageSet,
-    spec: EvaluateSpec,
+    spec: FastestSpec,
+    evaluate: EvaluateSpec,
     *,
-    min_agreement_percent: float,
     half: HalfFormat = "bf16",
-    compile: bool = True,
     device: str = "auto",
     skip_bad: bool = False,
-) -> Choice:
-    """Measure all candidates of this device and choose.
+) -> Choice | None:
+    """Measure all candidates of this device, as `evaluate` says, and choose; None in other processes than the main one.
 
     Raises:
         RecipeError: so few images could not show the agreement even if they all agreed.
         DataError: the images' classes are not the checkpoint's.
         UnsupportedError: not even fp32 could be measured.
     """
-    if wilson_interval(len(images), len(images)).low < min_agreement_percent / 100:
-        fewest = _images_to_show(1.0, min_agreement_percent / 100)
-        remedy = f"give at least {fewest:,}" if fewest else "no number of images does; ask for less than 100 %"
-        raise RecipeError(
-            f"{len(images):,} images cannot show (95 %) that a format agrees with fp32 on {min_agreement_percent:g} %, "
-            f"not even if it agrees on each of them: {remedy}"
-        )
+    require_enough_images(len(images), spec.min_agreement)
     target = devices.resolve_device(device)
+    variants = candidates(target, half, spec.compile)
     with tempfile.TemporaryDirectory() as folder:
-        made = list(_prepared(checkpoint, candidates(target, half, compile), Path(folder), target))
-        variants = [variant for variant, _ in made]
-        measured = evaluate(
-            [runnable for _, runnable in made],
-            spec,
-            images=fit_labels(images, checkpoint.label_names),
+        measured = measure(
+            list(_made(checkpoint, variants, Path(folder), str(target))),
+            how_measured(evaluate),
+            images=images,
             skip_bad=skip_bad,
             baseline=REFERENCE,
+            device=str(target),
             untrained=checkpoint.is_random,
         )
-    records = [one.record for one in measured]
+    if not launch.is_main_process():
+        return None
+    records = tuple(result.record for result in measured)
     if records[0].failure or not records[0].latency:
         raise UnsupportedError(f"fp32 itself could not be measured: {records[0].failure or 'no latency'}")
-    chosen = choose(records, min_agreement_percent)
-    return Choice(next(v for v in variants if v.name == chosen), records, min_agreement_percent)
+    for record in records:
+        if record.failure:
+            logger.warning("%s is left out: %s", record.variant.name, record.failure)
+    name = choose(records, spec.min_agreement)
+    chosen = next(variant for variant in variants if variant.name == name)
+    return Choice(variant=chosen, records=records, min_agreement_percent=spec.min_agreement)
 
 
-def _prepared(
-    checkpoint: Checkpoint, variants: list[VariantSpec], folder: Path, device: torch.device
-) -> Iterator[tuple[VariantSpec, TorchRunnable]]:
+def _made(checkpoint: Checkpoint, variants: Sequence[VariantSpec], folder: Path, device: str) -> Iterator[Candidate]:
+    """Each variant with its checkpoint, or with the reason why that could not be made."""
+    failures: dict[str, str] = {}
     for variant in variants:
-        made = folder / variant.format
-        try:
-            if not made.exists():
-                quantize(checkpoint, variant, made, str(device))
-            made_as = open_checkpoint(str(made))
-            runnable = prepare(made_as, name=variant.name, device=device, run=variant.run, asked=variant)
-        except (CheckpointError, MeasurementError, UnsupportedError) as error:
-            if variant.name == REFERENCE:
-                raise
-            logger.warning("%s is left out: %s", variant.name, error)
-        else:
-            yield variant, runnable
+        output = folder / variant.format
+        if not output.exists() and variant.format not in failures:
+            try:
+                quantize(checkpoint, variant, output, device)
+            except (CheckpointError, MeasurementError, UnsupportedError) as error:
+                if variant.name == REFERENCE:
+                    raise
+                failures[variant.format] = str(error)
+        yield Candidate(variant.name, str(output), variant.run, variant, failures.get(variant.format))
+
+
+def save_choice(choice: Choice, path: Path) -> None:
+    """Write a choice as JSON."""
+    storage.write_json(path, choice.model_dump(mode="json", by_alias=True))
+
+
+def load_choice(path: Path) -> Choice:
+    """Read what `save_choice` wrote.
+
+    Raises:
+        RecordError: it is missing or not a whole choice.
+    """
+    try:
+        return Choice.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise RecordError(f"{path} holds no choice of a format: choose again") from error

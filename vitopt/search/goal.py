@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass
 
-from vitopt.measure.claims import Decision, at_most
+from vitopt.measure.claims import Decision, at_most, together
+from vitopt.measure.intervals import Interval
 from vitopt.measure.power import images_to_bound_loss
-from vitopt.measure.statistics import Interval
 from vitopt.recipe import CHOOSING
 from vitopt.search.results import Loss
 
@@ -42,9 +42,7 @@ def decide(goal: Goal, measured: Loss) -> Decision:
         decisions.append(at_most(Interval(-high, -low), goal.max_top1_drop))
     if goal.max_kl_share is not None and measured.kl_share_ci95 is not None:
         decisions.append(at_most(Interval(*measured.kl_share_ci95), goal.max_kl_share))
-    if "failed" in decisions:
-        return "failed"
-    return "undecided" if "undecided" in decisions else "shown"
+    return together(decisions)
 
 
 def likely_shown(images: int, max_drop: float, drop: float, changed: float) -> bool:

@@ -69,8 +69,8 @@ class Hybrid:
 
         It is the block's output, but where a family merges patches between two stages.
         """
-        found: torch.Tensor = self._run_from(block, hidden, stop=block + 1)
-        return found
+        advanced: torch.Tensor = self._run_from(block, hidden, stop=block + 1)
+        return advanced
 
     @torch.inference_mode()
     def logits_from(self, hidden: torch.Tensor, block: int) -> torch.Tensor:
@@ -99,7 +99,7 @@ class Hybrid:
         others = self._probe.others
 
         def pass_on(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            # Some families' blocks return a tuple, with attention weights for which nobody asked here.
+            # Some families' blocks return a tuple: hidden states, then attention weights, which are None here.
             return hidden if others is None else (hidden, *[None] * others)
 
         # What the embeddings give is thrown away, so the patches need not be computed.
@@ -145,7 +145,7 @@ class Hybrid:
         return _Probe(others[0], shapes)
 
     def _placeholder(self, batch: int, hidden: torch.Tensor) -> torch.Tensor:
-        # One zero seen as many: neither memory nor a cast is spent on pixels that nobody looks at.
+        # One zero, expanded: the pixels are not used, so they take neither memory nor a cast.
         return hidden.new_zeros(()).expand(batch, 3, *image_size(self.base.config))
 
 
@@ -160,7 +160,7 @@ def _zeros(shape: torch.Size) -> Any:
 
 
 class _Reached(Exception):
-    """Carries what was found out of a forward pass that need not go on."""
+    """Ends a forward pass early and carries its result out."""
 
     def __init__(self, value: Any):
         super().__init__()

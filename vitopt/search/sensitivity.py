@@ -21,7 +21,7 @@ from vitopt.models.names import Layer
 from vitopt.search.hybrid import Boundary, Hybrid
 
 Granularity = Literal["block", "linear"]
-Table = Literal["damage", "recovery"]
+Scoring = Literal["damage", "recovery"]
 DEFAULT_MEMORY_BYTES = 2_000_000_000
 
 
@@ -72,7 +72,7 @@ def units(layers: Sequence[Layer], granularity: Granularity) -> list[Unit]:
     return [Unit(f"block.{n}", n, tuple(layer for layer in inside if layer.block == n)) for n in numbers]
 
 
-def table_logits(
+def mixture_logits(
     hybrid: Hybrid,
     calibration: Calibration,
     chosen: Sequence[Unit],

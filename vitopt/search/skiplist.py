@@ -1,17 +1,18 @@
 """The search for a skip list: the cheapest set of units in 16 bit that meets a goal.
 
-Scores that add up say which set is cheapest, measuring says whether it is enough: what a set lacks, or has too much,
-is asked of the next set on top of what the scores promised of this one, until a set comes out again. All of this
-looks at the choosing images alone; the set that it ends with is measured once on the confirming images. All that was
-tried is returned, because the frontier matters more than one point.
+A knapsack over the units' gains in KL proposes a set, which is then measured. The KL by which it misses the target, or
+falls below it, is added to the gain that the next set must have, until a set is proposed a second time. All of this
+uses the choosing images alone; the last set is measured once on the confirming images. Every set that was measured is
+returned.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
-from vitopt.measure import statistics
 from vitopt.measure.claims import Decision
+from vitopt.measure.intervals import bisect
+from vitopt.measure.pareto import pareto_front
 from vitopt.search.goal import Goal, decide, images_to_show, likely_shown
 from vitopt.search.knapsack import cheapest
 from vitopt.search.results import Loss, Point, SearchResult, UnitScores
@@ -39,7 +40,7 @@ def search_skip_list(
 
     `evaluate` measures the model with exactly these units in 16 bit on the `images` that choose; `quantized` is its
     value for none. `confirm` does the same on the `confirming_images` others and is called once. `untried` units
-    exist beside `units` that nobody scored.
+    exist beside `units` that were not scored.
     """
     names = [unit.unit for unit in units]
     costs, gains = _costs(units, objective), [_gain(unit, quantized) for unit in units]
@@ -54,7 +55,7 @@ def search_skip_list(
         if chosen in tried:
             break
         tried[chosen] = evaluate(chosen) if chosen else quantized
-        # What it lacks (or has too much) is asked of the next set, on top of what the scores promised of this one.
+        # The next set must gain what the scores promised of this one, and the KL that it still has over the target.
         demand = sum(gains[index] for index in indices) + _excess(goal, most_kl, quantized, tried[chosen])
     tried = {frozenset(): quantized} | tried
     excess = {chosen: _excess(goal, most_kl, quantized, loss) for chosen, loss in tried.items()}
@@ -126,8 +127,8 @@ def _highest_kl(goal: Goal, units: Sequence[UnitScores], quantized: Loss, confir
     seen = [(quantized.kl, quantized.top1_delta_points, quantized.agreement_percent)]
     for unit in units:
         # Recovery's top-1 is against the quantized model.
-        for one, start in ((unit.damage, 0.0), (unit.recovery, quantized.top1_delta_points)):
-            seen += [(one.kl, start + one.top1_delta_points, one.agreement_percent)] if one else []
+        for loss, start in ((unit.damage, 0.0), (unit.recovery, quantized.top1_delta_points)):
+            seen += [(loss.kl, start + loss.top1_delta_points, loss.agreement_percent)] if loss else []
     roots = sum(math.sqrt(kl) for kl, _, _ in seen)
     if roots == 0:
         return 0.0
@@ -138,12 +139,9 @@ def _highest_kl(goal: Goal, units: Sequence[UnitScores], quantized: Loss, confir
         changed = min(1.0, changed_per_root * math.sqrt(kl))
         return likely_shown(confirming_images, floor, drop_per_kl * kl, changed)
 
-    low, high = (quantized.kl, quantized.kl) if enough(quantized.kl) else (0.0, quantized.kl)
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if enough(middle) else (low, middle)
-    if low >= min((unit.damage.kl for unit in units if unit.damage), default=0.0) and enough(low):
-        return low
+    most = bisect(enough, 0.0, quantized.kl)
+    if most >= min((unit.damage.kl for unit in units if unit.damage), default=0.0) and enough(most):
+        return most
     return min(quantized.kl, floor / 2 / drop_per_kl) if drop_per_kl else quantized.kl
 
 
@@ -191,6 +189,6 @@ def frontier(points: Sequence[Point], costs: Mapping[str, Callable[[Point], floa
     fronts = {}
     for name, cost in costs.items():
         known = [(index, value) for index, point in enumerate(points) if (value := cost(point)) is not None]
-        front = statistics.pareto_front([value for _, value in known], [-points[index].loss.kl for index, _ in known])
+        front = pareto_front([value for _, value in known], [-points[index].loss.kl for index, _ in known])
         fronts[name] = [known[position][0] for position in front]
     return fronts

@@ -1,0 +1,108 @@
+"""Classes of images that have no labels: any number of files, in batches, decoded while the model computes."""
+
+import glob
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vitopt import progress
+from vitopt.data.decoding import IMAGE_ENDINGS
+from vitopt.data.images import ImageSet, image_files
+from vitopt.data.pixels import batches, on_device
+from vitopt.environment import devices
+from vitopt.errors import BadImageError, DataError, MeasurementError
+from vitopt.measure.accuracy import padded_call
+from vitopt.models.checkpoint import open_checkpoint
+from vitopt.optimize.runtime import prepare
+from vitopt.recipe import RunSpec
+
+logger = logging.getLogger(__name__)
+
+
+def image_paths(names: Iterable[str]) -> list[Path]:
+    """The files that `names` stand for: files as they are, folders with all images below, patterns such as `*.jpg`.
+
+    Those of a folder or a pattern come in order of their names; a file that is named twice is there once.
+
+    Raises:
+        BadImageError: a file is missing, a folder holds no image, a pattern matches none.
+    """
+    paths: dict[Path, None] = {}
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            below = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS and file.is_file())
+            if not below:
+                raise BadImageError(f"no image in the folder {name}; known endings: {' '.join(IMAGE_ENDINGS)}")
+        elif path.is_file() or not glob.has_magic(name):
+            below = [path]
+        else:
+            root = Path(path.anchor)
+            below = sorted(match for match in root.glob(str(path.relative_to(root))) if match.is_file())
+            if not below:
+                raise BadImageError(f"no image matches {name}")
+        paths |= dict.fromkeys(below)
+    if not paths:
+        raise DataError("no images: name files, folders or patterns, or `-` to read names from standard input")
+    return list(paths)
+
+
+def predict(
+    source: str,
+    paths: Sequence[Path],
+    *,
+    top: int,
+    run: RunSpec | None = None,
+    device: str = "auto",
+    batch_size: int = 32,
+    workers: int = 0,
+    skip_bad: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Classify image files, in order: `image`, its path, and `classes`, the `top` of highest probability.
+
+    A class is `label`, `index` and `percent`: the softmax over all classes or, of a head that was trained for several
+    labels an image (`problem_type: multi_label_classification`), each class's own sigmoid. An image that cannot be
+    decoded is an error or, with `skip_bad`, has no `classes` but the `error`.
+
+    Raises:
+        BadImageError: a file is missing or cannot be decoded.
+        MeasurementError: the model's logits are not finite.
+    """
+    checkpoint = open_checkpoint(source)
+    images = image_files(paths)
+    target = devices.resolve_device(device)
+    runnable = prepare(checkpoint, name=source, device=target, run=run)
+    names = checkpoint.label_names
+    several = checkpoint.config.problem_type == "multi_label_classification"
+    batch_size = min(batch_size, len(images))
+    stream = batches(
+        images, runnable.preprocess, batch_size, workers=workers, skip_bad=skip_bad, pin=target.type == "cuda"
+    )
+    with progress.task("predicting", len(images)) as counted:
+        for batch in on_device(stream, target):
+            answers = {index: _unreadable(images, index) for index in batch.bad}
+            if batch.indices:
+                logits = padded_call(runnable, batch.pixel_values, batch_size).float()
+                if not bool(logits.isfinite().all()):
+                    raise MeasurementError(f"the logits of {source} are not finite: its weights are broken or overflow")
+                probabilities = logits.sigmoid() if several else logits.softmax(-1)
+                best = probabilities.topk(min(top, len(names)))
+                for index, *ranked in zip(batch.indices, best.values.tolist(), best.indices.tolist(), strict=True):
+                    classes = [
+                        {"label": names[label], "index": label, "percent": 100 * share}
+                        for share, label in zip(*ranked, strict=True)
+                    ]
+                    answers[index] = {"image": images.ids[index], "classes": classes}
+            for index in sorted(answers):
+                yield answers[index]
+            counted.advance(len(answers))
+
+
+def _unreadable(images: ImageSet, index: int) -> dict[str, Any]:
+    try:
+        images.image(index)
+        reason = "it could be decoded only at the second attempt"
+    except BadImageError as error:
+        reason = str(error)
+    return {"image": images.ids[index], "classes": [], "error": reason}

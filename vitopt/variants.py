@@ -1,0 +1,266 @@
+"""How the checkpoint of each variant comes about: its steps, the choice of what its recipe leaves open, its format."""
+
+import logging
+import pkgutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vitopt import ownership, storage
+from vitopt.checks import calibration_images, step_images
+from vitopt.data.images import ImageSet
+from vitopt.data.labels import fit_labels
+from vitopt.environment import devices, launch, machine
+from vitopt.errors import CheckpointError, MeasurementError, RecordError, UnsupportedError, VitoptError
+from vitopt.measure.predictions import PREDICTIONS_FILE
+from vitopt.models.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
+from vitopt.optimize.quantize import quantize
+from vitopt.recipe import CalibrationSpec, Recipe, RecipeVariant, Step
+from vitopt.records import RECORD_FILE
+from vitopt.search.analysis import analyse_for
+from vitopt.search.fastest import Choice, find_fastest, how_measured, load_choice, save_choice
+from vitopt.search.results import SENSITIVITY_SCHEMA, Sensitivity, load_sensitivity
+from vitopt.stages import RunFolder, Stage
+from vitopt.tracking import Tracking
+
+logger = logging.getLogger(__name__)
+
+_MEASURED = (RECORD_FILE, PREDICTIONS_FILE, "README.md")  # beside a variant's checkpoint; it stands without them
+# Where a variant fails with one of these, its row tells why and the others still tell something.
+_TOLERATED = (CheckpointError, MeasurementError, UnsupportedError)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A variant of which nothing is open: in which format it is made, and of which checkpoint.
+
+    `images`: those on which its skip list or format was chosen, and the `purpose`, what was chosen. `chosen`: why it
+    has this format, where that was left open. `failure`: why its steps could not be done.
+    """
+
+    variant: RecipeVariant
+    base: Checkpoint
+    images: ImageSet | None = None
+    purpose: Literal["skip list", "format"] = "skip list"
+    chosen: str | None = None
+    failure: str | None = None
+
+
+def choice_files(variant: RecipeVariant) -> list[str]:
+    """Where a run keeps what was measured to choose what this variant leaves open; none where nothing is."""
+    if variant.skips_automatically:
+        return [f"sensitivity/{variant.name}.json"]
+    return [f"formats/{variant.name}.json"] if variant.chooses_format else []
+
+
+@dataclass
+class VariantMaker:
+    """Makes the checkpoints of a recipe's variants in the folder of a run; `test`: the images that are tested."""
+
+    run: RunFolder
+    recipe: Recipe
+    test: ImageSet | None
+    _steps: dict[str, Checkpoint | str] = field(init=False, default_factory=dict)  # what came of each, or why nothing
+
+    def finetuned(self, source: Checkpoint) -> Checkpoint:
+        """The checkpoint that all variants start from: the source itself, or fine-tuned as the recipe asks.
+
+        Raises:
+            VitoptError: of the fine-tuning, or its result does not know the tested classes.
+        """
+        if self.recipe.finetune is None:
+            return source
+        stage = self._step_stage("finetune", source, Step.model_validate({"finetune": self.recipe.finetune}))
+        self.run.carry_out(stage)
+        return self._opened(stage)
+
+    def settle(self, variant: RecipeVariant, base: Checkpoint) -> Settled:
+        """Do the variant's steps, from `base` on, and choose what its recipe leaves open.
+
+        Raises:
+            VitoptError: of the choice, or of a step, unless that is a reason for one variant alone to fail.
+        """
+        for name, step in zip(variant.step_names, variant.steps, strict=True):
+            if name not in self._steps:
+                stage = self._step_stage(f"steps/{name}", base, step, tolerated=_TOLERATED)
+                failure = self.run.carry_out(stage)
+                self._steps[name] = self._opened(stage) if failure is None else f"{stage.name}: {failure}"
+            outcome = self._steps[name]
+            if isinstance(outcome, str):
+                return Settled(variant, base, failure=outcome)
+            base = outcome
+        if variant.skips_automatically:
+            return self._with_skip_list(variant, base)
+        return self._with_format(variant, base) if variant.chooses_format else Settled(variant, base)
+
+    def make(self, settled: Settled) -> str | None:
+        """Make the variant's checkpoint; the reason where that fails, None where it is there."""
+        stage = self._variant_stage(settled)
+        if settled.failure is None:
+            return self.run.carry_out(stage)
+        self.run.forget(stage.name)
+        self._remove_earlier(settled.variant.name)
+        return settled.failure
+
+    def _step_stage(
+        self, name: str, checkpoint: Checkpoint, step: Step, tolerated: tuple[type[VitoptError], ...] = ()
+    ) -> Stage[Checkpoint]:
+        """One step: `name` is also the folder that it fills."""
+        recipe, output = self.recipe, self.run.path / name
+        images = None if recipe.data is None else step_images(recipe.data, step)
+
+        def work() -> str:
+            transform = pkgutil.resolve_name(step.kind.function)
+            options: dict[str, Any] = {"images": images, "seed": recipe.seed}
+            if step.kind.images == "training":
+                options["tracking"] = Tracking(recipe.log_to, recipe.name, self.run.path / "log" / name)
+            made = transform(checkpoint, step.settings, output, recipe.device, **options)
+            return str(made.summary())
+
+        on = "" if images is None else f" on {len(images)} images of {images.name}"
+        return Stage(
+            name,
+            inputs=[
+                checkpoint.fingerprint(),
+                None if images is None else [images.sha256, images.class_names],
+                step.model_dump(mode="json"),
+                recipe.seed,
+            ],
+            files=_checkpoint_files(output),
+            task=f"{step.settings.words}{on}",
+            work=work,
+            read=lambda: open_checkpoint(str(output)),
+            alone=step.kind.images != "training",  # all processes of a launch train together
+            tolerated=tolerated,
+        )
+
+    def _opened(self, stage: Stage[Checkpoint]) -> Checkpoint:
+        """What a step made; it must know the tested classes."""
+        checkpoint = stage.read()
+        if self.test is not None:
+            fit_labels(self.test, checkpoint.label_names)
+        return checkpoint
+
+    def _with_skip_list(self, variant: RecipeVariant, base: Checkpoint) -> Settled:
+        device, output = self.recipe.device, self.run.path / choice_files(variant)[0]
+        images, skip_bad = self._calibration(variant.auto)
+
+        def work() -> None:
+            analyse_for(base, images, variant, output, device, skip_bad=skip_bad)
+
+        stage: Stage[Sensitivity] = Stage(
+            f"sensitivity {variant.name}",
+            inputs=[
+                base.fingerprint(),
+                images.sha256,
+                variant.format,
+                variant.half,
+                variant.auto.model_dump(mode="json"),
+                skip_bad,
+                SENSITIVITY_SCHEMA,
+            ],
+            files=[output],
+            task=f"{variant.format} on {len(images)} calibration images",
+            work=work,
+            read=lambda: load_sensitivity(output),
+            measured_on=devices.resolve_device(device),
+            alone=True,
+        )
+        self.run.carry_out(stage)
+        search = stage.read().search
+        if search is None:
+            raise RecordError(f"{output} holds no search: delete it and run again")
+        self.run.say(f"{stage.name}: keeps {', '.join(search.chosen) or 'nothing'} in 16 bit")
+        if search.advice:
+            logger.warning("%s: %s", variant.name, search.advice)
+        return Settled(variant.skipping(search.chosen), base, images)
+
+    def _with_format(self, variant: RecipeVariant, base: Checkpoint) -> Settled:
+        device, output = self.recipe.device, self.run.path / choice_files(variant)[0]
+        images, skip_bad = self._calibration(variant.fastest)
+        evaluate = how_measured(self.recipe.evaluate)
+
+        def work() -> None:
+            choice = find_fastest(
+                base, images, variant.fastest, evaluate, half=variant.half, device=device, skip_bad=skip_bad
+            )
+            if choice is not None:
+                save_choice(choice, output)
+
+        stage: Stage[Choice] = Stage(
+            f"format {variant.name}",
+            inputs=[
+                base.fingerprint(),
+                images.sha256,
+                variant.half,
+                variant.fastest.model_dump(mode="json"),
+                evaluate.model_dump(mode="json"),
+                skip_bad,
+                [torch.get_num_threads(), machine.threads_bound()],
+            ],
+            files=[output],
+            task=f"the fastest on {len(images)} calibration images",
+            work=work,
+            read=lambda: load_choice(output),
+            measured_on=devices.resolve_device(device),
+        )
+        self.run.carry_out(stage)
+        choice = stage.read()
+        self.run.say(f"{stage.name}: {choice.sentence()}")
+        for line in choice.undecided():
+            logger.warning("%s: %s", variant.name, line)
+        return Settled(variant.with_choice(choice.variant), base, images, "format", choice.sentence())
+
+    def _calibration(self, spec: CalibrationSpec) -> tuple[ImageSet, bool]:
+        """The images on which something is chosen, and whether broken ones are left out."""
+        data = self.recipe.data
+        assert data is not None  # a recipe that leaves something open has data
+        return calibration_images(data, spec), data.skip_bad_images
+
+    def _variant_stage(self, settled: Settled) -> Stage[Path]:
+        variant, base, images = settled.variant, settled.base, settled.images
+        output = self.run.variant(variant.name)
+
+        def work() -> str:
+            for other in self.recipe.variants:
+                folder = self.run.variant(other.name)
+                same = self.run.completed.get(f"variant {other.name}") == stage.fingerprint
+                if folder != output and same and all(map(ownership.is_whole, _checkpoint_files(folder))):
+                    storage.copy_folder(folder, output, leave_out=_MEASURED)
+                    return f"the same weights as {other.name}"
+            try:
+                return quantize(
+                    base, variant, output, self.recipe.device, images=images, purpose=settled.purpose
+                ).summary()
+            except _TOLERATED:
+                self._remove_earlier(variant.name)
+                raise
+
+        stage = Stage(
+            f"variant {variant.name}",
+            inputs=[
+                base.fingerprint(),
+                variant.model_dump(mode="json", include={"format", "half", "skip", "layers"}),
+                None if images is None else [images.sha256, settled.purpose],
+            ],
+            files=_checkpoint_files(output),
+            work=work,
+            read=lambda: output,
+            alone=True,
+            tolerated=_TOLERATED,
+        )
+        return stage
+
+    def _remove_earlier(self, name: str) -> None:
+        """Remove the checkpoint of an earlier recipe, which this variant no longer is."""
+        folder = self.run.variant(name)
+        if launch.is_main_process() and any(folder.glob("*.safetensors")):
+            storage.remove(folder)
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    """The files that a stage wrote as a checkpoint into `folder`, or might have written."""
+    written = ownership.listed_files(folder) or {}
+    return [folder / CONFIG_FILE, *(folder / name for name in written if name not in (CONFIG_FILE, *_MEASURED))]
