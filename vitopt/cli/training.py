@@ -38,7 +38,8 @@ def finetune(
     from vitopt.models.checkpoint import open_checkpoint
     from vitopt.tracking import Tracking
 
-    tracking = Tracking(tuple(log_to or ()), output.name, output.with_name(f"{output.name}.log"))
+    place = output.resolve()
+    tracking = Tracking(tuple(log_to or ()), place.name, place.parent / f"{place.name}.log")
     opened = open_checkpoint(checkpoint)
     training = open_images(data, "train")
     try:
