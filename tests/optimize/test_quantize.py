@@ -296,6 +296,7 @@ def test_random_weights_are_quantized_as_if_they_had_been_in_a_file(tmp_path: Pa
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
+        "origin.json",
         LIST_FILE,
     }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
