@@ -123,11 +123,12 @@ def test_a_run_leaves_what_the_design_says(finished: tuple[RunResult, list[str]]
     assert {"recipe.yaml", "environment.json", "report.html", "report.md", "finetune", "variants", "export"} <= {
         path.name for path in folder.iterdir()
     }
-    assert {path.name for path in (folder / "finetune").iterdir()} == LISTED | {"training.json", "calibration.json"}
+    beside = {"calibration.json", "origin.json"}
+    assert {path.name for path in (folder / "finetune").iterdir()} == LISTED | beside | {"training.json"}
     assert {path.name for path in (folder / "variants").iterdir()} == set(NAMES)
     for name in NAMES:
         held = {path.name for path in (folder / "variants" / name).iterdir()}
-        assert held == LISTED | {"calibration.json", "record.json", "predictions.parquet", "README.md"}
+        assert held == LISTED | beside | {"record.json", "predictions.parquet", "README.md"}
     assert hidden(folder) == []
 
 
@@ -614,6 +615,28 @@ def test_the_export_has_a_card_whose_code_runs_without_vitopt(
     guesses = {guess["label"]: guess["score"] for guess in eval(done.stdout)}
     (ours,) = predict(str(result.export), [image], top=4, device="cpu")
     assert guesses == pytest.approx({c["label"]: c["percent"] / 100 for c in ours["classes"]}, abs=5e-3)
+
+
+def test_no_card_and_no_origin_holds_a_local_path(finished: tuple[RunResult, list[str]], shapes: Path) -> None:
+    folder = finished[0].folder
+    files = [*folder.rglob("README.md"), *folder.rglob("origin.json")]
+    assert len(files) == 2 * len(NAMES) + 3
+    for file in files:
+        assert str(folder) not in file.read_text() and str(shapes.parent) not in file.read_text()
+
+
+def test_cards_that_were_edited_stay(content: dict[str, Any], again: Path) -> None:
+    cards = [again / "variants" / "nf4-skip" / "README.md", again / "export" / "README.md"]
+    for card in cards:
+        text = card.read_text()
+        card.unlink()  # as editors do: they are links to one file
+        card.write_text(f"{text}\nWritten by hand in {card.parent.name}.\n")
+    others = [one | {"skip": ["block.2"]} if "skip" in one else one for one in content["variants"]]
+    for asked in (content["variants"], others):
+        run(changed(content, variants=asked), again)
+        for card in cards:
+            assert card.read_text().endswith(f"Written by hand in {card.parent.name}.\n")
+    assert "block.2" in (again / "variants" / "nf4-skip" / "origin.json").read_text()
 
 
 def test_the_card_of_each_variant_is_about_that_variant(finished: tuple[RunResult, list[str]]) -> None:

@@ -23,6 +23,7 @@ from vitopt.steps import Step as Step
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 SdpaKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
 Labels = Literal["name", "index"]
+Tracker = Literal["mlflow", "tensorboard", "wandb"]
 Prefer = Literal["latency", "size", "throughput", "cost"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
 
@@ -340,6 +341,9 @@ class Recipe(Spec):
     prefer: Prefer = Field("latency", description="which of the variants that meet `require` is recommended")
     price_per_hour: float | None = Field(None, gt=0, description="what an hour of this device costs, in any currency")
     export: str | None = Field(None, description="name of the variant to copy to `export/`; best: the recommended one")
+    log_to: Annotated[tuple[Tracker, ...], BeforeValidator(as_list)] = Field(
+        (), description="experiment trackers that get the training and the records"
+    )
     waterfall: tuple[Name, ...] = Field(
         (), description="variants each of which adds one technique to the one before, for a figure in the report"
     )

@@ -20,12 +20,14 @@ from filelock import FileLock, Timeout
 
 from vitopt.errors import StorageError
 from vitopt.ownership import (
+    CARD_FILE,
     LIST_FILE,
     LIST_SCHEMA,
     LOCK_FILE,
     OWN_NAMES,
     entry_of,
     first_foreign,
+    is_edited,
     is_listed,
     is_whole,
     listed_files,
@@ -181,7 +183,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `target` that replaces it on success and vanishes on any failure.
 
     An earlier result at `target` stays untouched until the new one is complete and on the disk; anything else that
-    is there stays for good.
+    is there stays for good, and so does a model card that a person edited.
 
     Raises:
         StorageError: the disk is full, the place is not writable or in use, or it holds something else.
@@ -194,6 +196,9 @@ def staged_folder(target: Path) -> Iterator[Path]:
             temporary.mkdir()
             _write_list(temporary, {})
             yield temporary
+            if is_edited(place / CARD_FILE):
+                (temporary / CARD_FILE).unlink(missing_ok=True)  # it may be a link to another's
+                shutil.copy2(place / CARD_FILE, temporary)
             _write_list(temporary, _sizes(temporary))
             for path in (*temporary.rglob("*"), temporary):
                 _sync(path)
@@ -311,7 +316,7 @@ def copy_folder(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> 
             shutil.copy2(original, copy)
 
     for name in listed_files(source) or {}:
-        if name not in leave_out and not is_whole(source / name):
+        if name not in (*leave_out, CARD_FILE) and not is_whole(source / name):
             raise StorageError(f"{source / name} is missing or damaged, so it is not copied: run it again")
     without = shutil.ignore_patterns(LIST_FILE, LOCK_FILE, *leave_out)
     with staged_folder(target) as folder:

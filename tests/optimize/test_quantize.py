@@ -121,7 +121,7 @@ def test_formats_lose_what_is_known_of_them(plain_logits: dict[str, np.ndarray],
 def test_a_quantized_folder_holds_a_whole_checkpoint(plans: dict[str, LayerPlan], root: Path) -> None:
     for name in plans:
         held = {path.name for path in (root / name).iterdir()}
-        assert held == {"config.json", "model.safetensors", "preprocessor_config.json", LIST_FILE}
+        assert held == {"config.json", "model.safetensors", "preprocessor_config.json", "origin.json", LIST_FILE}
     assert [path.name for path in root.iterdir() if path.name.startswith(".")] == []
 
 
@@ -296,6 +296,7 @@ def test_random_weights_are_quantized_as_if_they_had_been_in_a_file(tmp_path: Pa
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
+        "origin.json",
         LIST_FILE,
     }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

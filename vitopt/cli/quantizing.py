@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vitopt import progress, storage
-from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, ThreadsOption, start
+from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, ThreadsOption, add_card, start
 from vitopt.cli.options import Fields, from_fields, refuse
 from vitopt.cli.printing import out, print_json, print_sensitivity, print_table, say
 from vitopt.errors import RecipeError
@@ -123,6 +123,7 @@ def quantize(
             variant = _choose_skip_list(opened, variant, images, calibration, output, device)
         with progress.task(f"quantizing to {format}", None):
             plan = write(opened, variant, output, device, images=images)
+        add_card(output)
     size = disk_bytes(output)
     if as_json:
         print_json({"checkpoint": str(output), "skip": variant.skip, "layer_plan": plan.counts(), "disk_bytes": size})
@@ -152,6 +153,7 @@ def _quantize_to_fastest(
         if choice is None:
             return  # not the main process
         plan = write(opened, choice.variant, output, device, images=images, purpose="format")
+        add_card(output)
     if as_json:
         result: dict[str, Any] = {"checkpoint": str(output), "chosen": choice.variant.name}
         result |= {"run": choice.variant.run.model_dump(mode="json"), "layer_plan": plan.counts()}

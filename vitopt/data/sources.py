@@ -22,3 +22,14 @@ def parse_source(text: str) -> tuple[str, str | None]:
 def may_be_on_hub(source: str) -> bool:
     """Whether `source` has the form of a Hugging Face data set id: `NAME` or `OWNER/NAME`."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) is not None
+
+
+def hub_id(source: str) -> str | None:
+    """The data set on the hub that `source` names; None for a local folder, and for the built-in set."""
+    local = source == "digits" or Path(source).expanduser().exists()
+    return source if may_be_on_hub(source) and not local else None
+
+
+def public_name(source: str) -> str:
+    """What a data set can be called elsewhere: its hub id, or the name of its folder without the path."""
+    return hub_id(source) or Path(source).expanduser().resolve().name

@@ -23,6 +23,7 @@ from vitopt.models.checkpoint import (
     save_checkpoint,
 )
 from vitopt.models.forward import logits
+from vitopt.models.origin import QUANTIZE, note_origin
 from vitopt.optimize.formats import live_formats, quantization_config
 from vitopt.optimize.plan import LayerPlan, plan_layers
 from vitopt.recipe import VariantSpec
@@ -79,6 +80,8 @@ def quantize(
         with storage.staged_folder(output) as folder:
             save_checkpoint(model, processor, folder)
             note_images(checkpoint, images, purpose, folder)
+            held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
+            note_origin(checkpoint, folder, QUANTIZE, **held, layer_plan=plan.counts())
             del model  # not in memory twice
             _require_finite_logits(folder, variant, target)
         return plan
