@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat, RunAs
+from vitopt.paths import existing
 
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 SdpaKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
@@ -28,6 +29,12 @@ LINEARS: tuple[Linear, ...] = get_args(Linear)
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | int) else value
 
+
+# Numbers and texts that no run can mean are refused before anything acts on them.
+_PATH_LENGTH = 4096
+_MOST_IMAGES = 1_000_000_000
+_LARGEST_BATCH = 1_000_000
+_MOST_WORKERS = 1_024
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
@@ -55,7 +62,9 @@ class DataSpec(Spec):
     """Where images come from; a bare string in a recipe is its `source`."""
 
     source: str = Field(
-        min_length=1, description="image folder, Hugging Face data set id, or digits; NAME:SPLIT names a split"
+        min_length=1,
+        max_length=_PATH_LENGTH,
+        description="image folder, Hugging Face data set id, or digits; NAME:SPLIT names a split",
     )
     train: str = Field("train", description="split to fine-tune on")
     test: str | None = Field(None, description="split to evaluate on; null takes test, else validation")
@@ -67,14 +76,16 @@ class DataSpec(Spec):
     group_column: str | None = Field(
         None, description="column whose groups of images depend on each other, as the frames of one video do"
     )
-    limit: int | None = Field(None, ge=1, description="use only so many images, spread over the classes")
+    limit: int | None = Field(
+        None, ge=1, le=_MOST_IMAGES, description="use only so many images, spread over the classes"
+    )
     skip_bad_images: bool = Field(False, description="leave out images that cannot be decoded, and count them")
 
     @property
     def folder(self) -> Path | None:
         """The local folder that `source` names, with or without a split; None if it names none."""
-        folders = (Path(name).expanduser() for name in (self.source, self.source.partition(":")[0]))
-        return next((folder for folder in folders if folder.is_dir()), None)
+        found = map(existing, (self.source, self.source.partition(":")[0]))
+        return next((folder for folder in found if folder is not None and folder.is_dir()), None)
 
 
 def data_from_string(value: Any) -> Any:
@@ -89,13 +100,13 @@ class FinetuneSpec(Spec):
         "lora", description="LoRA updates beside the weights, or full: every weight is trained"
     )
     rank: int = Field(8, ge=1, le=1024, description="rank of the LoRA updates")
-    alpha: float = Field(32, gt=0, description="LoRA scale; updates count alpha / rank")
+    alpha: float = Field(32, gt=0, le=1e6, description="LoRA scale; updates count alpha / rank")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the LoRA updates")
     targets: Patterns = Field(LINEARS, min_length=1, description="layers to adapt, as in query or block.11.fc1")
-    epochs: float = Field(3, gt=0, description="passes over the images")
-    batch_size: int = Field(16, ge=1, description="images per device and step")
-    learning_rate: float = Field(1e-3, gt=0, description="highest rate of AdamW")
-    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
+    epochs: float = Field(3, gt=0, le=1e6, description="passes over the images")
+    batch_size: int = Field(16, ge=1, le=_LARGEST_BATCH, description="images per device and step")
+    learning_rate: float = Field(1e-3, gt=0, le=1e3, description="highest rate of AdamW")
+    weight_decay: float = Field(0.01, ge=0, le=1e3, description="weight decay of AdamW")
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="part of all steps in which the rate rises")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over all classes")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -103,7 +114,9 @@ class FinetuneSpec(Spec):
     )
     augment: bool = Field(True, description="random crops and, with flip, mirror images")
     flip: bool = Field(True, description="mirror images; wrong where that changes the class, as with digits")
-    workers: int = Field(0, ge=0, description="processes that decode images; 0 decodes in the training process")
+    workers: int = Field(
+        0, ge=0, le=_MOST_WORKERS, description="processes that decode images; 0 decodes in the training process"
+    )
 
     @model_validator(mode="after")
     def _lora_keys_need_lora(self) -> "FinetuneSpec":
@@ -124,10 +137,13 @@ class AutoSkipSpec(Spec):
     # 512 choose and 1,536 confirm. That shows the floor of one point where up to 1.3 % of the images change sides, and
     # half a point where hardly any does: 0.5 points take 1,020 images if none changes, and 5,000 if 1 % do.
     images: int = Field(
-        2048, ge=2, description="calibration images over the classes; one in four chooses, others confirm"
+        2048,
+        ge=2,
+        le=_MOST_IMAGES,
+        description="calibration images over the classes; one in four chooses, others confirm",
     )
     sample: int | None = Field(
-        None, ge=1, description="first rank by KL on so many of those that choose, then score the best"
+        None, ge=1, le=_MOST_IMAGES, description="first rank by KL on so many of those that choose, then score the best"
     )
 
     @model_validator(mode="after")
@@ -208,12 +224,12 @@ class VariantSpec(RunSpec, HeldSpec):
 class LatencySpec(Spec):
     """How variants are timed."""
 
-    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_as_list)] = Field(
-        (1,), min_length=1, description="batch sizes to time, as in 1,8,32"
+    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1, le=_LARGEST_BATCH)], ...], BeforeValidator(_as_list)] = (
+        Field((1,), min_length=1, description="batch sizes to time, as in 1,8,32")
     )
-    iterations: int = Field(100, ge=1, description="timed calls per variant and batch size")
-    rounds: int = Field(10, ge=1, description="the calls are spread over so many interleaved rounds")
-    warmup_seconds: float = Field(20, ge=0, description="longest warm-up per variant and batch size")
+    iterations: int = Field(100, ge=1, le=1_000_000_000, description="timed calls per variant and batch size")
+    rounds: int = Field(10, ge=1, le=1_000_000, description="the calls are spread over so many interleaved rounds")
+    warmup_seconds: float = Field(20, ge=0, le=1e6, description="longest warm-up per variant and batch size")
     inputs: Literal["random", "data"] = Field(
         "random", description="data: real images in turn, for what takes longer on some of them"
     )
@@ -235,8 +251,10 @@ class LatencySpec(Spec):
 class EvaluateSpec(Spec):
     """How variants are measured."""
 
-    batch_size: int = Field(32, ge=1, description="images per call while accuracy is measured")
-    workers: int = Field(0, ge=0, description="processes that decode images; 0 uses one background thread")
+    batch_size: int = Field(32, ge=1, le=_LARGEST_BATCH, description="images per call while accuracy is measured")
+    workers: int = Field(
+        0, ge=0, le=_MOST_WORKERS, description="processes that decode images; 0 uses one background thread"
+    )
     look_alikes: bool = Field(
         True, description="also count tested images that look like others or like training images"
     )
@@ -261,7 +279,9 @@ class RequireSpec(Spec):
     max_megabytes: float | None = Field(
         None, gt=0, description="weights in memory, in megabytes of a million bytes, at most"
     )
-    batch_size: int | None = Field(None, ge=1, description="where speed is judged; without it, at the first timed")
+    batch_size: int | None = Field(
+        None, ge=1, le=_LARGEST_BATCH, description="where speed is judged; without it, at the first timed"
+    )
 
     @model_validator(mode="after")
     def _batch_size_has_a_use(self) -> "RequireSpec":
@@ -279,12 +299,14 @@ class Recipe(Spec):
     """A whole run: model, data, fine-tuning, variants, measurement, export."""
 
     name: Name
-    model: str = Field(min_length=1, description="folder, hub id, `vit-quickstart`, or `random:ARCHITECTURE`")
+    model: str = Field(
+        min_length=1, max_length=_PATH_LENGTH, description="folder, hub id, `vit-quickstart`, or `random:ARCHITECTURE`"
+    )
     data: Annotated[DataSpec | None, BeforeValidator(data_from_string)] = Field(
         None, description="null measures speed, size and memory alone"
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    seed: int = Field(0, ge=0)
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="numpy takes 32 bits")
     strict: bool = Field(False, description="an attention kernel that cannot run is an error, not a fallback")
     finetune: FinetuneSpec | None = None
     variants: Annotated[tuple[VariantSpec, ...], Field(min_length=1)]

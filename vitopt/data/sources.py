@@ -1,7 +1,8 @@
 """Which data set a string such as `photos:test` names, and which of its splits."""
 
 import re
-from pathlib import Path
+
+from vitopt.paths import existing
 
 # What folders and the hub call a split; anything else behind a colon is a part of the path.
 _SPLIT = re.compile(r"[\w-]+(\.[\w-]+)*")
@@ -14,7 +15,7 @@ def parse_source(text: str) -> tuple[str, str | None]:
     (`frames:2024`), or where what follows can be no split (`C:\\photos`).
     """
     source, _, split = text.rpartition(":")
-    if not source or not _SPLIT.fullmatch(split) or Path(text).expanduser().exists():
+    if not source or not _SPLIT.fullmatch(split) or existing(text):
         return text, None
     return source, split
 

@@ -174,7 +174,7 @@ def _matches(pattern: str, logical: str) -> bool:
 def _part_matches(wanted: str, actual: str) -> bool:
     if wanted in ("*", actual):
         return True
-    bounds = re.fullmatch(r"(\d+)-(\d+)", wanted)
+    bounds = re.fullmatch(r"(\d{1,9})-(\d{1,9})", wanted)
     return bounds is not None and actual.isdigit() and int(bounds[1]) <= int(actual) <= int(bounds[2])
 
 
