@@ -68,6 +68,11 @@ class DataSpec(Spec):
     )
     train: str = Field("train", description="split to fine-tune on")
     test: str | None = Field(None, description="split to evaluate on; null takes test, else validation")
+    root: str | None = Field(
+        None,
+        max_length=_PATH_LENGTH,
+        description="where links and metadata.csv of an image folder may lead; null is that folder itself",
+    )
     image_column: str | None = Field(None, description="column of a hub data set; null finds it")
     label_column: str | None = Field(None, description="column of a hub data set; null finds it")
     labels: Labels = Field(
