@@ -1,15 +1,18 @@
 """Checkpoints prepared and called: measured together, or asked for the classes of images."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vitopt import progress
 from vitopt.data.images import ImageSet, image_files
 from vitopt.data.labels import fit_labels
 from vitopt.environment import devices
-from vitopt.errors import DataError, UnsupportedError
+from vitopt.errors import DataError, MeasurementError, UnsupportedError
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
 from vitopt.optimize.runtime import TorchRunnable, prepare
@@ -97,17 +100,28 @@ def predict(
 
     Raises:
         BadImageError: a file is missing or cannot be decoded.
+        MeasurementError: the model gives no finite numbers for an image.
     """
     checkpoint = open_checkpoint(source)
     runnable = prepare(checkpoint, name=source, device=devices.resolve_device(device), run=run)
     images = image_files(paths)
+    # Names that stand twice, as two of ImageNet's do, are told apart by their outputs.
+    counts = Counter(checkpoint.label_names)
+    names = [
+        f"{name} (output {index})" if counts[name] > 1 else name for index, name in enumerate(checkpoint.label_names)
+    ]
     results = []
     for index, path in enumerate(progress.track(paths, "predicting", len(paths))):
         pixels = runnable.preprocess(images.image(index)).unsqueeze(0).to(runnable.device)
-        probabilities = runnable(pixels)[0].float().softmax(-1)
+        logits = runnable(pixels)[0].float()
+        if not torch.isfinite(logits).all():
+            raise MeasurementError(
+                f"{source} gives logits that are not finite for {path}: its 16-bit type may overflow"
+            )
+        probabilities = logits.softmax(-1)
         best = probabilities.topk(min(top, len(probabilities)))
         classes = [
-            {"label": checkpoint.label_names[label], "index": label, "percent": 100 * share}
+            {"label": names[label], "index": label, "percent": 100 * share}
             for share, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
         results.append({"image": str(path), "classes": classes})

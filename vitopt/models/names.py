@@ -139,6 +139,11 @@ def block_names(model: nn.Module, model_type: str) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_modules() if pattern.fullmatch(name))
 
 
+def is_in_block(name: str, model_type: str) -> bool:
+    """Whether a parameter of that full name belongs to a transformer block."""
+    return re.match(rf"{_BLOCK_OF_FAMILY[model_type]}\.", name) is not None
+
+
 def _element_count(linear: nn.Linear) -> int:
     # A packed 4-bit weight has fewer elements than the matrix it stands for; the features do not lie.
     return linear.in_features * linear.out_features

@@ -1,6 +1,5 @@
 """Checkpoint in, quantized checkpoint out, proven to run before it takes its place."""
 
-import tempfile
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -81,9 +80,9 @@ def _quantize(
     processor = load_processor(checkpoint)
     if config is not None and checkpoint.is_random:
         # transformers quantizes while it reads a file, so random weights are written to one first.
-        with tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(load_model(checkpoint, dtype=base), processor, Path(folder))
-            model = load_model(open_checkpoint(folder), dtype=base, device=target, quantization=config)
+        with storage.temporary_folder() as folder:
+            save_checkpoint(load_model(checkpoint, dtype=base), processor, folder)
+            model = load_model(open_checkpoint(str(folder)), dtype=base, device=target, quantization=config)
     else:
         model = load_model(checkpoint, dtype=base, device=target, quantization=config)
     _check(plan, live_formats(model, checkpoint.config.model_type))

@@ -6,13 +6,13 @@ measured against fp32 on the same images and, turn by turn, for the same time.
 
 import logging
 import math
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from vitopt import storage
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.environment import devices, support
@@ -160,8 +160,8 @@ def find_fastest(
             f"not even if it agrees on each of them: {remedy}"
         )
     target = devices.resolve_device(device)
-    with tempfile.TemporaryDirectory() as folder:
-        made = list(_prepared(checkpoint, candidates(target, half, compile), Path(folder), target))
+    with storage.temporary_folder() as folder:
+        made = list(_prepared(checkpoint, candidates(target, half, compile), folder, target))
         variants = [variant for variant, _ in made]
         measured = evaluate(
             [runnable for _, runnable in made],
