@@ -63,7 +63,7 @@ def _require_bounded(text: str) -> None:
     sizes: dict[str, int] = {}  # anchor -> its nodes, what aliases within it repeat included
     nodes = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, before = open_nodes.pop()
             if anchor is not None:
@@ -74,8 +74,9 @@ def _require_bounded(text: str) -> None:
                 raise InputError(f"alias *{event.anchor} in line {line} names nothing that is complete before it")
             nodes += sizes[event.anchor]
         elif isinstance(event, yaml.NodeEvent):
-            if event.tag is not None and event.tag != "!":
-                raise InputError(f"tag {event.tag} in line {line}: a recipe has plain values only, leave the tag out")
+            tag = getattr(event, "tag", None)
+            if tag not in (None, "!"):
+                raise InputError(f"tag {tag} in line {line}: a recipe has plain values only, leave the tag out")
             nodes += 1
             if isinstance(event, yaml.CollectionStartEvent):
                 open_nodes.append((event.anchor, nodes - 1))
