@@ -1,5 +1,6 @@
 """A stranger's checkpoint: its code never runs, nothing is asked, and its weights are safetensors of its own folder."""
 
+import contextlib
 import io
 import json
 import os
@@ -11,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from vitopt.checks import plans
 from vitopt.errors import CheckpointError, MeasurementError
 from vitopt.inference import predict
+from vitopt.models import gate, weights
 from vitopt.models.checkpoint import empty_model, load_model, load_processor, open_checkpoint
 from vitopt.models.weights import INDEX_FILE
 from vitopt.optimize.quantize import quantize
@@ -404,3 +408,40 @@ def test_names_that_stand_twice_are_told_apart(folder, shapes):
     found = predict(str(folder), [shapes / "test" / "circle" / "00.png"], top=4, device="cpu")
     labels = {one["index"]: one["label"] for one in found[0]["classes"]}
     assert labels == {0: "crane (output 0)", 1: "crane (output 1)", 2: "b", 3: "c"}
+
+
+# any JSON
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+_KEYS = ["hidden_size", "image_size", "patch_size", "id2label", "num_labels", "dtype", "mlp_ratio", "vision_config"]
+_PIXEL_KEYS = ["size", "crop_size", "image_mean", "image_std", "rescale_factor", "resample", "do_normalize"]
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.dictionaries(st.sampled_from(_KEYS) | st.text(max_size=8), _JSON, max_size=6))
+def test_any_configuration_is_described_in_lines(content):
+    assert all(mistake and "\n" not in mistake for mistake in gate.mistakes_of_config(content))
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.dictionaries(st.sampled_from(_PIXEL_KEYS), _JSON, max_size=6))
+def test_any_preprocessor_passes_or_is_refused(content):
+    with contextlib.suppress(CheckpointError):
+        gate.check_preprocessor("model", content)
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(data=st.data())
+def test_any_header_is_read_or_refused(tiny_checkpoint, tmp_path_factory, data):
+    content = bytearray((tiny_checkpoint / "model.safetensors").read_bytes())
+    for at in data.draw(st.lists(st.integers(0, 3_000), min_size=1, max_size=6)):
+        content[at] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    with contextlib.suppress(CheckpointError):
+        assert all(len(stored.shape) < 9 for stored in weights.read_headers((path,)).values())

@@ -49,7 +49,7 @@ _SIZES = {
     "patch_size": (1, MAX_SIDE),
     "window_size": (1, MAX_SIDE),
     "num_channels": (3, 3),
-    "num_labels": (1, 1_000_000),
+    "num_labels": (1, 200_000),
     "num_register_tokens": (0, 4_096),
     "depths": (1, 256),
     "num_heads": (1, 512),
@@ -147,16 +147,20 @@ def _require_packing(source: str, packing: Any) -> None:
 def mistakes_of_config(content: dict[str, Any]) -> list[str]:
     """What of a configuration no model has, one line each."""
     mistakes = [*_mistakes_of_sizes(content), *_mistakes_of_labels(content)]
-    mistakes += [f"{key} is {value!r}, which is no number" for key, value in _numbers(content) if not _bounded(value)]
+    mistakes += [
+        f"{_named(key)} is {_shown(value)}, which is no number of a model"
+        for key, value in _numbers(content)
+        if not _bounded(value)
+    ]
     for key in ("dtype", "torch_dtype"):
         if (dtype := content.get(key)) is not None and str(dtype).removeprefix("torch.") not in _DTYPES:
             mistakes.append(f"{key} is {str(dtype)[:80]!r}, not one of {', '.join(_DTYPES)}")
     for half, part in content.items():
         if half.endswith("_config") and half != "quantization_config" and part is not None:
             if not isinstance(part, dict):
-                mistakes.append(f"{half} is not a mapping of keys")
+                mistakes.append(f"{_named(half)} is not a mapping of keys")
             else:
-                mistakes += [f"{half}.{mistake}" for mistake in _mistakes_of_sizes(part)]
+                mistakes += [f"{_named(half)}.{mistake}" for mistake in _mistakes_of_sizes(part)]
     return mistakes
 
 
@@ -228,6 +232,10 @@ def _numbers(content: Any, key: str = "") -> Iterator[tuple[str, float]]:
 
 def _bounded(value: float) -> bool:
     return -_MAX_NUMBER <= value <= _MAX_NUMBER  # not so for NaN
+
+
+def _named(key: str) -> str:
+    return key if key.isidentifier() else _shown(key)
 
 
 def _shown(value: Any) -> str:
