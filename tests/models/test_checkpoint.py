@@ -1,6 +1,4 @@
-import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -9,6 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, Dinov2Config, SiglipConfig
 
@@ -385,12 +384,9 @@ def test_a_full_disk_while_saving_is_explained(tiny_checkpoint, tmp_path, monkey
     model = load_model(checkpoint)
 
     def no_space(*_: object, **__: object) -> None:
-        raise module.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(type(model), "save_pretrained", no_space)
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
-        save_checkpoint(model, None, tmp_path)
-    assert caught.value.errno == errno.ENOSPC
     with pytest.raises(StorageError, match="the disk is full"), storage.staged_folder(tmp_path / "out") as out:
         save_checkpoint(model, None, out)
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-from PIL import Image
 from transformers import (
     CONFIG_MAPPING,
     AutoImageProcessor,
@@ -342,7 +341,7 @@ def load_processor(checkpoint: Checkpoint) -> Any:
         processor = AutoImageProcessor.from_pretrained(
             checkpoint.location, config=checkpoint.config, revision=checkpoint.revision, trust_remote_code=False
         )
-        _require_pixels(checkpoint, processor)
+        gate.require_pixels(checkpoint.source, processor, checkpoint.image_size, lambda: empty_model(checkpoint))
         return processor
     except CheckpointError:
         raise
@@ -358,39 +357,6 @@ def load_processor(checkpoint: Checkpoint) -> Any:
             ) from error
         raise CheckpointError(
             _explain_load_failure(checkpoint.source, error, on_hub=checkpoint.revision is not None)
-        ) from error
-
-
-def _require_pixels(checkpoint: Checkpoint, processor: Any) -> None:
-    """Prepare two images of different shapes, and show their pixels to a model without weights.
-
-    Raises:
-        CheckpointError: the pixels are not those of one image each, of one size, finite, and of a size for the model.
-    """
-    source, shapes = checkpoint.source, set()
-    for size in ((40, 30), (30, 40)):
-        pixels = processor(Image.new("RGB", size, (90, 120, 150)), return_tensors="pt")["pixel_values"]
-        shapes.add(tuple(pixels.shape))
-        if not torch.isfinite(pixels).all():
-            raise CheckpointError(f"{source}: the preprocessor makes pixels that are not finite: copy it again")
-    shape = shapes.pop()
-    if shapes or len(shape) != 4 or shape[:2] != (1, 3):
-        raise CheckpointError(
-            f"{source}: the preprocessor does not make (1, 3, height, width) of one size from any image: use that of a "
-            "model which prepares images alike"
-        )
-    if shape[2:] == checkpoint.image_size:
-        return
-    model = empty_model(checkpoint)
-    model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            model(pixel_values=torch.empty(shape, dtype=model.dtype, device="meta"))
-    except Exception as error:  # each family refuses in its own way
-        height, width = checkpoint.image_size
-        raise CheckpointError(
-            f"{source}: the preprocessor makes {shape[2]} x {shape[3]} pixels, and the model takes {height} x {width}: "
-            "copy both from one model"
         ) from error
 
 

@@ -8,11 +8,13 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PretrainedConfig
+import torch
+from PIL import Image
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from vitopt.errors import CheckpointError
@@ -303,6 +305,41 @@ def _mistakes_of_preprocessor(content: dict[str, Any]) -> Iterator[str]:
     for key in ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb"):
         if content.get(key) not in (None, True, False):
             yield f"{key} is {_shown(content[key])}, not true or false"
+
+
+def require_pixels(
+    source: str, processor: Any, image_size: tuple[int, int], make_model: Callable[[], PreTrainedModel]
+) -> None:
+    """Prepare two images of different shapes, and show pixels of another size to a model on the meta device.
+
+    Raises:
+        CheckpointError: the pixels are not those of one image each, of one size, finite, and of a size for the model.
+    """
+    shapes = set()
+    for size in ((40, 30), (30, 40)):
+        pixels = processor(Image.new("RGB", size, (90, 120, 150)), return_tensors="pt")["pixel_values"]
+        shapes.add(tuple(pixels.shape))
+        if not torch.isfinite(pixels).all():
+            raise CheckpointError(f"{source}: the preprocessor makes pixels that are not finite: copy it again")
+    shape = shapes.pop()
+    if shapes or len(shape) != 4 or shape[:2] != (1, 3):
+        raise CheckpointError(
+            f"{source}: the preprocessor does not make (1, 3, height, width) of one size from any image: use that of a "
+            "model which prepares images alike"
+        )
+    if shape[2:] == image_size:
+        return
+    model = make_model()
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            model(pixel_values=torch.empty(shape, dtype=model.dtype, device="meta"))
+    except Exception as error:  # each family refuses in its own way
+        height, width = image_size
+        raise CheckpointError(
+            f"{source}: the preprocessor makes {shape[2]} x {shape[3]} pixels, and the model takes {height} x {width}: "
+            "copy both from one model"
+        ) from error
 
 
 def adapter_error(source: str) -> CheckpointError:
