@@ -96,7 +96,7 @@ def end_runs(place: Path, rng: random.Random) -> Iterator[dict[str, Any]]:
     ended: Counter[str] = Counter()
     run, stages = place / "run-0", set()
     while True:
-        ending = rng.choice(SIGNALS)
+        fresh, ending, begin = not run.exists(), rng.choice(SIGNALS), time.perf_counter()
         code = _end_after(_started(recipe, run), rng.uniform(0, seconds), ending)
         said = run.with_suffix(".log").read_text()
         skipped = {line.partition(":")[0] for line in said.splitlines() if line.endswith("up to date, skipped")}
@@ -109,13 +109,15 @@ def end_runs(place: Path, rng: random.Random) -> Iterator[dict[str, Any]]:
             # A signal that ends the process, or an interruption that the command handles.
             counts["odd_endings"] += code not in (-ending, 130) or "Traceback" in said
             continue
+        if fresh:  # on a busy machine the first may have been slow
+            seconds = min(seconds, time.perf_counter() - begin)
         counts["finished_runs"] += 1
         counts["finished_runs_that_differ"] += _outcome(run) != expected
         run, stages = place / f"run-{counts['finished_runs']}", set()
         yield {
             "kills": sum(ended.values()),
             "by_signal": dict(ended),
-            "seconds_of_an_undisturbed_run": round(seconds, 1),
+            "seconds_of_the_fastest_run": round(seconds, 1),
             **counts,
         }
 
