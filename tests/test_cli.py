@@ -751,9 +751,10 @@ def test_an_unreadable_checkpoint(
     assert re.search(expected, refusal("evaluate", folder, "--data", shapes, *QUICK))
 
 
-def with_nan(folder: Path) -> Path:
+def overflowing(folder: Path) -> Path:
+    """Weights are numbers, and logits are not."""
     weights = load_file(folder / "model.safetensors")
-    weights["classifier.bias"][0] = float("nan")
+    weights["classifier.weight"].fill_(3e38)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -761,7 +762,7 @@ def with_nan(folder: Path) -> Path:
 def test_a_model_that_gives_no_numbers_fails_with_its_reason_in_the_record(
     tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path]
 ) -> None:
-    result = vitopt("evaluate", with_nan(copy_of(tiny_checkpoint)), "--data", shapes, *QUICK, "--json")
+    result = vitopt("evaluate", overflowing(copy_of(tiny_checkpoint)), "--data", shapes, *QUICK, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["failure"].startswith("logits are not finite, first for image circle/00.png")
 
@@ -769,14 +770,14 @@ def test_a_model_that_gives_no_numbers_fails_with_its_reason_in_the_record(
 def test_a_model_that_gives_no_numbers_is_told_on_standard_error(
     tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path]
 ) -> None:
-    result = vitopt("evaluate", with_nan(copy_of(tiny_checkpoint)), "--data", shapes, *QUICK, "--json")
+    result = vitopt("evaluate", overflowing(copy_of(tiny_checkpoint)), "--data", shapes, *QUICK, "--json")
     assert "error: tiny-vit failed: logits are not finite, first for image circle/00.png" in result.stderr
 
 
 def test_a_baseline_that_gives_no_numbers_is_told_on_standard_error(
     tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    broken = with_nan(copy_of(tiny_checkpoint).rename(tmp_path / "broken"))
+    broken = overflowing(copy_of(tiny_checkpoint).rename(tmp_path / "broken"))
     result = vitopt("evaluate", tiny_checkpoint, "--baseline", broken, "--data", shapes, *QUICK, "--json")
     assert "error: broken failed: logits are not finite" in result.stderr and result.exit_code == 1
 

@@ -592,3 +592,27 @@ def test_hashes(tmp_path):
     assert storage.sha256_of_json([1, 2]) != storage.sha256_of_json([2, 1])
     with pytest.raises(ValueError, match="not JSON compliant"):
         storage.sha256_of_json(math.nan)
+
+
+def test_a_temporary_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(storage.tempfile, "gettempdir", refuse)
+    with pytest.raises(StorageError, match="temporary folder"), storage.temporary_folder():
+        pass
+
+
+def test_a_temporary_folder_that_fills_is_named_and_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    full = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(StorageError, match=f"the disk is full while writing {tmp_path}"), storage.temporary_folder():
+        raise full
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_finished_is_not_begun(tmp_path):
+    storage.require_space(tmp_path, 1)
+    with pytest.raises(StorageError, match=r"1,000,000,000,000,000,000 bytes are needed") as caught:
+        storage.require_space(tmp_path, 10**18)
+    assert str(tmp_path) in str(caught.value)

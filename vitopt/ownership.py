@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vitopt.errors import StorageError
+from vitopt.paths import existing
 
 logger = logging.getLogger(__name__)
 
@@ -148,9 +149,10 @@ def require_apart(target: Path, inputs: tuple[str | Path | None, ...]) -> None:
         if folder.resolve().is_relative_to(place):
             raise StorageError(f"{target} is {name} or holds it: choose a folder of its own as --output")
     for given in inputs:
-        if given is None or not Path(given).expanduser().exists():
+        found = None if given is None else existing(given)
+        if found is None:
             continue  # a name on the hub, say
-        source = Path(given).expanduser().resolve()
+        source = found.resolve()
         if source.is_relative_to(place) or place.is_relative_to(source):
             raise StorageError(f"{target} is, holds or lies in the input {given}: choose another --output")
 

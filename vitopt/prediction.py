@@ -2,6 +2,7 @@
 
 import glob
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,10 @@ def classify(
         BadImageError: an image cannot be decoded.
         MeasurementError: the model's logits are not finite.
     """
-    device, names = runnable.device, runnable.label_names
+    device = runnable.device
+    # Names that stand twice, as two of ImageNet's do, are told apart by their outputs.
+    counts = Counter(runnable.label_names)
+    names = [f"{name} (output {i})" if counts[name] > 1 else name for i, name in enumerate(runnable.label_names)]
     batch_size = min(batch_size, len(images))
     stream = batches(
         images, runnable.preprocess, batch_size, workers=workers, skip_bad=skip_bad, pin=device.type == "cuda"

@@ -34,7 +34,9 @@ HalfOption = Annotated[HalfFormat, typer.Option(help="16-bit type of the layers 
 def _data_fields(what: str) -> Fields:
     """Options of calibration images; how many is an option of the search."""
     return Fields(
-        ("source", "labels", "group_column", "skip_bad_images"), named={"source": "data"}, help={"source": what}
+        ("source", "root", "labels", "group_column", "skip_bad_images"),
+        named={"source": "data", "root": "data_root"},
+        help={"source": what},
     )
 
 
@@ -55,7 +57,7 @@ def _refuse_without_effect(context: typer.Context) -> None:
     refuse(context, "min_agreement", "compile", because="only --format auto compares formats")
     if not automatic:
         because = "only --skip auto and --format auto look at images"
-        refuse(context, "data", "limit", "group_column", "skip_bad_images", because=because)
+        refuse(context, "data", "data_root", "limit", "group_column", "skip_bad_images", because=because)
     if asked["format"] not in QUANTIZED_FORMATS:
         because = f"format {asked['format']} quantizes nothing, so every layer is {asked['format']}"
         refuse(context, "half", because=because)

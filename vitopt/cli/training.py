@@ -21,7 +21,9 @@ def _refuse_without_effect(context: typer.Context) -> None:
 def finetune(
     *,
     checkpoint: CheckpointArgument,
-    data: Annotated[DataSpec, Fields(("source", "labels", "group_column"), named={"source": "data"})],
+    data: Annotated[
+        DataSpec, Fields(("source", "root", "labels", "group_column"), named={"source": "data", "root": "data_root"})
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
     finetune: Annotated[FinetuneSpec, Fields(named={"targets": "target"})],
     seed: Annotated[int, typer.Option(help="Of the order of images, augmentation and LoRA's start.")] = 0,

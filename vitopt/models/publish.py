@@ -11,9 +11,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from vitopt.errors import CheckpointError, RecipeError, StorageError
-from vitopt.models import gate, hub
+from vitopt.models import hub
 from vitopt.models.checkpoint import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
 from vitopt.models.origin import ORIGIN_FILE
+from vitopt.models.weights import INDEX_FILE
 from vitopt.ownership import CARD_FILE, unsealed
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def _files(checkpoint: Checkpoint, repository: str) -> Iterator[tuple[str, str |
         yield CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode()
     else:
         yield CONFIG_FILE, str(folder / CONFIG_FILE)
-    names = [*(file.name for file in checkpoint.weights), gate.INDEX_FILE, PREPROCESSOR_FILE, ORIGIN_FILE]
+    names = [*(file.name for file in checkpoint.weights), INDEX_FILE, PREPROCESSOR_FILE, ORIGIN_FILE]
     yield from ((name, str(folder / name)) for name in names if (folder / name).is_file())
     if (folder / CARD_FILE).is_file():
         yield CARD_FILE, _card(folder / CARD_FILE, repository)
