@@ -1,23 +1,26 @@
-"""Everything that only a device can show, in one go: its tests and recipes, into one file of results.
+"""Everything that only a device can show, in one go, in the order of what it decides.
 
-    python scripts/device_benchmark.py [--device cuda] [--minutes 9] [--output FILE]
+    python scripts/device_benchmark.py [--device cuda] [--minutes 9] [--output DIR] [--dry-run]
 
-Needs no network and no more than torch, transformers and vitopt's small dependencies: what is not installed is
-skipped by name. Each step is a process of its own, so that one which fails or takes too long costs only itself.
-`scripts/performance_table.py` makes README's table from the files.
+Needs no network, and to start no more than torch and transformers: each step names what it misses. A step is a process
+with a time limit of its own; what it had measured when it was stopped is kept. DIR gets DEVICE-DATE.json, rewritten
+whenever something is known, and what each step printed, in logs/. `scripts/performance_table.py` makes README's tables.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,21 +34,54 @@ try:
     from vitopt import storage
     from vitopt.environment import devices, machine
     from vitopt.errors import VitoptError
-    from vitopt.records import Record, upgraded
-    from vitopt.report.table import cautions
 except ModuleNotFoundError as error:
     sys.exit(f"error: {error.name} is not installed for {sys.executable}; `make install`, or name another GPU_PYTHON")
 
 SCHEMA = "vitopt.device/1"
-TESTS = "tests"
-# In order of importance: what the time does not suffice for is skipped.
-STEPS = {
-    "cuda": ("waterfall-vit-l", "packed-vit-l", "attention-vit-l", TESTS, "imagenet-vit-tiny", "autotuned-vit-l"),
-    "cpu": ("waterfall-cpu-vit-l", "imagenet-vit-tiny"),
+VITOPT = ("pydantic", "yaml", "typer", "rich", "psutil", "PIL", "filelock")  # what `vitopt run` needs without images
+SHARED = "shared"  # stands in `needs` for the folder of real weights and images
+RUN, DEVICE = "{run}", "{device}"  # stand in a command for the folder of a run and for the device
+_TICK_SECONDS = 2.0
+_GRACE_SECONDS = 5.0  # from the request to end to the end
+_LEAST_SECONDS = 20  # a step that cannot have so much is not begun
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step: its command, the packages that all of it needs, those that some rows need, and its time limit."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    needs: tuple[str, ...] = ()
+    wants: tuple[str, ...] = ()
+
+    def missing(self) -> list[str]:
+        """What it needs and is not there."""
+        absent = [name for name in self.needs if name != SHARED and not _installed(name)]
+        if SHARED in self.needs and not _shared().is_dir():
+            absent.append("its model and images (name their folder in VITOPT_SHARED)")
+        return absent
+
+
+def _recipe(name: str, limit_s: float, needs: Sequence[str] = (), wants: Sequence[str] = ()) -> Plan:
+    command = ("-m", "vitopt", "run", f"recipes/{name}.yaml", "--output", RUN, "--set", f"device={DEVICE}")
+    return Plan(name, command, limit_s, (*VITOPT, *needs), tuple(wants))
+
+
+_TESTS = Plan("tests", ("-m", "pytest", "-m", "gpu", "-rs", "tests/test_gpu.py"), 90, (*VITOPT, "pytest"), ("torchao",))
+PLANS = {
+    "cuda": (
+        Plan("smoke", ("scripts/device_smoke.py", "--device", DEVICE), 60),
+        _recipe("goals-vit-l", 270, wants=("torchao",)),
+        _recipe("packed-vit-l", 100, ("bitsandbytes",), ("torchao",)),
+        _TESTS,
+        _recipe("waterfall-vit-l", 120, wants=("torchao",)),
+        _recipe("attention-vit-l", 90, wants=("flash_attn",)),
+        _recipe("imagenet-vit-tiny", 90, (SHARED,), ("torchao", "bitsandbytes")),
+    ),
+    "cpu": (_recipe("waterfall-cpu-vit-l", 1200, wants=("torchao",)), _recipe("imagenet-vit-tiny", 600, (SHARED,))),
 }
-# What a recipe needs beside torch and transformers for any of its rows.
-NEEDS = {"packed-vit-l": ("bitsandbytes",), "imagenet-vit-tiny": ("PIL",)}
-LEAST_SECONDS = 45  # a step that cannot have so much is not begun
 
 
 @dataclass
@@ -58,6 +94,7 @@ class Step:
     failure: str | None = None
     skipped: str | None = None
     summary: str | None = None
+    figures: list[dict[str, Any]] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
     threads: dict[str, Any] = field(default_factory=dict)
 
@@ -66,98 +103,160 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--steps", nargs="*", help="only these: names of recipes, or tests")
+    parser.add_argument("--steps", nargs="*", help="only these, in this order")
     parser.add_argument("--threads", type=int, help="bind so many threads to cores (CPU)")
-    parser.add_argument("--output", type=Path, help="benchmarks/results/DEVICE-DATE.json without it")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and what is missing")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step in hand is ended too
 
+    known = {plan.name: plan for plans in PLANS.values() for plan in plans}
+    if unknown := [name for name in arguments.steps or () if name not in known]:
+        sys.exit(f"error: no step {unknown[0]!r}; known: {', '.join(known)}")
+    if arguments.dry_run:
+        kind = "cpu" if arguments.device == "cpu" else "cuda"
+        for plan in [known[name] for name in arguments.steps] if arguments.steps else PLANS[kind]:
+            print(f"{plan.name}: {_described(plan)}")
+        return
     try:
         device = devices.resolve_device(arguments.device)
     except VitoptError as error:
         sys.exit(f"error: {error}")
     facts = machine.describe(device) | {"platform": f"{platform.system()} {platform.machine()}"}
-    deadline = time.monotonic() + 60 * arguments.minutes
     print(f"{facts['gpu']['name'] if facts['gpu'] else facts['processor']}, torch {torch.__version__}", flush=True)
-    output = arguments.output or ROOT / "benchmarks" / "results" / f"{_device_name(facts)}-{_today()}.json"
-    steps = []
-    for name in arguments.steps or STEPS[device.type]:
-        steps.append(
-            _tests(deadline) if name == TESTS else _recipe(name, arguments.device, arguments.threads, deadline)
-        )
-        _tell(steps[-1])
-        _write(output, facts, steps)  # after each: what a later step does cannot lose it
-    print(f"results: {output}")
+    plans = [known[name] for name in arguments.steps] if arguments.steps else PLANS[device.type]
+    steps = carry_out(
+        plans, arguments.output, facts, str(device), deadline=time.monotonic() + 60 * arguments.minutes,
+        threads=arguments.threads,
+    )  # fmt: skip
     if any(step.failure for step in steps):
         sys.exit(1)
 
 
-def _write(output: Path, facts: dict[str, Any], steps: list[Step]) -> None:
+def _described(plan: Plan) -> str:
+    if missing := plan.missing():
+        return f"skipped, {' and '.join(missing)} not there"
+    unwanted = [name for name in plan.wants if not _installed(name)]
+    return f"at most {plan.limit_s:.0f} s" + (f"; rows that need {' or '.join(unwanted)} will fail" if unwanted else "")
+
+
+def carry_out(
+    plans: Sequence[Plan],
+    output: Path,
+    facts: dict[str, Any],
+    device: str,
+    *,
+    deadline: float,
+    threads: int | None = None,
+) -> list[Step]:
+    """Do the steps in their order until the deadline; all that is known stands in a file at any time."""
+    logs = output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    file = output / f"{_device_name(facts)}-{_today()}.json"
+    print(f"results: {file}", flush=True)
+    steps: list[Step] = []
+    for plan in plans:
+        step = Step(plan.name)
+        steps.append(step)
+        limit = min(plan.limit_s, deadline - time.monotonic())
+        if missing := plan.missing():
+            step.skipped = f"{' and '.join(missing)} not there"
+        elif limit < min(plan.limit_s, _LEAST_SECONDS):
+            step.skipped = "no time was left for it (--minutes)"
+        else:
+            print(f"{plan.name}: {_described(plan)}", flush=True)
+            _do(plan, step, logs / f"{plan.name}.log", limit, device, threads, lambda: _write(file, facts, steps))
+        _tell(step)
+        _write(file, facts, steps)
+    return steps
+
+
+def _do(
+    plan: Plan, step: Step, log: Path, limit: float, device: str, threads: int | None, keep: Callable[[], None]
+) -> None:
+    """Run a step, and keep its records and figures whenever there are more of them."""
+    shown = [part for part in plan.command if part not in (RUN, "--output")]
+    bound = ["--threads", str(threads)] if threads and "vitopt" in plan.command else []
+    step.command = " ".join(["python", *shown, *bound]).replace(DEVICE, device)
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environ |= {"VITOPT_SHARED": str(_shared()), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "VITOPT_LOG": "info"}
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, log.open("w", encoding="utf-8") as printed:
+        run = Path(folder) / "run"
+        parts = [part.replace(RUN, str(run)).replace(DEVICE, device) for part in plan.command]
+        process = subprocess.Popen(
+            [sys.executable, *parts, *bound], cwd=ROOT, env=environ, start_new_session=True, stdout=printed,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            while process.poll() is None and time.monotonic() - started < limit:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(min(_TICK_SECONDS, max(0.05, limit - (time.monotonic() - started))))
+                if _gather(step, run, log):
+                    keep()
+            if process.poll() is None:
+                step.failure = f"stopped after {limit:.0f} s, its limit; what it had measured is kept"
+        finally:
+            _end(process)
+        _gather(step, run, log)
+    step.seconds = round(time.monotonic() - started, 1)
+    words = log.read_text(encoding="utf-8", errors="replace").strip()
+    if process.returncode != 0 and step.failure is None:
+        step.failure = f"exit code {process.returncode}: {words[-2000:]}"
+    told = f"{len(step.records)} variants" if step.records else f"{len(step.figures)} figures" if step.figures else ""
+    step.summary = told or next(reversed(words.splitlines()), "no output")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a step with all that it started, such as a compiler's workers, which would go on using the device."""
+    for ending in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, ending)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_GRACE_SECONDS)
+
+
+def _gather(step: Step, run: Path, log: Path) -> bool:
+    """Take over the records and figures that a step has left so far; whether there is something new."""
+    records = []
+    for file in sorted(run.glob("variants/*/record.json")):
+        with contextlib.suppress(ValueError, OSError):  # being replaced at this moment
+            records.append(json.loads(file.read_text(encoding="utf-8")))
+    if records:
+        environment = next((one["environment"] for one in records if one["environment"]), {})
+        step.threads = {key: environment[key] for key in ("torch_threads", "threads_bound") if key in environment}
+    figures = [
+        found for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if (found := _figure(line))
+    ]
+    before = step.records, step.figures
+    step.records, step.figures = [_trimmed(record) for record in records], figures
+    return before != (step.records, step.figures)
+
+
+def _figure(line: str) -> dict[str, Any] | None:
+    """A line that is a JSON object with a name."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(line)
+        return found if isinstance(found, dict) and "name" in found else None
+    return None
+
+
+def _write(file: Path, facts: dict[str, Any], steps: list[Step]) -> None:
     """Write the steps of this call, and those that an earlier one left in the same file under other names."""
     threads = next((step.threads for step in steps if step.threads), {})  # as in the processes that measured
     content = {"schema": SCHEMA, "created": _today(), "environment": facts | threads}
-    earlier = json.loads(output.read_text(encoding="utf-8"))["steps"] if output.exists() else []
+    earlier = json.loads(file.read_text(encoding="utf-8"))["steps"] if file.exists() else []
     names = [step.name for step in steps]
     kept = [step for step in earlier if step["name"] not in names]
-    storage.write_json(output, content | {"steps": [*kept, *(asdict(step) for step in steps)]})
-
-
-def _tests(deadline: float) -> Step:
-    missing = _missing(("pytest", "PIL"))
-    if missing:
-        return Step(TESTS, skipped=missing)
-    return _run(TESTS, [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "tests/test_gpu.py"], deadline)
-
-
-def _recipe(name: str, device: str, threads: int | None, deadline: float) -> Step:
-    missing = _missing(NEEDS.get(name, ()))
-    if name == "imagenet-vit-tiny" and not _shared().is_dir():
-        missing = "its model and images are not there: name their folder in VITOPT_SHARED"
-    if missing:
-        return Step(name, skipped=missing)
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "vitopt", "run", f"recipes/{name}.yaml", "--output", folder, "--json"]
-        command += ["--set", f"device={device}"] + (["--threads", str(threads)] if threads else [])
-        step = _run(name, command, deadline)
-    if step.failure is None and step.skipped is None:
-        try:
-            records = json.loads(step.summary or "")
-            step.threads = {key: records[0]["environment"][key] for key in ("torch_threads", "threads_bound")}
-            step.records = [_trimmed(record) for record in records]
-            step.summary = f"{len(step.records)} variants"
-        except (ValueError, LookupError) as error:
-            step.failure = f"its output is no list of records ({error}): {(step.summary or '')[-500:]}"
-    step.command = f"vitopt run recipes/{name}.yaml" + (f" --threads {threads}" if threads else "")
-    return step
-
-
-def _run(name: str, command: list[str], deadline: float) -> Step:
-    left = deadline - time.monotonic()
-    if left < LEAST_SECONDS:
-        return Step(name, skipped="no time was left for it (--minutes)")
-    print(f"{name} ...", flush=True)
-    started = time.monotonic()
-    environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environ |= {"VITOPT_SHARED": str(_shared()), "HF_HUB_OFFLINE": "1"}
-    step = Step(name, " ".join(["python", *command[1:]]))
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=environ, stdout=subprocess.PIPE, text=True, timeout=left)
-    except subprocess.TimeoutExpired:
-        step.skipped = f"stopped after {left:.0f} s, when the time was up (--minutes)"
-    else:
-        step.summary = done.stdout.strip()
-        if done.returncode != 0:
-            step.failure = f"exit code {done.returncode}: {step.summary[-2000:]}"
-    step.seconds = round(time.monotonic() - started, 1)
-    return step
+    storage.write_json(file, content | {"steps": [*kept, *(asdict(step) for step in steps)]})
 
 
 def _shared() -> Path:
     return Path(os.environ.get("VITOPT_SHARED", ROOT.parent / "shared"))
 
 
-def _missing(packages: tuple[str, ...]) -> str | None:
-    absent = [package for package in packages if importlib.util.find_spec(package) is None]
-    return f"{' and '.join(absent)} not installed" if absent else None
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def _trimmed(record: dict[str, Any]) -> dict[str, Any]:
@@ -173,21 +272,18 @@ def _trimmed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tell(step: Step) -> None:
-    print(f"{step.name}: {_outcome(step)}" + (f" ({step.seconds:.0f} s)" if step.seconds else ""), flush=True)
+    outcome = (
+        f"skipped: {step.skipped}" if step.skipped else f"failed: {step.failure}" if step.failure else step.summary
+    )
+    print(f"{step.name}: {outcome}" + (f" ({step.seconds:.0f} s)" if step.seconds else ""), flush=True)
+    for figure in step.figures:
+        print(f"  {json.dumps(figure)}", flush=True)
     for record in step.records:
         for row in record["latency"]:
             line = f"  {record['variant']['name']:16} batch {row['batch_size']:4} p50 {row['p50_ms']:9.3f} ms"
             print(f"{line} {row['images_per_second']:9.1f} images/s", flush=True)
-    for line in cautions([Record.model_validate(upgraded(record)) for record in step.records]):
-        print(f"  {line}", flush=True)
-
-
-def _outcome(step: Step) -> str:
-    if step.skipped:
-        return f"skipped: {step.skipped}"
-    if step.failure:
-        return f"failed: {step.failure}"
-    return (step.summary or "no output").splitlines()[-1]
+        for reason in filter(None, [record["failure"], *record["variant"]["reasons"].values(), *record["warnings"]]):
+            print(f"  {record['variant']['name']}: {reason}", flush=True)
 
 
 def _device_name(facts: dict[str, Any]) -> str:

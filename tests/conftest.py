@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hub_stand_in import hub  # noqa: F401  (a fixture)
 from PIL import Image
 
 from vitopt.environment import libraries
-from vitopt.formats import AMPERE
+from vitopt.formats import AMPERE, FORMATS
 from vitopt.measure.intervals import Interval
 from vitopt.models.calibration import load_uses
 
@@ -42,7 +44,7 @@ IMAGE_SIZE = 32
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= AMPERE
     for item in items:
-        if "gpu" in item.keywords and not able:
+        if item.get_closest_marker("gpu") and not able:  # keywords hold the names of folders too
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device of compute capability 8.0 or higher"))
 
 
@@ -114,6 +116,16 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy_of(tmp_path: Path) -> Callable[[Path], Path]:
     """Copies a folder to where the test may change it."""
     return lambda source: Path(shutil.copytree(source, tmp_path / source.name))
+
+
+@pytest.fixture
+def fp8_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the CPU hold and multiply fp8, which torch can do there and vitopt and torchao offer on a GPU only."""
+    from torchao.quantization import quant_api
+
+    monkeypatch.setattr(quant_api, "is_sm_at_least_89", lambda: True)
+    monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularities: None)
+    monkeypatch.setitem(FORMATS, "fp8", dataclasses.replace(FORMATS["fp8"], not_on_cpu=None))
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ def cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         return CUDA
 
     return pretend
@@ -83,6 +84,15 @@ def test_auto_is_this_process_own_cuda_device(cuda, monkeypatch):
     assert devices.resolve_device("auto") == torch.device("cuda", 2)
     assert devices.resolve_device("cuda") == torch.device("cuda", 2)
     assert devices.resolve_device("cuda:1") == torch.device("cuda", 1)
+
+
+def test_the_device_asked_for_becomes_the_current_one(cuda, monkeypatch):
+    cuda(count=2)
+    made_current = []
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    devices.resolve_device("cuda:1")
+    devices.resolve_device("cpu")
+    assert made_current == [torch.device("cuda", 1)]
 
 
 def test_a_cpu_build_of_torch_is_named(no_cuda, monkeypatch):

@@ -21,6 +21,10 @@ pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda", 0)
 
+# Relative error of compiled against eager logits: twice what inductor gives on the CPU for this model, 0.009, 0.028 and
+# 0.065. It keeps what lies between two operators in fp32, which quantizing rounds otherwise than bf16.
+COMPILED_ERROR = {None: 0.02, "w8a8": 0.06, "fp8": 0.13}
+
 
 @pytest.fixture(autouse=True)
 def _needs_no_packages_beyond(request: pytest.FixtureRequest) -> None:
@@ -72,7 +76,9 @@ def test_records_hold_device_time_memory_and_the_gpu(tiny_checkpoint: Path, shap
     assert record.memory.peak_bytes > record.size.weight_bytes
     for row in record.latency:
         assert row.device_p50_ms is not None
-        assert 0 < row.device_p50_ms <= row.p50_ms
+        assert 0 < row.device_p50_ms <= row.p50_ms and len(row.device_samples_ms or ()) == row.rounds
+    assert record.memory.reserved_bytes is not None and record.memory.reserved_bytes > 0
+    assert record.gpu_load is None or record.gpu_load.polls > 0
 
 
 @pytest.fixture
@@ -101,9 +107,27 @@ def test_a_graph_gives_the_logits_of_the_eager_model(half: Checkpoint, run_as: s
     for batch_size in (8, 2, 8):
         pixels = pixels_of(batch_size)
         for _ in range(2):  # captured, then replayed
-            assert relative_error(graph(pixels), eager(pixels)) < 0.05
+            assert relative_error(graph(pixels), eager(pixels)) < COMPILED_ERROR[run_as]
         assert graph.graph_bytes(pixels.shape) > 0
     assert graph.fixed_shapes and graph.reasons.get("compile") is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"class_token_last": True},
+        {"carry_residual": True},
+        {"patch_product": True},
+        {"gelu_epilogue": True},
+        {"class_token_last": True, "carry_residual": True, "patch_product": True, "compile_whole": True},
+    ],
+)
+def test_a_rewritten_model_gives_the_logits_of_the_eager_one(half: Checkpoint, options: dict[str, bool]) -> None:
+    eager = prepare(half, name="eager", device=CUDA)
+    graph = prepare(half, name="graph", device=CUDA, run=RunSpec(compile=True, fuse_qkv=True, **options))
+    for batch_size in (8, 1):
+        assert relative_error(graph(pixels_of(batch_size)), eager(pixels_of(batch_size))) < COMPILED_ERROR[None]
+    assert graph.reasons == {}
 
 
 def test_what_a_graph_returned_is_not_overwritten_by_its_next_call(half: Checkpoint) -> None:
@@ -179,6 +203,19 @@ def test_batches_arrive_on_the_device_as_they_were(tiny_checkpoint: Path, shapes
         torch.testing.assert_close(there.pixel_values.cpu(), here.pixel_values, rtol=0, atol=0)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_a_second_gpu_captures_times_and_replays_as_the_first(half: Checkpoint) -> None:
+    spec = EvaluateSpec(latency=LatencySpec(batch_sizes=(1,), iterations=20, rounds=4))
+    candidate = Candidate("v", str(half.folder), RunSpec(compile=True, fuse_qkv=True))
+    try:
+        (measured,) = inference.measure([candidate], spec, device="cuda:1")
+    finally:
+        torch.cuda.set_device(CUDA)
+    assert measured.record.failure is None and measured.record.variant.reasons == {}
+    (row,) = measured.record.latency
+    assert row.device_p50_ms is not None and 0 < row.device_p50_ms <= row.p50_ms
+
+
 def test_a_batch_that_does_not_fit_is_told_with_one_that_does() -> None:
     spec = EvaluateSpec(latency=LatencySpec(batch_sizes=(1, 4096), iterations=2, rounds=1))
     total = torch.cuda.get_device_properties(CUDA).total_memory
@@ -197,7 +234,7 @@ def test_a_batch_that_does_not_fit_is_told_with_one_that_does() -> None:
 def test_the_rates_of_the_device_are_measured(format: str) -> None:
     if format == "fp8" and (reason := support.why_not_format("fp8", CUDA)):
         pytest.skip(reason)
-    assert gemm_rate(format, CUDA) > 1e12
+    assert min(gemm_rate(format, CUDA)) > 1e12
     assert copy_rate(CUDA) > 1e11
 
 

@@ -7,16 +7,7 @@ import pytest
 import yaml
 
 from vitopt.errors import RecipeError
-from vitopt.recipe import (
-    DataSpec,
-    EvaluateSpec,
-    FinetuneSpec,
-    LatencySpec,
-    Recipe,
-    RecipeVariant,
-    RunSpec,
-    VariantSpec,
-)
+from vitopt.recipe import DataSpec, EvaluateSpec, FinetuneSpec, LatencySpec, Recipe, RecipeVariant, RunSpec, VariantSpec
 from vitopt.recipe_file import dump_yaml, load_recipe, validate
 
 MINIMAL = """
@@ -83,7 +74,7 @@ def test_baseline_name_is_the_one_named():
         ),
         (
             {"evaluate": {"latency": {"zzz": 1}}},
-            "evaluate.latency.zzz: unknown key; known: batch_sizes, iterations, rounds, warmup_seconds, inputs",
+            "evaluate.latency.zzz: unknown key; known: batch_sizes, only, iterations, rounds, warmup_seconds, inputs",
         ),
     ],
 )
@@ -228,9 +219,14 @@ RUN = {
     "sdpa_kernel": "math",
     "run_as": "w8a8",
     "fuse_qkv": True,
+    "class_token_last": True,
+    "carry_residual": True,
+    "gelu_epilogue": True,
+    "patch_product": False,  # the one that goes with no channels_last
     "channels_last": True,
     "compile": True,
     "autotune": True,
+    "compile_whole": True,
 }
 
 
@@ -242,9 +238,14 @@ def test_a_variant_by_default_runs_as_it_is():
         "sdpa_kernel": "auto",
         "run_as": None,
         "fuse_qkv": False,
+        "class_token_last": False,
+        "carry_residual": False,
+        "gelu_epilogue": False,
+        "patch_product": False,
         "channels_last": False,
         "compile": False,
         "autotune": False,
+        "compile_whole": False,
     }
 
 
@@ -264,6 +265,11 @@ def variant(**run: object) -> dict[str, object]:
     ("run", "line"),
     [
         ({"autotune": True}, "variants.0: `autotune` is a way to compile: set `compile` too"),
+        ({"compile_whole": True}, "variants.0: `compile_whole` is a way to compile: set `compile` too"),
+        (
+            {"patch_product": True, "channels_last": True},
+            "variants.0: `channels_last` is for a convolution, and `patch_product` replaces it: take one of them",
+        ),
         ({"autotune": True, "compile": False}, "variants.0: `autotune` is a way to compile: set `compile` too"),
         (
             {"sdpa_kernel": "flash", "attention": "eager"},
@@ -358,6 +364,18 @@ def test_names_must_agree():
         "baseline names 'tow', which is no variant; did you mean 'two'?; "
         "export names 'none-of-them', which is no variant; known: one, two, two, one"
     ]
+
+
+def test_a_variant_may_be_timed_at_some_of_the_batch_sizes():
+    variants = [{"name": name, "format": "bf16"} for name in ("one", "four")]
+    latency = {"batch_sizes": [1, 64], "only": {"one": 1}}
+    spec = validate(Recipe, changed(variants=variants, evaluate={"latency": latency}), where="test").evaluate.latency
+    asked = [(name, size) for name in ("one", "four") for size in (1, 64) if spec.times(name, size)]
+    assert asked == [("one", 1), ("four", 1), ("four", 64)]
+    unknown = changed(variants=variants, evaluate={"latency": latency | {"only": {"fuor": [1]}}})
+    assert mistakes(unknown) == ["evaluate.latency.only names 'fuor', which is no variant; did you mean 'four'?"]
+    (mistake,) = mistakes(changed(variants=variants, evaluate={"latency": latency | {"only": {"one": [8]}}}))
+    assert "only: one" in mistake and "1, 64" in mistake
 
 
 def test_a_waterfall_names_variants():
@@ -530,7 +548,10 @@ def test_a_dumped_variant_starts_with_its_name_and_how_it_is_held(recipe_file):
         ("a: \x00", "is not valid YAML: unacceptable character"),
         ("- name: x", "must be a mapping of keys such as name, model, data and variants"),
         ("", "must be a mapping of keys such as name, model, data and variants"),
-        ("!!python/object/apply:os.system ['true']", "is not valid YAML: could not determine a constructor"),
+        (
+            "!!python/object/apply:os.system ['true']",
+            "is not valid YAML: tag tag:yaml.org,2002:python/object",
+        ),
     ],
 )
 def test_files_that_are_no_recipe(recipe_file, text, words):
@@ -551,7 +572,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / "absent.yaml")
     assert str(caught.value) == f"cannot read recipe {tmp_path}/absent.yaml: No such file or directory {hint}"
-    with pytest.raises(RecipeError, match=f"cannot read recipe {tmp_path}: Is a directory"):
+    with pytest.raises(RecipeError, match=f"cannot read recipe {tmp_path}: it is a folder"):
         load_recipe(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("name: größe".encode("latin-1"))
     with pytest.raises(RecipeError, match=r"latin\.yaml: 'utf-8' codec can't decode byte"):
@@ -612,3 +633,36 @@ def test_a_choice_gives_the_format_and_how_it_is_run():
     chosen = open_variant.with_choice(VariantSpec(name="w8a8-compiled", format="w8a8", compile=True, fuse_qkv=True))
     assert (chosen.name, chosen.format, chosen.half, chosen.steps) == ("a", "w8a8", "fp16", open_variant.steps)
     assert chosen.run == RunSpec(compile=True, fuse_qkv=True) and not chosen.chooses_format
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 2**32),
+        ("model", "x" * 5_000),
+        ("device", "cuda:99999999999"),
+        ("finetune.learning_rate", 1e300),
+        ("finetune.epochs", 1e300),
+        ("finetune.workers", 10**9),
+        ("evaluate.batch_size", 10**12),
+        ("evaluate.latency.batch_sizes", [10**12]),
+        ("evaluate.latency.iterations", 10**15),
+    ],
+)
+def test_numbers_that_no_run_can_mean(key, value):
+    content = {"name": "r", "model": "m", "data": "digits", "variants": [{"name": "a", "format": "fp32"}]}
+    *parents, last = key.split(".")
+    place = content
+    for parent in parents:
+        place = place.setdefault(parent, {})
+    place[last] = value
+    with pytest.raises(RecipeError, match=key.replace(".", r"\.")):
+        validate(Recipe, content, where="recipe")
+
+
+def test_a_file_of_mistakes_alone_is_answered_soon_and_shortly(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join(f"key{number}: 1" for number in range(9_000)))
+    with pytest.raises(RecipeError, match=r"9,00\d mistakes") as caught:
+        load_recipe(path)
+    assert str(caught.value).count("\n") == 50

@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from vitopt.records import Accuracy, Latency, Memory, Record, Roofline, Variant, VersusBaseline
 
@@ -81,7 +84,7 @@ def test_without_a_gpu_every_row_of_every_gpu_recipe_is_unmeasured(table: Module
     (tmp_path / "other.json").write_text('{"images": 400}')
     told = table.tables(table.load_results(tmp_path))
     assert told.startswith(
-        "**Unmeasured on any GPU** (`make gpu` measures them): `waterfall-vit-l`: fp32-eager, bf16-eager"
+        "**Unmeasured on any GPU** (`make gpu` measures them): `goals-vit-l`: fp32-eager, bf16-fused"
     )
     assert "nf4-as-fp8" in told and "cudnn" in told
 
@@ -101,7 +104,7 @@ def test_figures_come_from_the_file_and_absent_rows_are_named(table: ModuleType,
     assert "| w8a8 | unmeasured |" in told and "| fp8 | unmeasured |" in told
     assert "- fp8 failed: compute capability 8.0 is below 8.9" in told
     assert "matrix products in TFLOP/s bf16 700; copy 4,000 GB/s" in told
-    assert "Unmeasured on NVIDIA H200: `packed-vit-l` (fp32, bf16-compiled, nf4" in told
+    assert "Unmeasured on NVIDIA H200: `packed-vit-l` (fp16, fp16-compiled, bf16-compiled, nf4" in told
     assert "): bitsandbytes not installed." in told
     assert "`attention-vit-l` (auto, flash" in told and "): not run." in told
 
@@ -172,15 +175,190 @@ def test_results_keep_figures_and_no_place_of_this_machine(benchmark: ModuleType
     assert Record.model_validate(trimmed).variant.name == "a"
 
 
-def test_what_is_not_installed_is_skipped_by_name(
+def test_it_starts_with_torch_and_transformers_alone_and_names_what_each_step_misses() -> None:
+    program = """
+import runpy, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pydantic" or name.startswith("pydantic."):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+import importlib.util
+real = importlib.util.find_spec
+absent = ("pydantic", "torchao", "bitsandbytes")
+importlib.util.find_spec = lambda name, *rest: None if name in absent else real(name, *rest)
+sys.meta_path.insert(0, Absent())
+runpy.run_path("scripts/device_smoke.py", run_name="imported")
+sys.argv = ["device_benchmark.py", "--dry-run", "--device", "cuda"]
+runpy.run_path("scripts/device_benchmark.py", run_name="__main__")
+"""
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    told = dict(line.split(": ", 1) for line in ran.stdout.splitlines())
+    assert list(told)[:4] == ["smoke", "goals-vit-l", "packed-vit-l", "tests"], ran.stderr
+    assert told["smoke"] == "at most 60 s"
+    assert told["goals-vit-l"].startswith("skipped, pydantic")
+    assert told["packed-vit-l"].startswith("skipped, pydantic and bitsandbytes")
+
+
+def stand_in(benchmark: ModuleType, name: str, program: str, limit_s: float = 60, **wants: Any) -> Any:
+    """A step whose command is this program; its first argument is the folder of its run."""
+    return benchmark.Plan(name, ("-c", program, benchmark.RUN), limit_s, **wants)
+
+
+def writes(**p50_ms: float) -> str:
+    """A program that leaves a record for each variant, as `vitopt run` does."""
+    contents = {name: json.dumps(record(name, row(1, p50)).to_json()) for name, p50 in p50_ms.items()}
+    return f"""
+import pathlib, sys, time
+for name, content in {contents!r}.items():
+    folder = pathlib.Path(sys.argv[1]) / "variants" / name
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text(content)
+"""
+
+
+def carried_out(benchmark: ModuleType, output: Path, *plans: Any, seconds: float = 600) -> dict[str, dict[str, Any]]:
+    """The steps that the results hold afterwards, by name, in their order."""
+    facts = {"gpu": {"name": "NVIDIA Stand-in"}, "libraries": {"torch": "2"}}
+    benchmark._TICK_SECONDS = 0.1
+    benchmark.carry_out(plans, output, facts, "cpu", deadline=time.monotonic() + seconds)
+    (file,) = output.glob("*.json")
+    return {one["name"]: one for one in json.loads(file.read_text())["steps"]}
+
+
+def test_steps_run_in_their_order_and_one_that_fails_costs_only_itself(benchmark: ModuleType, tmp_path: Path) -> None:
+    order = tmp_path / "order"
+    note = f"open({str(order)!r}, 'a').write(NAME)"
+    plans = [
+        stand_in(benchmark, "a", f'NAME = \'a\'; {note}; print(\'{{"name": "rate", "value": 3}}\')'),
+        stand_in(benchmark, "b", f"NAME = 'b'; {note}; raise SystemExit('no kernel')"),
+        stand_in(benchmark, "absent", "", needs=("pydantic", "no_such_package")),
+        stand_in(benchmark, "c", f"NAME = 'c'; {note}; {writes(fast=1.5)}"),
+    ]
+    steps = carried_out(benchmark, tmp_path / "out", *plans)
+    assert order.read_text() == "abc" and list(steps) == ["a", "b", "absent", "c"]
+    assert steps["a"]["figures"] == [{"name": "rate", "value": 3}] and steps["a"]["failure"] is None
+    assert steps["b"]["failure"] == "exit code 1: no kernel"
+    assert steps["absent"]["skipped"] == "no_such_package not there"
+    assert [one["variant"]["name"] for one in steps["c"]["records"]] == ["fast"]
+    assert (tmp_path / "out" / "logs" / "b.log").read_text() == "no kernel\n"
+
+
+def test_a_step_that_is_stopped_at_its_limit_keeps_what_it_had_and_leaves_time_for_the_next(
+    benchmark: ModuleType, tmp_path: Path
+) -> None:
+    child = tmp_path / "child"
+    forever = f"""
+import subprocess
+print('about 1.5 ms, warm', flush=True)
+pid = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid
+open({str(child)!r}, "w").write(str(pid))
+time.sleep(600)
+"""
+    plans = [
+        stand_in(benchmark, "long", writes(fast=1.5, slow=9.0) + forever, limit_s=2.0),
+        stand_in(benchmark, "next", writes(other=2.0)),
+    ]
+    steps = carried_out(benchmark, tmp_path / "out", *plans)
+    assert "stopped after 2 s" in steps["long"]["failure"]
+    assert [one["latency"][0]["p50_ms"] for one in steps["long"]["records"]] == [1.5, 9.0]
+    assert "about 1.5 ms" in (tmp_path / "out" / "logs" / "long.log").read_text()
+    assert len(steps["next"]["records"]) == 1
+    status = Path(f"/proc/{child.read_text()}/status")
+    assert not status.exists() or "zombie" in status.read_text()  # what it had started ended with it
+
+
+def test_results_stand_on_disk_while_a_step_still_runs(benchmark: ModuleType, tmp_path: Path) -> None:
+    # Whoever kills the whole command, as a lease that ends does, finds them.
+    output = tmp_path / "out"
+    wait = f"""
+import json
+for _ in range(600):
+    files = list(pathlib.Path({str(output)!r}).glob("*.json"))
+    if files and any(step["records"] for step in json.loads(files[0].read_text())["steps"]):
+        print("found")
+        break
+    time.sleep(0.05)
+"""
+    steps = carried_out(benchmark, output, stand_in(benchmark, "one", writes(fast=1.5) + wait, limit_s=30))
+    assert steps["one"]["failure"] is None and (output / "logs" / "one.log").read_text() == "found\n"
+
+
+def test_what_the_time_does_not_suffice_for_is_skipped_and_an_earlier_result_of_it_kept(
+    benchmark: ModuleType, tmp_path: Path
+) -> None:
+    carried_out(benchmark, tmp_path, stand_in(benchmark, "other", writes(fast=1.5)))
+    steps = carried_out(benchmark, tmp_path, stand_in(benchmark, "late", "print('ran')"), seconds=1)
+    assert "--minutes" in steps["late"]["skipped"] and not (tmp_path / "logs" / "late.log").exists()
+    assert len(steps["other"]["records"]) == 1
+
+
+def test_the_images_of_a_step_are_asked_for_by_name(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
-    assert benchmark._recipe("packed-vit-l", "cuda", None, 0).skipped == "bitsandbytes not installed"
-    monkeypatch.undo()
     monkeypatch.setenv("VITOPT_SHARED", str(tmp_path / "nowhere"))
-    assert "VITOPT_SHARED" in benchmark._recipe("imagenet-vit-tiny", "cuda", None, 0).skipped
-    assert benchmark._recipe("waterfall-vit-l", "cuda", None, 0).skipped == "no time was left for it (--minutes)"
+    (plan,) = [plan for plan in benchmark.PLANS["cuda"] if plan.name == "imagenet-vit-tiny"]
+    assert any("VITOPT_SHARED" in missing for missing in plan.missing())
+
+
+def test_each_step_of_a_gpu_has_a_limit_and_those_that_decide_fit_the_time(benchmark: ModuleType) -> None:
+    plans = benchmark.PLANS["cuda"]
+    assert [plan.name for plan in plans[:4]] == ["smoke", "goals-vit-l", "packed-vit-l", "tests"]
+    assert sum(plan.limit_s for plan in plans[:4]) <= 9 * 60
+    recipes = [ROOT / part for plan in plans for part in plan.command if part.startswith("recipes/")]
+    assert recipes and all(path.is_file() for path in recipes)
+
+
+@pytest.fixture(scope="module")
+def smoke() -> ModuleType:
+    return script("device_smoke")
+
+
+def test_a_smoke_test_tells_figures_and_reasons_line_by_line(
+    smoke: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cpu = torch.device("cpu")
+    smoke.tell("model", lambda: smoke.timed(lambda pixels: pixels.sum(), 2, torch.float32, cpu))
+    smoke.tell("fp8", lambda: smoke.fp8(32, 64, 16, cpu))
+    smoke.tell("broken", lambda: 1 / 0)
+    model, fp8, broken = map(json.loads, capsys.readouterr().out.splitlines())
+    assert model["batch_size"] == 2 and model["p50_ms"] > 0 and model["device_ms"] > 0
+    assert fp8["device_ms"] > 0
+    assert broken == {"name": "broken", "failure": "ZeroDivisionError: division by zero"}
+
+
+@pytest.fixture(scope="module")
+def costs() -> ModuleType:
+    return script("block_costs")
+
+
+def test_kernels_of_a_block_are_counted_in_the_compilers_schedule(costs: ModuleType) -> None:
+    class Mlp(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = torch.nn.Linear(32, 64, bias=False), torch.nn.Linear(64, 32, bias=False)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.two(torch.nn.functional.gelu(self.one(inputs)))
+
+    found = costs.cost(Mlp().requires_grad_(False), torch.zeros(16, 32))
+    assert (found.generated, found.called) == (1, 2)  # GELU, and the products
+    inner, outer, weights = 16 * 64, 16 * 32, 2 * 32 * 64
+    assert found.bytes == 4 * (outer + inner + 2 * inner + inner + outer + weights)
+
+
+def test_a_block_takes_fewer_kernels_with_the_options_that_join_them(costs: ModuleType) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    plain, fused, joined = (
+        costs.block_cost(costs.ViTConfig(**shape), 1, options)
+        for options in ((), ("fuse_qkv",), ("fuse_qkv", "gelu_epilogue"))
+    )
+    assert fused.called == plain.called - 2 and fused.generated == plain.generated
+    assert joined.called == fused.called and joined.generated == fused.generated - 1
+    assert joined.bytes < fused.bytes < plain.bytes
+    last, narrow = (
+        costs.block_cost(costs.ViTConfig(**shape), 1, options, block=-1) for options in ((), ("class_token_last",))
+    )
+    assert narrow.bytes < last.bytes
 
 
 def test_files_are_named_after_the_device(benchmark: ModuleType) -> None:

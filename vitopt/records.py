@@ -139,7 +139,9 @@ class Latency(Part):
     p99_ci95_ms: tuple[float | None, float | None] | None = Field(
         None, description="a service level is judged by the upper limit"
     )
-    device_p50_ms: float | None = Field(None, description="CUDA event time; null on the CPU")
+    device_p50_ms: float | None = Field(
+        None, description="CUDA: time per call of a queue, median over rounds; null on the CPU"
+    )
     images_per_second: float = Field(description="batch size over the median")
     speedup_vs_baseline: float | None = None
     speedup_ci95: tuple[float, float] | None = None
@@ -151,7 +153,7 @@ class Latency(Part):
     settled: bool | None = Field(None, description="whether the warm-up ended because calls took a steady time")
     discarded_calls: int = Field(0, description="first calls after a switch between variants; in no other figure")
     samples_ms: tuple[float, ...] = Field(description="in order of time; equal shares per round")
-    device_samples_ms: tuple[float, ...] | None = None
+    device_samples_ms: tuple[float, ...] | None = Field(None, description="one per round")
 
 
 class FailedLatency(Part):
@@ -177,7 +179,7 @@ class EndToEnd(Part):
 
 
 class Throughput(Part):
-    """Highest rate over batch sizes that are doubled until memory or the gain runs out."""
+    """Highest rate over batch sizes that are doubled until memory or the gain runs out, kept up for 5 s."""
 
     batch_size: int = Field(description="at which the rate was reached")
     images_per_second: float
@@ -195,7 +197,7 @@ class Memory(Part):
     """Peak memory of running this variant alone."""
 
     peak_bytes: int
-    reserved_bytes: int | None = None
+    reserved_bytes: int | None = Field(None, description="CUDA: what the allocator took for one call alone")
     kind: Literal["cuda_allocated", "resident_set"] = Field(
         description="CUDA: peak allocated by tensors, this variant's weights included; CPU: peak resident set of "
         "a process that does nothing but load and run it"
@@ -218,8 +220,20 @@ class Roofline(Part):
     """What the device gave in the same run, by the formats of vitopt; utilisation and floor are against it."""
 
     gemm_format: str = Field(description="format of the matrix product behind `gemm_flops_per_second`")
-    gemm_flops_per_second: float
+    gemm_flops_per_second: float = Field(description="of a device that has worked; utilisation is against it")
+    gemm_flops_per_second_cold: float | None = Field(None, description="of a device that was idle before")
     copy_bytes_per_second: float = Field(description="bytes read and written per second by a large copy")
+
+
+class GpuLoad(Part):
+    """The GPU while the calls of all variants were timed, looked at several times a second."""
+
+    polls: int = Field(description="how often it was looked at")
+    mean_power_watts: float | None = Field(description="null where the driver does not tell, as the next three")
+    max_power_watts: float | None = Field(description="highest that was seen")
+    median_clock_mhz: float | None = Field(description="of its multiprocessors")
+    min_clock_mhz: float | None = Field(description="lowest that was seen")
+    throttled: dict[str, float] = Field(description="reason for lowered clocks -> share of the looks that saw it")
 
 
 class Requirement(Part):
@@ -282,6 +296,7 @@ class Record(Part):
     requirements: tuple[Requirement, ...] = Field((), description="what the recipe requires of this variant")
     batch_invariance: BatchInvariance | None = Field(None, description="null if not measured")
     roofline: Roofline | None = Field(None, description="the device's rates in the same run; null if not measured")
+    gpu_load: GpuLoad | None = Field(None, description="null on the CPU and without NVML")
     environment: dict[str, Any] = Field(default_factory=dict)
     dataset: Dataset | None = None
     warnings: tuple[str, ...] = Field((), description="conditions under which the figures deserve less trust")

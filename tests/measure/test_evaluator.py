@@ -417,7 +417,7 @@ def test_a_record_tells_how_the_checkpoint_was_run(
     subjects: list[TorchRunnable], records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = records[1].variant
-    off = {"fuse_qkv": False, "channels_last": False, "compile": False, "autotune": False}
+    off = {name: False for name, about in RunSpec.model_fields.items() if about.annotation is bool}
     assert plain.stored_format is None and off.items() <= plain.ran.items()
 
     def no_compiler(model: torch.nn.Module, **_: Any) -> Any:
@@ -456,9 +456,23 @@ def test_without_being_asked_for_nothing_is_said_about_the_devices_rates(records
 def small_rates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(rates, "_GEMM_SIDE", {"cpu": 64})
     monkeypatch.setattr(rates, "_COPY_BYTES", {"cpu": 2**16})
+    monkeypatch.setattr(rates, "_WARM_SECONDS", 0.0)
     yield
     for rate in (rates.gemm_rate, rates.copy_rate):  # they must serve no other test
         rate.cache_clear()
+
+
+def test_rows_of_one_batch_size_are_told_before_the_next_is_begun(subjects: list[TorchRunnable]) -> None:
+    told: list[tuple[str, list[int]]] = []
+    spec = at(1, 3)
+    only = spec.latency.model_copy(update={"only": {subjects[1].name: (3,)}})
+    evaluate(
+        subjects,
+        spec.model_copy(update={"latency": only}),
+        ready=lambda one: told.append((one.record.variant.name, [row.batch_size for row in one.record.latency])),
+    )
+    first, second = (subject.name for subject in subjects)
+    assert told[:4] == [(first, [1]), (second, []), (first, [1, 3]), (second, [3])]
 
 
 def test_floor_and_utilisation_are_against_the_rates_in_the_record(
@@ -470,7 +484,8 @@ def test_floor_and_utilisation_are_against_the_rates_in_the_record(
         assert device.gemm_format == format  # NF4 is expanded to bf16 and computed in it
         for row in record.latency:
             flops = row.batch_size * record.model.flops_per_image
-            seconds = max(flops / device.gemm_flops_per_second, record.size.weight_bytes / device.copy_bytes_per_second)
+            fastest = max(device.gemm_flops_per_second, device.gemm_flops_per_second_cold)
+            seconds = max(flops / fastest, record.size.weight_bytes / device.copy_bytes_per_second)
             assert row.floor_ms == pytest.approx(1000 * seconds)
             share = flops / (row.p50_ms / 1000) / device.gemm_flops_per_second
             assert row.model_flop_utilisation_percent == pytest.approx(100 * share)
@@ -546,6 +561,7 @@ def test_a_figure_that_fails_loses_only_itself(
     small_rates: None,
 ) -> None:
     monkeypatch.setattr(evaluator, "find_throughput", functools.partial(throughput.find_throughput, largest=1))
+    monkeypatch.setattr(throughput, "_SUSTAINED_SECONDS", 0.0)
     monkeypatch.setattr(evaluator, broken, fail)
     spec = QUICK.model_copy(update={"throughput": True, "roofline": True})
     got = evaluate(subjects, spec, images=images, baseline="base")

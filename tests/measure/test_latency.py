@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -305,6 +306,15 @@ def test_compilation_in_the_warm_up_is_welcome(compiled: Callable[[torch.Tensor]
         assert timing.failure is None and len(timing.samples_ms) == 4
 
 
+def test_each_variant_is_told_of_as_soon_as_it_is_warm(caplog: pytest.LogCaptureFixture) -> None:
+    machine = Machine()
+    calls = {"a": machine.call("a", lambda number: 2.5), "bad": failing(machine, "bad", 0)}
+    with caplog.at_level(logging.INFO):
+        time_interleaved(calls, LatencySpec(iterations=1, rounds=1), machine, "latency at batch 8")
+    fast, bad = caplog.messages
+    assert "batch 8: a: about 2.5 ms" in fast and "batch 8: bad: RuntimeError: no kernel" in bad
+
+
 def test_samples_are_in_order_of_time() -> None:
     assert Timing(rounds_ms=[[3.0, 1.0], [2.0]]).samples_ms == [3.0, 1.0, 2.0]
 
@@ -319,6 +329,63 @@ def test_the_clock_of_the_cpu_is_the_wall() -> None:
             pass
 
     started = time.perf_counter()
-    wall_ms, device_ms = clock.time(spin)
-    assert 20 <= wall_ms <= 1000 * (time.perf_counter() - started)
-    assert device_ms is None
+    assert 20 <= clock.time(spin) <= 1000 * (time.perf_counter() - started)
+
+
+def test_a_queue_is_timed_as_a_whole_and_a_device_kept_busy_for_as_long_as_asked() -> None:
+    machine = Machine()
+    call = machine.call("a", lambda number: 10 if number % 2 else 30)
+    assert machine.queued(call, 6) == pytest.approx(20)
+    calls, seconds = machine.sustained(machine.call("b", lambda number: 400), 5)
+    assert (calls, seconds) == (13, pytest.approx(5.2))
+    assert machine.sustained(machine.call("c", lambda number: 7000), 5) == (1, pytest.approx(7))
+
+
+class Event:
+    """As much of a CUDA event as a clock uses; made when first recorded, as the real one."""
+
+    def __init__(self, cuda: "Cuda"):
+        self.cuda, self.recorded_at = cuda, None
+
+    def record(self, stream: str) -> None:
+        if self.recorded_at is None:
+            self.cuda.log.append("event made")
+        self.recorded_at = self.cuda.now
+        self.cuda.log.append(f"record on {stream}")
+
+    def elapsed_time(self, later: "Event") -> float:
+        return later.recorded_at - self.recorded_at
+
+
+class Cuda:
+    """torch.cuda of which only device 1 is used, whose calls take 3 ms each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now, self.log = 0.0, list[str]()
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: self.log.append(f"wait for {device}"))
+
+    def call(self) -> None:
+        self.now += 3
+        self.log.append("call")
+
+
+def test_events_of_a_gpu_are_made_beforehand_and_recorded_on_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch)
+    clock = clock_for(torch.device("cuda", 1))
+    assert cuda.log.count("event made") == 2
+    cuda.log.clear()
+    assert clock.queued(cuda.call, 4) == 3
+    wait, record = "wait for cuda:1", "record on stream of cuda:1"
+    assert cuda.log == [wait, record, *4 * ["call"], record, wait]
+    cuda.log.clear()
+    clock.time(cuda.call)
+    assert cuda.log == [wait, "call", wait]  # no event within what a caller waits
+
+
+def test_a_device_that_runs_ahead_is_also_timed_by_the_queue_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch)
+    spec = LatencySpec(iterations=8, rounds=4, warmup_seconds=0)
+    timing = time_interleaved({"a": cuda.call}, spec, clock_for(torch.device("cuda", 1)))["a"]
+    assert timing.device_ms == [3, 3, 3, 3] and len(timing.samples_ms) == 8

@@ -1,6 +1,8 @@
 """Peak memory of a variant alone."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,3 +54,58 @@ def test_a_program_that_is_not_there_is_told() -> None:
     subject = SimpleNamespace(device=CPU, alone=lambda batch_size: ["/no/such/program"])
     with pytest.raises(MeasurementError, match="/no/such/program"):
         peak_memory(subject, 1)
+
+
+class Allocator:
+    """As much of torch.cuda as a peak takes: others hold 900 bytes, a call takes 40 in its own pool."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.allocated = self.peak = 900
+        self.pool: Pool | None = None
+        for name, value in {
+            "MemPool": Pool,
+            "use_mem_pool": self.use,
+            "synchronize": lambda device: None,
+            "memory_allocated": lambda device: self.allocated,
+            "max_memory_allocated": lambda device: self.peak,
+            "reset_peak_memory_stats": lambda device: setattr(self, "peak", self.allocated),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextlib.contextmanager
+    def use(self, pool: "Pool", device: torch.device) -> Iterator[None]:
+        self.pool = pool
+        yield
+        self.pool = None
+
+    def call(self, pixels: torch.Tensor) -> None:
+        assert self.pool is not None, "the call took memory that others have freed"
+        self.peak = self.allocated + 40
+        self.pool.segments.append({"total_size": 64})
+
+
+class Pool:
+    def __init__(self) -> None:
+        self.segments: list[dict[str, int]] = []
+
+    def snapshot(self) -> list[dict[str, int]]:
+        return self.segments
+
+
+def test_a_peak_on_a_gpu_is_of_this_variant_alone_in_a_pool_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocator = Allocator(monkeypatch)
+
+    class Subject:
+        device = torch.device("cuda", 1)
+        input_size = (4, 4)
+
+        def weight_bytes(self) -> int:
+            return 500
+
+        def __call__(self, pixels: torch.Tensor) -> None:
+            allocator.call(pixels)
+
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_: tensor)
+    found = peak_memory(Subject(), 2)
+    assert (found.kind, found.peak_bytes) == ("cuda_allocated", 500 + 40 + 2 * 3 * 4 * 4 * 4)
+    assert found.reserved_bytes == 64

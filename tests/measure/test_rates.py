@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vitopt.measure import rates
+from vitopt.measure.latency import Clock
 from vitopt.measure.rates import copy_rate, floor_ms, gemm_rate, roofline, utilisation_percent
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.models.families import FAMILIES
@@ -21,6 +22,7 @@ CPU = torch.device("cpu")
 def _small_and_forgetful(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(rates, "_GEMM_SIDE", {"cpu": 64})
     monkeypatch.setattr(rates, "_COPY_BYTES", {"cpu": 2**16})
+    monkeypatch.setattr(rates, "_WARM_SECONDS", 0.0)
     for rate in (gemm_rate, copy_rate):
         rate.cache_clear()
     yield
@@ -115,27 +117,46 @@ def test_utilisation_is_the_share_of_the_arithmetic_rate() -> None:
 
 @pytest.mark.parametrize("format", ["fp32", "fp16", "bf16", "int8"])
 def test_every_format_that_the_cpu_computes_in_has_a_rate(format: str) -> None:
-    assert 0 < gemm_rate(format, CPU) < 1e15
+    assert all(0 < rate < 1e15 for rate in gemm_rate(format, CPU))
 
 
 def test_copies_have_a_rate() -> None:
     assert 0 < copy_rate(CPU) < 1e13
 
 
-def test_rates_are_work_over_the_median_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The first five of fifteen calls warm up; of the others, the median takes 4 ms.
-    times = iter([90.0] * 5 + [5.0, 3.0, 4.0, 5.0, 4.0, 5.0, 3.0, 4.0, 5.0, 4.0])
+def test_rates_are_those_of_a_queue_on_an_idle_device_and_on_one_that_has_worked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Throttling(Clock):
+        """A clock whose device slows down by half after a second of work; each call takes 4 ms before."""
 
-    class Slow:
-        def time(self, call: Callable[[], object]) -> tuple[float, None]:
+        def __init__(self) -> None:
+            self.worked = 0.0
+
+        def queued(self, call: Callable[[], object], count: int) -> float:
             call()
-            return next(times), None
+            self.worked += 0.004 * count
+            return 4.0 if self.worked < 1 else 8.0
 
-    monkeypatch.setattr(rates, "clock_for", lambda device: Slow())
-    assert gemm_rate("fp32", CPU) == pytest.approx(2 * 64**3 / 0.004)
-    assert gemm_rate("fp32", CPU) == gemm_rate("fp32", CPU)  # measured once
-    times = iter([4.0] * 15)
+        def sustained(self, call: Callable[[], object], seconds: float) -> tuple[int, float]:
+            self.worked += seconds
+            return 1, seconds
+
+    device = Throttling()
+    monkeypatch.setattr(rates, "clock_for", lambda _: device)
+    monkeypatch.setattr(rates, "_WARM_SECONDS", 1.0)
+    assert gemm_rate("fp32", CPU) == pytest.approx((2 * 64**3 / 0.004, 2 * 64**3 / 0.008))
+    assert gemm_rate("fp32", CPU) is gemm_rate("fp32", CPU)  # measured once
+    device.worked = 0.0
     assert copy_rate(CPU) == pytest.approx(2 * 2**16 / 0.004)  # read and written
+
+
+def test_the_floor_is_that_of_the_faster_state_of_the_device() -> None:
+    device = Roofline(
+        gemm_format="bf16", gemm_flops_per_second=1e12, gemm_flops_per_second_cold=2e12, copy_bytes_per_second=1e11
+    )
+    assert floor_ms(10, 5 * 10**9, 0, device) == pytest.approx(25)
+    assert utilisation_percent(10, 5 * 10**9, 100, device) == pytest.approx(50)
 
 
 @pytest.mark.parametrize(
@@ -153,5 +174,5 @@ def test_rates_are_work_over_the_median_time(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_rates_are_those_of_the_format_that_a_variant_computes_in(format: str, computes_in: str) -> None:
     found = roofline(format, CPU)
     assert found.gemm_format == computes_in
-    assert found.gemm_flops_per_second == gemm_rate(computes_in, CPU)
+    assert (found.gemm_flops_per_second_cold, found.gemm_flops_per_second) == gemm_rate(computes_in, CPU)
     assert found.copy_bytes_per_second == copy_rate(CPU)

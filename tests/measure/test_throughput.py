@@ -36,9 +36,18 @@ class Device(Clock):
 def test_stops_at_the_largest_batch_that_fits() -> None:
     device = Device(lambda size: 0.001 + 0.0001 * size, fits=100)
     found = find_throughput(device.call, device)
-    assert device.sizes == [1, 2, 4, 8, 16, 32, 64, 128]
+    assert device.sizes == [1, 2, 4, 8, 16, 32, 64, 128, 64]  # the best once more, to keep it up
     assert (found.batch_size, found.largest_batch_size) == (64, 64)
     assert found.images_per_second == pytest.approx(64 / (0.001 + 0.0064))
+
+
+def test_the_rate_is_what_the_device_keeps_up() -> None:
+    device = Device(lambda size: 0.0)
+    # 1 ms for each image, and half as fast after half a second of work.
+    device.seconds_of = lambda size: 0.001 * size * (1 if device.time_now < 0.5 else 2)
+    found = find_throughput(device.call, device, largest=1)
+    assert found.images_per_second == pytest.approx(500, rel=0.1)
+    assert device.time_now > 5
 
 
 def test_stops_when_doubling_gains_nothing() -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from vitopt.models.checkpoint import load_model, open_checkpoint
 from vitopt.models.names import block_names
-from vitopt.optimize.compiled import GraphedModel
+from vitopt.optimize.compiled import GraphedModel, Path, compiled
 
 
 class FakeGraph:
@@ -116,7 +117,7 @@ def graphed(cuda: FakeCuda, tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(
             block, "compile", lambda fullgraph, dynamic, mode, real=real: real(fullgraph=fullgraph, backend="eager")
         )
-    return GraphedModel(Recorded(model, cuda), blocks, autotune=False), model
+    return GraphedModel(Path(Recorded(model, cuda), torch.float32), blocks, autotune=False), model
 
 
 def pixels(batch_size: int, seed: int = 0) -> torch.Tensor:
@@ -158,10 +159,10 @@ def test_a_replay_changes_no_pixels_of_the_caller(graphed: tuple[GraphedModel, n
 def test_one_block_is_compiled_for_all(cuda: FakeCuda, tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(open_checkpoint(str(tiny_checkpoint)))
     blocks = [model.get_submodule(name) for name in block_names(model, "vit")]
-    compiled: list[int] = []
+    programs: list[int] = []
 
     def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        compiled.append(1)
+        programs.append(1)
         return module.forward
 
     for block in blocks:
@@ -170,13 +171,70 @@ def test_one_block_is_compiled_for_all(cuda: FakeCuda, tiny_checkpoint: Any, mon
             block, "compile", lambda real=real, **_: real(fullgraph=True, dynamic=False, backend=backend)
         )
     torch._dynamo.reset()
-    graph = GraphedModel(Recorded(model, cuda), blocks, autotune=False)
+    graph = GraphedModel(Path(Recorded(model, cuda), torch.float32), blocks, autotune=False)
     with torch.inference_mode():
         graph(pixels(2))
-        assert len(compiled) == 1
+        assert len(programs) == 1
         graph(pixels(3))
-    assert len(compiled) == 2
+    assert len(programs) == 2
     torch._dynamo.reset()
+
+
+def test_the_copy_into_the_graph_is_what_casts(cuda: FakeCuda, tiny_checkpoint: Any) -> None:
+    model = load_model(open_checkpoint(str(tiny_checkpoint))).to(torch.bfloat16)
+    path = Path(Recorded(model, cuda), torch.bfloat16, torch.channels_last)
+    graph = GraphedModel(path, [nn.Identity()], autotune=False)
+    copies: list[tuple[torch.dtype, torch.dtype]] = []
+    with torch.inference_mode(), Copies(copies):
+        found = graph(pixels(2)).float()
+        copies.clear()
+        again = graph(pixels(2)).float()
+    # One copy to the graph, and one of the logits out of it, which the stand-in's replay also fills.
+    assert copies[0] == (torch.float32, torch.bfloat16) and len(copies) == 2
+    buffer, _ = cuda.graphs[0].capture or (None, None)
+    assert buffer is not None and buffer.is_contiguous(memory_format=torch.channels_last)
+    expected = model(pixel_values=pixels(2).to(torch.bfloat16)).logits.float()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-2)
+    torch.testing.assert_close(again, found, rtol=0, atol=0)
+
+
+class Copies(TorchFunctionMode):
+    """Notes the types of every copy into a tensor that is there already."""
+
+    def __init__(self, noted: list[tuple[torch.dtype, torch.dtype]]):
+        self.noted = noted
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.copy_:
+            self.noted.append((args[1].dtype, args[0].dtype))
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_whole_model_can_be_one_program(
+    cuda: FakeCuda, tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(open_checkpoint(str(tiny_checkpoint)))
+    programs: list[int] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        programs.append(sum("layer_norm" in str(node.target) for node in module.graph.nodes))
+        return module.forward
+
+    real = torch.compile
+
+    def compile(whole: nn.Module, *, dynamic: bool, mode: str | None) -> nn.Module:
+        return Recorded(real(whole, dynamic=dynamic, backend=backend), cuda)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    torch._dynamo.reset()
+    blocks = [model.get_submodule(name) for name in block_names(model, "vit")]
+    graph = compiled(Path(model, torch.float32), blocks, torch.device("cuda"), whole=True)
+    with torch.inference_mode():
+        found = graph(pixels(2))
+    torch._dynamo.reset()
+    assert max(programs) == 2 * len(blocks) + 1  # all norms of the model in one program
+    assert all(block._compiled_call_impl is None for block in blocks)
+    torch.testing.assert_close(found, model(pixel_values=pixels(2)).logits)
 
 
 def test_memory_set_aside_is_known_for_captured_shapes(graphed: tuple[GraphedModel, nn.Module]) -> None:

@@ -18,7 +18,7 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, 
 
 
 def resolve_device(requested: str = "auto") -> torch.device:
-    """Return the device to run on; `auto` is the first CUDA device, else the CPU.
+    """Return the device to run on, and make it the current one; `auto` is the first CUDA device, else the CPU.
 
     Raises:
         UnsupportedError: CUDA was asked for and is not there.
@@ -40,6 +40,7 @@ def resolve_device(requested: str = "auto") -> torch.device:
         if index >= torch.cuda.device_count():
             raise UnsupportedError(f"device cuda:{index} is not there: {torch.cuda.device_count()} CUDA device(s)")
         device = torch.device("cuda", index)
+        torch.cuda.set_device(device)  # streams, events and kernels go to the current one unless told otherwise
     return device
 
 

@@ -9,10 +9,9 @@ from typing import Any, get_args
 
 import torch
 
-from vitopt.environment import devices, support
+from vitopt.environment import devices
 from vitopt.environment.libraries import versions
 from vitopt.formats import Format
-from vitopt.recipe import Attention, SdpaKernel
 from vitopt.threads import are_bound
 
 _SHOWS_ONLY = ("cli/", "__main__.py", "progress.py", "report/")
@@ -74,6 +73,10 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def diagnose(device: torch.device) -> dict[str, dict[str, Any]]:
     """What `vitopt doctor` prints: the machine, the libraries, and what can run (None) or why it cannot."""
+    # All else here is also told where torch is installed and pydantic is not.
+    from vitopt.environment import support
+    from vitopt.recipe import Attention, SdpaKernel
+
     facts = describe(device)
     libraries = facts.pop("libraries")
     gpu = facts.pop("gpu") or {}

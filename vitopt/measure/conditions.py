@@ -2,32 +2,103 @@
 
 import contextlib
 import os
+import statistics
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 import torch
 
+from vitopt.records import GpuLoad
+
 _BUSY_CPU_PERCENT = 15
 
 
+_POLL_SECONDS = 0.25
+
+
+@dataclass
+class Conditions:
+    """What was seen while latency was measured: a sentence for each disturbance, and on a GPU its clocks and power."""
+
+    warnings: list[str] = field(default_factory=list)
+    gpu: GpuLoad | None = None
+
+
 @contextlib.contextmanager
-def watched(device: torch.device) -> Iterator[list[str]]:
-    """Yield a list that holds, once the block is done, a sentence for every condition that disturbs timing."""
-    warnings: list[str] = []
+def watched(device: torch.device) -> Iterator[Conditions]:
+    """Yield what is known, once the block is done, about conditions that disturb timing."""
+    conditions = Conditions()
     gpu = Gpu.open(device)
     if gpu is not None:
-        warnings += gpu.disturbances()
+        conditions.warnings += gpu.strangers()
     before, own_before, started = _system_busy_seconds(), _own_seconds(), time.perf_counter()
-    yield warnings
+    with _polled(gpu) as polls:
+        yield conditions
     others = (_system_busy_seconds() - before) - (_own_seconds() - own_before)
     percent = 100 * others / ((time.perf_counter() - started) * (os.cpu_count() or 1))
     if percent > _BUSY_CPU_PERCENT:
-        warnings.append(f"other processes used {percent:.0f} % of the CPU while latency was measured")
+        conditions.warnings.append(f"other processes used {percent:.0f} % of the CPU while latency was measured")
     if gpu is not None:
-        warnings += [line for line in gpu.disturbances() if line not in warnings]
+        conditions.gpu = summarise(polls)
+        conditions.warnings += [line for line in gpu.strangers() if line not in conditions.warnings]
+        conditions.warnings += [
+            f"{reason} (in {100 * share:.0f} % of {len(polls)} looks while latency was measured)"
+            for reason, share in conditions.gpu.throttled.items()
+        ]
         gpu.close()
+
+
+@contextlib.contextmanager
+def _polled(gpu: "Gpu | None") -> Iterator[list["Poll"]]:
+    """Look at the GPU again and again while the block runs: clocks fall under load and recover when it ends."""
+    polls: list[Poll] = []
+    if gpu is None:
+        yield polls
+        return
+    done = threading.Event()
+
+    def look() -> None:
+        while True:
+            polls.append(gpu.poll())
+            if done.wait(_POLL_SECONDS):
+                return
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield polls
+    finally:
+        done.set()
+        watcher.join()
+
+
+@dataclass(frozen=True)
+class Poll:
+    """A GPU at one moment; None for what its driver does not tell."""
+
+    throttles: tuple[str, ...]
+    power_watts: float | None
+    clock_mhz: float | None
+
+
+def summarise(polls: Sequence[Poll]) -> GpuLoad:
+    """Means over looks at a GPU, and the share of them in which its clocks were lowered, by reason."""
+    watts = [poll.power_watts for poll in polls if poll.power_watts is not None]
+    clocks = [poll.clock_mhz for poll in polls if poll.clock_mhz is not None]
+    counts = Counter(reason for poll in polls for reason in poll.throttles)
+    return GpuLoad(
+        polls=len(polls),
+        mean_power_watts=statistics.fmean(watts) if watts else None,
+        max_power_watts=max(watts, default=None),
+        median_clock_mhz=statistics.median(clocks) if clocks else None,
+        min_clock_mhz=min(clocks, default=None),
+        throttled={reason: count / len(polls) for reason, count in counts.items()},
+    )
 
 
 def _system_busy_seconds() -> float:
@@ -71,33 +142,42 @@ class Gpu:
     def close(self) -> None:
         self._nvml.nvmlShutdown()
 
-    def disturbances(self) -> list[str]:
-        """A sentence for each thing that slows this GPU down at the moment."""
-        found = []
-        others = [p.pid for p in self._ask("nvmlDeviceGetComputeRunningProcesses", []) if p.pid != os.getpid()]
+    def strangers(self) -> list[str]:
+        """A sentence if other processes hold memory on this GPU."""
+        others = [p.pid for p in self._ask("nvmlDeviceGetComputeRunningProcesses", default=[]) if p.pid != os.getpid()]
         # In a container NVML gives the host's process numbers: one process there may be this one.
         if len(others) > (0 if self._sees_own_process() else 1):
-            found.append(f"{len(others)} other processes hold memory on this GPU")
-        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons", 0) or self._ask(
-            "nvmlDeviceGetCurrentClocksThrottleReasons", 0
+            return [f"{len(others)} other processes hold memory on this GPU"]
+        return []
+
+    def poll(self) -> Poll:
+        """Why its clocks are lowered at the moment, its power and the clock of its multiprocessors."""
+        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons", default=0) or self._ask(
+            "nvmlDeviceGetCurrentClocksThrottleReasons", default=0
         )
-        found += [sentence for bit, sentence in _THROTTLES.items() if reasons & bit]
-        return found
+        milliwatts = self._ask("nvmlDeviceGetPowerUsage")
+        return Poll(
+            throttles=tuple(sentence for bit, sentence in _THROTTLES.items() if reasons & bit),
+            power_watts=None if milliwatts is None else milliwatts / 1000,
+            clock_mhz=self._ask("nvmlDeviceGetClockInfo", _SM_CLOCK),
+        )
 
     def energy_joules(self) -> float | None:
         """Energy since the driver was loaded; None where the GPU does not count it."""
-        millijoules = self._ask("nvmlDeviceGetTotalEnergyConsumption", None)
+        millijoules = self._ask("nvmlDeviceGetTotalEnergyConsumption")
         return None if millijoules is None else millijoules / 1000
 
     def _sees_own_process(self) -> bool:
-        return any(p.pid == os.getpid() for p in self._ask("nvmlDeviceGetComputeRunningProcesses", []))
+        return any(p.pid == os.getpid() for p in self._ask("nvmlDeviceGetComputeRunningProcesses", default=[]))
 
-    def _ask(self, function: str, otherwise: Any) -> Any:
+    def _ask(self, function: str, *arguments: int, default: Any = None) -> Any:
         try:
-            return getattr(self._nvml, function)(self._handle)
+            return getattr(self._nvml, function)(self._handle, *arguments)
         except Exception:  # older drivers and virtual GPUs lack some questions
-            return otherwise
+            return default
 
+
+_SM_CLOCK = 1  # NVML_CLOCK_SM
 
 # Bits of nvmlClocksEventReasons (NVML API reference).
 _THROTTLES = {

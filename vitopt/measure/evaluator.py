@@ -20,7 +20,7 @@ from vitopt.environment import launch, machine
 from vitopt.errors import DataError, MeasurementError
 from vitopt.measure import accuracy
 from vitopt.measure.chance import explain_guessing, is_guessing
-from vitopt.measure.conditions import watched
+from vitopt.measure.conditions import Conditions, watched
 from vitopt.measure.end_to_end import time_end_to_end
 from vitopt.measure.failures import attempt, explain_failure
 from vitopt.measure.invariance import batch_invariance
@@ -60,7 +60,8 @@ def evaluate(
 
     Each sees the images as its own preprocessor makes them. One that cannot be measured gets a record with a
     `failure`, a figure that cannot be had a reason in `unmeasured`; all else goes on.
-    `ready` gets each result as soon as it holds accuracy and latency, and again whenever it has gained figures. In
+    `ready` gets each result as soon as it holds accuracy and the latency at one batch size, and again whenever it has
+    gained figures. In
     processes other than the main one only the share of accuracy is done, and the list is empty.
     Without the baseline's own figures the others are measured and compared with nothing. `untrained` weights are
     expected to guess, which is a warning then. `metrics` are computed of all outputs and labels, see `own_metrics`.
@@ -85,28 +86,37 @@ def evaluate(
     if outcome is not None:
         own_metrics = measure_metrics(metrics, outcome.predictions, baseline)  # before minutes of timing
     running = [runnable for runnable in runnables if runnable.name not in failures]
-    with watched(runnables[0].device) as warnings:
-        rows = time_rows(running, spec.latency, baseline, images)
     tested = HashedImages.of(images, spec.look_alikes) if images is not None else None
     together = uuid.uuid4().hex
-    measured = {}
-    for runnable in runnables:
-        notes = outcome.notes.get(runnable.name, []) if outcome else []
-        own: dict[str, Any] = {}
-        if images is not None and outcome is not None and tested is not None:
-            overlaps = tested.overlaps(runnable.images_seen() if isinstance(runnable, HasSeenImages) else ())
-            own["dataset"] = _describe_dataset(images, runnable, outcome.skipped, overlaps)
-            notes = [*notes, *(warning(overlap, len(images)) for overlap in overlaps)]
-        own["warnings"] = (*warnings, *notes)
-        if runnable.name in rows:
-            own["measured_together"] = together
-        one = _first_figures(runnable, own, outcome, images, rows.get(runnable.name), baseline)
-        figures = own_metrics.get(runnable.name)
-        measured[runnable.name] = (
-            one if figures is None else _with(one, metrics=figures.figures, unmeasured=figures.missing)
-        )
 
-    measured = _adjusted(measured)
+    def first(rows: Mapping[str, Rows], conditions: Conditions) -> dict[str, Measured]:
+        """What is known of all with these rows."""
+        found = {}
+        for runnable in runnables:
+            notes = outcome.notes.get(runnable.name, []) if outcome else []
+            own: dict[str, Any] = {}
+            if images is not None and outcome is not None and tested is not None:
+                overlaps = tested.overlaps(runnable.images_seen() if isinstance(runnable, HasSeenImages) else ())
+                own["dataset"] = _describe_dataset(images, runnable, outcome.skipped, overlaps)
+                notes = [*notes, *(warning(overlap, len(images)) for overlap in overlaps)]
+            own["warnings"] = (*conditions.warnings, *notes)
+            if runnable.name in rows:
+                own |= {"measured_together": together, "gpu_load": conditions.gpu}
+            figures = own_metrics.get(runnable.name)
+            known = _first_figures(runnable, own, outcome, images, rows.get(runnable.name), baseline)
+            found[runnable.name] = (
+                known if figures is None else _with(known, metrics=figures.figures, unmeasured=figures.missing)
+            )
+        return _adjusted(found)
+
+    def tell(rows: Mapping[str, Rows]) -> None:
+        """A run that is stopped at a large batch keeps the rows of the small ones."""
+        for one in first(rows, conditions).values():
+            ready(one)
+
+    with watched(runnables[0].device) as conditions:
+        rows = time_rows(running, spec.latency, baseline, images, so_far=tell)
+    measured = first(rows, conditions)
 
     def gain(figures: Callable[[Runnable, Measured], dict[str, Any]]) -> None:
         for runnable in running:

@@ -6,16 +6,22 @@ and in no sample. Neither is the warm-up.
 """
 
 import functools
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from vitopt import progress
 from vitopt.measure.failures import explain_failure, is_out_of_memory
-from vitopt.recipe import LatencySpec
+
+if TYPE_CHECKING:  # a GPU machine may have torch and no pydantic, and is timed by these clocks all the same
+    from vitopt.recipe import LatencySpec
+
+logger = logging.getLogger(__name__)
 
 Call = Callable[[], object]
 
@@ -23,38 +29,71 @@ _WINDOW = 5  # calls whose median must agree with the median of as many before
 _STABLE = 0.03
 _FEWEST_WARMUP_CALLS = 2 * _WINDOW
 _MOST_DISCARDED = 5  # calls after one switch
+_QUEUE_MS = 200  # between two looks at the clock while a device is kept busy
 
 
 class Clock:
     """Wall clock of a device that works synchronously: the CPU."""
 
+    runs_ahead = False  # whether a call returns before the device has done it
+
     def now(self) -> float:
         """Seconds, monotonic."""
         return time.perf_counter()
 
-    def time(self, call: Call) -> tuple[float, float | None]:
-        """Milliseconds that `call` took: for the caller, and on the device (None where they are the same)."""
+    def time(self, call: Call) -> float:
+        """Milliseconds that a caller waits for one `call`."""
         started = self.now()
         call()
-        return 1000 * (self.now() - started), None
+        return 1000 * (self.now() - started)
+
+    def queued(self, call: Call, count: int) -> float:
+        """Milliseconds per call of `count` calls that follow each other without a wait: what the device takes."""
+        started = self.now()
+        for _ in range(count):
+            call()
+        return 1000 * (self.now() - started) / count
+
+    def sustained(self, call: Call, seconds: float) -> tuple[int, float]:
+        """Keep the device busy for at least so many seconds; how many calls it did, and in how many seconds."""
+        each_ms = self.queued(call, 1)
+        count = max(1, round(_QUEUE_MS / max(each_ms, 1e-3)))
+        calls, started = 0, self.now()
+        while calls == 0 or self.now() - started < seconds:
+            self.queued(call, count)
+            calls += count
+        return calls, self.now() - started
 
 
 class CudaClock(Clock):
-    """Wall clock around synchronised calls, with device events beside it."""
+    """Wall clock around synchronised calls; queues are timed by one pair of CUDA events."""
+
+    runs_ahead = True
 
     def __init__(self, device: torch.device):
         self.device = device
+        self._before, self._after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for event in (self._before, self._after):  # an event is made when it is first recorded
+            event.record(torch.cuda.current_stream(device))
 
-    def time(self, call: Call) -> tuple[float, float | None]:
-        """As `Clock.time`, with the time between two CUDA events as the second figure."""
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    def time(self, call: Call) -> float:
+        """As `Clock.time`."""
         torch.cuda.synchronize(self.device)
         started = self.now()
-        before.record()
         call()
-        after.record()
         torch.cuda.synchronize(self.device)
-        return 1000 * (self.now() - started), before.elapsed_time(after)
+        return 1000 * (self.now() - started)
+
+    def queued(self, call: Call, count: int) -> float:
+        """As `Clock.queued`."""
+        stream = torch.cuda.current_stream(self.device)
+        torch.cuda.synchronize(self.device)
+        self._before.record(stream)
+        for _ in range(count):
+            call()
+        self._after.record(stream)
+        torch.cuda.synchronize(self.device)
+        return self._before.elapsed_time(self._after) / count
 
 
 def clock_for(device: torch.device) -> Clock:
@@ -68,10 +107,11 @@ class Timing:
 
     warmup_ms: float = 0.0
     warmup_iterations: int = 0
+    warm_ms: float = 0.0  # median of the last calls of the warm-up
     settled: bool = False  # whether the warm-up ended because calls took a steady time
     discarded_calls: int = 0  # after switches, in no other figure
     rounds_ms: list[list[float]] = field(default_factory=list)
-    device_ms: list[float] = field(default_factory=list)
+    device_ms: list[float] = field(default_factory=list)  # per call of a queue, one figure of each round
     failure: str | None = None
     out_of_memory: bool = False
 
@@ -82,7 +122,7 @@ class Timing:
 
 
 def time_interleaved(
-    calls: Mapping[str, Call], spec: LatencySpec, clock: Clock, description: str = "latency"
+    calls: Mapping[str, Call], spec: "LatencySpec", clock: Clock, description: str = "latency"
 ) -> dict[str, Timing]:
     """Time several calls against each other; name -> its samples.
 
@@ -91,8 +131,12 @@ def time_interleaved(
     timings = {name: Timing() for name in calls}
     previous = None
     for name, call in calls.items():
-        _guarded(timings[name], functools.partial(_warm_up, call, timings[name], spec, clock))
+        timing = timings[name]
+        _guarded(timing, functools.partial(_warm_up, call, timing, spec, clock))
         previous = name
+        # Compilation can take minutes: who stops it half way has the first figures of those before.
+        outcome = timing.failure or f"about {timing.warm_ms:.3g} ms, warm after {timing.warmup_ms / 1000:.1f} s"
+        logger.info("%s: %s: %s", description, name, outcome)
     per_round = -(-spec.iterations // spec.rounds)
     for number in progress.track(range(spec.rounds), description, spec.rounds):
         orders = balanced_orders([name for name in calls if timings[name].failure is None])
@@ -132,15 +176,16 @@ def _guarded(timing: Timing, work: Call) -> None:
         timing.out_of_memory = is_out_of_memory(error)
 
 
-def _warm_up(call: Call, timing: Timing, spec: LatencySpec, clock: Clock) -> None:
+def _warm_up(call: Call, timing: Timing, spec: "LatencySpec", clock: Clock) -> None:
     """Call until the running median is stable, at most `warmup_seconds` after the first call, which may compile."""
     started = clock.now()
-    samples = [clock.time(call)[0]]
+    samples = [clock.time(call)]
     compiled = clock.now()
     while not (settled := _is_stable(samples)) and clock.now() - compiled < spec.warmup_seconds:
-        samples.append(clock.time(call)[0])
+        samples.append(clock.time(call))
     timing.settled = settled
     timing.warmup_ms, timing.warmup_iterations = 1000 * (clock.now() - started), len(samples)
+    timing.warm_ms = statistics.median(samples[-_WINDOW:])
 
 
 def _is_stable(samples: list[float]) -> bool:
@@ -159,8 +204,9 @@ def _one_round(call: Call, timing: Timing, iterations: int, clock: Clock, *, swi
         if switched:
             timing.discarded_calls += _settle(call, clock)
         samples = [clock.time(call) for _ in range(iterations)]
-    timing.rounds_ms.append([wall for wall, _ in samples])
-    timing.device_ms += [device for _, device in samples if device is not None]
+        if clock.runs_ahead:
+            timing.device_ms.append(clock.queued(call, iterations))
+    timing.rounds_ms.append(samples)
 
 
 def _settle(call: Call, clock: Clock) -> int:
@@ -169,9 +215,9 @@ def _settle(call: Call, clock: Clock) -> int:
     Nothing that decides is kept as a sample, so the samples that follow are not chosen by how long they took; and a
     call is compared with its neighbour alone, so a machine that slows down meanwhile does not keep it waiting.
     """
-    before, made = clock.time(call)[0], 1
+    before, made = clock.time(call), 1
     while made < _MOST_DISCARDED:
-        now = clock.time(call)[0]
+        now = clock.time(call)
         made += 1
         if now >= (1 - _STABLE) * before:
             break

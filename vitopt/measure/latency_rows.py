@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,17 +47,25 @@ class Rows:
 
 
 def time_rows(
-    runnables: Sequence[Runnable], spec: LatencySpec, baseline: str | None, images: ImageSet | None = None
+    runnables: Sequence[Runnable],
+    spec: LatencySpec,
+    baseline: str | None,
+    images: ImageSet | None = None,
+    so_far: Callable[[dict[str, Rows]], None] = lambda rows: None,
 ) -> dict[str, Rows]:
-    """Time all against each other at every batch size; name -> its rows.
+    """Time all against each other at every batch size that the spec has for them; name -> its rows.
 
+    `so_far` gets the rows that there are before the next batch size is begun.
     `images` are what they are called with where the spec asks for data.
     Those of the others than the baseline tell their speed-up over it, where both could be timed.
     """
     rows: dict[str, list[Latency]] = {runnable.name: [] for runnable in runnables}
     failures: dict[str, list[FailedLatency]] = {runnable.name: [] for runnable in runnables}
     for batch_size in spec.batch_sizes:
-        timings = _time_all(runnables, batch_size, spec, images)
+        if batch_size != spec.batch_sizes[0]:
+            so_far(_rows(rows, failures))
+        asked = [runnable for runnable in runnables if spec.times(runnable.name, batch_size)]
+        timings = _time_all(asked, batch_size, spec, images)
         timed = {name: _row(batch_size, timing) for name, timing in timings.items() if timing.failure is None}
         reference = timed.get(baseline or "")
         for name, timing in timings.items():
@@ -67,6 +75,10 @@ def time_rows(
                 rows[name].append(timed[name])
             else:
                 rows[name].append(_with_speedup(timed[name], reference))
+    return _rows(rows, failures)
+
+
+def _rows(rows: Mapping[str, list[Latency]], failures: Mapping[str, list[FailedLatency]]) -> dict[str, Rows]:
     return {name: Rows(tuple(rows[name]), tuple(failures[name])) for name in rows}
 
 

@@ -37,20 +37,25 @@ def peak_memory(runnable: Runnable, batch_size: int) -> Memory:
 
 
 def _cuda_peak(runnable: Runnable, batch_size: int) -> Memory:
-    pixels = random_pixels(batch_size, input_size(runnable)).to(runnable.device)
-    torch.cuda.synchronize(runnable.device)
-    torch.cuda.reset_peak_memory_stats(runnable.device)
-    before = torch.cuda.memory_allocated(runnable.device)
-    runnable(pixels)
-    torch.cuda.synchronize(runnable.device)
+    device = runnable.device
+    pixels = random_pixels(batch_size, input_size(runnable)).to(device)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    # A pool of its own: what other variants have freed neither serves this call nor counts for it.
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool, device):
+        runnable(pixels)
+        torch.cuda.synchronize(device)
+    reserved = sum(segment["total_size"] for segment in pool.snapshot())
     # Other variants are loaded too: count what this call added, and this variant's own weights. A replayed graph
     # adds nothing, its memory has been set aside when it was captured.
     graphs = runnable.graph_bytes(pixels.shape) if isinstance(runnable, HoldsGraphs) else 0
-    added = max(torch.cuda.max_memory_allocated(runnable.device) - before, graphs)
+    added = max(torch.cuda.max_memory_allocated(device) - before, graphs)
     weights = runnable.weight_bytes() if isinstance(runnable, KeepsWeights) else 0
     return Memory(
         peak_bytes=added + weights + pixels.numel() * pixels.element_size(),
-        reserved_bytes=torch.cuda.max_memory_reserved(runnable.device),
+        reserved_bytes=reserved,
         kind="cuda_allocated",
         batch_size=batch_size,
     )

@@ -6,8 +6,8 @@ that matrix product's rate which the model's own arithmetic reaches.
 """
 
 import functools
-import statistics
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -17,7 +17,8 @@ from vitopt.records import Roofline
 
 _GEMM_SIDE = {"cuda": 8192, "cpu": 2048}
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
-_CALLS = 15
+_CALLS = 10
+_WARM_SECONDS = 1.0  # of work until clocks are those that power and heat allow
 _FP8_MAX = 448.0
 
 
@@ -26,18 +27,33 @@ def roofline(format: str, device: torch.device) -> Roofline | None:
     computes_in = next((facts.computes_in for name, facts in FORMATS.items() if name == format), None)
     if computes_in is None:
         return None
+    gemm = gemm_rate(computes_in, device)
     return Roofline(
         gemm_format=computes_in,
-        gemm_flops_per_second=gemm_rate(computes_in, device),
+        gemm_flops_per_second=gemm.warm,
+        gemm_flops_per_second_cold=gemm.cold,
         copy_bytes_per_second=copy_rate(device),
     )
 
 
+class GemmRate(NamedTuple):
+    """FLOP per second of a queue of products: on a device that was idle before, and on one that has worked."""
+
+    cold: float
+    warm: float
+
+
 @functools.cache
-def gemm_rate(format: str, device: torch.device) -> float:
-    """FLOP per second of a large square matrix product in a format."""
-    side = _GEMM_SIDE[device.type]
-    return 2 * side**3 / _seconds(_PRODUCTS[format](side, device), device)
+def gemm_rate(format: str, device: torch.device) -> GemmRate:
+    """Rates of a large square matrix product in a format."""
+    side, clock = _GEMM_SIDE[device.type], clock_for(device)
+    product = _PRODUCTS[format](side, device)
+    with torch.inference_mode():
+        product()  # libraries load their kernels
+        cold_ms = clock.queued(product, _CALLS)
+        clock.sustained(product, _WARM_SECONDS)
+        warm_ms = clock.queued(product, _CALLS)
+    return GemmRate(*(2 * side**3 / (milliseconds / 1000) for milliseconds in (cold_ms, warm_ms)))
 
 
 @functools.cache
@@ -45,26 +61,21 @@ def copy_rate(device: torch.device) -> float:
     """Bytes per second, read and written, of a large copy within the device's memory."""
     source = torch.ones(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / _seconds(lambda: target.copy_(source), device)
+    target.copy_(source)  # the first writes to memory that was not there yet
+    return 2 * source.numel() / (clock_for(device).queued(lambda: target.copy_(source), _CALLS) / 1000)
 
 
 def floor_ms(batch_size: int, flops: int, weight_bytes: int, rates: Roofline) -> float:
     """Milliseconds under which no call with so many images can be at these rates."""
-    computing = batch_size * flops / rates.gemm_flops_per_second
+    fastest = max(rates.gemm_flops_per_second, rates.gemm_flops_per_second_cold or 0)
+    computing = batch_size * flops / fastest
     reading = weight_bytes / rates.copy_bytes_per_second
     return 1000 * max(computing, reading)
 
 
 def utilisation_percent(batch_size: int, flops: int, milliseconds: float, rates: Roofline) -> float:
-    """Share of the matrix product's rate that the model's arithmetic reaches."""
+    """Share of the rate of a matrix product, on a device that has worked, that the model's arithmetic reaches."""
     return 100 * batch_size * flops / (milliseconds / 1000) / rates.gemm_flops_per_second
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    clock = clock_for(device)
-    with torch.inference_mode():
-        samples = [clock.time(call)[0] for _ in range(_CALLS)]
-    return statistics.median(samples[len(samples) // 3 :]) / 1000  # the first warm up
 
 
 def _floating(dtype: torch.dtype, side: int, device: torch.device) -> Callable[[], object]:

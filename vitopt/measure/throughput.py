@@ -1,7 +1,6 @@
 """Throughput and energy: what a device gives when it is kept full."""
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -9,7 +8,7 @@ import torch
 from vitopt.errors import MeasurementError
 from vitopt.measure.conditions import Gpu
 from vitopt.measure.failures import is_out_of_memory
-from vitopt.measure.latency import Clock
+from vitopt.measure.latency import Clock, clock_for
 from vitopt.records import Throughput
 
 Call = Callable[[], object]
@@ -17,14 +16,15 @@ Call = Callable[[], object]
 _CALLS = 5
 _LARGEST_BATCH = 4096
 _SECONDS = 30.0
+_SUSTAINED_SECONDS = 5.0  # by then a GPU has met its power limit
 _GAIN = 1.02  # a doubling that gains less than this has reached the device's rate
 _ENERGY_SECONDS = 2.0  # NVML's counter moves every 20 to 100 ms
 
 
 def find_throughput(make_call: Callable[[int], Call], clock: Clock, largest: int = _LARGEST_BATCH) -> Throughput:
-    """Double the batch until memory, the gain or half a minute runs out.
+    """Double the batch until memory, the gain or half a minute runs out, then keep the best one going for 5 s.
 
-    `make_call` gives, for a batch size, what calls the model on so many images.
+    `make_call` gives, for a batch size, what calls the model on so many images. The rate is that of those 5 s.
 
     Raises:
         MeasurementError: not even one image fits the memory.
@@ -35,7 +35,7 @@ def find_throughput(make_call: Callable[[int], Call], clock: Clock, largest: int
         try:
             call = make_call(batch_size)
             call()
-            median_ms = statistics.median(clock.time(call)[0] for _ in range(_CALLS))
+            median_ms = statistics.median(clock.time(call) for _ in range(_CALLS))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -50,7 +50,9 @@ def find_throughput(make_call: Callable[[int], Call], clock: Clock, largest: int
         batch_size *= 2
     if best is None:
         raise MeasurementError("out of memory: not even one image fits")
-    return best.model_copy(update={"largest_batch_size": fits})
+    calls, seconds = clock.sustained(make_call(best.batch_size), _SUSTAINED_SECONDS)
+    rate = calls * best.batch_size / seconds
+    return best.model_copy(update={"images_per_second": rate, "largest_batch_size": fits})
 
 
 def energy_per_image(call: Call, batch_size: int, device: torch.device) -> float | None:
@@ -59,11 +61,7 @@ def energy_per_image(call: Call, batch_size: int, device: torch.device) -> float
     before = gpu.energy_joules() if gpu else None
     if gpu is None or before is None:
         return None
-    calls, started = 0, time.perf_counter()
-    while time.perf_counter() - started < _ENERGY_SECONDS:
-        call()
-        torch.cuda.synchronize(device)
-        calls += 1
+    calls, _ = clock_for(device).sustained(call, _ENERGY_SECONDS)
     after = gpu.energy_joules()
     gpu.close()
     return None if after is None else (after - before) / (calls * batch_size)

@@ -6,18 +6,19 @@ attention, arXiv 2112.05682), `math` (plain matrix products and a softmax).
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vitopt.recipe import Attention, SdpaKernel
+if TYPE_CHECKING:  # a GPU machine may have transformers and no pydantic
+    from vitopt.recipe import Attention, SdpaKernel
 
 # kernel -> name under which transformers knows sdpa held to it, and torch's own name of it; transformers looks for a
 # package wherever it reads "flash"
-_KERNELS: dict[SdpaKernel, tuple[str, SDPBackend]] = {
+_KERNELS: dict["SdpaKernel", tuple[str, SDPBackend]] = {
     "flash": ("sdpa_tiled", SDPBackend.FLASH_ATTENTION),
     "cudnn": ("sdpa_cudnn", SDPBackend.CUDNN_ATTENTION),
     "efficient": ("sdpa_efficient", SDPBackend.EFFICIENT_ATTENTION),
@@ -28,7 +29,7 @@ _UNMASKED = "sdpa_any"
 
 # What a profile calls a kernel, most telling first: operators of torch, then GPU kernels, which are all that a
 # replayed CUDA graph shows.
-_SIGNS: tuple[tuple[str, SdpaKernel], ...] = (
+_SIGNS: tuple[tuple[str, "SdpaKernel"], ...] = (
     ("_scaled_dot_product_cudnn_attention", "cudnn"),
     ("_scaled_dot_product_flash_attention", "flash"),
     ("_scaled_dot_product_efficient_attention", "efficient"),
@@ -40,7 +41,7 @@ _SIGNS: tuple[tuple[str, SdpaKernel], ...] = (
 )
 
 
-def implementation(attention: Attention, kernel: SdpaKernel, captured: bool = False) -> str:
+def implementation(attention: "Attention", kernel: "SdpaKernel", captured: bool = False) -> str:
     """Name under which transformers knows an attention; one that is held to a kernel runs that or raises.
 
     The choice is made inside the attention function, where a compiler sees it: around the model it would be part
@@ -69,7 +70,7 @@ def _held_to(backend: SDPBackend, *args: Any, **options: Any) -> Any:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **options)
 
 
-def kernel_used(call: Callable[[], object], device: torch.device) -> SdpaKernel | None:
+def kernel_used(call: Callable[[], object], device: torch.device) -> "SdpaKernel | None":
     """The attention kernel that a profiled `call` ran; None if it ran none that is known here.
 
     Profile only when nothing remains to be timed: the profiler's hooks slow later calls down.
@@ -84,7 +85,7 @@ def kernel_used(call: Callable[[], object], device: torch.device) -> SdpaKernel 
     return recognise({event.name for event in profile.events()})
 
 
-def recognise(names: Iterable[str]) -> SdpaKernel | None:
+def recognise(names: Iterable[str]) -> "SdpaKernel | None":
     """The attention kernel behind the operators and GPU kernels of a profile."""
     seen = list(names)
     return next((kernel for sign, kernel in _SIGNS if any(sign in name for name in seen)), None)

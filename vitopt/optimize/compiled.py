@@ -2,8 +2,8 @@
 
 On a GPU one block is compiled and serves all (they differ in their weights alone, which are its inputs), then the
 whole forward pass is captured as a CUDA graph for each batch size: compilation takes the time of one block, and a
-call costs one launch. On the CPU the whole model is compiled with its weights frozen in, so that they are packed
-once for the processor's matrix kernels.
+call costs one launch and the copy of its pixels, which casts them. On the CPU the whole model is compiled with its
+weights frozen in, so that they are packed once for the processor's matrix kernels.
 """
 
 import contextlib
@@ -19,11 +19,28 @@ _CALLS_BEFORE_CAPTURE = 3
 _MANY_SHAPES = 256
 
 
+class Path(nn.Module):
+    """All of a call, from pixels of any floating-point type to logits: the cast, and the model."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, layout: torch.memory_format = torch.contiguous_format):
+        super().__init__()
+        self.model, self.dtype, self.layout = model, dtype, layout
+
+    def cast(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pixels as the model takes them."""
+        return pixel_values.to(self.dtype, memory_format=self.layout)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`pixel_values`: (batch, 3, height, width). Returns logits (batch, classes)."""
+        logits: torch.Tensor = self.model(pixel_values=self.cast(pixel_values)).logits
+        return logits
+
+
 class Compiled(Protocol):
     """A model that was compiled for some shapes and compiles itself for each new one that it is called with."""
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`pixel_values`: (batch, 3, height, width), always of one type. Returns logits (batch, classes)."""
+        """`pixel_values`: (batch, 3, height, width). Returns logits (batch, classes)."""
 
     def knows(self, shape: torch.Size) -> bool:
         """Whether a call with pixels of this shape compiles nothing."""
@@ -35,9 +52,13 @@ class Compiled(Protocol):
         """Leave the model as it was before."""
 
 
-def compiled(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device, autotune: bool) -> Compiled:
-    """`model`, to be compiled at each shape's first call."""
-    return GraphedModel(model, blocks, autotune) if device.type == "cuda" else FrozenModel(model, autotune)
+def compiled(
+    path: Path, blocks: Sequence[nn.Module], device: torch.device, *, autotune: bool = False, whole: bool = False
+) -> Compiled:
+    """`path`, to be compiled at each shape's first call; on a GPU `whole`, or one of its `blocks` for all."""
+    if device.type == "cuda":
+        return GraphedModel(path, () if whole else blocks, autotune)
+    return FrozenModel(path, autotune)
 
 
 @contextlib.contextmanager
@@ -71,22 +92,23 @@ def _quiet_autotuning() -> Iterator[None]:
 class FrozenModel:
     """A model on the CPU, compiled whole with its weights as constants."""
 
-    def __init__(self, model: nn.Module, autotune: bool):
-        self._model = model
-        self._compiled = torch.compile(model, dynamic=False)
+    def __init__(self, path: Path, autotune: bool):
+        self._path = path
+        self._compiled = torch.compile(path, dynamic=False)
         self._autotune = autotune
         self._shapes: set[torch.Size] = set()
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """As `Compiled`."""
+        pixel_values = pixel_values.float()  # nearly always it is; other types would be compiled for anew
         if self.knows(pixel_values.shape):
-            return self._compiled(pixel_values=pixel_values).logits
+            return self._compiled(pixel_values=pixel_values)
         if not self._shapes:
-            self._model(pixel_values=pixel_values)  # bitsandbytes packs its weights anew in the first call
+            self._path(pixel_values)  # bitsandbytes packs its weights anew in the first call
         # Freezing is not among the options of torch.compile that reach all parts of the compiler.
         freezing = torch._inductor.config.patch(freezing=True, max_autotune=self._autotune)
         with freezing, _compiling(self._autotune):
-            logits = self._compiled(pixel_values=pixel_values).logits
+            logits = self._compiled(pixel_values=pixel_values)
         self._shapes.add(pixel_values.shape)
         return logits
 
@@ -115,11 +137,13 @@ class _Captured:
 class GraphedModel:
     """A model on a GPU whose calls replay a CUDA graph, captured for each shape that it meets.
 
-    Graphs share one memory pool: they are replayed one after another, and no output outlives its call.
+    One of `blocks` is compiled for all of them; without any it is the whole model, and what ends a block can share a
+    kernel with what begins the next. Graphs share one memory pool: they are replayed one after another, and no output
+    outlives its call.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], autotune: bool):
-        self._model, self._blocks = model, blocks
+    def __init__(self, path: Path, blocks: Sequence[nn.Module], autotune: bool):
+        self._path, self._blocks = path, blocks
         self._autotune = autotune
         self._captured: dict[torch.Size, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -127,13 +151,14 @@ class GraphedModel:
         mode = "max-autotune-no-cudagraphs" if autotune else None
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False, mode=mode)
+        self._model = path.model if blocks else torch.compile(path.model, dynamic=False, mode=mode)
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """As `Compiled`."""
         captured = self._captured.get(pixel_values.shape)
         if captured is None:
             captured = self._captured[pixel_values.shape] = self._capture(pixel_values)
-        captured.pixels.copy_(pixel_values, non_blocking=True)
+        captured.pixels.copy_(pixel_values, non_blocking=True)  # casts
         captured.graph.replay()
         return captured.logits.clone()
 
@@ -153,7 +178,7 @@ class GraphedModel:
 
     def _capture(self, pixel_values: torch.Tensor) -> _Captured:
         device = pixel_values.device
-        pixels = pixel_values.clone()
+        pixels = self._path.cast(pixel_values).clone()
         current = torch.cuda.current_stream(device)
         # One stream for all captures of this model: libraries keep a workspace for each that they meet.
         side = self._stream = self._stream or torch.cuda.Stream(device)

@@ -30,14 +30,30 @@ from vitopt.models.classes import best_attention, why_not_attention, why_not_ker
 from vitopt.models.forward import flops_per_image, input_dtype
 from vitopt.models.names import block_names
 from vitopt.optimize.attention import attention_of, implementation, kernel_used
-from vitopt.optimize.compiled import Compiled, compiled
+from vitopt.optimize.blocks import carry_residuals, join_gelu, narrow_last_block
+from vitopt.optimize.compiled import Compiled, Path, compiled
 from vitopt.optimize.expand import EXPANDABLE, expand
 from vitopt.optimize.formats import live_formats, stored_formats
 from vitopt.optimize.fuse import FusedAttention, fuse_projections
+from vitopt.optimize.patches import multiply_patches
+from vitopt.optimize.refused import fall_back_where_refused
 from vitopt.recipe import HeldSpec, RunSpec
 from vitopt.records import Model, Option, Outputs, Size, Variant
 
 logger = logging.getLogger(__name__)
+
+# option -> what changes the model in place and tells how much, given the names of its blocks; why it changes nothing.
+# The last block's own attention is made before queries, keys and values are stacked.
+_REWRITES: dict[str, tuple[Callable[[nn.Module, tuple[str, ...]], int], str]] = {
+    "patch_product": (lambda model, _: multiply_patches(model), "no patch embedding here is a plain convolution"),
+    "class_token_last": (narrow_last_block, "this model's head or last block (eager, or of another kind) needs all"),
+    "carry_residual": (carry_residuals, "the blocks of this family are of another kind"),
+    "gelu_epilogue": (lambda model, _: join_gelu(model), "no GELU here follows an unquantized product"),
+    "fuse_qkv": (
+        lambda model, _: fuse_projections(model),
+        "no query, key and value here can be fused (packed, eager, or another attention)",
+    ),
+}
 
 
 @dataclass
@@ -58,13 +74,16 @@ class TorchRunnable:
     layers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._dtype = input_dtype(self.model)
+        layout = torch.channels_last if self.run.channels_last else torch.contiguous_format
+        self._path = Path(self.model, input_dtype(self.model), layout)
         self._compiled: Compiled | None = None
         self._has_compiled = False
+        self._unrefused: set[torch.Size] = set()  # shapes of which it is known what fp8 products they get
         if self.run.compile:
             blocks = block_names(self.model, self.checkpoint.config.model_type)
             modules = [self.model.get_submodule(name) for name in blocks]
-            self._compiled = compiled(self.model, modules, self.device, self.run.autotune)
+            ways = {"autotune": self.run.autotune, "whole": self.run.compile_whole}
+            self._compiled = compiled(self._path, modules, self.device, **ways)
 
     @functools.cached_property
     def preprocess(self) -> Callable[[Image.Image], torch.Tensor]:
@@ -149,11 +168,12 @@ class TorchRunnable:
         return {
             "attention": self.attention_used,
             "sdpa_kernel": None,  # a profiled call tells
-            "fuse_qkv": self.fused_attentions > 0,
+            **{option: getattr(self.run, option) and option not in self.reasons for option in _REWRITES},
             "channels_last": self.run.channels_last,
             "compile": self.fixed_shapes,
             "autotune": self.run.autotune and self.fixed_shapes,
-        }
+            "compile_whole": self.run.compile_whole and self.fixed_shapes,
+        } | ({"format": "fp8 with some layers in bf16"} if "format" in self.reasons else {})
 
     def flops_per_image(self) -> int:
         """Arithmetic of one image."""
@@ -173,8 +193,8 @@ class TorchRunnable:
 
         A shape that cannot be compiled runs eager, as do all new ones from then on; it is said, and the reason kept.
         """
-        layout = torch.channels_last if self.run.channels_last else torch.contiguous_format
-        pixel_values = pixel_values.to(self._dtype, memory_format=layout)
+        if "fp8" in self.layers.values() and pixel_values.shape not in self._unrefused:
+            self._settle_products(pixel_values)
         if self._compiled is not None and self._compiled.knows(pixel_values.shape):
             return self._compiled(pixel_values)
         if self._compiled is not None and "compile" not in self.reasons:
@@ -191,11 +211,24 @@ class TorchRunnable:
 
     def alone(self, batch_size: int) -> list[str]:
         """Command of a process that runs only this, uncompiled."""
-        run = self.run.model_copy(update={"compile": False, "autotune": False}).model_dump_json()
+        run = self.run.model_copy(
+            update={"compile": False, "autotune": False, "compile_whole": False}
+        ).model_dump_json()
         return [sys.executable, "-m", "vitopt.optimize.alone", self.checkpoint.source, run, str(batch_size)]
 
     def _eager(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=pixel_values).logits
+        return self._path(pixel_values)
+
+    def _settle_products(self, pixel_values: torch.Tensor) -> None:
+        """Find, before a shape is compiled, the fp8 products that the device does not have for it."""
+        self._unrefused.add(pixel_values.shape)
+        with torch.compiler.set_stance("force_eager"):
+            refused = fall_back_where_refused(self.model, lambda: self._eager(pixel_values))
+        if refused:
+            parts = sorted({name.rpartition(".")[2] for name in refused})
+            reason = f"batch {len(pixel_values)}: the device refused {len(refused)} layers, {' and '.join(parts)}"
+            self.reasons["format"] = "; ".join([*filter(None, [self.reasons.get("format")]), reason])
+            logger.warning("%s: %s in fp8; they run in bf16", self.name, reason)
 
     def _first_call(self, compiled: Compiled, pixel_values: torch.Tensor) -> torch.Tensor:
         """Compile for a shape that is new."""
@@ -260,9 +293,11 @@ def prepare(
     if run.run_as is not None:
         expand(model, checkpoint.config.model_type, run.run_as)
     model.requires_grad_(False)
-    if run.fuse_qkv and fuse_projections(model) == 0:
-        reasons["fuse_qkv"] = "no query, key and value here can be fused (packed, eager, or another attention)"
-        logger.warning("%s: %s", name, reasons["fuse_qkv"])
+    blocks = block_names(model, checkpoint.config.model_type)
+    for option, (rewrite, reason) in _REWRITES.items():
+        if getattr(run, option) and rewrite(model, blocks) == 0:
+            reasons[option] = reason
+            logger.warning("%s: %s", name, reason)
     if run.channels_last:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):

@@ -250,7 +250,8 @@ def cautions(records: Sequence[Record]) -> list[str]:
 
 
 def _reason(variant: Variant, option: str) -> str:
-    asked, ran, reason = variant.asked.get(option), variant.ran.get(option), variant.reasons[option]
+    asked = variant.format if option == "format" else variant.asked.get(option)
+    ran, reason = variant.ran.get(option), variant.reasons[option]
     if isinstance(asked, str):
         return f"{option_words(option)} {asked} was asked for, {ran or 'another'} ran ({reason})"
     return f"{option_words(option)} was asked for{'' if ran else ' and did not run'} ({reason})"

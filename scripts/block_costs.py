@@ -1,0 +1,133 @@
+"""Kernels and bytes that one block of a compiled ViT takes, by run option, counted in the compiler's own schedule.
+
+    python scripts/block_costs.py [--model vit-large-patch16-224] [--batch-size 1]
+
+Counts are of inductor's scheduler after it has fused: what it generates and what it calls, in bf16, without generating
+or running anything. They are for the CPU; for a GPU it fuses by other rules, which these counts do not show. Bytes are
+what those kernels read and write, weights included, as if no cache held any.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch._inductor.config
+from torch import nn
+from torch._inductor.ir import MultiOutput
+from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
+from transformers import ViTConfig, ViTForImageClassification
+
+from vitopt.models.architectures import known_architecture
+from vitopt.models.names import block_names
+from vitopt.optimize.blocks import carry_residuals, join_gelu, narrow_last_block
+from vitopt.optimize.fuse import fuse_projections
+
+_BLOCKS = 3  # the middle one is neither first nor last
+
+# row -> the options that it adds to those before
+ROWS = {
+    "bf16 compiled": (),
+    "+ fuse_qkv": ("fuse_qkv",),
+    "+ carry_residual": ("carry_residual",),
+    "+ gelu_epilogue": ("gelu_epilogue",),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a call takes: kernels that the compiler generates, those of libraries that it calls, and bytes."""
+
+    generated: int
+    called: int
+    bytes: int
+
+
+class _Counted(Exception):
+    """The schedule is known; nothing need be generated."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="vit-large-patch16-224")
+    parser.add_argument("--batch-size", type=int, default=1)
+    arguments = parser.parse_args()
+    config = known_architecture(arguments.model)
+    if config is None:
+        sys.exit(f"error: no such shape: {arguments.model}")
+    print(table(config, arguments.batch_size))
+
+
+def table(config: ViTConfig, batch_size: int) -> str:
+    """A Markdown table with a row for each option that is added, and one for the last block."""
+    lines = ["| one block | generated | called | MB |", "|---|---:|---:|---:|"]
+    options: tuple[str, ...] = ()
+    for name, added in ROWS.items():
+        options += added
+        lines.append(_line(name, block_cost(config, batch_size, options)))
+    lines.append(_line("the last block, exact options", block_cost(config, batch_size, options[:2], block=-1)))
+    narrow = (*options[:2], "class_token_last")
+    lines.append(_line("+ class_token_last", block_cost(config, batch_size, narrow, block=-1)))
+    return "\n".join(lines)
+
+
+def _line(name: str, cost: Cost) -> str:
+    return f"| {name} | {cost.generated} | {cost.called} | {cost.bytes / 1e6:.1f} |"
+
+
+def block_cost(config: ViTConfig, batch_size: int, options: tuple[str, ...], block: int = 1) -> Cost:
+    """What one block takes that is compiled by itself, as `compile` does on a GPU."""
+    config.num_hidden_layers, config._attn_implementation = _BLOCKS, "sdpa"
+    torch.manual_seed(0)
+    model = ViTForImageClassification(config).eval().to(torch.bfloat16).requires_grad_(False)
+    names = block_names(model, "vit")
+    rewrites: dict[str, Callable[[nn.Module], int]] = {
+        "class_token_last": lambda model: narrow_last_block(model, names),
+        "carry_residual": lambda model: carry_residuals(model, names),
+        "gelu_epilogue": join_gelu,
+        "fuse_qkv": fuse_projections,
+    }
+    for option, rewrite in rewrites.items():
+        if option in options and rewrite(model) == 0:
+            raise ValueError(f"{option} changes nothing here")
+    tokens = torch.zeros(
+        batch_size, 1 + (config.image_size // config.patch_size) ** 2, config.hidden_size, dtype=torch.bfloat16
+    )
+    hidden = (tokens, tokens.clone()) if "carry_residual" in options else tokens
+    return cost(model.get_submodule(names[block]), hidden)
+
+
+def cost(module: nn.Module, *inputs: Any) -> Cost:
+    """What one call of a compiled module takes; it is neither generated nor run."""
+    found: list[Cost] = []
+
+    def count(nodes: list[Any]) -> list[Any]:
+        work = [
+            node
+            for node in nodes
+            # A MultiOutput only names one of the outputs of the kernel before it.
+            if not isinstance(node, NopKernelSchedulerNode) and not isinstance(node.node, MultiOutput)
+        ]
+        called = sum(isinstance(node, ExternKernelSchedulerNode) for node in work)
+        moved = sum(int(node.get_read_write_buffers_sizes()) for node in work)
+        found.append(Cost(len(work) - called, called, moved))
+        raise _Counted
+
+    torch._dynamo.reset()
+    settings = torch._inductor.config.patch(_post_fusion_custom_pass=count, force_disable_caches=True)
+    with settings, torch.inference_mode(), contextlib.suppress(Exception):  # the compiler wraps what ends it
+        torch.compile(module, dynamic=False, fullgraph=True)(*inputs)
+    torch._dynamo.reset()
+    if not found:
+        raise RuntimeError("this version of the compiler has no schedule to look at")
+    return found[-1]
+
+
+if __name__ == "__main__":
+    main()
