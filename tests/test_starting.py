@@ -118,7 +118,7 @@ def test_too_few_images_are_asked_to_show_nothing(tiny_checkpoint: Path, tmp_pat
     few = make_images(tmp_path / "few", {"test": 1})
     text = starting_recipe(str(tiny_checkpoint), str(few), "mine")
     assert yaml.safe_load(text)["require"] == {"min_speedup": 1}
-    assert "4 test images show no limit" in text
+    assert "4 test images cannot show" in text
 
 
 @pytest.mark.usefixtures("untimed")

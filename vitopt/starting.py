@@ -19,8 +19,8 @@ from vitopt.recipe_file import validate
 from vitopt.terminal import visible
 
 # Largest losses of top-1 that a recipe begins with, in points; the first that the tested images likely show is taken.
-_LOSSES = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0)
-_GOOD_LOSS = 1.0  # for more than it, the recipe says how many images would show it
+_LOSSES = (0.5, 1, 1.5, 2, 3, 5, 10, 20, 30)
+_GOOD_LOSS = 1  # for more than it, the recipe says how many images would show it
 
 _LORA = {"method": "lora", "rank": 8, "alpha": 32, "dropout": 0.1, "epochs": 3}
 
@@ -112,9 +112,9 @@ def _requirements(images: int) -> tuple[dict[str, float], str]:
     likely = {loss: needs(RequireSpec(max_top1_drop=loss))[0].likely or 0 for loss in _LOSSES}
     loss = next((loss for loss in _LOSSES if likely[loss] <= images), None)
     if loss is None:
-        return {"min_speedup": 1}, f"{images:,} test images show no limit on the loss of top-1 that is worth keeping."
-    shown = f"{images:,} test images are likely to show a limit of {loss:g} points of top-1"
-    more = f"; {_GOOD_LOSS:g} point takes about {likely[_GOOD_LOSS]:,}" if loss > _GOOD_LOSS else ""
+        return {"min_speedup": 1}, f"{images:,} test images cannot show a useful limit on the loss of top-1."
+    shown = f"{images:,} test images are likely to show that at most {loss:g} points of top-1 are lost"
+    more = f"; {_GOOD_LOSS} point takes about {likely[_GOOD_LOSS]:,}" if loss > _GOOD_LOSS else ""
     return {"max_top1_drop": loss, "min_speedup": 1}, f"{shown}{more}."
 
 
@@ -123,11 +123,9 @@ def _duration(recipe: Recipe) -> str:
     if not stages:
         return "carries it out"
     longest = max(stages, key=lambda stage: stage.seconds)
-    seconds, most = sum(stage.seconds for stage in stages), longest.seconds
-    compiling = " and compiling" if any(variant.compile for variant in recipe.variants) else ""
-    return (
-        f"about {_minutes(seconds)} here, {longest.name} {_minutes(most)} of it (a guess, without loading{compiling})"
-    )
+    total, most = _minutes(sum(stage.seconds for stage in stages)), _minutes(longest.seconds)
+    uncounted = "loading and compiling" if any(variant.compile for variant in recipe.variants) else "loading"
+    return f"about {total} here, {most} of it for {longest.name} (a guess, without {uncounted})"
 
 
 def _minutes(seconds: float) -> str:
