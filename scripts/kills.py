@@ -29,13 +29,12 @@ from vitopt.environment import libraries
 
 libraries.quiet_libraries()
 
-from vitopt.finetune import training  # noqa: F401 (imported once here, not in each process)
-
 from vitopt import cli, ownership
 from vitopt.measure import evaluator
 from vitopt.records import Memory, load_record
 from vitopt.report import page  # noqa: F401 (as above)
 from vitopt.stages import STAGES_FILE, RunFolder
+from vitopt.training import finetune  # noqa: F401 (imported once here, not in each process)
 
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 RECIPE = {
