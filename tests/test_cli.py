@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from vitopt import __version__, storage
+from vitopt import __version__, storage, threads
 from vitopt.cli import app
 from vitopt.data.images import open_images
 from vitopt.measure import evaluator, forecast, rates
@@ -1359,7 +1359,9 @@ def test_no_threads_are_a_mistake_in_the_arguments(tiny_checkpoint: Path) -> Non
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system cannot bind threads")
-def test_benchmark_records_its_bound_threads() -> None:
+def test_benchmark_records_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in threads.WAITING:
+        monkeypatch.delenv(name, raising=False)
     arguments = ["benchmark", "random:vit-tiny-patch16-32", "--threads", "1", "--iterations", "2", "--rounds", "1"]
     with start([*arguments, "--json"], stdout=subprocess.PIPE) as process:
         said, complaints = process.communicate()
@@ -1367,6 +1369,7 @@ def test_benchmark_records_its_bound_threads() -> None:
     (record,) = json.loads(said)
     facts = record["environment"]
     assert (facts["torch_threads"], facts["threads_bound"]) == (1, True)
+    assert facts["openmp"]["waiting"] == {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
     assert record["memory"]["peak_bytes"] > 0, "the process that measures memory inherits the settings"
 
 

@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 import torch
 
+from vitopt import threads
 from vitopt.environment import devices
 from vitopt.environment.libraries import versions
 from vitopt.formats import Format
-from vitopt.threads import are_bound
 
 _SHOWS_ONLY = ("cli/", "__main__.py", "progress.py", "report/")
 
@@ -47,10 +47,10 @@ def threads_bound() -> bool:
 
     Read back from the live threads: the environment variables that ask for it can be set too late, or overruled.
     """
-    if are_bound(1):
+    if threads.are_bound(1):
         # OpenMP starts its other threads with the first loop it shares out, which takes more than 32,768 elements.
         torch.ones(2**17, dtype=torch.uint8)
-    return are_bound(torch.get_num_threads())
+    return threads.are_bound(torch.get_num_threads())
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -65,6 +65,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "threads_bound": threads_bound(),
+        "openmp": {"library": threads.library(), "waiting": threads.waiting()},
         "device": str(device),
         "libraries": versions(),
         "gpu": devices.gpu_facts(device),
