@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # A GPU machine without a network has its own torch and no .venv.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
-.PHONY: help install demo test check gpu clean
+.PHONY: help install demo test check faults gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## show these commands
@@ -30,6 +30,11 @@ check: $(READY)  ## ruff, mypy and the import contract
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+faults: $(READY)  ## 6,000 bad inputs and 200 kills of a run, into benchmarks/results/ (half an hour)
+	$(BIN)/python -m pytest -m faults tests/faults
+	$(BIN)/python scripts/strangers.py --json benchmarks/results/strangers.json
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/kills.py --json benchmarks/results/kills.json
 
 gpu:  ## what only a GPU shows, in under 9 minutes; OUTPUT=DIR holds the results, else benchmarks/results/ and README
 	@$(GPU_PYTHON) scripts/device_benchmark.py --device cuda $(if $(OUTPUT),--output $(OUTPUT)); status=$$?; \

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hub_stand_in import hub  # noqa: F401  (a fixture)
 from PIL import Image
 
 from vitopt.environment import libraries

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from vitopt import __version__, storage, threads
 from vitopt.cli import app
 from vitopt.data.images import open_images
-from vitopt.measure import evaluator, forecast, rates
+from vitopt.measure import evaluator, forecast, rates, throughput
 from vitopt.measure.predictions import load_predictions
 from vitopt.models.checkpoint import Checkpoint
 from vitopt.recipe import DataSpec
@@ -90,11 +90,11 @@ def finished(tiny_checkpoint: Path, shapes: Path, tmp_path_factory: pytest.TempP
 
 
 OPTIONS = {
-    "run": ["RECIPE", "--output", "--set", "--dry-run", "--strict", "--skip-bad-images", "--json"],
+    "run": ["RECIPE", "--output", "--set", "--dry-run", "--strict", "--skip-bad-images", "--log-to", "--json"],
     "finetune": [
         "CHECKPOINT", "--data", "--output", "--method", "--rank", "--alpha", "--dropout", "--target", "--epochs",
-        "--batch-size", "--learning-rate", "--precision", "--augment", "--flip", "--workers", "--seed", "--device",
-        "--json",
+        "--batch-size", "--learning-rate", "--precision", "--augment", "--flip", "--workers", "--seed", "--log-to",
+        "--device", "--json",
     ],
     "quantize": [
         "CHECKPOINT", "--format", "--output", "--skip", "--half", "--data", "--min-agreement", "--compile", "--device",
@@ -128,7 +128,8 @@ OPTIONS = {
         "--sdpa-kernel", "--run-as", "--fuse-qkv", "--channels-last", "--compile", "--autotune", "--threads",
         "--device", "--json",
     ],
-    "report": ["RUN-DIR", "--json"],
+    "report": ["RUN-DIR", "--log-to", "--json"],
+    "push": ["CHECKPOINT", "REPO", "--private", "--public", "--revision", "--json"],
     "doctor": ["--device", "--json"],
     "init": ["MODEL", "DATA", "--name"],
 }  # fmt: skip
@@ -233,7 +234,8 @@ def test_evaluate_prints_and_keeps_its_record(tiny_checkpoint: Path, shapes: Pat
 def test_quantized_against_the_original(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
     made = printed("quantize", tiny_checkpoint, "--format", "nf4", "--skip", "block.1", "--output", tmp_path / "nf4")
     assert made["checkpoint"] == str(tmp_path / "nf4") and made["layer_plan"] == {"nf4": 12, "bf16": 7}
-    assert made["disk_bytes"] == sum(path.stat().st_size for path in (tmp_path / "nf4").glob("[!.]*"))
+    needed = set((tmp_path / "nf4").glob("[!.]*")) - {tmp_path / "nf4" / name for name in ("README.md", "origin.json")}
+    assert made["disk_bytes"] == sum(path.stat().st_size for path in needed)
     record = printed(
         "evaluate", tmp_path / "nf4", "--data", f"{shapes}:test", "--baseline", tiny_checkpoint, *QUICK, "--limit", 8
     )  # fmt: skip
@@ -579,6 +581,10 @@ def test_quantize_and_finetune_say_what_they_made(tiny_checkpoint: Path, shapes:
     assert re.search(r"top-1 on 24 images of the test split: [\d.]+ %", result.stderr)
     result = done("quantize", tmp_path / "ft", "--format", "int8", "--output", tmp_path / "q")
     assert result.stdout == "" and "18 layers int8, 1 layers bf16" in result.stderr
+    trained, quantized = ((tmp_path / name / "README.md").read_text() for name in ("ft", "q"))
+    assert "Nothing was measured" in trained and "LoRA (rank 8" in trained and "Converted" not in trained
+    assert "Nothing was measured" in quantized and "LoRA (rank 8" in quantized and "Converted to int8" in quantized
+    assert "18 int8, 1 bf16" in quantized and str(tmp_path) not in trained + quantized
 
 
 def test_quantize_says_which_layers_it_could_not(make_family: Callable[..., Checkpoint], tmp_path: Path) -> None:
@@ -745,9 +751,10 @@ def test_an_unreadable_checkpoint(
     assert re.search(expected, refusal("evaluate", folder, "--data", shapes, *QUICK))
 
 
-def with_nan(folder: Path) -> Path:
+def overflowing(folder: Path) -> Path:
+    """Weights are numbers, and logits are not."""
     weights = load_file(folder / "model.safetensors")
-    weights["classifier.bias"][0] = float("nan")
+    weights["classifier.weight"].fill_(3e38)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -755,7 +762,7 @@ def with_nan(folder: Path) -> Path:
 def test_a_model_that_gives_no_numbers_fails_with_its_reason_in_the_record(
     tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path]
 ) -> None:
-    result = vitopt("evaluate", with_nan(copy_of(tiny_checkpoint)), "--data", shapes, *QUICK, "--json")
+    result = vitopt("evaluate", overflowing(copy_of(tiny_checkpoint)), "--data", shapes, *QUICK, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["failure"].startswith("logits are not finite, first for image circle/00.png")
 
@@ -763,14 +770,14 @@ def test_a_model_that_gives_no_numbers_fails_with_its_reason_in_the_record(
 def test_a_model_that_gives_no_numbers_is_told_on_standard_error(
     tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path]
 ) -> None:
-    result = vitopt("evaluate", with_nan(copy_of(tiny_checkpoint)), "--data", shapes, *QUICK, "--json")
+    result = vitopt("evaluate", overflowing(copy_of(tiny_checkpoint)), "--data", shapes, *QUICK, "--json")
     assert "error: tiny-vit failed: logits are not finite, first for image circle/00.png" in result.stderr
 
 
 def test_a_baseline_that_gives_no_numbers_is_told_on_standard_error(
     tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path], tmp_path: Path
 ) -> None:
-    broken = with_nan(copy_of(tiny_checkpoint).rename(tmp_path / "broken"))
+    broken = overflowing(copy_of(tiny_checkpoint).rename(tmp_path / "broken"))
     result = vitopt("evaluate", tiny_checkpoint, "--baseline", broken, "--data", shapes, *QUICK, "--json")
     assert "error: broken failed: logits are not finite" in result.stderr and result.exit_code == 1
 

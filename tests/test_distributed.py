@@ -92,6 +92,7 @@ def test_training_is_shared_and_leaves_one_complete_checkpoint(
         "model.safetensors",
         "preprocessor_config.json",
         "calibration.json",
+        "origin.json",
         "training.json",
         LIST_FILE,
     }

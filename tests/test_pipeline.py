@@ -123,11 +123,12 @@ def test_a_run_leaves_what_the_design_says(finished: tuple[RunResult, list[str]]
     assert {"recipe.yaml", "environment.json", "report.html", "report.md", "finetune", "variants", "export"} <= {
         path.name for path in folder.iterdir()
     }
-    assert {path.name for path in (folder / "finetune").iterdir()} == LISTED | {"training.json", "calibration.json"}
+    beside = {"calibration.json", "origin.json"}
+    assert {path.name for path in (folder / "finetune").iterdir()} == LISTED | beside | {"training.json"}
     assert {path.name for path in (folder / "variants").iterdir()} == set(NAMES)
     for name in NAMES:
         held = {path.name for path in (folder / "variants" / name).iterdir()}
-        assert held == LISTED | {"calibration.json", "record.json", "predictions.parquet", "README.md"}
+        assert held == LISTED | beside | {"record.json", "predictions.parquet", "README.md"}
     assert hidden(folder) == []
 
 
@@ -616,6 +617,28 @@ def test_the_export_has_a_card_whose_code_runs_without_vitopt(
     assert guesses == pytest.approx({c["label"]: c["percent"] / 100 for c in ours["classes"]}, abs=5e-3)
 
 
+def test_no_card_and_no_origin_holds_a_local_path(finished: tuple[RunResult, list[str]], shapes: Path) -> None:
+    folder = finished[0].folder
+    files = [*folder.rglob("README.md"), *folder.rglob("origin.json")]
+    assert len(files) == 2 * len(NAMES) + 3
+    for file in files:
+        assert str(folder) not in file.read_text() and str(shapes.parent) not in file.read_text()
+
+
+def test_cards_that_were_edited_stay(content: dict[str, Any], again: Path) -> None:
+    cards = [again / "variants" / "nf4-skip" / "README.md", again / "export" / "README.md"]
+    for card in cards:
+        text = card.read_text()
+        card.unlink()  # as editors do: they are links to one file
+        card.write_text(f"{text}\nWritten by hand in {card.parent.name}.\n")
+    others = [one | {"skip": ["block.2"]} if "skip" in one else one for one in content["variants"]]
+    for asked in (content["variants"], others):
+        run(changed(content, variants=asked), again)
+        for card in cards:
+            assert card.read_text().endswith(f"Written by hand in {card.parent.name}.\n")
+    assert "block.2" in (again / "variants" / "nf4-skip" / "origin.json").read_text()
+
+
 def test_the_card_of_each_variant_is_about_that_variant(finished: tuple[RunResult, list[str]]) -> None:
     for name in NAMES:
         card = (finished[0].folder / "variants" / name / "README.md").read_text()
@@ -1012,7 +1035,7 @@ def test_a_variant_that_overflows_fails_alone(
     bare = changed(content, model=str(folder), variants=variants, finetune=None, export=None)
     result, _ = run(bare, tmp_path / "run")
     assert result.records[0].failure is None
-    assert "in fp16 gives logits that are not finite" in str(result.records[1].failure)
+    assert "overflow fp16" in str(result.records[1].failure)
     assert not (tmp_path / "run" / "variants" / "fp16" / "model.safetensors").exists()
 
 

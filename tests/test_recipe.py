@@ -7,16 +7,7 @@ import pytest
 import yaml
 
 from vitopt.errors import RecipeError
-from vitopt.recipe import (
-    DataSpec,
-    EvaluateSpec,
-    FinetuneSpec,
-    LatencySpec,
-    Recipe,
-    RecipeVariant,
-    RunSpec,
-    VariantSpec,
-)
+from vitopt.recipe import DataSpec, EvaluateSpec, FinetuneSpec, LatencySpec, Recipe, RecipeVariant, RunSpec, VariantSpec
 from vitopt.recipe_file import dump_yaml, load_recipe, validate
 
 MINIMAL = """
@@ -557,7 +548,10 @@ def test_a_dumped_variant_starts_with_its_name_and_how_it_is_held(recipe_file):
         ("a: \x00", "is not valid YAML: unacceptable character"),
         ("- name: x", "must be a mapping of keys such as name, model, data and variants"),
         ("", "must be a mapping of keys such as name, model, data and variants"),
-        ("!!python/object/apply:os.system ['true']", "is not valid YAML: could not determine a constructor"),
+        (
+            "!!python/object/apply:os.system ['true']",
+            "is not valid YAML: tag tag:yaml.org,2002:python/object",
+        ),
     ],
 )
 def test_files_that_are_no_recipe(recipe_file, text, words):
@@ -578,7 +572,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(RecipeError) as caught:
         load_recipe(tmp_path / "absent.yaml")
     assert str(caught.value) == f"cannot read recipe {tmp_path}/absent.yaml: No such file or directory {hint}"
-    with pytest.raises(RecipeError, match=f"cannot read recipe {tmp_path}: Is a directory"):
+    with pytest.raises(RecipeError, match=f"cannot read recipe {tmp_path}: it is a folder"):
         load_recipe(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("name: größe".encode("latin-1"))
     with pytest.raises(RecipeError, match=r"latin\.yaml: 'utf-8' codec can't decode byte"):
@@ -639,3 +633,36 @@ def test_a_choice_gives_the_format_and_how_it_is_run():
     chosen = open_variant.with_choice(VariantSpec(name="w8a8-compiled", format="w8a8", compile=True, fuse_qkv=True))
     assert (chosen.name, chosen.format, chosen.half, chosen.steps) == ("a", "w8a8", "fp16", open_variant.steps)
     assert chosen.run == RunSpec(compile=True, fuse_qkv=True) and not chosen.chooses_format
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 2**32),
+        ("model", "x" * 5_000),
+        ("device", "cuda:99999999999"),
+        ("finetune.learning_rate", 1e300),
+        ("finetune.epochs", 1e300),
+        ("finetune.workers", 10**9),
+        ("evaluate.batch_size", 10**12),
+        ("evaluate.latency.batch_sizes", [10**12]),
+        ("evaluate.latency.iterations", 10**15),
+    ],
+)
+def test_numbers_that_no_run_can_mean(key, value):
+    content = {"name": "r", "model": "m", "data": "digits", "variants": [{"name": "a", "format": "fp32"}]}
+    *parents, last = key.split(".")
+    place = content
+    for parent in parents:
+        place = place.setdefault(parent, {})
+    place[last] = value
+    with pytest.raises(RecipeError, match=key.replace(".", r"\.")):
+        validate(Recipe, content, where="recipe")
+
+
+def test_a_file_of_mistakes_alone_is_answered_soon_and_shortly(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join(f"key{number}: 1" for number in range(9_000)))
+    with pytest.raises(RecipeError, match=r"9,00\d mistakes") as caught:
+        load_recipe(path)
+    assert str(caught.value).count("\n") == 50

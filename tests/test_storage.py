@@ -320,6 +320,61 @@ def test_a_folder_that_is_no_longer_whole_is_not_copied(earlier, tmp_path):
     assert names(tmp_path / "copy") == {"config.json"}
 
 
+# Cards, which people edit
+
+
+def staged_card(target: Path, text: str) -> Path:
+    with storage.staged_folder(target) as folder:
+        (folder / "README.md").write_text(text)
+        (folder / "config.json").write_text(text)
+    return target / "README.md"
+
+
+def test_a_card_that_was_edited_outlives_its_folder_and_one_that_was_not_goes(tmp_path):
+    target = tmp_path / "result"
+    card = staged_card(target, ownership.sealed("# one\n"))
+    staged_card(target, ownership.sealed("# two\n"))
+    assert card.read_text().startswith("# two")
+    card.write_text(card.read_text().replace("two", "TWO"))
+    mine = card.read_text()
+    for _ in range(2):  # it stays vitopt's to replace, and the user's to read
+        staged_card(target, ownership.sealed("# three\n"))
+        assert card.read_text() == mine
+        assert (target / "config.json").read_text().startswith("# three")
+    with storage.staged_folder(target) as folder:
+        (folder / "config.json").write_text("four")
+    assert card.read_text() == mine and ownership.first_foreign(target) is None
+
+
+def test_a_kept_card_does_not_change_the_one_that_was_copied(tmp_path):
+    source = staged_card(tmp_path / "source", ownership.sealed("# source\n"))
+    mine = staged_card(tmp_path / "copy", "# mine\n")
+    storage.copy_folder(tmp_path / "source", tmp_path / "copy")
+    assert mine.read_text() == "# mine\n"
+    assert source.read_text() == ownership.sealed("# source\n")
+
+
+@pytest.mark.parametrize("edit", [lambda card: card.write_text("# mine, and longer than before\n"), Path.unlink])
+def test_a_folder_whose_card_was_edited_or_deleted_is_copied(tmp_path, edit):
+    edit(staged_card(tmp_path / "source", ownership.sealed("# one\n")))
+    storage.copy_folder(tmp_path / "source", tmp_path / "copy")
+    assert names(tmp_path / "copy") == names(tmp_path / "source")
+
+
+@pytest.mark.parametrize("text", ["# a\n", "", "# a", "# a\n<!-- mine -->\n", "# ä\n"])
+def test_a_seal_comes_off_and_breaks_with_the_text(tmp_path, text):
+    card = tmp_path / "README.md"
+    assert not ownership.is_edited(card)
+    card.write_bytes(ownership.sealed(text).encode())
+    assert not ownership.is_edited(card) and ownership.unsealed(ownership.sealed(text)) == text
+    card.write_bytes(ownership.sealed(text).encode() + b"more")
+    assert ownership.is_edited(card)
+    card.write_bytes(b"x" + ownership.sealed(text).encode())
+    assert ownership.is_edited(card)
+    card.write_bytes(b"\xff\xfe")
+    assert ownership.is_edited(card)
+
+
 def test_content_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
     """Every rename comes after the fsync of what it names, and before the fsync of the folder that holds the name."""
     seen: list[tuple[str, str]] = []
@@ -537,3 +592,27 @@ def test_hashes(tmp_path):
     assert storage.sha256_of_json([1, 2]) != storage.sha256_of_json([2, 1])
     with pytest.raises(ValueError, match="not JSON compliant"):
         storage.sha256_of_json(math.nan)
+
+
+def test_a_temporary_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(storage.tempfile, "gettempdir", refuse)
+    with pytest.raises(StorageError, match="temporary folder"), storage.temporary_folder():
+        pass
+
+
+def test_a_temporary_folder_that_fills_is_named_and_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path))
+    full = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(StorageError, match=f"the disk is full while writing {tmp_path}"), storage.temporary_folder():
+        raise full
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_finished_is_not_begun(tmp_path):
+    storage.require_space(tmp_path, 1)
+    with pytest.raises(StorageError, match=r"1,000,000,000,000,000,000 bytes are needed") as caught:
+        storage.require_space(tmp_path, 10**18)
+    assert str(tmp_path) in str(caught.value)

@@ -1,22 +1,32 @@
 """Which files vitopt wrote: nothing else is ever replaced or deleted.
 
 Every folder that vitopt writes holds `.vitopt.json`, a list of its files there and below with their sizes in bytes.
-The nearest list above a file counts. A file whose size is not the listed one is not whole.
+The nearest list above a file counts. A file whose size is not the listed one is not whole. A model card, which people
+edit, ends with the digest of its text instead: what does not is theirs.
 """
 
+import functools
+import hashlib
 import json
+import logging
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from vitopt.errors import StorageError
+from vitopt.paths import existing
+
+logger = logging.getLogger(__name__)
 
 LIST_FILE = ".vitopt.json"
+CARD_FILE = "README.md"
 LOCK_FILE = ".vitopt.lock"
 LIST_SCHEMA = "vitopt.files/1"
 # Of every folder, on no list; the last is what a write leaves that was killed.
 OWN_NAMES = re.compile(r"\.vitopt\.(json|lock)|\..+\.partial-\d+")
+
+_SEAL = "<!-- vitopt {} -->\n"  # not shown where Markdown is
 
 
 def listed_files(folder: Path) -> dict[str, int] | None:
@@ -56,6 +66,33 @@ def is_whole(path: Path) -> bool:
     """Whether the file at `path` is there and as long as vitopt wrote it."""
     entry = entry_of(path)
     return entry is not None and path.is_file() and entry.files.get(entry.name) == path.stat().st_size
+
+
+def sealed(card: str) -> str:
+    """The text of a card and its digest, by which an edit is noticed."""
+    return card + _SEAL.format(hashlib.sha256(card.encode()).hexdigest())
+
+
+def unsealed(card: str) -> str:
+    """The text of a card without the digest."""
+    return re.sub(_SEAL.format("[0-9a-f]{64}") + r"\Z", "", card)
+
+
+def is_edited(card: Path) -> bool:
+    """Whether there is a card at `card` that a person wrote or changed; then it stays, which is said once."""
+    try:
+        text = card.read_bytes().decode(errors="replace")
+    except OSError:
+        return False
+    edited = text != sealed(unsealed(text))
+    if edited:
+        _note_edited(card.resolve())
+    return edited
+
+
+@functools.cache
+def _note_edited(card: Path) -> None:
+    logger.warning("%s was edited by hand and stays as it is; delete it to have it written anew", card)
 
 
 def first_foreign(folder: Path) -> Path | None:
@@ -112,9 +149,10 @@ def require_apart(target: Path, inputs: tuple[str | Path | None, ...]) -> None:
         if folder.resolve().is_relative_to(place):
             raise StorageError(f"{target} is {name} or holds it: choose a folder of its own as --output")
     for given in inputs:
-        if given is None or not Path(given).expanduser().exists():
+        found = None if given is None else existing(given)
+        if found is None:
             continue  # a name on the hub, say
-        source = Path(given).expanduser().resolve()
+        source = found.resolve()
         if source.is_relative_to(place) or place.is_relative_to(source):
             raise StorageError(f"{target} is, holds or lies in the input {given}: choose another --output")
 

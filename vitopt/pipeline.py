@@ -25,6 +25,7 @@ from vitopt.recipe_file import dump_yaml, load_recipe
 from vitopt.records import RECORD_FILE, Record, Requirement, load_record, save_record
 from vitopt.report.recommendation import RECOMMENDATION_FILE, Recommendation, recommend
 from vitopt.stages import STAGES_FILE, RunFolder, Stage
+from vitopt.tracking import Tracking
 from vitopt.variants import Settled, VariantMaker, choice_files
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
     files = [RECIPE_FILE, ENVIRONMENT_FILE, STAGES_FILE, "report.html", "report.md", RECOMMENDATION_FILE]
     files += [file for variant in recipe.variants for file in choice_files(variant)]
     with launch.in_main_process(storage.claimed(folder, *inputs, files=files)):
+        Tracking(recipe.log_to)  # refused now, not after the training
         run_folder = RunFolder(folder, say)
         launch.wait_for_all()  # before the main process changes what the others have yet to read
         if launch.is_main_process():
@@ -146,6 +148,7 @@ def _evaluate_stage(
                 save(result)
                 if result.record.failure:
                     run.say(f"evaluate: {result.record.variant.name} failed: {result.record.failure}")
+            Tracking(recipe.log_to, recipe.name, run.path / "log").log(result.record for result in measured)
 
     on = f"{len(images)} images of {images.name}" if images else "random pixels"
     return Stage(

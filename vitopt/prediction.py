@@ -2,6 +2,7 @@
 
 import glob
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,8 @@ def predict(
     Raises:
         BadImageError: a file is missing.
     """
-    images = image_files(paths)
-    runnable = prepare(open_checkpoint(source), name=source, device=devices.resolve_device(device), run=run)
+    checkpoint, images = open_checkpoint(source), image_files(paths)
+    runnable = prepare(checkpoint, name=source, device=devices.resolve_device(device), run=run)
     return classify(runnable, images, top, **options)
 
 
@@ -80,7 +81,10 @@ def classify(
         BadImageError: an image cannot be decoded.
         MeasurementError: the model's logits are not finite.
     """
-    device, names = runnable.device, runnable.label_names
+    device = runnable.device
+    # Names that stand twice, as two of ImageNet's do, are told apart by their outputs.
+    counts = Counter(runnable.label_names)
+    names = [f"{name} (output {i})" if counts[name] > 1 else name for i, name in enumerate(runnable.label_names)]
     batch_size = min(batch_size, len(images))
     stream = batches(
         images, runnable.preprocess, batch_size, workers=workers, skip_bad=skip_bad, pin=device.type == "cuda"

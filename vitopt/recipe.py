@@ -10,22 +10,22 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from vitopt import storage
-from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat, RunAs
+from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
+from vitopt.paths import existing
 
 # All that a recipe can say is imported from here.
+from vitopt.run_spec import Attention as Attention
+from vitopt.run_spec import RunSpec as RunSpec
+from vitopt.run_spec import SdpaKernel as SdpaKernel
+from vitopt.spec import PATH_LENGTH, BatchSize, ImageCount, Patterns, Workers, as_list
 from vitopt.spec import CalibrationSpec as CalibrationSpec
-from vitopt.spec import Patterns, as_list
 from vitopt.spec import Spec as Spec
 from vitopt.spec import suggest as suggest
-from vitopt.steps import LINEARS as LINEARS
-from vitopt.steps import QKV as QKV
 from vitopt.steps import FinetuneSpec as FinetuneSpec
-from vitopt.steps import Linear as Linear
 from vitopt.steps import Step as Step
 
-Attention = Literal["eager", "sdpa", "flash_attention_2"]
-SdpaKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
 Labels = Literal["name", "index"]
+Tracker = Literal["mlflow", "tensorboard", "wandb"]
 Prefer = Literal["latency", "size", "throughput", "cost"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
 
@@ -41,10 +41,17 @@ class DataSpec(Spec):
     """Where images come from; a bare string in a recipe is its `source`."""
 
     source: str = Field(
-        min_length=1, description="image folder, Hugging Face data set id, or digits; NAME:SPLIT names a split"
+        min_length=1,
+        max_length=PATH_LENGTH,
+        description="image folder, Hugging Face data set id, or digits; NAME:SPLIT names a split",
     )
     train: str = Field("train", description="split to fine-tune on")
     test: str | None = Field(None, description="split to evaluate on; null takes test, else validation")
+    root: str | None = Field(
+        None,
+        max_length=PATH_LENGTH,
+        description="where links and metadata.csv of an image folder may lead; null is that folder itself",
+    )
     image_column: str | None = Field(None, description="column of a hub data set; null finds it")
     label_column: str | None = Field(None, description="column of a hub data set; null finds it")
     labels: Labels = Field(
@@ -53,14 +60,14 @@ class DataSpec(Spec):
     group_column: str | None = Field(
         None, description="column whose groups of images depend on each other, as the frames of one video do"
     )
-    limit: int | None = Field(None, ge=1, description="use only so many images, spread over the classes")
+    limit: ImageCount | None = Field(None, description="use only so many images, spread over the classes")
     skip_bad_images: bool = Field(False, description="leave out images that cannot be decoded, and count them")
 
     @property
     def folder(self) -> Path | None:
         """The local folder that `source` names, with or without a split; None if it names none."""
-        folders = (Path(name).expanduser() for name in (self.source, self.source.partition(":")[0]))
-        return next((folder for folder in folders if folder.is_dir()), None)
+        found = map(existing, (self.source, self.source.partition(":")[0]))
+        return next((folder for folder in found if folder is not None and folder.is_dir()), None)
 
 
 def data_from_string(value: Any) -> Any:
@@ -77,11 +84,13 @@ class AutoSkipSpec(CalibrationSpec):
     granularity: Literal["block", "linear"] = Field("block", description="whole blocks or single linear layers")
     # 512 choose and 1,536 confirm. That shows the floor of one point where up to 1.3 % of the images change sides, and
     # half a point where hardly any does: 0.5 points take 1,020 images if none changes, and 5,000 if 1 % do.
-    images: int = Field(
-        2048, ge=2, description="calibration images over the classes; one in four chooses, others confirm"
+    images: ImageCount = Field(
+        2048,
+        ge=2,
+        description="calibration images over the classes; one in four chooses, others confirm",
     )
-    sample: int | None = Field(
-        None, ge=1, description="first rank by KL on so many of those that choose, then score the best"
+    sample: ImageCount | None = Field(
+        None, description="first rank by KL on so many of those that choose, then score the best"
     )
 
     @model_validator(mode="after")
@@ -96,49 +105,6 @@ class FastestSpec(CalibrationSpec):
 
     min_agreement: float = Field(98, ge=0, le=100, description="agreement with fp32 in percent of images, at least")
     compile: bool = Field(True, description="try compiled models too")
-
-
-class RunSpec(Spec):
-    """How a checkpoint is run; nothing of it is in the file."""
-
-    attention: Attention = Field("sdpa", description="attention implementation")
-    sdpa_kernel: SdpaKernel = Field("auto", description="kernel of sdpa; auto lets torch choose")
-    run_as: RunAs | None = Field(
-        None, description="format that packed layers expand to at load; without it they run packed"
-    )
-    fuse_qkv: bool = Field(False, description="query, key and value as one matrix product; exact")
-    class_token_last: bool = Field(
-        False, description="the last block computes the class token alone, from keys and values of all; exact"
-    )
-    carry_residual: bool = Field(
-        False, description="a block leaves its last addition to the norm of the next block; exact"
-    )
-    gelu_epilogue: bool = Field(
-        False, description="GELU within the product before it, by tanh: answers change, accuracy must be measured"
-    )
-    patch_product: bool = Field(False, description="patch embedding as a matrix product, no convolution; exact")
-    channels_last: bool = Field(False, description="pixels and patch embedding in NHWC memory order")
-    compile: bool = Field(False, description="compile for each batch size; on a GPU, replay it as one CUDA graph")
-    autotune: bool = Field(False, description="with compile: time its kernels first, slower to start")
-    compile_whole: bool = Field(
-        False, description="with compile on a GPU: all blocks as one program, slower to start; on a CPU it is always so"
-    )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What is set, by option; `run_as` is a format, and told as one."""
-        return {name: getattr(self, name) for name in RunSpec.model_fields if name != "run_as"}
-
-    @model_validator(mode="after")
-    def _options_fit(self) -> "RunSpec":
-        for way in ("autotune", "compile_whole"):
-            if getattr(self, way) and not self.compile:
-                raise ValueError(f"`{way}` is a way to compile: set `compile` too")
-        if self.patch_product and self.channels_last:
-            raise ValueError("`channels_last` is for a convolution, and `patch_product` replaces it: take one of them")
-        if self.sdpa_kernel != "auto" and self.attention != "sdpa":
-            raise ValueError(f"`sdpa_kernel` chooses a kernel of sdpa, and `attention` is {self.attention}")
-        return self
 
 
 class HeldSpec(Spec):
@@ -241,15 +207,15 @@ class RecipeVariant(VariantSpec):
 class LatencySpec(Spec):
     """How variants are timed."""
 
-    batch_sizes: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(as_list)] = Field(
+    batch_sizes: Annotated[tuple[BatchSize, ...], BeforeValidator(as_list)] = Field(
         (1,), min_length=1, description="batch sizes to time, as in 1,8,32"
     )
-    only: dict[Name, Annotated[tuple[int, ...], BeforeValidator(as_list)]] = Field(
+    only: dict[Name, Annotated[tuple[BatchSize, ...], BeforeValidator(as_list)]] = Field(
         default_factory=dict, description="variants that are timed at some of the batch sizes only, as in fp32: [1]"
     )
-    iterations: int = Field(100, ge=1, description="timed calls per variant and batch size")
-    rounds: int = Field(10, ge=1, description="the calls are spread over so many interleaved rounds")
-    warmup_seconds: float = Field(20, ge=0, description="longest warm-up per variant and batch size")
+    iterations: int = Field(100, ge=1, le=1_000_000_000, description="timed calls per variant and batch size")
+    rounds: int = Field(10, ge=1, le=1_000_000, description="the calls are spread over so many interleaved rounds")
+    warmup_seconds: float = Field(20, ge=0, le=1e6, description="longest warm-up per variant and batch size")
     inputs: Literal["random", "data"] = Field(
         "random", description="data: real images in turn, for what takes longer on some of them"
     )
@@ -284,8 +250,8 @@ class LatencySpec(Spec):
 class EvaluateSpec(Spec):
     """How variants are measured."""
 
-    batch_size: int = Field(32, ge=1, description="images per call while accuracy is measured")
-    workers: int = Field(0, ge=0, description="processes that decode images; 0 uses one background thread")
+    batch_size: BatchSize = Field(32, description="images per call while accuracy is measured")
+    workers: Workers = Field(0, description="processes that decode images; 0 uses one background thread")
     look_alikes: bool = Field(
         True, description="also count tested images that look like others or like training images"
     )
@@ -310,7 +276,7 @@ class RequireSpec(Spec):
     max_megabytes: float | None = Field(
         None, gt=0, description="weights in memory, in megabytes of a million bytes, at most"
     )
-    batch_size: int | None = Field(None, ge=1, description="where speed is judged; without it, at the first timed")
+    batch_size: BatchSize | None = Field(None, description="where speed is judged; without it, at the first timed")
 
     @model_validator(mode="after")
     def _batch_size_has_a_use(self) -> "RequireSpec":
@@ -328,12 +294,14 @@ class Recipe(Spec):
     """A whole run: model, data, fine-tuning, variants, measurement, export."""
 
     name: Name
-    model: str = Field(min_length=1, description="folder, hub id, `vit-quickstart`, or `random:ARCHITECTURE`")
+    model: str = Field(
+        min_length=1, max_length=PATH_LENGTH, description="folder, hub id, `vit-quickstart`, or `random:ARCHITECTURE`"
+    )
     data: Annotated[DataSpec | None, BeforeValidator(data_from_string)] = Field(
         None, description="null measures speed, size and memory alone"
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    seed: int = Field(0, ge=0)
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="numpy takes 32 bits")
     strict: bool = Field(False, description="an attention kernel that cannot run is an error, not a fallback")
     finetune: FinetuneSpec | None = None
     variants: Annotated[tuple[RecipeVariant, ...], Field(min_length=1)]
@@ -343,6 +311,9 @@ class Recipe(Spec):
     prefer: Prefer = Field("latency", description="which of the variants that meet `require` is recommended")
     price_per_hour: float | None = Field(None, gt=0, description="what an hour of this device costs, in any currency")
     export: str | None = Field(None, description="name of the variant to copy to `export/`; best: the recommended one")
+    log_to: Annotated[tuple[Tracker, ...], BeforeValidator(as_list)] = Field(
+        (), description="experiment trackers that get the training and the records"
+    )
     waterfall: tuple[Name, ...] = Field(
         (), description="variants each of which adds one technique to the one before, for a figure in the report"
     )

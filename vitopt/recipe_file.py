@@ -9,10 +9,13 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
+from vitopt import yaml_input
 from vitopt.errors import RecipeError
 from vitopt.recipe import Recipe, Spec, data_from_string, suggest
 
 S = TypeVar("S", bound=Spec)
+
+_SHOWN = 50  # mistakes of one file
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -25,14 +28,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file is missing, is not YAML, or breaks a rule; all mistakes are listed.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RecipeError(f"cannot read recipe {path}: {reason} (`vitopt init` prints one to start from)") from error
+        text = yaml_input.read_text(path)
+    except yaml_input.InputError as error:
+        raise RecipeError(f"cannot read recipe {path}: {error} (`vitopt init` prints one to start from)") from error
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        content = yaml_input.parse(text)
+    except yaml_input.InputError as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must be a mapping of keys such as name, model, data and variants")
     for override in overrides:
@@ -53,9 +55,11 @@ def validate(model: type[S], content: Any, where: str) -> S:
         errors = error.errors(include_url=False)
         # A tuple whose items are wrong is also called too short by pydantic; the items say it better.
         inner = {mistake["loc"][:-depth] for mistake in errors for depth in range(1, len(mistake["loc"]))}
-        mistakes = [_describe(model, m) for m in errors if m["type"] != "too_short" or m["loc"] not in inner]
-        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        raise RecipeError(f"{where}: {count}\n" + "\n".join(f"  {line}" for line in mistakes)) from error
+        errors = [m for m in errors if m["type"] != "too_short" or m["loc"] not in inner]
+        count = "1 mistake" if len(errors) == 1 else f"{len(errors):,} mistakes"
+        count += f", first {_SHOWN}" if len(errors) > _SHOWN else ""
+        lines = "\n".join(f"  {_describe(model, mistake)}" for mistake in errors[:_SHOWN])
+        raise RecipeError(f"{where}: {count}\n{lines}") from error
 
 
 def _describe(model: type[Spec], mistake: Any) -> str:
@@ -102,9 +106,9 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         target[place] = section
         target = section
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override!r}: the value is not valid YAML") from error
+        parsed = yaml_input.parse(value)
+    except yaml_input.InputError as error:
+        raise RecipeError(f"--set {override!r}: the value is not valid YAML: {error}") from error
     target[_place(target, parts[-1], override, key)] = parsed
 
 

@@ -6,6 +6,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+# Numbers and texts that no run can mean are refused before anything acts on them.
+PATH_LENGTH = 4096
+BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
+ImageCount = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Workers = Annotated[int, Field(ge=0, le=1_024)]
+
 
 class Spec(BaseModel):
     """Base of all recipe sections: immutable, unknown keys are mistakes."""
@@ -22,7 +28,7 @@ class CalibrationSpec(Spec):
     """What is chosen or learned on calibration images, and which these are."""
 
     split: str = Field("train", description="split of the data whose images calibrate; never the tested ones")
-    images: int = Field(2048, ge=1, description="calibration images, spread over the classes")
+    images: ImageCount = Field(2048, description="calibration images, spread over the classes")
 
 
 def suggest(word: str, known: Sequence[str]) -> str:

@@ -4,15 +4,11 @@ A new kind is a spec and an entry of `STEPS` here, and a file with its function.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
-from vitopt.spec import Patterns, Spec
-
-Linear = Literal["query", "key", "value", "output", "fc1", "fc2"]
-LINEARS: tuple[Linear, ...] = get_args(Linear)
-QKV = "qkv"  # timm's one layer for query, key and value
+from vitopt.spec import BatchSize, Patterns, Spec, Workers
 
 
 class FinetuneSpec(Spec):
@@ -22,13 +18,13 @@ class FinetuneSpec(Spec):
         "lora", description="LoRA updates beside the weights, or full: every weight is trained"
     )
     rank: int = Field(8, ge=1, le=1024, description="rank of the LoRA updates")
-    alpha: float = Field(32, gt=0, description="LoRA scale; updates count alpha / rank")
+    alpha: float = Field(32, gt=0, le=1e6, description="LoRA scale; updates count alpha / rank")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the LoRA updates")
     targets: Patterns = Field(("block",), min_length=1, description="layers to adapt, as in query or block.11.fc1")
-    epochs: float = Field(3, gt=0, description="passes over the images")
-    batch_size: int = Field(16, ge=1, description="images per device and step")
-    learning_rate: float = Field(1e-3, gt=0, description="highest rate of AdamW")
-    weight_decay: float = Field(0.01, ge=0, description="weight decay of AdamW")
+    epochs: float = Field(3, gt=0, le=1e6, description="passes over the images")
+    batch_size: BatchSize = Field(16, description="images per device and step")
+    learning_rate: float = Field(1e-3, gt=0, le=1e3, description="highest rate of AdamW")
+    weight_decay: float = Field(0.01, ge=0, le=1e3, description="weight decay of AdamW")
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="part of all steps in which the rate rises")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over all classes")
     precision: Literal["auto", "fp32", "bf16"] = Field(
@@ -36,7 +32,7 @@ class FinetuneSpec(Spec):
     )
     augment: bool = Field(True, description="random crops and, with flip, mirror images")
     flip: bool = Field(True, description="mirror images; wrong where that changes the class, as with digits")
-    workers: int = Field(0, ge=0, description="processes that decode images; 0 decodes in the training process")
+    workers: Workers = Field(0, description="processes that decode images; 0 decodes in the training process")
 
     @model_validator(mode="after")
     def _lora_keys_need_lora(self) -> "FinetuneSpec":

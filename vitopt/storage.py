@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ from filelock import FileLock, Timeout
 
 from vitopt.errors import StorageError
 from vitopt.ownership import (
+    CARD_FILE,
     LIST_FILE,
     LIST_SCHEMA,
     LOCK_FILE,
     OWN_NAMES,
     entry_of,
     first_foreign,
+    is_edited,
     is_listed,
     is_whole,
     listed_files,
@@ -44,18 +47,58 @@ def _explained(target: Path) -> Iterator[None]:
     """Turn the operating system's refusals to write into one line that names the target and the remedy."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        number = _system_error(error)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StorageError(f"the disk is full while writing {target}: free some space and run it again") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StorageError(f"cannot write {target}: {error.strerror}; choose another --output") from error
-        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StorageError(f"cannot write {target}: {os.strerror(number)}; choose another --output") from error
+        if number in (errno.ENOTDIR, errno.EEXIST):
             raise StorageError(f"cannot write {target}: a file is in the way; choose another --output") from error
-        if error.errno == errno.EISDIR:
+        if number == errno.EISDIR:
             raise StorageError(f"cannot write {target}: a folder is in the way; choose another --output") from error
-        if error.errno in (errno.EBUSY, errno.EXDEV):
+        if number in (errno.EBUSY, errno.EXDEV):
             raise StorageError(f"cannot replace {target}: it is a mount point; choose a folder below it") from error
+        if number == errno.ENAMETOOLONG:
+            raise StorageError(f"cannot write {target}: its name is too long; choose a shorter --output") from error
         raise
+
+
+def _system_error(error: Exception) -> int | None:
+    """The operating system's number of an error; libraries in Rust, as safetensors, tell it in their text only."""
+    if isinstance(error, OSError):
+        return error.errno
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return None if number is None else int(number[1])
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse to begin what cannot be finished.
+
+    Raises:
+        StorageError: fewer than `needed` bytes are free where `folder` is.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StorageError(
+            f"the disk is too full for {folder}: {needed:,} bytes are needed and {free:,} are free; free some space"
+        )
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for what is not kept, in TMPDIR; gone afterwards.
+
+    Raises:
+        StorageError: TMPDIR is full or not writable.
+    """
+    place = Path(os.environ.get("TMPDIR", "/tmp"))
+    try:
+        place = Path(tempfile.gettempdir())
+    except OSError as error:  # it tries to write a few bytes in each place that it knows
+        raise StorageError(f"no temporary folder can be written, first {place}: free some space there") from error
+    with _explained(place), tempfile.TemporaryDirectory(prefix="vitopt-", dir=place) as folder:
+        yield Path(folder)
 
 
 # One writer at a time
@@ -181,7 +224,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `target` that replaces it on success and vanishes on any failure.
 
     An earlier result at `target` stays untouched until the new one is complete and on the disk; anything else that
-    is there stays for good.
+    is there stays for good, and so does a model card that a person edited.
 
     Raises:
         StorageError: the disk is full, the place is not writable or in use, or it holds something else.
@@ -194,6 +237,9 @@ def staged_folder(target: Path) -> Iterator[Path]:
             temporary.mkdir()
             _write_list(temporary, {})
             yield temporary
+            if is_edited(place / CARD_FILE):
+                (temporary / CARD_FILE).unlink(missing_ok=True)  # it may be a link to another's
+                shutil.copy2(place / CARD_FILE, temporary)
             _write_list(temporary, _sizes(temporary))
             for path in (*temporary.rglob("*"), temporary):
                 _sync(path)
@@ -311,7 +357,7 @@ def copy_folder(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> 
             shutil.copy2(original, copy)
 
     for name in listed_files(source) or {}:
-        if name not in leave_out and not is_whole(source / name):
+        if name not in (*leave_out, CARD_FILE) and not is_whole(source / name):
             raise StorageError(f"{source / name} is missing or damaged, so it is not copied: run it again")
     without = shutil.ignore_patterns(LIST_FILE, LOCK_FILE, *leave_out)
     with staged_folder(target) as folder:

@@ -4,7 +4,7 @@ import logging
 import pkgutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -23,6 +23,7 @@ from vitopt.search.analysis import analyse_for
 from vitopt.search.fastest import Choice, find_fastest, how_measured, load_choice, save_choice
 from vitopt.search.results import SENSITIVITY_SCHEMA, Sensitivity, load_sensitivity
 from vitopt.stages import RunFolder, Stage
+from vitopt.tracking import Tracking
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,10 @@ class VariantMaker:
 
         def work() -> str:
             transform = pkgutil.resolve_name(step.kind.function)
-            made = transform(checkpoint, step.settings, output, recipe.device, images=images, seed=recipe.seed)
+            options: dict[str, Any] = {"images": images, "seed": recipe.seed}
+            if step.kind.images == "training":
+                options["tracking"] = Tracking(recipe.log_to, recipe.name, self.run.path / "log" / name)
+            made = transform(checkpoint, step.settings, output, recipe.device, **options)
             return str(made.summary())
 
         on = "" if images is None else f" on {len(images)} images of {images.name}"

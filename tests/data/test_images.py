@@ -240,9 +240,9 @@ def test_a_table_as_spreadsheets_write_it(table):
     assert images.class_names == ("cat, big", "dog")
 
 
-def test_a_table_may_name_files_anywhere(table, tmp_path):
+def test_a_table_may_name_files_of_the_root_that_is_given(table, tmp_path):
     outside = save(tmp_path / "outside" / "x.png", 9)
-    images = opened(table(f"file_name,label\n{outside},0\n../outside/x.png,1\n"))
+    images = opened(table(f"file_name,label\n{outside},0\n../outside/x.png,1\n"), root=str(tmp_path))
     assert images.ids == ("../outside/x.png", "../outside/x.png")
     assert images.image(0).getpixel((0, 0)) == (9, 9, 9)
 
@@ -257,7 +257,10 @@ def test_a_table_may_name_files_anywhere(table, tmp_path):
         ("file_name,label\na.png,\n", "line 2: the file name or the label is empty"),
         ("file_name,label\na.png,1\nb.png\n", "line 3: the file name or the label is empty"),
         ("file_name,label\n,1\n", "line 2: the file name or the label is empty"),
-        ("file_name,label\n.,1\n", "line 2: . does not exist"),
+        ("file_name,label\n.,1\n", "line 2: . lies outside"),
+        ("file_name,label,label\na.png,1,2\n", "two columns 'label'"),
+        ("file_name,label\na.png,small, brown\n", "line 2: it has more cells than columns"),
+        (f"file_name,label\n{'x' * 5000},1\n", "does not exist"),
         ("file_name,label\na.png,größe\n".encode("latin-1"), "is not comma-separated text in UTF-8"),
         (b'file_name,label\na.png,"' + b"x" * 200_000, "is not comma-separated text in UTF-8"),
     ],

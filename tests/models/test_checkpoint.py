@@ -1,6 +1,4 @@
-import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -9,6 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, Dinov2Config, SiglipConfig
 
@@ -138,7 +137,7 @@ def test_an_adapter(folder):
 
 def test_a_folder_without_weights(folder):
     (folder / "model.safetensors").unlink()
-    assert refusal(folder) == f"{folder} has no .safetensors file, so there are no weights to load"
+    assert refusal(folder) == f"{folder} has no model.safetensors, so there are no weights to load"
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "best.pth", "last.ckpt", "weights.pkl"])
@@ -199,7 +198,7 @@ def test_a_family_that_vitopt_does_not_know(folder):
         ('{"model_type": "vit", "architectures": {"a": 1}}', "architectures in config.json is not a list of names"),
         (
             '{"model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": "wide"}',
-            "Field 'hidden_size' expected int, got str (value: 'wide')",
+            "hidden_size is 'wide', not 1 to",
         ),
     ],
 )
@@ -257,9 +256,9 @@ def test_an_image_size_of_two_numbers():
     assert Checkpoint("x", "x", config).image_size == (24, 48)
 
 
-def test_missing_class_names_are_numbered(folder):
+def test_names_of_some_outputs_alone_are_refused(folder):
     change_config(folder, id2label={"0": "a", "2": "c"}, label2id={"a": 0, "c": 2})
-    assert open_checkpoint(str(folder)).label_names == ["a", "LABEL_1"]
+    assert "id2label does not name the outputs 0 to 1" in refusal(folder)
 
 
 # load
@@ -323,15 +322,13 @@ def test_a_head_that_does_not_fit(folder):
 
 def test_weights_of_another_name(folder):
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
-    line = load_refusal(folder)
-    assert line.startswith(f"cannot read the checkpoint {folder}: ")
-    assert "no file named model.safetensors" in line
+    assert f"{folder} has no model.safetensors" in refusal(folder)
 
 
 def test_a_pickle_is_not_opened_where_safetensors_has_another_name(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
-    assert "no file named model.safetensors" in load_refusal(folder)
+    assert "pytorch_model.bin is a pickle" in refusal(folder)
 
 
 def test_hub_weights_that_are_only_pickles(monkeypatch, tiny_checkpoint):
@@ -385,12 +382,9 @@ def test_a_full_disk_while_saving_is_explained(tiny_checkpoint, tmp_path, monkey
     model = load_model(checkpoint)
 
     def no_space(*_: object, **__: object) -> None:
-        raise module.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(type(model), "save_pretrained", no_space)
-    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
-        save_checkpoint(model, None, tmp_path)
-    assert caught.value.errno == errno.ENOSPC
     with pytest.raises(StorageError, match="the disk is full"), storage.staged_folder(tmp_path / "out") as out:
         save_checkpoint(model, None, out)
     assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,9 @@
 """A stranger's checkpoint: its code never runs, nothing is asked, and its weights are safetensors of its own folder."""
 
+import contextlib
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,15 +12,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from vitopt.checks import plans
-from vitopt.errors import CheckpointError
-from vitopt.models import gate
+from vitopt.errors import CheckpointError, MeasurementError
+from vitopt.models import gate, weights
 from vitopt.models.checkpoint import empty_model, load_model, load_processor, open_checkpoint
+from vitopt.models.weights import INDEX_FILE
 from vitopt.optimize.quantize import quantize
 from vitopt.prediction import predict
-from vitopt.recipe import Recipe, VariantSpec
+from vitopt.recipe import Recipe, RecipeVariant, VariantSpec
 
 ENTRIES = {
     "AutoConfig": "code.Config",
@@ -59,7 +64,7 @@ def one_line(call: Callable[[], object]) -> str:
 
 
 def recipe(folder: Path) -> Recipe:
-    return Recipe(name="r", model=str(folder), variants=(VariantSpec(name="fp32", format="fp32"),))
+    return Recipe(name="r", model=str(folder), variants=(RecipeVariant(name="fp32", format="fp32"),))
 
 
 USES: dict[str, Callable[[Path, Path], Any]] = {
@@ -166,7 +171,7 @@ def sharded(folder: Path) -> Callable[..., Path]:
         torch.save(second, folder / "model-00002-of-00002.bin")
         save_file(second, folder.parent / "outside.safetensors", metadata={"format": "pt"})
         weight_map = dict.fromkeys(first, "model-00001-of-00002.safetensors") | dict.fromkeys(second, head)
-        (folder / gate.INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         return folder
 
     return divide
@@ -199,7 +204,7 @@ def test_an_index_names_safetensors_of_its_own_folder_only(sharded, folder, name
     name = name.replace("ABSOLUTE", str(folder.parent)) if isinstance(name, str) else name
     line = one_line(lambda: open_checkpoint(str(sharded(name))))
     assert repr(name) in line
-    assert gate.INDEX_FILE in line
+    assert INDEX_FILE in line
 
 
 def test_a_weight_file_that_is_not_there(sharded):
@@ -210,14 +215,14 @@ def test_a_weight_file_that_is_not_there(sharded):
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": ["model.safetensors"]}'])
 def test_a_broken_index(sharded, content):
     folder = sharded()
-    (folder / gate.INDEX_FILE).write_text(content)
+    (folder / INDEX_FILE).write_text(content)
     line = one_line(lambda: open_checkpoint(str(folder)))
-    assert gate.INDEX_FILE in line
+    assert INDEX_FILE in line
     assert "copy" in line
 
 
 def test_an_index_that_nothing_reads_may_be_stale(folder):
-    (folder / gate.INDEX_FILE).write_text('{"weight_map": {"head": "gone.safetensors"}}')
+    (folder / INDEX_FILE).write_text('{"weight_map": {"head": "gone.safetensors"}}')
     assert load_model(open_checkpoint(str(folder))) is not None
 
 
@@ -249,3 +254,194 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_own_blobs(folder, tmp_path):
     (snapshot / "model.safetensors").unlink()
     (snapshot / "model.safetensors").symlink_to("../../../abc")
     assert "link" in one_line(lambda: open_checkpoint(str(snapshot)))
+
+
+# configurations
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 0}, "hidden_size is 0"),
+        ({"hidden_size": 10**9}, "hidden_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_attention_heads": 3}, "no multiple of num_attention_heads 3"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
+        ({"image_size": 10**6}, "image_size"),
+        ({"image_size": None}, "image_size is None"),
+        ({"image_size": 4096, "patch_size": 1}, "16,777,216 patches"),
+        ({"patch_size": 64}, "0 patches"),
+        ({"patch_size": True}, "patch_size is True"),
+        ({"num_channels": 1}, "num_channels is 1, not 3"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"torch_dtype": "os"}, "torch_dtype is 'os'"),
+        ({"hidden_act": "os.system"}, "hidden_act"),
+        ({"layer_norm_eps": "x"}, "layer_norm_eps"),
+        ({"hidden_dropout_prob": 7}, "hidden_dropout_prob"),
+        ({"initializer_range": 1e300}, "initializer_range"),
+        ({"initializer_range": float("nan")}, "initializer_range"),
+        ({"id2label": ["a", "b", "c", "d"]}, "id2label"),
+        ({"id2label": {}}, "id2label"),
+        ({"id2label": {"0": "a", "x": "b"}}, "id2label"),
+        ({"id2label": {"0": "a", "1": None}}, "id2label"),
+        ({"num_labels": 7}, "num_labels is 7"),
+        ({"architectures": ["BeitForImageClassification"]}, "BeitForImageClassification"),
+        ({"model_type": "swin"}, "SwinForImageClassification"),
+        ({"quantization_config": "nf4"}, "'nf4'"),
+        ({"quantization_config": [1]}, "[1]"),
+        ({"num_hidden_layers": 2}, "layers.2."),
+        ({"hidden_size": 1024}, "lacks weights"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "no weight is packed"),
+        ({"quantization_config": {"quant_method": "torchao", "quant_type": "?"}}, "no weight is packed"),
+    ],
+)
+def test_a_configuration_of_no_model(folder, changes, words):
+    change(folder / "config.json", **changes)
+    line = one_line(lambda: load_model(open_checkpoint(str(folder))))
+    assert str(folder) in line
+    assert words in line
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"a": ' + "9" * 5_000])
+def test_json_that_no_parser_takes(folder, content):
+    (folder / "config.json").write_text(content)
+    assert "config.json is not a valid JSON file" in one_line(lambda: open_checkpoint(str(folder)))
+
+
+def test_all_mistakes_are_told_at_once(folder):
+    change(folder / "config.json", hidden_size=0, num_attention_heads="2", id2label=["a"])
+    with pytest.raises(CheckpointError, match=r"3 mistakes in config\.json") as caught:
+        open_checkpoint(str(folder))
+    assert all(key in str(caught.value) for key in ("hidden_size", "num_attention_heads", "id2label"))
+
+
+def test_keys_that_would_change_the_answer_or_the_configuration_itself_are_left_out(folder, tiny_checkpoint):
+    change(folder / "config.json", return_dict=False, to_dict=7, _commit_hash="x", output_attentions=True)
+    pixels = torch.zeros(1, 3, 32, 32)
+    expected = load_model(open_checkpoint(str(tiny_checkpoint)))(pixel_values=pixels).logits
+    assert torch.equal(load_model(open_checkpoint(str(folder)))(pixel_values=pixels).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", INDEX_FILE])
+def test_pipes_are_not_opened(folder, sharded, name):
+    if name == INDEX_FILE:
+        sharded()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=name.partition(".")[0]):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    "source", ["a b/c", "a\nb", "é/ü", "x" * 3_000, "a/" + "x" * 200, "\0", "~nobody", "random:vit-tiny-patch1-4000"]
+)
+def test_any_text_may_be_asked_for_as_a_checkpoint(source):
+    with pytest.raises(CheckpointError):
+        open_checkpoint(source)
+
+
+# preprocessors
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_std": [0, 0, 0]}, "image_std"),
+        ({"image_std": [float("nan"), 1, 1]}, "image_std"),
+        ({"image_std": None}, "image_std is null"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean"),
+        ({"size": {"height": 64, "width": 64}}, "64 x 64 pixels, and the model takes 32 x 32"),
+        ({"size": {"height": -3, "width": 32}}, "size"),
+        ({"size": {"height": 10**6, "width": 10**6}}, "size"),
+        ({"size": "big"}, "size"),
+        ({"size": {"shortest_edge": 32}}, "size"),
+        ({"do_resize": False}, "size"),
+        ({"resample": 99}, "resample"),
+        ({"rescale_factor": "x"}, "rescale_factor"),
+        ({"do_normalize": "yes"}, "do_normalize"),
+        ({"image_processor_type": "VideoMAEImageProcessor"}, "height, width"),
+    ],
+)
+def test_a_preprocessor_that_makes_no_pixels_for_the_model(folder, changes, words):
+    change(folder / "preprocessor_config.json", **changes)
+    line = one_line(lambda: load_processor(open_checkpoint(str(folder))))
+    assert str(folder) in line
+    assert words in line
+
+
+def test_a_preprocessor_of_another_size_that_the_model_takes(make_family, copy_of):
+    folder = copy_of(make_family("dinov2").folder)
+    change(folder / "preprocessor_config.json", size={"height": 48, "width": 48})
+    assert load_processor(open_checkpoint(str(folder))) is not None
+
+
+# numbers
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(folder, value):
+    held = load_file(folder / "model.safetensors")
+    held["classifier.bias"][1] = value
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    line = one_line(lambda: load_model(open_checkpoint(str(folder))))
+    assert "classifier.bias" in line
+    assert "infinite" in line
+
+
+def test_integers_in_place_of_weights(folder):
+    held = load_file(folder / "model.safetensors")
+    held["classifier.weight"] = held["classifier.weight"].to(torch.int32)
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "classifier.weight as I32" in one_line(lambda: load_model(open_checkpoint(str(folder))))
+
+
+def test_logits_that_are_not_finite_are_no_prediction(folder, shapes):
+    held = load_file(folder / "model.safetensors")
+    held["classifier.weight"].fill_(3e38)
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(MeasurementError, match="not finite"):
+        predict(str(folder), [shapes / "test" / "circle" / "00.png"], top=1, device="cpu")
+
+
+def test_names_that_stand_twice_are_told_apart(folder, shapes):
+    change(folder / "config.json", id2label={"0": "crane", "1": "crane", "2": "b", "3": "c"})
+    found = predict(str(folder), [shapes / "test" / "circle" / "00.png"], top=4, device="cpu")
+    labels = {one["index"]: one["label"] for one in found[0]["classes"]}
+    assert labels == {0: "crane (output 0)", 1: "crane (output 1)", 2: "b", 3: "c"}
+
+
+# any JSON
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+_KEYS = ["hidden_size", "image_size", "patch_size", "id2label", "num_labels", "dtype", "mlp_ratio", "vision_config"]
+_PIXEL_KEYS = ["size", "crop_size", "image_mean", "image_std", "rescale_factor", "resample", "do_normalize"]
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.dictionaries(st.sampled_from(_KEYS) | st.text(max_size=8), _JSON, max_size=6))
+def test_any_configuration_is_described_in_lines(content):
+    assert all(mistake and "\n" not in mistake for mistake in gate.mistakes_of_config(content))
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.dictionaries(st.sampled_from(_PIXEL_KEYS), _JSON, max_size=6))
+def test_any_preprocessor_passes_or_is_refused(content):
+    with contextlib.suppress(CheckpointError):
+        gate.check_preprocessor("model", content)
+
+
+@settings(derandomize=True, deadline=None, max_examples=40)
+@given(data=st.data())
+def test_any_header_is_read_or_refused(tiny_checkpoint, tmp_path_factory, data):
+    content = bytearray((tiny_checkpoint / "model.safetensors").read_bytes())
+    for at in data.draw(st.lists(st.integers(0, 3_000), min_size=1, max_size=6)):
+        content[at] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    with contextlib.suppress(CheckpointError):
+        assert all(len(stored.shape) < 9 for stored in weights.read_headers((path,)).values())

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from vitopt.errors import CheckpointError
 from vitopt.models import hub as module
 from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint
-from vitopt.models.gate import INDEX_FILE
+from vitopt.models.weights import INDEX_FILE
 
 SOURCE, COMMIT = "owner/vit", "0123456789abcdef0123456789abcdef01234567"
 

@@ -6,12 +6,13 @@ from torch import nn
 from transformers import AutoModelForImageClassification, TimmWrapperConfig
 
 from vitopt.errors import CheckpointError, PatternError
+from vitopt.layers import LINEARS
 from vitopt.models.architectures import known_architecture
 from vitopt.models.checkpoint import load_model, open_checkpoint
 from vitopt.models.families import FAMILIES, FUSED_LEAF, TIMM
 from vitopt.models.names import Layer, block_names, linear_layers, select
 from vitopt.optimize.quantize import quantize
-from vitopt.recipe import LINEARS, VariantSpec
+from vitopt.recipe import VariantSpec
 
 # model type -> modules of block 1's query (or qkv) and output; in both Swins it is the second of the first stage
 MODULES = {

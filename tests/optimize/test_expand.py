@@ -11,11 +11,12 @@ from torch import nn
 from vitopt.data.pixels import random_pixels
 from vitopt.environment import libraries, support
 from vitopt.errors import UnsupportedError
+from vitopt.layers import LINEARS
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.models.names import linear_layers
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import TorchRunnable, prepare
-from vitopt.recipe import LINEARS, RunSpec, VariantSpec
+from vitopt.recipe import RunSpec, VariantSpec
 
 CPU = torch.device("cpu")
 PIXELS = random_pixels(4, (32, 32))

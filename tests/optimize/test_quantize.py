@@ -121,7 +121,7 @@ def test_formats_lose_what_is_known_of_them(plain_logits: dict[str, np.ndarray],
 def test_a_quantized_folder_holds_a_whole_checkpoint(plans: dict[str, LayerPlan], root: Path) -> None:
     for name in plans:
         held = {path.name for path in (root / name).iterdir()}
-        assert held == {"config.json", "model.safetensors", "preprocessor_config.json", LIST_FILE}
+        assert held == {"config.json", "model.safetensors", "preprocessor_config.json", "origin.json", LIST_FILE}
     assert [path.name for path in root.iterdir() if path.name.startswith(".")] == []
 
 
@@ -296,6 +296,7 @@ def test_random_weights_are_quantized_as_if_they_had_been_in_a_file(tmp_path: Pa
         "config.json",
         "model.safetensors",
         "preprocessor_config.json",
+        "origin.json",
         LIST_FILE,
     }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -383,7 +384,7 @@ def test_logits_that_are_not_finite_are_not_written(copy_of: Callable[[Path], Pa
     model.save_pretrained(folder)
     checkpoint = open_checkpoint(str(folder))
     quantize(checkpoint, VariantSpec(name="v", format="bf16"), folder.parent / "bf16", "cpu")
-    with pytest.raises(MeasurementError, match=r"in fp16 gives logits that are not finite.*bf16"):
+    with pytest.raises(MeasurementError, match=r"overflow fp16, first vit\.layers\.1.*bf16"):
         quantize(checkpoint, VariantSpec(name="v", format="fp16"), folder.parent / "fp16", "cpu")
     assert sorted(path.name for path in folder.parent.iterdir()) == ["bf16", folder.name]
 
@@ -397,3 +398,14 @@ def test_the_proof_that_it_runs_leaves_the_file_as_it_was(tiny_checkpoint: Path,
     exact = load_model(open_checkpoint(str(tiny_checkpoint)), dtype=torch.bfloat16).vit.layers[0].attention.q_proj
     packed, _ = quantize_4bit(exact.weight.detach(), quant_type="nf4", compress_statistics=True)
     assert torch.equal(held.view(-1), packed.view(-1))
+
+
+@pytest.mark.parametrize("format", ["nf4", "w8a8"])
+def test_the_same_weights_are_the_same_bytes(tiny_checkpoint, tmp_path, format):
+    written = []
+    for name in ("first", "second"):
+        variant = VariantSpec(name=format, format=format)
+        quantize(open_checkpoint(str(tiny_checkpoint)), variant, tmp_path / name, device="cpu")
+        written.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
+    assert load_model(open_checkpoint(str(tmp_path / "first"))) is not None

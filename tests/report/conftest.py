@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vitopt.layers import LINEARS
 from vitopt.measure import accuracy
 from vitopt.measure.predictions import Predictions, save_predictions
-from vitopt.recipe import LINEARS
 from vitopt.records import Dataset, Latency, Model, Record, Roofline, Size, Variant, save_record
 from vitopt.search.goal import Goal
 from vitopt.search.results import Loss, Sensitivity, UnitScores

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from vitopt import storage
 from vitopt.cli import app
 from vitopt.errors import RecordError
-from vitopt.recipe import LINEARS
+from vitopt.layers import LINEARS
 from vitopt.report import sensitivity
 from vitopt.report.page import write_report
 from vitopt.report.sensitivity import analysis_of, write_sensitivity_page

@@ -107,6 +107,7 @@ def test_the_merged_model_has_the_modules_of_the_original_and_no_adapter(
         "preprocessor_config.json",
         "training.json",
         "calibration.json",
+        "origin.json",
         LIST_FILE,
     }
     # The low-rank updates reached the layers and nothing else but the head.

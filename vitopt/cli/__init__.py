@@ -13,6 +13,7 @@ from vitopt.cli.common import clear_errors
 from vitopt.cli.comparing import compare, plan
 from vitopt.cli.predicting import predict
 from vitopt.cli.printing import out
+from vitopt.cli.publishing import push
 from vitopt.cli.quantizing import quantize, sensitivity
 from vitopt.cli.recipes import report, run
 from vitopt.cli.running import benchmark, evaluate
@@ -30,7 +31,7 @@ app = typer.Typer(
 
 # In the order of the help.
 for _command in (
-    run, finetune, quantize, sensitivity, evaluate, benchmark, compare, plan, predict, report, doctor, init,
+    run, finetune, quantize, sensitivity, evaluate, benchmark, compare, plan, predict, report, push, doctor, init,
 ):  # fmt: skip
     app.command()(clear_errors(_command))
 

@@ -5,12 +5,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vitopt import progress
-from vitopt.cli.printing import err
+from vitopt.cli.printing import err, say
 from vitopt.errors import VitoptError
 from vitopt.terminal import NoteFormatter
 from vitopt.threads import bind, wait_briefly
@@ -20,6 +21,9 @@ CheckpointArgument = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Only JSON on standard output, no bars.")]
+LogToOption = Annotated[
+    list[str] | None, typer.Option(help="mlflow, tensorboard (files beside the output) or wandb; repeatable.")
+]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse instead of falling back to SDPA.")]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Compute on the CPU with so many threads, each bound to its own core.")
@@ -66,3 +70,15 @@ def start(as_json: bool, threads: int | None = None) -> None:
         progress.enable("off")
     else:
         progress.enable("bars" if sys.stderr.isatty() else "lines")
+
+
+def add_card(folder: Path) -> None:
+    """Write the model card of a checkpoint that was just made; the machine that made it may lack the package for it."""
+    from vitopt.environment import launch, support
+
+    if not support.installed("jinja2"):
+        say("model card: left out, jinja2 not installed")
+    elif launch.is_main_process():
+        from vitopt.report.card import write_card_without_figures
+
+        write_card_without_figures(folder)

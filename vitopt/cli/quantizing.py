@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vitopt import progress, storage
-from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, ThreadsOption, start
+from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, ThreadsOption, add_card, start
 from vitopt.cli.options import Fields, from_fields, refuse
 from vitopt.cli.printing import out, print_json, print_sensitivity, print_table, say
 from vitopt.errors import RecipeError
@@ -34,7 +34,9 @@ HalfOption = Annotated[HalfFormat, typer.Option(help="16-bit type of the layers 
 def _data_fields(what: str) -> Fields:
     """Options of calibration images; how many is an option of the search."""
     return Fields(
-        ("source", "labels", "group_column", "skip_bad_images"), named={"source": "data"}, help={"source": what}
+        ("source", "root", "labels", "group_column", "skip_bad_images"),
+        named={"source": "data", "root": "data_root"},
+        help={"source": what},
     )
 
 
@@ -55,7 +57,7 @@ def _refuse_without_effect(context: typer.Context) -> None:
     refuse(context, "min_agreement", "compile", because="only --format auto compares formats")
     if not automatic:
         because = "only --skip auto and --format auto look at images"
-        refuse(context, "data", "limit", "group_column", "skip_bad_images", because=because)
+        refuse(context, "data", "data_root", "limit", "group_column", "skip_bad_images", because=because)
     if asked["format"] not in QUANTIZED_FORMATS:
         because = f"format {asked['format']} quantizes nothing, so every layer is {asked['format']}"
         refuse(context, "half", because=because)
@@ -123,6 +125,7 @@ def quantize(
             variant = _choose_skip_list(opened, variant, images, calibration, output, device)
         with progress.task(f"quantizing to {format}", None):
             plan = write(opened, variant, output, device, images=images)
+        add_card(output)
     size = disk_bytes(output)
     if as_json:
         print_json({"checkpoint": str(output), "skip": variant.skip, "layer_plan": plan.counts(), "disk_bytes": size})
@@ -152,6 +155,7 @@ def _quantize_to_fastest(
         if choice is None:
             return  # not the main process
         plan = write(opened, choice.variant, output, device, images=images, purpose="format")
+        add_card(output)
     if as_json:
         result: dict[str, Any] = {"checkpoint": str(output), "chosen": choice.variant.name}
         result |= {"run": choice.variant.run.model_dump(mode="json"), "layer_plan": plan.counts()}

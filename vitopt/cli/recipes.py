@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vitopt import storage
-from vitopt.cli.common import JsonOption, StrictOption, ThreadsOption, start
+from vitopt.cli.common import JsonOption, LogToOption, StrictOption, ThreadsOption, start
 from vitopt.cli.printing import out, print_dry_run, print_json, print_table, say
 from vitopt.recipe_file import load_recipe
 
@@ -26,12 +26,14 @@ def run(
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="Leave out images that cannot be decoded, and count them.")
     ] = False,
+    log_to: LogToOption = None,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a recipe: fine-tune, quantize, measure, report, export."""
     overrides = [*(set_ or []), *(["strict=true"] if strict else [])]
     overrides += ["data.skip_bad_images=true"] if skip_bad_images else []
+    overrides += [f"log_to=[{','.join(log_to)}]"] if log_to else []
     resolved = load_recipe(recipe, overrides)
     start(as_json, threads)
     if dry_run:
@@ -65,21 +67,25 @@ def run(
 
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN-DIR", help="Folder of a run.")],
+    log_to: LogToOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write report.md and report.html of a run again from its records."""
     start(as_json)
     from vitopt.report.page import load_run, write_report
     from vitopt.report.sensitivity import write_sensitivity_page
+    from vitopt.tracking import Tracking
 
     if (run_folder / "sensitivity.json").is_file() and not (run_folder / "variants").is_dir():
         with storage.locked(run_folder):
             page = write_sensitivity_page(run_folder / "sensitivity.json")
         print_json({"report": str(page), "variants": []}) if as_json else out.print(f"page: {page}")
         return
+    tracking = Tracking(tuple(log_to or ()), run_folder.resolve().name, run_folder / "log")
     records = load_run(run_folder)
     with storage.locked(run_folder):
         path = write_report(run_folder)
+    tracking.log(records)
     if as_json:
         print_json({"report": str(path), "variants": [record.variant.name for record in records]})
         return

@@ -29,7 +29,10 @@ def evaluate(
     checkpoint: CheckpointArgument,
     data: Annotated[
         DataSpec,
-        Fields(("source", "limit", "labels", "group_column", "skip_bad_images"), named={"source": "data"}),
+        Fields(
+            ("source", "root", "limit", "labels", "group_column", "skip_bad_images"),
+            named={"source": "data", "root": "data_root"},
+        ),
     ],
     baseline: Annotated[str | None, typer.Option(help="Checkpoint to compare with, image by image.")] = None,
     run: RunOptions,

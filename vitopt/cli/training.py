@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, start
+from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, LogToOption, add_card, start
 from vitopt.cli.options import Fields, from_fields, refuse
 from vitopt.cli.printing import print_json, say
 from vitopt.recipe import DataSpec, FinetuneSpec
@@ -21,10 +21,13 @@ def _refuse_without_effect(context: typer.Context) -> None:
 def finetune(
     *,
     checkpoint: CheckpointArgument,
-    data: Annotated[DataSpec, Fields(("source", "labels", "group_column"), named={"source": "data"})],
+    data: Annotated[
+        DataSpec, Fields(("source", "root", "labels", "group_column"), named={"source": "data", "root": "data_root"})
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
     finetune: Annotated[FinetuneSpec, Fields(named={"targets": "target"})],
     seed: Annotated[int, typer.Option(help="Of the order of images, augmentation and LoRA's start.")] = 0,
+    log_to: LogToOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -34,8 +37,11 @@ def finetune(
     from vitopt.data.sources import parse_source
     from vitopt.errors import DataError
     from vitopt.models.checkpoint import open_checkpoint
+    from vitopt.tracking import Tracking
     from vitopt.training.finetune import finetune as train
 
+    place = output.resolve()
+    tracking = Tracking(tuple(log_to or ()), place.name, place.parent / f"{place.name}.log")
     opened = open_checkpoint(checkpoint)
     training = open_images(data, "train")
     try:
@@ -43,7 +49,8 @@ def finetune(
         test = None if named else open_images(data, "test" if training.split == "train" else None)
     except DataError:
         test = None  # only a training split is fine: there is nothing to report on
-    report = train(opened, finetune, output, device, images=training, test=test, seed=seed)
+    report = train(opened, finetune, output, device, images=training, test=test, seed=seed, tracking=tracking)
+    add_card(output)
     if as_json:
         print_json(vars(report) | {"checkpoint": str(output)})
         return

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from vitopt.errors import DataError
+
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
@@ -69,10 +71,22 @@ class HubReader:
         value = self.rows[index][self.column]
         if value is None:
             return b""  # an empty cell, which cannot be decoded
-        return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+        return value["bytes"] if value["bytes"] is not None else _cached_file(Path(value["path"])).read_bytes()
 
     def image(self, index: int, small: bool = False) -> Image.Image:
         return _draft(Image.open(io.BytesIO(self.content(index)), formats=FORMATS), small)
+
+
+def _cached_file(path: Path) -> Path:
+    """The file, if the libraries of the hub put it into their caches: a table of strangers may name any path."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    place = path.resolve()
+    caches = (constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH)
+    if not (place.is_file() and any(place.is_relative_to(Path(cache).resolve()) for cache in caches)):
+        raise DataError(f"the data set names the image {path}, which is no file of the hub's cache: do not use it")
+    return place
 
 
 def _draft(image: Image.Image, small: bool) -> Image.Image:

@@ -6,7 +6,6 @@ divided once and for all into 80 % `train` and 20 % `test` per class, so that no
 was trained on.
 """
 
-import csv
 import functools
 import hashlib
 import os
@@ -21,9 +20,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vitopt.data.decoding import IMAGE_ENDINGS, MAX_PIXELS, ArrayReader, FileReader, HubReader, Reader, as_rgb
 from vitopt.data.division import held_out
+from vitopt.data.folders import TABLE, Boundary, list_folder, subfolders
 from vitopt.data.labels import as_indices, classes_of
 from vitopt.data.sources import may_be_on_hub, parse_source
 from vitopt.errors import BadImageError, DataError
+from vitopt.paths import existing
 from vitopt.recipe import DataSpec
 
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "calibration")
@@ -150,9 +151,9 @@ def open_images(spec: DataSpec, split: str | None) -> ImageSet:
     split = named or split
     if source == "digits":
         images = _digits(split)
-    elif Path(source).expanduser().is_dir():
-        images = _folder(Path(source).expanduser(), source, split, spec.group_column)
-    elif Path(source).expanduser().exists():
+    elif (place := existing(source)) is not None and place.is_dir():
+        images = _folder(place, source, split, spec)
+    elif place is not None:
         raise DataError(f"{source} is a file; data is a folder of images, a hub data set id, or digits")
     elif not may_be_on_hub(source):
         absent = "the folder does not exist" if named is None else f"neither it nor {source} is a folder"
@@ -161,6 +162,8 @@ def open_images(spec: DataSpec, split: str | None) -> ImageSet:
         images = _hub(source, spec, split)
     columns = [] if isinstance(images.reader, HubReader) else [spec.image_column, spec.label_column]
     columns += [spec.group_column] if images.groups is None else []
+    if spec.root is not None and not isinstance(images.reader, FileReader):
+        raise DataError(f"{spec.source} is no folder, so `root` of its files would do nothing: leave it out")
     if column := next(filter(None, columns), None):
         raise DataError(f"{spec.source} is no hub data set, so it has no column {column!r}: leave it out of `data`")
     if len(images) == 0:
@@ -180,8 +183,11 @@ def image_files(paths: Sequence[Path]) -> ImageSet:
         BadImageError: a file does not exist.
     """
     for path in paths:
-        if not path.is_file():
-            raise BadImageError(f"no image at {path}" + (": it is a folder" if path.is_dir() else ""))
+        place = existing(path)
+        if place is None:
+            raise BadImageError(f"no image at {path}")
+        if reason := Boundary(place.resolve().parent).why_not(place):
+            raise BadImageError(f"no image at {path}: it {reason}")
     return ImageSet(
         name="files",
         split=None,
@@ -212,26 +218,26 @@ def _digits(split: str | None) -> ImageSet:
     return _divided(whole, split, test_share=0.45)
 
 
-def _folder(path: Path, source: str, split: str | None, group_column: str | None) -> ImageSet:
+def _folder(path: Path, source: str, split: str | None, spec: DataSpec) -> ImageSet:
+    root = path if spec.root is None else existing(spec.root)
+    if root is None or not root.is_dir():
+        raise DataError(f"no folder at {spec.root}, which --data-root (`root` under `data`) names")
+    boundary = Boundary(root, path)
     splits = _splits(path)
     if not splits:
-        return _divided(_one_folder(path, source, None, group_column), split)
+        return _divided(_one_folder(path, source, None, boundary, spec.group_column), split)
     wanted = _pick_split(split and split.lower(), list(splits), source)
-    return _one_folder(splits[wanted], source, wanted, group_column)
-
-
-def _subfolders(path: Path) -> list[Path]:
-    return [child for child in sorted(path.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    return _one_folder(splits[wanted], source, wanted, boundary, spec.group_column)
 
 
 def _splits(path: Path) -> dict[str, Path]:
     """The subfolders that are splits, by name."""
-    children = _subfolders(path)
+    children = subfolders(path)
     splits = {child.name.lower(): child for child in children if child.name.lower() in SPLIT_NAMES}
     if len(splits) == len(children):
         return splits
     # Beside other folders, `train` may as well be a class of vehicles: a split has classes or a table itself.
-    return {name: child for name, child in splits.items() if _subfolders(child) or (child / "metadata.csv").is_file()}
+    return {name: child for name, child in splits.items() if subfolders(child) or (child / TABLE).is_file()}
 
 
 def _pick_split(split: str | None, existing: Sequence[str], source: str) -> str:
@@ -263,71 +269,18 @@ def _divided(whole: ImageSet, split: str | None, test_share: float = _TEST_SHARE
     return replace(part, split=split)
 
 
-def _one_folder(path: Path, source: str, split: str | None, group_column: str | None) -> ImageSet:
-    groups = None
-    if (path / "metadata.csv").is_file():
-        files, labels, names, groups = _read_metadata(path, group_column)
-    elif group_column is not None:
-        raise DataError(f"{path} has no metadata.csv, whose column {group_column!r} would tell the groups of images")
-    else:
-        files, labels, names = _read_class_folders(path, source)
+def _one_folder(path: Path, source: str, split: str | None, boundary: Boundary, group_column: str | None) -> ImageSet:
+    found = list_folder(path, source, boundary, group_column)
     return ImageSet(
         name=source,
         split=split,
-        ids=tuple(Path(os.path.relpath(file, path)).as_posix() for file in files),
-        labels=tuple(labels),
-        class_names=names,
-        reader=FileReader(tuple(files)),
-        rows=tuple(range(len(files))),
-        groups=groups,
+        ids=tuple(Path(os.path.relpath(file, path)).as_posix() for file in found.files),
+        labels=found.labels,
+        class_names=found.class_names,
+        reader=FileReader(found.files),
+        rows=tuple(range(len(found.files))),
+        groups=found.groups,
     )
-
-
-def _read_class_folders(path: Path, source: str) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    found = [(folder, sorted(filter(_is_image_name, folder.rglob("*")))) for folder in _subfolders(path)]
-    found = [(folder, files) for folder, files in found if files]
-    if not found and any(map(_is_image_name, path.iterdir())):
-        raise DataError(
-            f"{source} has images but no labels: put them into one folder per class, "
-            "or add a metadata.csv with the columns file_name,label"
-        )
-    names = tuple(folder.name for folder, _ in found)
-    files = [file for _, group in found for file in group]
-    labels = [label for label, (_, group) in enumerate(found) for _ in group]
-    return files, labels, names
-
-
-def _is_image_name(path: Path) -> bool:
-    # macOS leaves a hidden `._name.jpg` beside each image that it unpacks.
-    return path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
-
-
-def _read_metadata(
-    path: Path, group_column: str | None
-) -> tuple[list[Path], list[int], tuple[str, ...], tuple[str, ...] | None]:
-    table = path / "metadata.csv"
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as stream:
-            rows = csv.DictReader(stream)
-            missing = {"file_name", "label"} - set(rows.fieldnames or ())
-            if missing:
-                raise DataError(f"{table} has no column {' and '.join(sorted(missing))}; it needs file_name,label")
-            if group_column is not None and group_column not in (rows.fieldnames or ()):
-                raise DataError(f"{table} has no column {group_column!r}; it has {', '.join(rows.fieldnames or ())}")
-            found = list(rows)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table} is not comma-separated text in UTF-8 ({error}): save it as such") from error
-    entries = [(row["file_name"], (row["label"] or "").strip()) for row in found]
-    groups = None if group_column is None else tuple((row[group_column] or "").strip() for row in found)
-    if groups is not None and "" in groups:
-        raise DataError(f"{table} line {groups.index('') + 2}: the group in column {group_column!r} is empty")
-    for line, (name, label) in enumerate(entries, start=2):
-        if not name or not label:
-            raise DataError(f"{table} line {line}: the file name or the label is empty")
-        if not (path / name).is_file():
-            raise DataError(f"{table} line {line}: {name} does not exist")
-    files = [path / name for name, _ in entries]
-    return files, *classes_of([label for _, label in entries]), groups
 
 
 def _hub(source: str, spec: DataSpec, split: str | None) -> ImageSet:

@@ -9,15 +9,20 @@ from vitopt.errors import DataError
 if TYPE_CHECKING:
     from vitopt.data.images import ImageSet
 
+_MOST_DIGITS = 18  # longer ones are words: no head has such an output
 _SAY_INDEX = "--labels index (in a recipe `labels: index` under `data`)"
 
 
 def classes_of(labels: Sequence[str]) -> tuple[list[int], tuple[str, ...]]:
     """Each label as an index of the class names, and these in order: numbers by value, words by name."""
-    numeric = all(label.isdecimal() for label in labels)
+    numeric = all(map(_is_number, labels))
     names = tuple(sorted(set(labels), key=lambda name: (int(name) if numeric else 0, name)))
     index = {name: position for position, name in enumerate(names)}
     return [index[label] for label in labels], names
+
+
+def _is_number(label: str) -> bool:
+    return label.isdecimal() and len(label) <= _MOST_DIGITS
 
 
 def as_indices(images: "ImageSet") -> "ImageSet":
@@ -29,7 +34,7 @@ def as_indices(images: "ImageSet") -> "ImageSet":
     names = images.class_names
     if names is None:
         return images
-    words = [names[label] for label in sorted(set(images.labels)) if not names[label].isdecimal()]
+    words = [names[label] for label in sorted(set(images.labels)) if not _is_number(names[label])]
     if words:
         raise DataError(
             f"{images.name} has the label {words[0]!r}, which does not count the head's outputs as --labels index "

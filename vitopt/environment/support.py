@@ -12,7 +12,8 @@ from vitopt.recipe import Attention, SdpaKernel
 
 def installed(package: str) -> bool:
     """Whether a package can be imported, without importing it."""
-    return importlib.util.find_spec(package) is not None
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None  # a folder of that name, as W&B's, is no package
 
 
 def _needs(package: str) -> str | None:

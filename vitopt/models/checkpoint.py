@@ -4,16 +4,14 @@ import copy
 import hashlib
 import importlib.resources
 import json
-import os
-import re
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import (
     CONFIG_MAPPING,
     AutoImageProcessor,
@@ -27,11 +25,13 @@ from transformers import (
 
 from vitopt import storage
 from vitopt.environment import libraries, support
-from vitopt.errors import CheckpointError
-from vitopt.models import gate, hub, timm_models
+from vitopt.errors import CheckpointError, MeasurementError
+from vitopt.models import gate, hub, timm_models, weights
 from vitopt.models.architectures import RANDOM_PREFIX, explain_names, known_architecture
 from vitopt.models.classes import name_input_embeddings
 from vitopt.models.families import FAMILIES, TIMM
+from vitopt.models.names import is_in_block
+from vitopt.paths import existing
 
 BUILT_IN = "vit-quickstart"
 CONFIG_FILE = "config.json"
@@ -116,11 +116,12 @@ def open_checkpoint(source: str, config_only: bool = False) -> Checkpoint:
             raise CheckpointError(f"no architecture {name!r}; {explain_names()}")
         if config.model_type == TIMM:
             timm_models.require_timm()
+        gate.refuse_mistakes(source, "the architecture", gate.mistakes_of_config(config.to_dict()))
         return Checkpoint(source, source, config)
-    path = built_in_path() if source == BUILT_IN else Path(source).expanduser()
-    if path.is_dir():
+    path = built_in_path() if source == BUILT_IN else existing(source)
+    if path is not None and path.is_dir():
         return _open_folder(source, path)
-    if path.is_file():
+    if path is not None:
         raise CheckpointError(f"{source} is a file; a checkpoint is a folder with config.json and model.safetensors")
     if not _looks_like_hub_id(source):
         raise CheckpointError(f"no checkpoint at {source}: the folder does not exist")
@@ -128,7 +129,11 @@ def open_checkpoint(source: str, config_only: bool = False) -> Checkpoint:
 
 
 def _looks_like_hub_id(source: str) -> bool:
-    return source.count("/") <= 1 and not source.startswith((".", "/", "~"))
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _open_folder(source: str, path: Path) -> Checkpoint:
@@ -136,15 +141,10 @@ def _open_folder(source: str, path: Path) -> Checkpoint:
         raise gate.adapter_error(source)
     if not (path / CONFIG_FILE).is_file():
         raise CheckpointError(f"{source} has no config.json, so it is not a Hugging Face checkpoint")
-    weights = gate.weight_files(source, path)
+    files = weights.weight_files(source, path)
     config = _read_config(source, path / CONFIG_FILE)
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is not a complete safetensors file ({error}): copy it again") from error
-    return Checkpoint(source, str(path), config, weights)
+    weights.read_headers(files)
+    return Checkpoint(source, str(path), config, files)
 
 
 def _open_hub(source: str, config_only: bool) -> Checkpoint:
@@ -160,9 +160,9 @@ def _open_hub(source: str, config_only: bool) -> Checkpoint:
     # Small files that say which weights are opened; the weights themselves are fetched when they are loaded.
     if hub.fetch(source, _ADAPTER_FILE, revision) is not None:
         raise gate.adapter_error(source)
-    index = hub.fetch(source, gate.INDEX_FILE, revision)
+    index = hub.fetch(source, weights.INDEX_FILE, revision)
     if index is not None:
-        gate.shards(source, index)
+        weights.shards(source, index)
     return Checkpoint(source, source, config, revision=revision)
 
 
@@ -172,7 +172,8 @@ def _read_config(source: str, path: Path) -> PretrainedConfig:
         timm_models.require_timm()
     try:
         config: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        image_size(config)
+    except Exception as error:  # the libraries raise whatever they run into in what others wrote
         raise CheckpointError(_explain_load_failure(source, error)) from error
     return config
 
@@ -185,12 +186,19 @@ def _explain_load_failure(source: str, error: Exception, on_hub: bool = False) -
 
 
 def empty_model(checkpoint: Checkpoint, classes: int | None = None) -> PreTrainedModel:
-    """The model's modules on the meta device: names and shapes, no weights, no quantization."""
+    """The model's modules on the meta device: names and shapes, no weights, no quantization.
+
+    Raises:
+        CheckpointError: transformers cannot make a model of the configuration.
+    """
     config = _without_quantization(checkpoint.config)
     if classes is not None:
         config.num_labels = classes
-    with torch.device("meta"):
-        return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise CheckpointError(_explain_load_failure(checkpoint.source, error)) from error
 
 
 def _without_quantization(config: PretrainedConfig) -> PretrainedConfig:
@@ -217,13 +225,17 @@ def load_model(
     of another width is a fresh one.
 
     Raises:
-        CheckpointError: the weights do not fit the configuration or cannot be read.
+        CheckpointError: the weights do not fit the configuration, cannot be read, or are not all finite numbers.
+        MeasurementError: weights that are finite in the file overflow `dtype`.
     """
     if quantization is not None or checkpoint.is_quantized:
         libraries.import_bitsandbytes() if support.installed("bitsandbytes") else None
     options: dict[str, Any] = {"dtype": dtype or "auto", "attn_implementation": attention}
     if checkpoint.is_random:
         return _random_model(checkpoint, options, device, quantization, label_names)
+    if files := checkpoint.weights or _fetched_weights(checkpoint.source, checkpoint.revision):
+        headers = weights.read_headers(files)
+        weights.require_fitting(checkpoint.source, headers, empty_model(checkpoint), checkpoint.is_quantized)
     if quantization is not None:
         options["quantization_config"] = quantization
         name_input_embeddings(checkpoint.config)
@@ -241,15 +253,31 @@ def load_model(
             ignore_mismatched_sizes=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise  # of a device, which says nothing about the files
+    except Exception as error:  # as above
         if "safetensors" in str(error) and checkpoint.folder is None:
-            raise CheckpointError(gate.explain_pickle(checkpoint.source, "the only weight file")) from error
+            raise CheckpointError(weights.explain_pickle(checkpoint.source, "the only weight file")) from error
         raise CheckpointError(
             _explain_load_failure(checkpoint.source, error, on_hub=checkpoint.revision is not None)
         ) from error
     heads = FAMILIES[model.config.model_type].heads if label_names is not None else ()
-    _require_all_weights(checkpoint.source, report, {f"{head}.{part}" for head in heads for part in ("weight", "bias")})
+    _require_all_weights(checkpoint, report, {f"{head}.{part}" for head in heads for part in ("weight", "bias")})
+    if broken := weights.first_not_finite(model):
+        if model.dtype is torch.float16 and checkpoint.config.dtype is not torch.float16:
+            raise MeasurementError(f"{checkpoint.source} has weights that overflow fp16, first {broken}: take bf16")
+        raise CheckpointError(f"{checkpoint.source} has weights that are NaN or infinite, first {broken}: copy it again")
     return model.eval()
+
+
+def _fetched_weights(source: str, revision: str | None) -> tuple[Path, ...]:
+    """The weight files of a hub id, in the cache; none where it has no safetensors."""
+    if revision is None:
+        return ()
+    index = hub.fetch(source, weights.INDEX_FILE, revision)
+    names = weights.shards(source, index) if index else [weights.WHOLE_FILE]
+    found = [hub.fetch(source, name, revision) for name in names]
+    return () if found[0] is None else weights.weight_files(source, found[0].parent)
 
 
 def _with_labels(config: PretrainedConfig, names: list[str] | None) -> PretrainedConfig:
@@ -260,8 +288,15 @@ def _with_labels(config: PretrainedConfig, names: list[str] | None) -> Pretraine
     return config
 
 
-def _require_all_weights(source: str, report: dict[str, Any], fresh: set[str]) -> None:
-    """Refuse a model of which transformers has drawn some weights at random, other than those of a fresh head."""
+def _require_all_weights(checkpoint: Checkpoint, report: dict[str, Any], fresh: set[str]) -> None:
+    """Refuse a model of which transformers has drawn some weights at random, other than those of a fresh head, or of
+    whose blocks it has left some out."""
+    source = checkpoint.source
+    more = sorted(name for name in report["unexpected_keys"] if is_in_block(name, checkpoint.config.model_type))
+    if more:
+        raise CheckpointError(
+            f"{source} holds weights that its config.json has no layer for, first {more[0]}: copy both from one model"
+        )
     missing = sorted(set(report["missing_keys"]) - fresh)
     if missing:
         raise CheckpointError(
@@ -299,7 +334,8 @@ def load_processor(checkpoint: Checkpoint) -> Any:
     """The checkpoint's own image processor; a plain ViT one for random weights.
 
     Raises:
-        CheckpointError: preprocessor_config.json is missing, unreadable, or names code.
+        CheckpointError: preprocessor_config.json is missing, unreadable, names code, or makes no pixels that the
+            model takes.
     """
     if checkpoint.config.model_type == TIMM:
         return timm_models.image_processor(checkpoint.config)
@@ -308,16 +344,20 @@ def load_processor(checkpoint: Checkpoint) -> Any:
         return ViTImageProcessor(size={"height": height, "width": width}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     try:
         content, _ = ImageProcessingMixin.get_image_processor_dict(checkpoint.location, revision=checkpoint.revision)
-        gate.refuse_code(checkpoint.source, content)
-        return AutoImageProcessor.from_pretrained(
+        gate.check_preprocessor(checkpoint.source, content)
+        processor = AutoImageProcessor.from_pretrained(
             checkpoint.location, config=checkpoint.config, revision=checkpoint.revision, trust_remote_code=False
         )
+        gate.require_pixels(checkpoint.source, processor, checkpoint.image_size, lambda: empty_model(checkpoint))
+        return processor
+    except CheckpointError:
+        raise
     except ImportError as error:
         raise CheckpointError(
             f"the installed transformers reads {PREPROCESSOR_FILE} with torchvision only: install torchvision, "
             "or a newer transformers"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # as above
         if checkpoint.folder and not (checkpoint.folder / PREPROCESSOR_FILE).is_file():
             raise CheckpointError(
                 f"{checkpoint.source} has no {PREPROCESSOR_FILE}: copy it from the model it was made from"
@@ -329,15 +369,10 @@ def load_processor(checkpoint: Checkpoint) -> Any:
 
 def save_checkpoint(model: PreTrainedModel, processor: Any, folder: Path) -> None:
     """Write config, safetensors and preprocessor into an existing folder."""
-    try:
-        model.save_pretrained(folder)
-    except SafetensorError as error:
-        # safetensors keeps the system's error number in its text only; as an OSError, storage can explain it.
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    storage.require_space(folder.parent, weight_bytes(model))
+    model.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
+        weights.order_header(file)  # so that the same weights are the same bytes
         file.chmod(0o644)  # safetensors writes files that nobody else can serve
     if model.config.model_type != TIMM:  # whose config.json holds it
         processor.save_pretrained(folder)
@@ -345,29 +380,7 @@ def save_checkpoint(model: PreTrainedModel, processor: Any, folder: Path) -> Non
 
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers as held, quantization constants included."""
-    return sum(_tensor_bytes(tensor) for tensor in _state_tensors(model))
-
-
-def _state_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
-    beside: list[Any] = []
-    for parameter in model.parameters():
-        # bitsandbytes keeps block scales and row scales beside the packed weight.
-        state = getattr(parameter, "quant_state", None)
-        while state is not None:
-            beside += [state.absmax, state.code, state.offset]
-            state = getattr(state, "state2", None)
-        beside.append(getattr(parameter, "SCB", None))
-    # The first call of an int8 layer moves its row scales from the weight to the layer.
-    beside += [getattr(getattr(module, "state", None), "SCB", None) for module in model.modules()]
-    return [*model.parameters(), *model.buffers(), *filter(torch.is_tensor, beside)]
-
-
-def _tensor_bytes(tensor: torch.Tensor) -> int:
-    if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not torch.nn.Parameter:
-        # torchao's tensor subclasses wrap the tensors that are really stored.
-        names, _ = tensor.__tensor_flatten__()
-        return sum(_tensor_bytes(getattr(tensor, name)) for name in names)
-    return tensor.numel() * tensor.element_size()
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in weights.named_tensors(model))
 
 
 def parameter_count(model: torch.nn.Module) -> int:

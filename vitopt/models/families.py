@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vitopt.recipe import QKV
+from vitopt.layers import QKV
 
 HEAD = "classifier"
 FUSED_LEAF = "qkv_proj"  # query, key and value stacked into one layer while running

@@ -3,12 +3,22 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not listed among its exports
 from transformers.utils import cached_file
 
 from vitopt.errors import CheckpointError
 
 _SECONDS = 10
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether `text` has the form of a repository's id on the hub: `NAME` or `OWNER/NAME`."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
 
 
 def fetch_config(source: str, name: str) -> Path:

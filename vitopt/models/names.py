@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from vitopt.errors import CheckpointError, PatternError
+from vitopt.layers import LINEARS, QKV
 from vitopt.models.families import FAMILIES, HEAD, Family, why_not_supported
-from vitopt.recipe import LINEARS, QKV
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,13 @@ def block_names(model: nn.Module, model_type: str) -> tuple[str, ...]:
     return tuple(name for name, _ in model.named_modules() if pattern.fullmatch(name))
 
 
+def is_in_block(name: str, model_type: str) -> bool:
+    """Whether a parameter of that full name belongs to a transformer block."""
+    return re.match(rf"(?:{FAMILIES[model_type].block})\.", name) is not None
+
+
 def _element_count(linear: nn.Linear) -> int:
-    # A packed 4-bit weight has fewer elements than the matrix it stands for; the features do not lie.
+    # A packed 4-bit weight has fewer elements than the matrix it stands for; in_features and out_features stay.
     return linear.in_features * linear.out_features
 
 
@@ -135,7 +140,7 @@ def _matches(pattern: str, logical: str) -> bool:
 def _part_matches(wanted: str, actual: str) -> bool:
     if wanted in ("*", actual):
         return True
-    bounds = re.fullmatch(r"(\d+)-(\d+)", wanted)
+    bounds = re.fullmatch(r"(\d{1,9})-(\d{1,9})", wanted)
     return bounds is not None and actual.isdigit() and int(bounds[1]) <= int(actual) <= int(bounds[2])
 
 

@@ -1,6 +1,5 @@
 """Checkpoint in, quantized checkpoint out, proven to run before it takes its place."""
 
-import tempfile
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -23,6 +22,7 @@ from vitopt.models.checkpoint import (
     save_checkpoint,
 )
 from vitopt.models.forward import logits
+from vitopt.models.origin import QUANTIZE, note_origin
 from vitopt.optimize.formats import live_formats, quantization_config
 from vitopt.optimize.plan import LayerPlan, plan_layers
 from vitopt.recipe import VariantSpec
@@ -61,27 +61,40 @@ def quantize(
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.source} is quantized already; start from the 16- or 32-bit checkpoint")
     with storage.reserved(output, checkpoint.folder):
-        target = devices.resolve_device(device)
-        plan = plan_for(checkpoint, variant)
-        for format in {variant.format, *(planned.format for planned in plan.layers)}:
-            support.require_format(format, target)
-        base = DTYPES[variant.half if variant.format in QUANTIZED_FORMATS or variant.layers else variant.format]
-        config = quantization_config(plan, base)
-        processor = load_processor(checkpoint)
-        if config is not None and checkpoint.is_random:
-            # transformers quantizes while it reads a file, so random weights are written to one first.
-            with tempfile.TemporaryDirectory() as folder:
-                save_checkpoint(load_model(checkpoint, dtype=base), processor, Path(folder))
-                model = load_model(open_checkpoint(folder), dtype=base, device=target, quantization=config)
-        else:
-            model = load_model(checkpoint, dtype=base, device=target, quantization=config)
-        _check(plan, live_formats(model, checkpoint.config.model_type))
-        with storage.staged_folder(output) as folder:
-            save_checkpoint(model, processor, folder)
-            note_images(checkpoint, images, purpose, folder)
-            del model  # not in memory twice
-            _require_finite_logits(folder, variant, target)
-        return plan
+        return _quantize(checkpoint, variant, output, device, images, purpose)
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    variant: VariantSpec,
+    output: Path,
+    device: str,
+    images: ImageSet | None,
+    purpose: str,
+) -> LayerPlan:
+    target = devices.resolve_device(device)
+    plan = plan_for(checkpoint, variant)
+    for format in {variant.format, *(planned.format for planned in plan.layers)}:
+        support.require_format(format, target)
+    base = DTYPES[variant.half if variant.format in QUANTIZED_FORMATS or variant.layers else variant.format]
+    config = quantization_config(plan, base)
+    processor = load_processor(checkpoint)
+    if config is not None and checkpoint.is_random:
+        # transformers quantizes while it reads a file, so random weights are written to one first.
+        with storage.temporary_folder() as folder:
+            save_checkpoint(load_model(checkpoint, dtype=base), processor, folder)
+            model = load_model(open_checkpoint(str(folder)), dtype=base, device=target, quantization=config)
+    else:
+        model = load_model(checkpoint, dtype=base, device=target, quantization=config)
+    _check(plan, live_formats(model, checkpoint.config.model_type))
+    with storage.staged_folder(output) as folder:
+        save_checkpoint(model, processor, folder)
+        note_images(checkpoint, images, purpose, folder)
+        held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
+        note_origin(checkpoint, folder, QUANTIZE, **held, layer_plan=plan.counts())
+        del model  # not in memory twice
+        _require_finite_logits(folder, variant, target)
+    return plan
 
 
 def _require_finite_logits(folder: Path, variant: VariantSpec, device: torch.device) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from vitopt import storage
 from vitopt.errors import RecordError
 from vitopt.formats import FORMATS, OTHER_COLOUR
-from vitopt.recipe import LINEARS
+from vitopt.layers import LINEARS
 from vitopt.report import unit_plots, units
 from vitopt.report.details import environment_facts
 from vitopt.report.figures import Plot, rendered

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vitopt.recipe import LINEARS, QKV, Linear
+from vitopt.layers import LINEARS, QKV, Linear
 from vitopt.records import Record
 
 HEAD = "classifier"

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vitopt.formats import colour_of
-from vitopt.recipe import LINEARS, QKV
+from vitopt.layers import LINEARS, QKV
 from vitopt.report import units
 from vitopt.report.figures import Plot, blank, canvas, step_line, styled
 from vitopt.report.labels import label_points

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from vitopt.recipe import LINEARS, QKV
+from vitopt.layers import LINEARS, QKV
 from vitopt.search.results import Sensitivity, UnitScores
 
 

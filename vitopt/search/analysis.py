@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -270,9 +269,9 @@ class _Analysis:
         """The cheapest skip list for `goal` on the calibration images, decided upon on `confirming`."""
         layers = {unit.name: unit.layers for unit in self.units}
         packed = self.from_packed
-        with tempfile.TemporaryDirectory() as folder:
+        with storage.temporary_folder() as folder:
             # No look decodes an image or computes its patches again.
-            inputs = Boundary(Path(folder), self._memory_bytes)
+            inputs = Boundary(folder, self._memory_bytes)
             for index, pixels in enumerate(self.calibration.stream()):
                 inputs[index] = packed.block_input(pixels, 0)
 

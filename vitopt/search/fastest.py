@@ -6,7 +6,6 @@ measured against fp32 on the same images and, turn by turn, for the same time.
 
 import logging
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -175,9 +174,9 @@ def find_fastest(
     require_enough_images(len(images), spec.min_agreement)
     target = devices.resolve_device(device)
     variants = candidates(target, half, spec.compile)
-    with tempfile.TemporaryDirectory() as folder:
+    with storage.temporary_folder() as folder:
         measured = measure(
-            list(_made(checkpoint, variants, Path(folder), str(target))),
+            list(_made(checkpoint, variants, folder, str(target))),
             how_measured(evaluate),
             images=images,
             skip_bad=skip_bad,

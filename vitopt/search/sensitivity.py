@@ -4,16 +4,14 @@
 images cannot rank units, so each also gets the KL divergence and the normalised error of the logits.
 """
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from vitopt import progress
+from vitopt import progress, storage
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor, batches, on_device
 from vitopt.measure.predictions import Predictions
@@ -96,8 +94,8 @@ def mixture_logits(
     start = min(unit.block for unit in chosen)
     blocks = len(hybrid.blocks)
     steps = sum(blocks - unit.block for unit in chosen) + blocks
-    with tempfile.TemporaryDirectory() as folder, progress.task(description, steps * len(every)) as bar:
-        boundary = Boundary(Path(folder), memory_bytes)
+    with storage.temporary_folder() as folder, progress.task(description, steps * len(every)) as bar:
+        boundary = Boundary(folder, memory_bytes)
         for index, pixels in enumerate(calibration.stream()):
             boundary[index] = hybrid.block_input(pixels, start)
             bar.advance(start)

@@ -23,6 +23,7 @@ from vitopt import progress, storage
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Augmentation, PixelDataset, Preprocessor
+from vitopt.data.sources import hub_id, public_name
 from vitopt.environment import devices, launch
 from vitopt.errors import CheckpointError, DataError, MeasurementError, RecipeError, StorageError
 from vitopt.measure.chance import explain_guessing, is_guessing
@@ -36,7 +37,9 @@ from vitopt.models.checkpoint import (
 )
 from vitopt.models.classes import why_not_trained
 from vitopt.models.names import linear_layers, select
+from vitopt.models.origin import FINETUNE, note_origin
 from vitopt.recipe import FinetuneSpec
+from vitopt.tracking import Tracking
 from vitopt.transformation import note_images
 
 logger = logging.getLogger(__name__)
@@ -82,6 +85,7 @@ def finetune(
     test: ImageSet | None = None,
     seed: int = 0,
     preprocess: Callable[[Image.Image], torch.Tensor] | None = None,
+    tracking: Tracking | None = None,
 ) -> TrainingReport:
     """Fine-tune `checkpoint` on `images` and write a merged fp32 checkpoint to `output`.
 
@@ -100,6 +104,7 @@ def finetune(
         MeasurementError: the GPU's memory is full; or the loss or a weight is no longer a number, and then
             nothing is kept of such a training.
         StorageError: the output would replace something else, is in use, or cannot be written.
+        UnsupportedError: a tracker opens no run.
     """
     if images is None:
         raise DataError(f"{checkpoint.source} cannot be fine-tuned without images: give some to train on")
@@ -111,8 +116,11 @@ def finetune(
         raise CheckpointError(f"{checkpoint.source} cannot be fine-tuned: {reason}; take a model with one head")
     if images.label_sets is not None and spec.label_smoothing:
         raise RecipeError("`label_smoothing` spreads a target over classes, and these images have sets of labels")
-    with launch.in_main_process(storage.reserved(output, checkpoint.folder, images.name)):
-        return _finetune(checkpoint, images, spec, output, test, device, seed, preprocess)
+    with (
+        launch.in_main_process(storage.reserved(output, checkpoint.folder, images.name)),
+        (tracking or Tracking()).training() as callbacks,
+    ):
+        return _finetune(checkpoint, images, spec, output, test, device, seed, preprocess, callbacks)
 
 
 def _finetune(
@@ -124,6 +132,7 @@ def _finetune(
     device: str,
     seed: int,
     own: Callable[[Image.Image], torch.Tensor] | None,
+    callbacks: list[TrainerCallback],
 ) -> TrainingReport:
     set_seed(seed)
     target = devices.resolve_device(device)
@@ -149,7 +158,7 @@ def _finetune(
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     with _explained_io(output), progress.task("fine-tuning", _steps(spec, train)) as bar:
-        trainer = _trainer(model, train, preprocess, spec, state, target, seed, bar)
+        trainer = _trainer(model, train, preprocess, spec, state, target, seed, [_Advance(bar), *callbacks])
         started = time.perf_counter()
         try:
             trainer.train(resume_from_checkpoint=bool(resumed_from))
@@ -188,9 +197,17 @@ def _finetune(
             save_checkpoint(merged, processor, folder)
             storage.write_json(folder / REPORT_FILE, asdict(report))
             note_images(checkpoint, train, TRAINING, folder)
+            note_origin(checkpoint, folder, FINETUNE, **_facts(spec, train, report))
         shutil.rmtree(state, ignore_errors=True)
     launch.wait_for_all()
     return report
+
+
+def _facts(spec: FinetuneSpec, train: ImageSet, report: TrainingReport) -> dict[str, Any]:
+    """What the note of origin tells of a training."""
+    told = {"method", "learning_rate", "batch_size", *(("rank", "alpha") if spec.method == "lora" else ())}
+    data = {"dataset": public_name(train.name), "dataset_hub_id": hub_id(train.name), "split": train.split}
+    return spec.model_dump(mode="json", include=told) | asdict(report) | data
 
 
 def head_labels(checkpoint: Checkpoint, train: ImageSet) -> list[str]:
@@ -222,7 +239,7 @@ def _trainer(
     state: Path,
     device: torch.device,
     seed: int,
-    bar: progress.Task,
+    callbacks: list[TrainerCallback],
 ) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(state),
@@ -241,7 +258,7 @@ def _trainer(
         save_total_limit=1,
         logging_strategy="epoch",
         logging_nan_inf_filter=False,
-        report_to="none",
+        report_to="none",  # `Tracking` adds the integrations itself
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -254,7 +271,7 @@ def _trainer(
         args=arguments,
         train_dataset=PixelDataset(train, preprocess, augment),
         compute_metrics=_metrics,
-        callbacks=[_Advance(bar), _SaveNowAndThen(), _StopWhenDiverged(spec)],
+        callbacks=[*callbacks, _SaveNowAndThen(), _StopWhenDiverged(spec)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

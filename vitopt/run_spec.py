@@ -1,0 +1,54 @@
+"""How a checkpoint is run: one field for each run option. Imports no torch."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from vitopt.formats import RunAs
+from vitopt.spec import Spec
+
+Attention = Literal["eager", "sdpa", "flash_attention_2"]
+SdpaKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
+
+
+class RunSpec(Spec):
+    """How a checkpoint is run; nothing of it is in the file."""
+
+    attention: Attention = Field("sdpa", description="attention implementation")
+    sdpa_kernel: SdpaKernel = Field("auto", description="kernel of sdpa; auto lets torch choose")
+    run_as: RunAs | None = Field(
+        None, description="format that packed layers expand to at load; without it they run packed"
+    )
+    fuse_qkv: bool = Field(False, description="query, key and value as one matrix product; exact")
+    class_token_last: bool = Field(
+        False, description="the last block computes the class token alone, from keys and values of all; exact"
+    )
+    carry_residual: bool = Field(
+        False, description="a block leaves its last addition to the norm of the next block; exact"
+    )
+    gelu_epilogue: bool = Field(
+        False, description="GELU within the product before it, by tanh: answers change, accuracy must be measured"
+    )
+    patch_product: bool = Field(False, description="patch embedding as a matrix product, no convolution; exact")
+    channels_last: bool = Field(False, description="pixels and patch embedding in NHWC memory order")
+    compile: bool = Field(False, description="compile for each batch size; on a GPU, replay it as one CUDA graph")
+    autotune: bool = Field(False, description="with compile: time its kernels first, slower to start")
+    compile_whole: bool = Field(
+        False, description="with compile on a GPU: all blocks as one program, slower to start; on a CPU it is always so"
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is set, by option; `run_as` is a format, and told as one."""
+        return {name: getattr(self, name) for name in RunSpec.model_fields if name != "run_as"}
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "RunSpec":
+        for way in ("autotune", "compile_whole"):
+            if getattr(self, way) and not self.compile:
+                raise ValueError(f"`{way}` is a way to compile: set `compile` too")
+        if self.patch_product and self.channels_last:
+            raise ValueError("`channels_last` is for a convolution, and `patch_product` replaces it: take one of them")
+        if self.sdpa_kernel != "auto" and self.attention != "sdpa":
+            raise ValueError(f"`sdpa_kernel` chooses a kernel of sdpa, and `attention` is {self.attention}")
+        return self
