@@ -28,6 +28,7 @@ StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse instead of 
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Compute on the CPU with so many threads, each bound to its own core.")
 ]
+WideOption = Annotated[bool, typer.Option("--wide", help="All columns, in further tables where they do not fit.")]
 
 
 def clear_errors(command: Callable[..., None]) -> Callable[..., None]:

@@ -16,6 +16,16 @@ def installed(package: str) -> bool:
     return spec is not None and spec.origin is not None  # a folder of that name, as W&B's, is no package
 
 
+ENGINES = ("onnxruntime", "openvino", "tensorrt")  # that run a model outside torch
+
+
+def why_not_engine(package: str, device: torch.device) -> str | None:
+    """Why an inference engine cannot run, or None when it is installed."""
+    if package == "tensorrt" and device.type != "cuda":
+        return "tensorrt needs a CUDA device"
+    return _needs(package)
+
+
 def _needs(package: str) -> str | None:
     return None if installed(package) else f"{package} is not installed (pip install {package.replace('_', '-')})"
 
@@ -44,6 +54,20 @@ def require_format(format: Format, device: torch.device) -> None:
         while why_not_format(nearest, device) is not None:
             nearest = FORMATS[nearest].nearest
         raise UnsupportedError(f"format {format} cannot run on {device}: {reason}; the nearest that can is {nearest}")
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """Why `torch.compile` cannot make code for `device`, or None when it can."""
+    if device.type == "cuda":
+        return _needs("triton")
+    from torch._inductor.cpp_builder import get_cpp_compiler  # slow to import
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler is found (install g++, or name one in CXX)"
+    return None
 
 
 def why_not_attention(attention: Attention, device: torch.device, dtype: torch.dtype) -> str | None:
