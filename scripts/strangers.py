@@ -36,9 +36,9 @@ libraries.quiet_libraries()
 
 from vitopt.data.images import image_files, open_images
 from vitopt.errors import VitoptError
-from vitopt.inference import predict
 from vitopt.models.checkpoint import built_in_path
 from vitopt.models.weights import INDEX_FILE, WHOLE_FILE
+from vitopt.prediction import predict
 from vitopt.recipe import DataSpec
 from vitopt.recipe_file import load_recipe
 
@@ -374,7 +374,7 @@ def _use_recipe(case: Path) -> None:
 
 
 def _use_checkpoint(case: Path) -> None:
-    predict(str(case), [case / "images" / "cat" / "0.png"], top=1, device="cpu")
+    list(predict(str(case), [case / "images" / "cat" / "0.png"], top=1, device="cpu"))
 
 
 def _use_table(case: Path) -> None:

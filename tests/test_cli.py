@@ -345,7 +345,7 @@ def test_expanding_adds_a_row_beside_the_packed_one(tiny_checkpoint: Path, shape
 
 
 def test_how_a_checkpoint_is_run_is_an_option(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "gemm_rate", lambda *_: 1e12)
+    monkeypatch.setattr(rates, "gemm_rate", lambda *_: rates.GemmRate(1e12, 1e12))
     monkeypatch.setattr(rates, "copy_rate", lambda *_: 1e10)
     options = ["--sdpa-kernel", "math", "--fuse-qkv", "--channels-last", "--roofline"]
     (row,) = printed("benchmark", tiny_checkpoint, *options, *QUICK)
@@ -626,7 +626,7 @@ def test_groups_of_images_widen_the_intervals(tiny_checkpoint: Path, shapes: Pat
         rows.append(f"{path},{path.parent.name},video {index // 6}")
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "metadata.csv").write_text("\n".join(rows))
-    options = ["--data", f"{tmp_path / 'table'}:all", *QUICK, "--output", tmp_path / "out"]
+    options = ["--data", f"{tmp_path / 'table'}:all", "--data-root", shapes, *QUICK, "--output", tmp_path / "out"]
     plain = printed("evaluate", tiny_checkpoint, *options)
     grouped = printed("evaluate", tiny_checkpoint, *options, "--group-column", "video")
     assert (plain["dataset"]["groups"], grouped["dataset"]["groups"]) == (None, 4)

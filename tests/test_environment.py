@@ -50,7 +50,7 @@ def packages(monkeypatch):
 
         def fake(name: str, package: str | None = None) -> importlib.machinery.ModuleSpec | None:
             if name in there:
-                return importlib.machinery.ModuleSpec(name, None) if there[name] else None
+                return importlib.machinery.ModuleSpec(name, None, origin=f"{name}.py") if there[name] else None
             return find(name, package)
 
         monkeypatch.setattr(importlib.util, "find_spec", fake)

@@ -59,7 +59,15 @@ class FakeTraining:
         self.label_names: list[str] | None = None
 
     def __call__(
-        self, checkpoint: Checkpoint, spec: Any, output: Path, device: str, *, images: ImageSet | None, seed: int
+        self,
+        checkpoint: Checkpoint,
+        spec: Any,
+        output: Path,
+        device: str,
+        *,
+        images: ImageSet | None,
+        seed: int,
+        **_: Any,
     ) -> "FakeTraining":
         self.calls.append((checkpoint.source, spec, 0 if images is None else len(images), seed))
         if self.error is not None:

@@ -42,7 +42,7 @@ def image_paths(names: Iterable[str]) -> list[Path]:
             root = Path(path.anchor)
             below = sorted(match for match in root.glob(str(path.relative_to(root))) if match.is_file())
             if not below:
-                raise BadImageError(f"no image matches {name}")
+                raise BadImageError(f"no image at {name}, and no file matches it as a pattern")
         paths |= dict.fromkeys(below)
     if not paths:
         raise DataError("no images: name files, folders or patterns, or `-` to read names from standard input")

@@ -132,7 +132,7 @@ def test_the_model_is_described_with_its_logical_size(records: list[Record], tin
 
 def test_sizes_are_those_of_the_files_and_of_the_weights(records: list[Record], subjects: list[TorchRunnable]) -> None:
     for record, subject in zip(records, subjects, strict=True):
-        assert record.size.disk_bytes == sum(path.stat().st_size for path in subject.checkpoint.folder.glob("[!.]*"))
+        assert record.size.disk_bytes == sum(path.stat().st_size for path in subject.checkpoint.folder.glob("[!.o]*"))
     assert records[0].size.weight_bytes == 4 * records[0].model.parameters
     assert records[1].size.weight_bytes < records[0].size.weight_bytes / 2
     assert records[1].memory.batch_size == 1

@@ -400,12 +400,12 @@ def test_logits_that_are_not_finite_are_no_prediction(folder, shapes):
     held["classifier.weight"].fill_(3e38)
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(MeasurementError, match="not finite"):
-        predict(str(folder), [shapes / "test" / "circle" / "00.png"], top=1, device="cpu")
+        next(predict(str(folder), [shapes / "test" / "circle" / "00.png"], top=1, device="cpu"))
 
 
 def test_names_that_stand_twice_are_told_apart(folder, shapes):
     change(folder / "config.json", id2label={"0": "crane", "1": "crane", "2": "b", "3": "c"})
-    found = predict(str(folder), [shapes / "test" / "circle" / "00.png"], top=4, device="cpu")
+    found = list(predict(str(folder), [shapes / "test" / "circle" / "00.png"], top=4, device="cpu"))
     labels = {one["index"]: one["label"] for one in found[0]["classes"]}
     assert labels == {0: "crane (output 0)", 1: "crane (output 1)", 2: "b", 3: "c"}
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from vitopt.data.pixels import random_pixels
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
-from vitopt.models.names import families
+from vitopt.models.families import FAMILIES
 from vitopt.optimize.blocks import Block, ClassTokenAttention, GeluMlp, linear_gelu
 from vitopt.optimize.patches import PatchProduct
 from vitopt.optimize.runtime import TorchRunnable, prepare
@@ -25,7 +25,7 @@ def prepared(checkpoint: Checkpoint, **run: object) -> TorchRunnable:
     return prepare(checkpoint, name="mine", device=CPU, run=RunSpec(**run))
 
 
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("option", EXACT)
 def test_an_exact_option_keeps_every_familys_answers_or_says_why_it_does_nothing(
     option: str, family: str, make_family: Callable[..., Checkpoint]

@@ -91,6 +91,7 @@ class _Section:
         paths = self._wanted.paths or tuple(spec.model_fields)
         self._options = {self._wanted.named.get(path, path.rpartition(".")[2]): path for path in paths}
         self._fields = {path: _field(spec, path) for path in paths}
+        self._types = {path: _plain_type(spec, path) for path in paths}
         self._optional = type(None) in get_args(get_args(annotation)[0] if get_args(annotation) else annotation)
 
     def parameters(self) -> list[Parameter]:
@@ -99,7 +100,7 @@ class _Section:
 
     def _parameter(self, option: str, path: str) -> Parameter:
         of = self._fields[path]
-        kind, default = _type_and_default(of)
+        kind, default = _type_and_default(of, self._types[path])
         if self._optional and of.is_required():
             kind, default = kind | None, None
         if path in self._wanted.unset:
@@ -131,12 +132,18 @@ def _field(spec: type[Spec], path: str) -> FieldInfo:
     return section_at(spec, parents).model_fields[name]
 
 
-def _type_and_default(of: FieldInfo) -> tuple[Any, Any]:
+def _plain_type(spec: type[Spec], path: str) -> Any:
+    """The field's type without its bounds, which pydantic checks and typer does not know."""
+    *parents, name = path.split(".")
+    return get_type_hints(section_at(spec, parents))[name]
+
+
+def _type_and_default(of: FieldInfo, kind: Any) -> tuple[Any, Any]:
     """What typer asks for: texts can be repeated, numbers are one text like 1,8,32."""
     default: Any = Parameter.empty if of.is_required() else of.get_default(call_default_factory=True)
-    if get_origin(of.annotation) is not tuple:
-        return of.annotation, default
-    texts = get_args(of.annotation)[0] is str
+    if get_origin(kind) is not tuple:
+        return kind, default
+    texts = get_args(kind)[0] is str
     if default is not Parameter.empty:
         default = list(default) if texts else ",".join(map(str, default))
     return list[str] if texts else str, default

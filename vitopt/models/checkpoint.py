@@ -266,9 +266,7 @@ def load_model(
     if broken := weights.first_not_finite(model):
         if model.dtype is torch.float16 and checkpoint.config.dtype is not torch.float16:
             raise MeasurementError(f"{checkpoint.source} has weights that overflow fp16, first {broken}: take bf16")
-        raise CheckpointError(
-            f"{checkpoint.source} has weights that are NaN or infinite, first {broken}: copy it again"
-        )
+        raise CheckpointError(f"{checkpoint.source} has NaN or infinite weights, first {broken}: copy it again")
     return model.eval()
 
 
