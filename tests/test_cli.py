@@ -119,7 +119,7 @@ OPTIONS = {
     ],
     "compare": [
         "BASELINE", "VARIANT", "--max-top1-drop", "--min-agreement", "--max-kl", "--min-speedup", "--max-p99-ms",
-        "--max-megabytes", "--batch-size", "--markdown", "--json",
+        "--max-megabytes", "--batch-size", "--markdown", "--wide", "--json",
     ],
     "plan": [
         "--max-top1-drop", "--min-agreement", "--max-kl", "--min-speedup", "--max-p99-ms", "--pilot", "--batch-size",
@@ -130,7 +130,7 @@ OPTIONS = {
         "--sdpa-kernel", "--run-as", "--fuse-qkv", "--channels-last", "--compile", "--autotune", "--threads",
         "--device", "--json",
     ],
-    "report": ["RUN-DIR", "--log-to", "--json"],
+    "report": ["RUN-DIR", "--log-to", "--wide", "--json"],
     "push": ["CHECKPOINT", "REPO", "--private", "--public", "--revision", "--json"],
     "doctor": ["--device", "--json"],
     "init": ["MODEL", "DATA", "--name"],
