@@ -74,12 +74,14 @@ def benchmark(
     with claimed(output, *checkpoints, folders=places.values()), tempfile.TemporaryDirectory() as folder:
         candidates = list(_candidates(rows, Path(folder), device))
         measured = inference.measure(candidates, evaluate, baseline=rows[0].name, device=device, strict=strict)
+        if not measured:
+            return  # not the main process
         measured = [_of_source(one, {row.name: row.checkpoint for row in rows}) for one in measured]
         if output is not None:
             for one in measured:
                 keep(one, output / places[one.record.variant.name])
     records = [one.record for one in measured]
-    if table is not None and records:
+    if table is not None:
         storage.write_text(table, _csv(records))
     print_json([record.to_json() for record in records]) if as_json else print_table(records, wide=wide)
     exit_if_failed(records)
