@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from vitopt import __version__, storage
+from vitopt import __version__, storage, threads
 from vitopt.cli import app
 from vitopt.data.images import open_images
 from vitopt.measure import evaluator, forecast, rates, throughput
@@ -113,11 +115,11 @@ OPTIONS = {
     "benchmark": [
         "CHECKPOINTS", "--batch-size", "--attention", "--sdpa-kernel", "--run-as", "--fuse-qkv", "--channels-last",
         "--compile", "--autotune", "--threads", "--iterations", "--rounds", "--throughput", "--roofline",
-        "--strict", "--device", "--output", "--json",
+        "--format", "--run", "--csv", "--wide", "--strict", "--device", "--output", "--json",
     ],
     "compare": [
         "BASELINE", "VARIANT", "--max-top1-drop", "--min-agreement", "--max-kl", "--min-speedup", "--max-p99-ms",
-        "--max-megabytes", "--batch-size", "--markdown", "--json",
+        "--max-megabytes", "--batch-size", "--markdown", "--wide", "--json",
     ],
     "plan": [
         "--max-top1-drop", "--min-agreement", "--max-kl", "--min-speedup", "--max-p99-ms", "--pilot", "--batch-size",
@@ -128,7 +130,7 @@ OPTIONS = {
         "--sdpa-kernel", "--run-as", "--fuse-qkv", "--channels-last", "--compile", "--autotune", "--threads",
         "--device", "--json",
     ],
-    "report": ["RUN-DIR", "--log-to", "--json"],
+    "report": ["RUN-DIR", "--log-to", "--wide", "--json"],
     "push": ["CHECKPOINT", "REPO", "--private", "--public", "--revision", "--json"],
     "doctor": ["--device", "--json"],
     "init": ["MODEL", "DATA", "--name"],
@@ -221,6 +223,17 @@ def test_a_dry_run_for_people_shows_groups_of_layers(recipe: Path) -> None:
     assert "layer plan of nf4" in text and "skip block.0" in text
     assert "block.1.query … block.2.fc2 (12)" in text
     assert yaml.safe_load(text.split("  ")[0].splitlines()[0]) == {"name": "small"}
+
+
+def test_evaluate_shows_kl_and_the_layers_that_are_not_quantized(
+    tiny_checkpoint: Path, shapes: Path, tmp_path: Path
+) -> None:
+    done("quantize", tiny_checkpoint, "--format", "nf4", "--skip", "block.1", "--output", tmp_path / "nf4")
+    data = ["--data", shapes, "--baseline", tiny_checkpoint, "--device", "cpu", "--output", tmp_path / "out"]
+    said = done("evaluate", tmp_path / "nf4", *data, *QUICK).stdout
+    kl = load_record(tmp_path / "out").versus_baseline.mean_kl_divergence
+    assert " KL " in said and f" {kl:.4f} " in said
+    assert "• nf4: in bf16 block.1, classifier" in said
 
 
 def test_evaluate_prints_and_keeps_its_record(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
@@ -451,11 +464,26 @@ def test_doctor_prints_what_can_run() -> None:
     assert facts["can_run"]["format nf4"] is None
     assert facts["can_run"]["format fp8"].startswith("fp8 arithmetic needs a CUDA device")
     assert facts["can_run"]["attention flash_attention_2"] == "FlashAttention-2 needs a CUDA device"
+    assert facts["can_run"]["engine tensorrt"] == "tensorrt needs a CUDA device"
+    missing = facts["can_run"]["engine openvino"]
+    assert missing is None if find_spec("openvino") else "pip install openvino" in missing
+    assert set(facts["machine"]["openmp"]) == {"library", "waiting"}
 
 
 def test_doctor_for_people_says_yes_or_why_not() -> None:
     text = done("doctor", "--device", "cpu").stdout
     assert re.search(r"format nf4 +yes", text) and re.search(r"format fp8 +fp8 arithmetic needs", text)
+    assert re.search(r"OpenMP +lib\S*omp\S*, threads wait", text) and f"torch {torch.__version__}" in text
+    assert [line for line in text.splitlines() if line in ("machine", "can run")] == ["machine", "can run"]
+
+
+def test_doctor_tries_the_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    works = shutil.which("g++") is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+    if works and "CXX" not in os.environ:
+        assert printed("doctor", "--device", "cpu")["can_run"]["torch.compile"] is None
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))  # a Python without its headers
+    found = printed("doctor", "--device", "cpu")["can_run"]["torch.compile"]
+    assert "Python.h" in found or "install g++" in found
 
 
 def test_report_prints_where_it_is(finished: tuple[Path, Result], tmp_path: Path) -> None:
@@ -1366,7 +1394,9 @@ def test_no_threads_are_a_mistake_in_the_arguments(tiny_checkpoint: Path) -> Non
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system cannot bind threads")
-def test_benchmark_records_its_bound_threads() -> None:
+def test_benchmark_records_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in threads.WAITING:
+        monkeypatch.delenv(name, raising=False)
     arguments = ["benchmark", "random:vit-tiny-patch16-32", "--threads", "1", "--iterations", "2", "--rounds", "1"]
     with start([*arguments, "--json"], stdout=subprocess.PIPE) as process:
         said, complaints = process.communicate()
@@ -1374,6 +1404,7 @@ def test_benchmark_records_its_bound_threads() -> None:
     (record,) = json.loads(said)
     facts = record["environment"]
     assert (facts["torch_threads"], facts["threads_bound"]) == (1, True)
+    assert facts["openmp"]["waiting"] == {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
     assert record["memory"]["peak_bytes"] > 0, "the process that measures memory inherits the settings"
 
 

@@ -110,6 +110,41 @@ class TestRefusals:
             threads.bind(1)
 
 
+# How they wait
+
+
+@pytest.fixture
+def waiting_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in threads.WAITING:
+        monkeypatch.setenv(name, "")  # so that what the test sets is taken away after it
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("waiting_unset")
+@pytest.mark.parametrize("own", [None, *threads.WAITING])
+def test_threads_wait_shortly_unless_the_user_says_how(own: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    if own is not None:
+        monkeypatch.setenv(own, "7")
+    threads.wait_briefly()
+    short = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+    assert threads.waiting() == (short if own is None else {own: "7"})
+
+
+@pytest.mark.usefixtures("waiting_unset")
+def test_a_library_that_is_loaded_is_not_told_how_to_wait() -> None:
+    assert "torch" in sys.modules
+    threads.wait_briefly()
+    assert threads.waiting() == {}
+
+
+@needs_linux
+def test_the_library_of_the_live_threads_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices.resolve_device("cpu") and "omp" in str(threads.library())
+    monkeypatch.setattr(threads, "_MAPS", tmp_path / "nowhere")
+    assert threads.library() is None
+
+
 # The live threads
 
 EXPERIMENT = """

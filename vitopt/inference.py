@@ -1,20 +1,23 @@
 """Checkpoints prepared and measured together."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
+from vitopt import progress
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.environment import devices
-from vitopt.errors import DataError, UnsupportedError
+from vitopt.errors import CheckpointError, DataError, MeasurementError, UnsupportedError
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.measure.own_metrics import Compute
 from vitopt.measure.runnable import NamesOutputs, Preprocess, Runnable, outputs_of
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
+from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import EvaluateSpec, RunSpec, VariantSpec
 
@@ -86,6 +89,26 @@ def measure(
         if candidate.name in failures and candidate.asked is not None:
             results[candidate.name] = failed(candidate.name, candidate.asked, failures[candidate.name], target)
     return [results[one.name] for one in candidates if one.name in results]
+
+
+def made(checkpoint: Checkpoint, variants: Sequence[VariantSpec], folder: Path, device: str) -> Iterator[Candidate]:
+    """Each variant with its checkpoint, made in `folder`, or with the reason why that could not be made.
+
+    Raises:
+        CheckpointError, MeasurementError, UnsupportedError: the first could not be made, which is the baseline.
+    """
+    failures: dict[str, str] = {}
+    for variant in variants:
+        output = folder / variant.format
+        if not output.exists() and variant.format not in failures:
+            try:
+                with progress.task(f"making {variant.format}", None):
+                    quantize(checkpoint, variant, output, device)
+            except (CheckpointError, MeasurementError, UnsupportedError) as error:
+                if variant is variants[0]:
+                    raise
+                failures[variant.format] = str(error)
+        yield Candidate(variant.name, str(output), variant.run, variant, failures.get(variant.format))
 
 
 def _called(candidate: Candidate, device: torch.device, strict: bool) -> Runnable:

@@ -166,7 +166,6 @@ def test_benchmark_without_options_measures_as_a_recipe_does(monkeypatch: pytest
         return []
 
     monkeypatch.setattr(inference, "measure", measure)
-    monkeypatch.setattr("vitopt.cli.running.print_table", lambda records: None)
     result = CliRunner().invoke(cli.app, ["benchmark", "random:vit-tiny-patch16-32"])
     assert result.exit_code == 0, result.output
     assert measured == [EvaluateSpec(), [RunSpec()]]

@@ -1,15 +1,18 @@
 """Conditions that disturb a measurement are named."""
 
+import contextlib
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 
@@ -17,48 +20,83 @@ from vitopt.measure import conditions as module
 from vitopt.measure.conditions import Gpu, Poll, summarise, watched
 
 
-def test_a_busy_machine_is_named() -> None:
-    burn = f'{sys.executable} -c "import time; end = time.time() + 20\nwhile time.time() < end: pass"'
-    # Started by a shell that has ended, they are nobody's children.
-    start = ["sh", "-c", f"{burn} >/dev/null 2>&1 & echo $!"]
-    others = [int(subprocess.check_output(start)) for _ in range(os.cpu_count() or 1)]
+@contextlib.contextmanager
+def burning(cpus: list[int]) -> Iterator[None]:
+    """A busy process of somebody else's on each of `cpus`."""
+    others = []
+    for cpu in cpus:
+        burn = f"import os, time; os.sched_setaffinity(0, {{{cpu}}}); end = time.time() + 20\n"
+        burn += "while time.time() < end: pass"
+        # Started by a shell that has ended, they are nobody's children.
+        start = ["sh", "-c", f"{sys.executable} -c '{burn}' >/dev/null 2>&1 & echo $!"]
+        others.append(int(subprocess.check_output(start)))
     try:
         time.sleep(0.3)
-        with watched(torch.device("cpu")) as conditions:
-            time.sleep(1.0)
+        yield
     finally:
         for other in others:
             os.kill(other, signal.SIGKILL)
-    warnings = conditions.warnings
-    assert len(warnings) == 1 and conditions.gpu is None
-    assert "other processes used" in warnings[0]
-    assert "% of the CPU while latency was measured" in warnings[0]
 
 
-def test_own_work_is_not_counted_as_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system's busy time is made that of this process alone, so the machine's real load does not matter."""
-    times = psutil.Process().cpu_times()
-    offset = times.user + times.system
-    own = lambda: sum(psutil.Process().cpu_times()[:2]) - offset  # noqa: E731
-    monkeypatch.setattr(module, "_system_busy_seconds", own)
+def work(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+needs_schedstat = pytest.mark.skipif(not Path("/proc/self/schedstat").is_file(), reason="needs Linux's schedstat")
+
+
+@needs_schedstat
+def test_a_core_that_others_work_on_is_named() -> None:
+    usable = os.sched_getaffinity(0)
+    cpu = min(usable)
+    os.sched_setaffinity(0, {cpu})
+    try:
+        with burning([cpu]), watched(torch.device("cpu")) as conditions:
+            work(1.0)
+    finally:
+        os.sched_setaffinity(0, usable)
+    (warning,) = conditions.warnings
+    share = re.match(r"(\d+) % .* waited", warning)
+    assert share is not None and int(share[1]) >= 30
+    assert re.search(r"other processes used \d+ % of it", warning)
+
+
+@needs_schedstat
+def test_others_that_take_no_core_away_are_no_disturbance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is busy all through, on which this process runs whenever it wants to."""
+    monkeypatch.setattr(module, "_system_busy_seconds", lambda: time.perf_counter() * (os.cpu_count() or 1))
+    monkeypatch.setattr(module, "_threads_seconds", lambda: {"1": (time.perf_counter(), time.perf_counter() / 1000)})
     with watched(torch.device("cpu")) as conditions:
-        end = time.perf_counter() + 0.5
-        while time.perf_counter() < end:
-            pass
+        work(0.05)
     assert conditions.warnings == []
 
 
-def test_what_this_process_has_started_works_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_system_that_does_not_tell_is_no_disturbance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_TASKS", tmp_path / "nowhere")
+    with watched(torch.device("cpu")) as conditions:
+        pass
+    assert conditions.warnings == []
+
+
+def test_the_others_share_leaves_out_this_process_and_what_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's busy time is made that of this process, so the machine's real load does not matter."""
+
     def busy() -> float:
         both = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return sum(usage.ru_utime + usage.ru_stime for usage in both)
 
     monkeypatch.setattr(module, "_system_busy_seconds", busy)
+    monkeypatch.setattr(module, "_waited_percent", lambda before, after: 50.0)
     with watched(torch.device("cpu")) as conditions:
         before = busy()
-        subprocess.run([sys.executable, "-c", "sum(range(20_000_000))"], check=True)
+        subprocess.run([sys.executable, "-c", "sum(range(10_000_000))"], check=True)
+        work(0.1)
         assert busy() - before > 0.1
-    assert conditions.warnings == []
+    (warning,) = conditions.warnings
+    share = re.search(r"other processes used (\d+) % of it", warning)
+    assert share is not None and int(share[1]) <= 5
 
 
 def fake_nvml(**answers: object) -> SimpleNamespace:

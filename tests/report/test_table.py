@@ -1,3 +1,4 @@
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from vitopt.report.table import (
     describe_run,
     device_name,
     human_bytes,
+    kept_layers,
     markdown,
     milliseconds,
     notes,
@@ -103,6 +105,24 @@ def test_how_a_variant_ran_is_told_for_any_option(make: SimpleNamespace, fields,
 )
 def test_format_says_what_is_on_disk(make: SimpleNamespace, format, fields, text):
     assert describe_format(make.record("a", format, **fields)) == text
+
+
+@pytest.mark.parametrize(
+    ("formats", "expected"),
+    [
+        ({"block.0.query": "nf4", "block.0.fc1": "nf4", "classifier": "bf16"}, {"bf16": ["classifier"]}),
+        (
+            {"block.0.query": "bf16", "block.0.fc1": "bf16", "block.1.query": "nf4", "block.1.fc1": "bf16"},
+            {"bf16": ["block.0", "block.1.fc1"]},
+        ),
+        ({"block.0.query": "w8a8", "block.1.query": "w8a8", "block.2.query": "int4"}, {"int4": ["block.2"]}),
+        ({"block.0.query": "bf16", "classifier": "bf16"}, {}),
+    ],
+)
+def test_layers_in_another_format_than_most_are_named_and_blocks_as_a_whole(make: SimpleNamespace, formats, expected):
+    plan = dict(Counter(formats.values()))
+    record = make.record("a", "nf4").model_copy(update={"layers": formats, "layer_plan": plan})
+    assert kept_layers(record) == expected
 
 
 def test_floor_and_utilisation_are_of_the_batch_size(make: SimpleNamespace):

@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
+from vitopt import inference
 from vitopt.data.images import ImageSet, open_images
 from vitopt.environment import launch, support
 from vitopt.errors import CheckpointError, DataError, RecipeError, RecordError
@@ -100,7 +101,7 @@ def test_an_undecided_candidate_is_named_with_the_images_that_it_takes() -> None
 def test_too_few_images_are_refused_before_the_work(
     checkpoint: Checkpoint, shapes: Path, monkeypatch: pytest.MonkeyPatch, least: float, remedy: str
 ) -> None:
-    monkeypatch.setattr(fastest, "quantize", lambda *_, **__: pytest.fail("measured anyway"))
+    monkeypatch.setattr(inference, "quantize", lambda *_, **__: pytest.fail("measured anyway"))
     images = open_images(DataSpec(source=str(shapes)), "train")
     with pytest.raises(RecipeError, match=f"32 images cannot show.*{remedy}"):
         fastest_of(checkpoint, images, min_agreement=least)
@@ -170,14 +171,14 @@ def test_the_choice_is_told_with_its_figures(checkpoint: Checkpoint, shapes: Pat
 def test_a_candidate_that_cannot_be_made_is_left_out(
     checkpoint: Checkpoint, shapes: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real: Callable[..., object] = fastest.quantize
+    real: Callable[..., object] = inference.quantize
 
     def no_w8a8(source: Checkpoint, variant: object, *rest: object) -> object:
         if variant.format == "w8a8":  # type: ignore[attr-defined]
             raise CheckpointError("no such luck")
         return real(source, variant, *rest)
 
-    monkeypatch.setattr(fastest, "quantize", no_w8a8)
+    monkeypatch.setattr(inference, "quantize", no_w8a8)
     images = open_images(DataSpec(source=str(shapes)), "train")
     choice = fastest_of(checkpoint, images)
     assert {record.variant.name: record.failure for record in choice.records} == {
@@ -193,7 +194,7 @@ def test_the_main_process_alone_chooses(checkpoint: Checkpoint, shapes: Path, mo
     """Others know of no figures, only of candidates that could not be made."""
     row = evaluator.failed("w8a8", VariantSpec(name="w8a8", format="w8a8"), "not here", CPU)
     monkeypatch.setattr(fastest, "measure", lambda *_, **__: [row])
-    monkeypatch.setattr(fastest, "quantize", lambda *_, **__: None)
+    monkeypatch.setattr(inference, "quantize", lambda *_, **__: None)
     monkeypatch.setattr(launch, "is_main_process", lambda: False)
     images = open_images(DataSpec(source=str(shapes)), "train")
     assert find_fastest(checkpoint, images, FastestSpec(min_agreement=0), QUICK, device="cpu") is None

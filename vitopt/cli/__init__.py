@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from vitopt import __version__
+from vitopt.cli.benchmarking import benchmark
 from vitopt.cli.common import clear_errors
 from vitopt.cli.comparing import compare, plan
 from vitopt.cli.predicting import predict
@@ -16,7 +17,7 @@ from vitopt.cli.printing import out
 from vitopt.cli.publishing import push
 from vitopt.cli.quantizing import quantize, sensitivity
 from vitopt.cli.recipes import report, run
-from vitopt.cli.running import benchmark, evaluate
+from vitopt.cli.running import evaluate
 from vitopt.cli.starting import doctor, init
 from vitopt.cli.training import finetune
 

@@ -14,7 +14,7 @@ from vitopt import progress
 from vitopt.cli.printing import err, say
 from vitopt.errors import VitoptError
 from vitopt.terminal import NoteFormatter
-from vitopt.threads import bind
+from vitopt.threads import bind, wait_briefly
 
 CheckpointArgument = Annotated[
     str, typer.Argument(help="Folder, hub id, [b]vit-quickstart[/b], or random:vit-large-patch16-224.")
@@ -28,6 +28,7 @@ StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse instead of 
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Compute on the CPU with so many threads, each bound to its own core.")
 ]
+WideOption = Annotated[bool, typer.Option("--wide", help="All columns, in further tables where they do not fit.")]
 
 
 def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -55,8 +56,10 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
 def start(as_json: bool, threads: int | None = None) -> None:
     """Set up what every working command needs: bound threads, quiet libraries, notices, bars for a person at a
     terminal, lines for a log file."""
+    # Both before anything imports torch.
+    wait_briefly()
     if threads is not None:
-        bind(threads)  # before anything imports torch
+        bind(threads)
     from vitopt.environment import launch, libraries
 
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vitopt import storage
-from vitopt.cli.common import JsonOption, start
+from vitopt.cli.common import JsonOption, WideOption, start
 from vitopt.cli.options import Fields, from_fields
 from vitopt.cli.printing import out, print_json, print_needs, print_table
 from vitopt.errors import RecipeError, StorageError
@@ -23,6 +23,7 @@ def compare(
     variant: Annotated[Path, typer.Argument(help="record.json or its folder: what is compared.")],
     require: RequireSpec,
     markdown: Annotated[Path | None, typer.Option(help="File for a summary, as of a pull request.")] = None,
+    wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compare two stored results image by image; refuses results over different images.
@@ -48,7 +49,7 @@ def compare(
         gate = {"decision": overall(required), "requirements": [one.model_dump(mode="json") for one in required]}
         print_json(comparison.to_json() | (gate if required else {}))
     else:
-        print_table(records)
+        print_table(records, wide=wide)
         for line in comparison.lines():
             out.print(f"• {line}")
     raise typer.Exit({"shown": 0, "failed": 3, "undecided": 4}[overall(required)])

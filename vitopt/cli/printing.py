@@ -2,12 +2,10 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
+from vitopt.cli.tables import Column, print_columns
 from vitopt.recipe import Recipe
 from vitopt.recipe_file import dump_yaml
 from vitopt.records import Record
@@ -38,30 +36,41 @@ def print_json(value: Any) -> None:
         sys.stdout.flush()  # here, where a reader that has gone away is expected
 
 
-@contextmanager
-def _full_width() -> Iterator[None]:
-    # Piped output has no width; a table cut at 80 columns would lose its figures.
-    if out.is_terminal:
-        yield
-        return
-    width, out.width = out.width, 200
-    yield
-    out.width = width
+# What decides which variant to ship: shown first where a terminal is too narrow for all columns.
+_DECIDES = (
+    "top-1 %",
+    "Δ points (95 %)",
+    "agree %",
+    "p50 ms",
+    "speed-up",
+    "weights",
+    "required",
+    "KL",
+    "p95 ms",
+    "format",
+)
 
 
-def print_table(records: Sequence[Record]) -> None:
-    from vitopt.report.table import HEADINGS, UNKNOWN, batch_sizes, notes, row
+def print_table(records: Sequence[Record], *, wide: bool | None = None) -> None:
+    """The comparison at each batch size, in as many columns as fit or, if `wide`, in several tables; then the notes.
 
-    with _full_width():
-        for size in batch_sizes(records) or (None,):
-            rows = [row(record, size) for record in records]
-            shown = [i for i in range(len(HEADINGS)) if any(cells[i] != UNKNOWN for cells in rows)]
-            table = Table(title=f"batch size {size}" if size else None, title_justify="left")
-            for index in shown:
-                table.add_column(HEADINGS[index], justify="left" if index < 3 else "right")
-            for cells in rows:
-                table.add_row(*(cells[index] for index in shown))
-            out.print(table)
+    `wide` None: the command has no such option.
+    """
+    from vitopt.report.table import TEXT_COLUMNS, batch_sizes, comparison, notes
+
+    left_out: dict[str, None] = {}
+    for size in batch_sizes(records) or (None,):
+        table = comparison(records, size)
+        columns = [
+            Column(heading, [row[index] for row in table.rows], text=index < TEXT_COLUMNS or heading == "metrics")
+            for index, heading in enumerate(table.headings)
+        ]
+        left_out |= dict.fromkeys(
+            print_columns(out, f"batch size {size}" if size else "", columns, _DECIDES, wide=bool(wide))
+        )
+    if left_out:
+        where = "in --json" if wide is None else "with --wide"
+        out.print(f"• more columns {where}: {', '.join(left_out)}")
     for record in records:
         if (found := record.throughput) is not None:
             rate = f"{found.images_per_second:,.0f} images/s at batch {found.batch_size}"
@@ -70,27 +79,38 @@ def print_table(records: Sequence[Record]) -> None:
         out.print(f"• {note}")
 
 
+def print_kept_layers(records: Sequence[Record]) -> None:
+    """A line for each quantized variant: its layers that are in another format."""
+    from vitopt.report.table import kept_layers
+
+    for record in records:
+        for format, names in kept_layers(record).items():
+            out.print(f"• {record.variant.name}: in {format} {', '.join(names)}")
+
+
 def print_sensitivity(result: "Sensitivity") -> None:
-    from vitopt.report.table import human_bytes
+    from vitopt.report.table import delta_words, human_bytes
 
     quantized = result.quantized
-    table = Table(
-        title=f"{result.format} on {result.images} images; all quantized: KL {quantized.kl:.4f}, "
+    units = sorted(result.units, key=lambda unit: unit.recovery.kl if unit.recovery else 0)
+    columns = [Column("unit", [unit.unit for unit in units], text=True)]
+    for heading, losses in (
+        ("damage KL", [one.damage for one in units]),
+        ("kept: KL", [one.recovery for one in units]),
+    ):
+        columns.append(Column(heading, [f"{loss.kl:.4f}" if loss else "" for loss in losses]))
+        deltas = [
+            delta_words(loss.top1_delta_points, loss.top1_delta_ci95_points, 1) if loss else "" for loss in losses
+        ]
+        columns.append(Column("Δ points (95 %)", deltas))
+    columns.append(Column("costs", [human_bytes(unit.extra_bytes) for unit in units]))
+    columns.append(Column("costs ms", ["" if unit.extra_ms is None else f"{unit.extra_ms:+.3f}" for unit in units]))
+    print_columns(
+        out,
+        f"{result.format} on {result.images} images; all quantized: KL {quantized.kl:.4f}, "
         f"agreement {quantized.agreement_percent:.1f} %",
-        title_justify="left",
+        columns,
     )
-    for heading in ("unit", "damage KL", "Δ points (95 %)", "kept: KL", "Δ points (95 %)", "costs", "costs ms"):
-        table.add_column(heading, justify="left" if heading == "unit" else "right")
-    for unit in sorted(result.units, key=lambda unit: unit.recovery.kl if unit.recovery else 0):
-        cells = [unit.unit]
-        for loss in (unit.damage, unit.recovery):
-            low, high = loss.top1_delta_ci95_points if loss else (0, 0)
-            delta = f"{loss.top1_delta_points:+.1f} ({low:+.1f} to {high:+.1f})" if loss else ""
-            cells += [f"{loss.kl:.4f}" if loss else "", delta]
-        cells += [human_bytes(unit.extra_bytes), "" if unit.extra_ms is None else f"{unit.extra_ms:+.3f}"]
-        table.add_row(*cells)
-    with _full_width():
-        out.print(table)
     if result.search is not None:
         found = result.search
         out.print(f"• {found.goal}: keep {', '.join(found.chosen) or 'nothing'} in 16 bit")
@@ -108,8 +128,7 @@ def print_dry_run(recipe: Recipe, plans: "dict[str, LayerPlan]", preview: "Previ
         print_json({"recipe": recipe.model_dump(mode="json"), "layer_plans": layers, **preview.to_json()})
         return
     out.print(dump_yaml(recipe))
-    with _full_width():
-        _print_plans(plans)
+    _print_plans(plans)
     print_needs(
         [claim.need for claim in preview.claims],
         [f"{claim.about}: " for claim in preview.claims],
@@ -127,24 +146,36 @@ def print_needs(needs: "Sequence[Need]", about: Sequence[str] = (), there: Seque
         return
     from vitopt.report.requirements import asked
 
-    table = Table(title="needed to show what is required", title_justify="left")
-    for heading in ("required", "at least", "8 times in 10", *(["there are"] if there else []), "if"):
-        table.add_column(heading, justify="left" if heading in ("required", "if") else "right")
-    for index, need in enumerate(needs):
-        counts = ["–" if count is None else f"{count:,} {need.unit}" for count in (need.least, need.likely)]
-        counts += [f"{there[index]:,}" if there[index] is not None else "–"] if there else []
-        who = about[index] if about else ""
-        table.add_row(who + asked(need.requirement, need.limit), *counts, need.assumption)
-    with _full_width():
-        out.print(table)
+    who = about or [""] * len(needs)
+    columns = [
+        Column(
+            "required",
+            [name + asked(need.requirement, need.limit) for name, need in zip(who, needs, strict=True)],
+            True,
+        ),
+        Column("at least", [_count(need.least, need.unit) for need in needs]),
+        Column("8 times in 10", [_count(need.likely, need.unit) for need in needs]),
+        *([Column("there are", [_count(count) for count in there])] if there else []),
+        Column("if", [need.assumption for need in needs], True),
+    ]
+    print_columns(out, "needed to show what is required", columns)
+
+
+def _count(count: int | None, unit: str = "") -> str:
+    return "–" if count is None else f"{count:,} {unit}".rstrip()
 
 
 def _print_plans(plans: "dict[str, LayerPlan]") -> None:
     for name, plan in plans.items():
-        table = Table(title=f"layer plan of {name}", title_justify="left")
-        for heading in ("layers", "format", "reason", "module of the first"):
-            table.add_column(heading)
-        for first, last, count in plan.groups():
-            span = first.layer.logical if count == 1 else f"{first.layer.logical} … {last.layer.logical} ({count})"
-            table.add_row(span, first.format, first.reason, first.layer.module)
-        out.print(table)
+        groups = plan.groups()
+        spans = [
+            first.layer.logical if count == 1 else f"{first.layer.logical} … {last.layer.logical} ({count})"
+            for first, last, count in groups
+        ]
+        columns = [
+            Column("layers", spans, True),
+            Column("format", [first.format for first, _, _ in groups], True),
+            Column("reason", [first.reason for first, _, _ in groups], True),
+            Column("module of the first", [first.layer.module for first, _, _ in groups], True),
+        ]
+        print_columns(out, f"layer plan of {name}", columns)

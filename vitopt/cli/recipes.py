@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vitopt import storage
-from vitopt.cli.common import JsonOption, LogToOption, StrictOption, ThreadsOption, start
+from vitopt.cli.common import JsonOption, LogToOption, StrictOption, ThreadsOption, WideOption, start
 from vitopt.cli.printing import out, print_dry_run, print_json, print_table, say
 from vitopt.recipe_file import load_recipe
 
@@ -28,6 +28,7 @@ def run(
     ] = False,
     log_to: LogToOption = None,
     threads: ThreadsOption = None,
+    wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Carry out a recipe: fine-tune, quantize, measure, report, export."""
@@ -51,7 +52,7 @@ def run(
     from vitopt.environment import launch
 
     if launch.is_main_process():
-        print_table(result.records)
+        print_table(result.records, wide=wide)
         if result.recommendation is not None:
             out.print(f"\n{result.recommendation.line}")
         if result.report is not None:
@@ -68,6 +69,7 @@ def run(
 def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN-DIR", help="Folder of a run.")],
     log_to: LogToOption = None,
+    wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write report.md and report.html of a run again from its records."""
@@ -89,5 +91,5 @@ def report(
     if as_json:
         print_json({"report": str(path), "variants": [record.variant.name for record in records]})
         return
-    print_table(records)
+    print_table(records, wide=wide)
     out.print(f"\nreport: {path}")

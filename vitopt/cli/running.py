@@ -1,21 +1,30 @@
-"""Checkpoints that are run: measured on images, or timed without."""
+"""A checkpoint that is run and measured on images."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vitopt import storage
-from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, StrictOption, ThreadsOption, start
+from vitopt.cli.common import (
+    CheckpointArgument,
+    DeviceOption,
+    JsonOption,
+    StrictOption,
+    ThreadsOption,
+    WideOption,
+    start,
+)
 from vitopt.cli.options import Fields, from_fields
-from vitopt.cli.printing import print_json, print_table
+from vitopt.cli.printing import print_json, print_kept_layers, print_table
 from vitopt.errors import MeasurementError, RecipeError
 from vitopt.recipe import DataSpec, EvaluateSpec, RunSpec
 from vitopt.records import RECORD_FILE, Record
 
 if TYPE_CHECKING:
+    from vitopt.inference import Candidate
     from vitopt.measure.evaluator import Measured
 
 EXPANDS = "expand packed layers (nf4, int8) to this format at load; adds a row"
@@ -44,6 +53,7 @@ def evaluate(
     device: DeviceOption = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder for record.json and predictions.parquet.")] = None,
     threads: ThreadsOption = None,
+    wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure accuracy, latency, size and memory of a checkpoint."""
@@ -51,10 +61,10 @@ def evaluate(
     from vitopt.data.images import open_images
 
     sources = [checkpoint] if baseline is None else [baseline, checkpoint]
-    candidates = _candidates(sources, run, expanded=[checkpoint])
+    candidates = candidates_of(sources, run, expanded=[checkpoint])
     from vitopt import inference
 
-    with _claimed(output, data.folder, *sources):
+    with claimed(output, data.folder, *sources):
         measured = inference.measure(
             candidates,
             evaluate,
@@ -67,69 +77,52 @@ def evaluate(
         if not measured:
             return  # not the main process
         if output is not None:
-            _keep(measured[-1], output)
+            keep(measured[-1], output)
     record = measured[-1].record
-    print_json(record.to_json()) if as_json else print_table([one.record for one in measured])
-    _exit_if_failed(one.record for one in measured)
+    if as_json:
+        print_json(record.to_json())
+    else:
+        print_table([one.record for one in measured], wide=wide)
+        print_kept_layers([one.record for one in measured])
+    exit_if_failed(one.record for one in measured)
 
 
-@from_fields()
-def benchmark(
-    *,
-    checkpoints: Annotated[list[str], typer.Argument(help="Folders, hub ids or random:ARCHITECTURE.")],
-    run: RunOptions,
-    evaluate: Annotated[
-        EvaluateSpec, Fields((*LATENCY, "throughput", "roofline"), named={"latency.batch_sizes": "batch_size"})
-    ],
-    strict: StrictOption = False,
-    device: DeviceOption = "auto",
-    output: Annotated[Path | None, typer.Option(help="Folder that gets one record per checkpoint.")] = None,
-    threads: ThreadsOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Time checkpoints against each other, interleaved; the first is the baseline."""
-    start(as_json, threads)
-    candidates = _candidates(checkpoints, run, expanded=checkpoints)
-    from vitopt import inference
+def names_of(sources: Sequence[str]) -> dict[str, str]:
+    """A name for each checkpoint -> the checkpoint.
 
-    folders = [f"variants/{candidate.name}" for candidate in candidates]
-    with _claimed(output, *checkpoints, folders=folders):
-        measured = inference.measure(candidates, evaluate, baseline=candidates[0].name, device=device, strict=strict)
-        if output is not None:
-            for one in measured:
-                _keep(one, output / "variants" / one.record.variant.name)
-    records = [one.record for one in measured]
-    print_json([record.to_json() for record in records]) if as_json else print_table(records)
-    _exit_if_failed(records)
-
-
-def _candidates(sources: Sequence[str], run: RunSpec, expanded: Sequence[str]) -> list[Any]:
-    """One candidate per source and, with `run_as`, one more for each of `expanded`: packed layers beside expanded
-    ones, so that the memory of the one and the speed of the other are both seen."""
-    from vitopt.inference import Candidate
-
+    Raises:
+        RecipeError: one is given twice.
+    """
     short = [source.rstrip("/").rsplit("/", 1)[-1] for source in sources]
     # Folders of one name are told apart by their whole path; names are also folder names, so without slashes.
     whole = [source.strip("/.").replace("/", "_") for source in sources]
     names = [long if short.count(name) > 1 else name for long, name in zip(whole, short, strict=True)]
     if len(set(names)) < len(names):
         raise RecipeError("the same checkpoint is given twice; compare two different ones")
+    return dict(zip(names, sources, strict=True))
+
+
+def candidates_of(sources: Sequence[str], run: RunSpec, expanded: Sequence[str]) -> list["Candidate"]:
+    """One candidate per source and, with `run_as`, one more for each of `expanded`: packed layers beside expanded
+    ones, so that the memory of the one and the speed of the other are both seen."""
+    from vitopt.inference import Candidate
+
     packed = run.model_copy(update={"run_as": None})
     candidates = []
-    for name, source in zip(names, sources, strict=True):
+    for name, source in names_of(sources).items():
         candidates.append(Candidate(name, source, packed))
         if run.run_as is not None and source in expanded:
             candidates.append(Candidate(f"{name}-as-{run.run_as}", source, run))
     return candidates
 
 
-def _exit_if_failed(records: Iterable[Record]) -> None:
+def exit_if_failed(records: Iterable[Record]) -> None:
     failures = [f"{record.variant.name} failed: {record.failure}" for record in records if record.failure]
     if failures:
         raise MeasurementError("; ".join(failures))
 
 
-def _claimed(
+def claimed(
     output: Path | None, *inputs: str | Path | None, folders: Iterable[str] = (".",)
 ) -> AbstractContextManager[None]:
     """Take `output` for the records of its `folders` before they are measured; nothing to take without one."""
@@ -141,7 +134,7 @@ def _claimed(
     return launch.in_main_process(storage.claimed(output, *inputs, files=files))
 
 
-def _keep(measured: "Measured", folder: Path) -> None:
+def keep(measured: "Measured", folder: Path) -> None:
     from vitopt.measure.predictions import save_predictions
     from vitopt.records import save_record
 

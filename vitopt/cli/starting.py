@@ -1,7 +1,7 @@
 """What comes first: what this machine can run, and a recipe to begin with."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -21,14 +21,33 @@ def doctor(as_json: JsonOption = False, device: DeviceOption = "auto") -> None:
     if as_json:
         print_json(facts)
         return
-    yes = Text("yes", "green")
-    for title, section in facts.items():
-        table = Table(title=title.replace("_", " "), title_justify="left", show_header=False, box=None)
-        for name, value in section.items():
-            mark = {None: yes, True: yes, False: Text("no")}.get(value) if title == "can_run" else None
-            table.add_row(name, mark or ("not installed" if value is None else str(value)))
+    libraries = facts.pop("libraries")
+    present = [f"{name} {version}" for name, version in libraries.items() if version is not None]
+    absent = [name for name, version in libraries.items() if version is None]
+    openmp = facts["machine"].pop("openmp")
+    waiting = (
+        ", ".join(f"{name}={value}" for name, value in openmp["waiting"].items()) or "as the library does by itself"
+    )
+    shown: dict[str, dict[str, Any]] = {
+        "machine": facts["machine"]
+        | {"OpenMP": f"{openmp['library'] or 'not loaded'}, threads wait: {waiting}", "libraries": ", ".join(present)}
+        | {"not installed": ", ".join(absent) or "nothing is missing"},
+        "can run": {
+            name: Text("yes", "green") if reason is None else reason for name, reason in facts["can_run"].items()
+        },
+    }
+    for title, rows in shown.items():
+        table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in rows.items():
+            table.add_row(name, value if isinstance(value, Text) else _words(value))
         out.print(table)
         out.print()
+
+
+def _words(value: Any) -> str:
+    return {True: "yes", False: "no", None: "unknown"}[value] if isinstance(value, bool | None) else str(value)
 
 
 def init(

@@ -4,15 +4,17 @@ import functools
 import hashlib
 import os
 import platform
+import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from vitopt import threads
 from vitopt.environment import devices
 from vitopt.environment.libraries import versions
 from vitopt.formats import Format
-from vitopt.threads import are_bound
 
 _SHOWS_ONLY = ("cli/", "__main__.py", "progress.py", "report/")
 
@@ -47,10 +49,10 @@ def threads_bound() -> bool:
 
     Read back from the live threads: the environment variables that ask for it can be set too late, or overruled.
     """
-    if are_bound(1):
+    if threads.are_bound(1):
         # OpenMP starts its other threads with the first loop it shares out, which takes more than 32,768 elements.
         torch.ones(2**17, dtype=torch.uint8)
-    return are_bound(torch.get_num_threads())
+    return threads.are_bound(torch.get_num_threads())
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -65,10 +67,25 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "threads_bound": threads_bound(),
+        "openmp": {"library": threads.library(), "waiting": threads.waiting()},
         "device": str(device),
         "libraries": versions(),
         "gpu": devices.gpu_facts(device),
     }
+
+
+def _why_compiler_fails(device: torch.device) -> str | None:
+    """Why the C++ compiler cannot compile what torch gives it on a CPU, tried on the headers; None when it can."""
+    if device.type != "cpu":
+        return None
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    command = [get_cpp_compiler(), "-fopenmp", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-x", "c++", "-"]
+    done = subprocess.run(command, input="#include <Python.h>\n#include <omp.h>\n", capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    first = next((line for line in done.stderr.splitlines() if "error" in line), f"it ended with {done.returncode}")
+    return f"{command[0]} does not compile Python.h and omp.h: {first}"
 
 
 def diagnose(device: torch.device) -> dict[str, dict[str, Any]]:
@@ -87,6 +104,8 @@ def diagnose(device: torch.device) -> dict[str, dict[str, Any]]:
     reasons |= {f"attention {name}": support.why_not_attention(name, device, half) for name in get_args(Attention)}
     kernels = [kernel for kernel in get_args(SdpaKernel) if kernel != "auto"]
     reasons |= {f"sdpa kernel {name}": support.why_not_kernel(name, device, half) for name in kernels}
+    reasons["torch.compile"] = support.why_not_compile(device) or _why_compiler_fails(device)
+    reasons |= {f"engine {package}": support.why_not_engine(package, device) for package in support.ENGINES}
     machine = facts | {f"gpu {key}": value for key, value in gpu.items()}
     if device.type == "cpu":
         machine["cuda"] = devices.why_no_cuda() if not torch.cuda.is_available() else "available, not asked for"

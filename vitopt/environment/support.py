@@ -16,6 +16,16 @@ def installed(package: str) -> bool:
     return spec is not None and spec.origin is not None  # a folder of that name, as W&B's, is no package
 
 
+ENGINES = ("onnxruntime", "openvino", "tensorrt")  # that run a model outside torch
+
+
+def why_not_engine(package: str, device: torch.device) -> str | None:
+    """Why an inference engine cannot run, or None when it is installed."""
+    if package == "tensorrt" and device.type != "cuda":
+        return "tensorrt needs a CUDA device"
+    return _needs(package)
+
+
 def _needs(package: str) -> str | None:
     return None if installed(package) else f"{package} is not installed (pip install {package.replace('_', '-')})"
 

@@ -12,7 +12,7 @@ from vitopt.report.requirements import DECISIONS, requirement_parts, requirement
 
 UNKNOWN = "–"
 SUMMARY_MARK = "<!-- vitopt compare -->\n"  # what a summary begins with; unseen where Markdown is shown
-_TEXT_COLUMNS = 3  # name, format and attention; figures follow
+TEXT_COLUMNS = 3  # name, format and attention; figures follow
 
 Cell = Callable[[Any], str | None]
 
@@ -101,7 +101,7 @@ def _peak(timed: _Timed) -> str | None:
 def comparison(records: Sequence[Record], batch_size: int | None) -> Table:
     """The comparison at one batch size (None: nothing was timed)."""
     caption = f"Batch size {batch_size}" if batch_size else "Comparison"
-    table = tabulate(caption, _COLUMNS, [_Timed(r, r.latency_at(batch_size)) for r in records], _TEXT_COLUMNS)
+    table = tabulate(caption, _COLUMNS, [_Timed(r, r.latency_at(batch_size)) for r in records], TEXT_COLUMNS)
     return replace(table, failures={record.variant.name: record.failure for record in records if record.failure})
 
 
@@ -125,6 +125,19 @@ def describe_format(record: Record) -> str:
     if (stored := stored_as(variant)) is not None:
         return f"{variant.format} (stored as {stored}{kept}{others})"
     return f"{variant.format}{kept}{others}"
+
+
+def kept_layers(record: Record) -> dict[str, list[str]]:
+    """Format -> layers that are not in the quantized format of most, a whole block by its name; empty without one."""
+    counts = {format: count for format, count in record.layer_plan.items() if format in QUANTIZED_FORMATS}
+    most = max(counts, key=lambda format: counts[format], default=None)
+    block = {name: name.rpartition(".")[0] or name for name in record.layers}
+    formats = {whole: {record.layers[name] for name in block if block[name] == whole} for whole in block.values()}
+    kept: dict[str, dict[str, None]] = {}
+    for name, format in record.layers.items():
+        if most is not None and format != most:
+            kept.setdefault(format, {})[block[name] if formats[block[name]] == {format} else name] = None
+    return {format: list(names) for format, names in kept.items()}
 
 
 def stored_as(variant: Variant) -> str | None:
@@ -327,6 +340,7 @@ _COLUMNS: dict[str, Cell] = {
     "top-1 %": of("record", _top1),
     "Δ points (95 %)": of("record", _delta),
     "agree %": of("record.versus_baseline.agreement_percent", percent),
+    "KL": of("record.versus_baseline.mean_kl_divergence", "{:.4f}".format),
     "metrics": of("record.metrics", _metrics),
     "p50 ms": of("latency.p50_ms", milliseconds),
     "p95 ms": of("latency", lambda latency: tail(latency.p95_ms, latency.p95_ci95_ms)),

@@ -6,7 +6,7 @@ measured against fp32 on the same images and, turn by turn, for the same time.
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,16 +15,15 @@ from pydantic import ValidationError
 from vitopt import storage
 from vitopt.data.images import ImageSet
 from vitopt.environment import devices, launch, support
-from vitopt.errors import CheckpointError, MeasurementError, RecipeError, RecordError, UnsupportedError
+from vitopt.errors import RecipeError, RecordError, UnsupportedError
 from vitopt.formats import FORMATS, QUANTIZED_FORMATS, HalfFormat
-from vitopt.inference import Candidate, measure
+from vitopt.inference import made, measure
 from vitopt.measure.claims import at_least
 from vitopt.measure.comparison import paired_speedup
 from vitopt.measure.intervals import Interval, wilson_interval
 from vitopt.measure.latency_statistics import Speedup
 from vitopt.measure.power import trials_to_bound_share
 from vitopt.models.checkpoint import Checkpoint
-from vitopt.optimize.quantize import quantize
 from vitopt.recipe import EvaluateSpec, FastestSpec, Spec, VariantSpec
 from vitopt.records import Record
 
@@ -176,7 +175,7 @@ def find_fastest(
     variants = candidates(target, half, spec.compile)
     with storage.temporary_folder() as folder:
         measured = measure(
-            list(_made(checkpoint, variants, folder, str(target))),
+            list(made(checkpoint, variants, folder, str(target))),
             how_measured(evaluate),
             images=images,
             skip_bad=skip_bad,
@@ -195,21 +194,6 @@ def find_fastest(
     name = choose(records, spec.min_agreement)
     chosen = next(variant for variant in variants if variant.name == name)
     return Choice(variant=chosen, records=records, min_agreement_percent=spec.min_agreement)
-
-
-def _made(checkpoint: Checkpoint, variants: Sequence[VariantSpec], folder: Path, device: str) -> Iterator[Candidate]:
-    """Each variant with its checkpoint, or with the reason why that could not be made."""
-    failures: dict[str, str] = {}
-    for variant in variants:
-        output = folder / variant.format
-        if not output.exists() and variant.format not in failures:
-            try:
-                quantize(checkpoint, variant, output, device)
-            except (CheckpointError, MeasurementError, UnsupportedError) as error:
-                if variant.name == REFERENCE:
-                    raise
-                failures[variant.format] = str(error)
-        yield Candidate(variant.name, str(output), variant.run, variant, failures.get(variant.format))
 
 
 def save_choice(choice: Choice, path: Path) -> None:
