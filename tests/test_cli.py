@@ -261,6 +261,40 @@ def test_quantize_chooses_its_skip_list(tiny_checkpoint: Path, shapes: Path, tmp
     assert made["layer_plan"] == {"nf4": 18 - 6 * len(made["skip"]), "bf16": 1 + 6 * len(made["skip"])}
 
 
+def test_a_sensitivity_is_taken_where_it_is_of_the_same_and_refused_else(
+    tiny_checkpoint: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    copy_of: Callable[[Path], Path],
+) -> None:
+    from vitopt.search import analysis
+
+    same = ["--format", "nf4", "--data", shapes, "--max-kl-share", 0.9, "--limit", 8]
+    found = printed("sensitivity", tiny_checkpoint, *same, "--output", tmp_path / "scores")
+    monkeypatch.setattr(analysis, "_Analysis", None)  # nothing is scored from here on
+    assert printed("sensitivity", tiny_checkpoint, *same, "--output", tmp_path / "scores") == found
+
+    auto = ["--skip", "auto", "--sensitivity", tmp_path / "scores", "--output", tmp_path / "nf4"]
+    made = printed("quantize", tiny_checkpoint, *same, *auto)
+    assert made["skip"] == found["search"]["chosen"]
+    assert json.loads((tmp_path / "nf4.sensitivity" / "sensitivity.json").read_text()) == found
+    assert printed("quantize", tiny_checkpoint, *same, *auto[:2], *auto[4:]) == made  # as it lies beside the output
+
+    other = copy_of(tiny_checkpoint)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.1}))
+    for source, options, named in (
+        (other, same, [str(tiny_checkpoint), str(other)]),
+        (tiny_checkpoint, ["--format", "int8", *same[2:]], ["nf4", "int8"]),
+        (tiny_checkpoint, [*same[:-1], 12], [str(shapes), "12"]),
+        (tiny_checkpoint, [*same[:5], 0.8, *same[6:]], ["0.9", "0.8"]),
+    ):
+        text = refusal("quantize", source, *options, *auto[:-1], tmp_path / "out")
+        assert str(tmp_path / "scores") in text and all(word in text for word in named)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_calibrated_takes_the_train_split_and_keeps_its_hashes(
     tiny_checkpoint: Path, shapes: Path, tmp_path: Path
 ) -> None:
@@ -1065,7 +1099,7 @@ def project(tmp_path: Path, tiny_checkpoint: Path, shapes: Path, monkeypatch: py
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing long may begin."""
-    from vitopt import inference, pipeline
+    from vitopt import inference, rows
     from vitopt.optimize import quantize
     from vitopt.search import analysis, fastest
     from vitopt.training import finetune as training
@@ -1073,7 +1107,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def began(*_: Any, **__: Any) -> None:
         raise AssertionError("the work began")
 
-    monkeypatch.setattr(pipeline, "measure", began)
+    monkeypatch.setattr(rows, "measure", began)
     monkeypatch.setattr(inference, "measure", began)
     monkeypatch.setattr(analysis, "analyse", began)
     monkeypatch.setattr(fastest, "find_fastest", began)

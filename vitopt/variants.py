@@ -143,8 +143,15 @@ class VariantMaker:
         device, output = self.recipe.device, self.run.path / choice_files(variant)[0]
         images, skip_bad = self._calibration(variant.auto)
 
-        def work() -> None:
+        def work() -> str | None:
+            for other in self.recipe.variants:
+                known = self.run.path / f"sensitivity/{other.name}.json"
+                same = self.run.completed.get(f"sensitivity {other.name}") == stage.fingerprint
+                if known != output and same and ownership.is_whole(known):
+                    analyse_for(base, images, variant, output, device, skip_bad=skip_bad, known=known)
+                    return f"the same as of {other.name}"
             analyse_for(base, images, variant, output, device, skip_bad=skip_bad)
+            return None
 
         stage: Stage[Sensitivity] = Stage(
             f"sensitivity {variant.name}",
