@@ -128,7 +128,7 @@ OPTIONS = {
         "--sdpa-kernel", "--run-as", "--fuse-qkv", "--channels-last", "--compile", "--autotune", "--threads",
         "--device", "--json",
     ],
-    "report": ["RUN-DIR", "--json"],
+    "report": ["FOLDER...", "--output", "--json"],
     "doctor": ["--device", "--json"],
     "init": ["MODEL", "DATA", "--name"],
 }  # fmt: skip
@@ -495,6 +495,25 @@ def test_report_prints_where_it_is(finished: tuple[Path, Result], tmp_path: Path
     got = printed("report", folder)
     assert got == {"report": str(folder / "report.html"), "variants": ["fp32", "nf4"]}
     assert (folder / "report.html").is_file()
+
+
+def test_a_report_compares_what_evaluate_left_over_the_same_images(
+    tiny_checkpoint: Path, shapes: Path, tmp_path: Path
+) -> None:
+    done("quantize", tiny_checkpoint, "--format", "nf4", "--output", tmp_path / "nf4")
+    one, other, fewer = tmp_path / "one", tmp_path / "other", tmp_path / "fewer"
+    done("evaluate", tiny_checkpoint, "--data", shapes, *QUICK, "--output", one)
+    done("evaluate", tmp_path / "nf4", "--data", shapes, *QUICK, "--output", other)
+    done("evaluate", tmp_path / "nf4", "--data", shapes, "--limit", 8, *QUICK, "--output", fewer)
+    got = printed("report", one, other, "--output", tmp_path / "page")
+    assert got == {"report": str(tmp_path / "page" / "report.html"), "variants": ["tiny-vit", "nf4"]}
+    text = (tmp_path / "page" / "report.md").read_text()
+    assert "nf4 against tiny-vit" in text and "not timed together" in text
+    assert printed("report", other)["report"] == str(other / "report.html")
+    refused = refusal("report", one, fewer, "--output", tmp_path / "none")
+    assert str(one) in refused and str(fewer) in refused and "same images" in refused
+    assert "--output" in refusal("report", one, other)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import typer
 from vitopt import storage
 from vitopt.cli.common import JsonOption, StrictOption, ThreadsOption, start
 from vitopt.cli.printing import out, print_dry_run, print_json, print_table, say
+from vitopt.errors import RecipeError
 from vitopt.recipe_file import load_recipe
 
 
@@ -64,24 +65,32 @@ def run(
 
 
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN-DIR", help="Folder of a run.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Folder of a run, or --output of evaluate, benchmark, sensitivity."),
+    ],
+    output: Annotated[Path | None, typer.Option(help="Folder for a report of several folders.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write report.md and report.html of a run again from its records."""
+    """Write report.md and report.html of a run again, or of results over the same images that it compares."""
+    if (output is None) != (len(folders) == 1):
+        raise RecipeError("--output is the folder for a report of several folders; that of a single one lies in it")
     start(as_json)
-    from vitopt.report.page import load_run, write_report
+    from vitopt.report.page import REPORT_FILES, write_report
+    from vitopt.report.results import gather, open_run
     from vitopt.report.sensitivity import write_sensitivity_page
 
-    if (run_folder / "sensitivity.json").is_file() and not (run_folder / "variants").is_dir():
-        with storage.locked(run_folder):
-            page = write_sensitivity_page(run_folder / "sensitivity.json")
+    first = folders[0]
+    if output is None and (first / "sensitivity.json").is_file() and not (first / "variants").is_dir():
+        with storage.locked(first):
+            page = write_sensitivity_page(first / "sensitivity.json")
         print_json({"report": str(page), "variants": []}) if as_json else out.print(f"page: {page}")
         return
-    records = load_run(run_folder)
-    with storage.locked(run_folder):
-        path = write_report(run_folder)
+    results = open_run(first) if output is None else gather(folders, output)
+    with storage.locked(first) if output is None else storage.claimed(output, *folders, files=REPORT_FILES):
+        path = write_report(results)
     if as_json:
-        print_json({"report": str(path), "variants": [record.variant.name for record in records]})
+        print_json({"report": str(path), "variants": [record.variant.name for record in results.records]})
         return
-    print_table(records)
+    print_table(results.records)
     out.print(f"\nreport: {path}")

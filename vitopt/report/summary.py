@@ -22,6 +22,10 @@ class Highlight:
 def baseline_of(records: Sequence[Record], name: str | None = None) -> Record | None:
     """The record that the others were compared with; `name` is what the recipe calls the baseline."""
     compared = (record.versus_baseline.baseline for record in records if record.versus_baseline)
+    timed = [record for record in records if record.latency]
+    first = [record for record in timed if all(row.speedup_vs_baseline is None for row in record.latency)]
+    if name is None and len(first) == 1 < len(timed):
+        name = first[0].variant.name  # all others tell their speed-up over it
     wanted = next(compared, name)
     return next((record for record in records if record.variant.name == wanted), None)
 
