@@ -34,16 +34,17 @@ def run(
     overrides = [*(set_ or []), *(["strict=true"] if strict else [])]
     overrides += ["data.skip_bad_images=true"] if skip_bad_images else []
     resolved = load_recipe(recipe, overrides)
+    folder = output or Path("runs") / resolved.name
     start(as_json, threads)
     if dry_run:
         from vitopt.checks import plans
         from vitopt.preview import preview
 
-        print_dry_run(resolved, plans(resolved), preview(resolved), as_json)
+        print_dry_run(resolved, plans(resolved), preview(resolved, folder), as_json)
         return
     from vitopt import pipeline
 
-    result = pipeline.run(resolved, output or Path("runs") / resolved.name, say)
+    result = pipeline.run(resolved, folder, say)
     if as_json:
         print_json([record.to_json() for record in result.records])
         return

@@ -155,7 +155,7 @@ def sessions(records: Sequence[Record]) -> list[list[Record]]:
 def adjusted_for_all(records: Sequence[Record]) -> list[Record]:
     """The same with p-values and verdicts that allow for how many of them were compared with the baseline."""
     compared = [record.versus_baseline for record in records if record.versus_baseline]
-    images = next((record.accuracy.images for record in records if record.accuracy), 0)
+    images = next((record.dataset.images for record in records if record.dataset), 0)
     found = iter(adjusted(compared, images))
     return [r.model_copy(update={"versus_baseline": next(found)}) if r.versus_baseline else r for r in records]
 
