@@ -128,7 +128,7 @@ OPTIONS = {
         "--sdpa-kernel", "--run-as", "--fuse-qkv", "--channels-last", "--compile", "--autotune", "--threads",
         "--device", "--json",
     ],
-    "report": ["FOLDER...", "--output", "--json"],
+    "report": ["FOLDER", "--output", "--json"],
     "doctor": ["--device", "--json"],
     "init": ["MODEL", "DATA", "--name"],
 }  # fmt: skip
