@@ -268,6 +268,7 @@ def test_a_sensitivity_is_taken_where_it_is_of_the_same_and_refused_else(
     monkeypatch: pytest.MonkeyPatch,
     copy_of: Callable[[Path], Path],
 ) -> None:
+    from vitopt.environment import machine
     from vitopt.search import analysis
 
     same = ["--format", "nf4", "--data", shapes, "--max-kl-share", 0.9, "--limit", 8]
@@ -292,6 +293,8 @@ def test_a_sensitivity_is_taken_where_it_is_of_the_same_and_refused_else(
     ):
         text = refusal("quantize", source, *options, *auto[:-1], tmp_path / "out")
         assert str(tmp_path / "scores") in text and all(word in text for word in named)
+    monkeypatch.setattr(machine, "code_digest", lambda: "other code")
+    assert "other code" in refusal("quantize", tiny_checkpoint, *same, *auto[:-1], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
