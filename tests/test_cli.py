@@ -130,7 +130,7 @@ OPTIONS = {
         "--sdpa-kernel", "--run-as", "--fuse-qkv", "--channels-last", "--compile", "--autotune", "--threads",
         "--device", "--json",
     ],
-    "report": ["RUN-DIR", "--log-to", "--wide", "--json"],
+    "report": ["FOLDER", "--output", "--log-to", "--wide", "--json"],
     "push": ["CHECKPOINT", "REPO", "--private", "--public", "--revision", "--json"],
     "doctor": ["--device", "--json"],
     "init": ["MODEL", "DATA", "--name"],
@@ -274,6 +274,43 @@ def test_quantize_chooses_its_skip_list(tiny_checkpoint: Path, shapes: Path, tmp
     )  # fmt: skip
     assert made["skip"] and set(made["skip"]) < {"block.0", "block.1", "block.2"}
     assert made["layer_plan"] == {"nf4": 18 - 6 * len(made["skip"]), "bf16": 1 + 6 * len(made["skip"])}
+
+
+def test_a_sensitivity_is_taken_where_it_is_of_the_same_and_refused_else(
+    tiny_checkpoint: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    copy_of: Callable[[Path], Path],
+) -> None:
+    from vitopt.environment import machine
+    from vitopt.search import analysis
+
+    same = ["--format", "nf4", "--data", shapes, "--max-kl-share", 0.9, "--limit", 8]
+    found = printed("sensitivity", tiny_checkpoint, *same, "--output", tmp_path / "scores")
+    monkeypatch.setattr(analysis, "_Analysis", None)  # nothing is scored from here on
+    assert printed("sensitivity", tiny_checkpoint, *same, "--output", tmp_path / "scores") == found
+
+    auto = ["--skip", "auto", "--sensitivity", tmp_path / "scores", "--output", tmp_path / "nf4"]
+    made = printed("quantize", tiny_checkpoint, *same, *auto)
+    assert made["skip"] == found["search"]["chosen"]
+    assert json.loads((tmp_path / "nf4.sensitivity" / "sensitivity.json").read_text()) == found
+    assert printed("quantize", tiny_checkpoint, *same, *auto[:2], *auto[4:]) == made  # as it lies beside the output
+
+    other = copy_of(tiny_checkpoint)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.1}))
+    for source, options, named in (
+        (other, same, [str(tiny_checkpoint), str(other)]),
+        (tiny_checkpoint, ["--format", "int8", *same[2:]], ["nf4", "int8"]),
+        (tiny_checkpoint, [*same[:-1], 12], [str(shapes), "12"]),
+        (tiny_checkpoint, [*same[:5], 0.8, *same[6:]], ["0.9", "0.8"]),
+    ):
+        text = refusal("quantize", source, *options, *auto[:-1], tmp_path / "out")
+        assert str(tmp_path / "scores") in text and all(word in text for word in named)
+    monkeypatch.setattr(machine, "code_digest", lambda: "other code")
+    assert "other code" in refusal("quantize", tiny_checkpoint, *same, *auto[:-1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_calibrated_takes_the_train_split_and_keeps_its_hashes(
@@ -492,6 +529,25 @@ def test_report_prints_where_it_is(finished: tuple[Path, Result], tmp_path: Path
     got = printed("report", folder)
     assert got == {"report": str(folder / "report.html"), "variants": ["fp32", "nf4"]}
     assert (folder / "report.html").is_file()
+
+
+def test_a_report_compares_what_evaluate_left_over_the_same_images(
+    tiny_checkpoint: Path, shapes: Path, tmp_path: Path
+) -> None:
+    done("quantize", tiny_checkpoint, "--format", "nf4", "--output", tmp_path / "nf4")
+    one, other, fewer = tmp_path / "one", tmp_path / "other", tmp_path / "fewer"
+    done("evaluate", tiny_checkpoint, "--data", shapes, *QUICK, "--output", one)
+    done("evaluate", tmp_path / "nf4", "--data", shapes, *QUICK, "--output", other)
+    done("evaluate", tmp_path / "nf4", "--data", shapes, "--limit", 8, *QUICK, "--output", fewer)
+    got = printed("report", one, other, "--output", tmp_path / "page")
+    assert got == {"report": str(tmp_path / "page" / "report.html"), "variants": ["tiny-vit", "nf4"]}
+    text = (tmp_path / "page" / "report.md").read_text()
+    assert "nf4 against tiny-vit" in text and "not timed together" in text
+    assert printed("report", other)["report"] == str(other / "report.html")
+    refused = refusal("report", one, fewer, "--output", tmp_path / "none")
+    assert str(one) in refused and str(fewer) in refused and "same images" in refused
+    assert "--output" in refusal("report", one, other)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
@@ -1101,7 +1157,7 @@ def project(tmp_path: Path, tiny_checkpoint: Path, shapes: Path, monkeypatch: py
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing long may begin."""
-    from vitopt import inference, pipeline
+    from vitopt import inference, rows
     from vitopt.optimize import quantize
     from vitopt.search import analysis, fastest
     from vitopt.training import finetune as training
@@ -1109,7 +1165,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def began(*_: Any, **__: Any) -> None:
         raise AssertionError("the work began")
 
-    monkeypatch.setattr(pipeline, "measure", began)
+    monkeypatch.setattr(rows, "measure", began)
     monkeypatch.setattr(inference, "measure", began)
     monkeypatch.setattr(analysis, "analyse", began)
     monkeypatch.setattr(fastest, "find_fastest", began)

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from vitopt import pipeline
 from vitopt.data.images import ImageSet, open_images
-from vitopt.measure import forecast
+from vitopt.measure import evaluator, forecast
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.preview import preview
 from vitopt.recipe import DataSpec, Recipe
@@ -50,10 +51,16 @@ def test_claims_stand_beside_the_images_that_are_there(
     ]
     assert found.claims[2].need.least == 381
     assert len(decoded) <= 5  # for the estimate alone; all 24 are counted
-    assert found.notes == []
+    (left_out,) = found.notes
+    assert "memory" in left_out and "compiling" not in left_out and "throughput" not in left_out
     assert {stage.name for stage in found.stages} == {
-        "sensitivity auto", "evaluate: accuracy", "evaluate: latency"
+        "sensitivity auto", "evaluate: accuracy", "evaluate: latency", "evaluate: end to end"
     }  # fmt: skip
+    # 20 images of the split choose and confirm; three blocks are scored twice each, then lists are tried.
+    what = found.stages[0].what
+    assert all(
+        words in what for words in ("20 images of train", "5 choose", "26 evaluations", "15 confirm", "1 points")
+    )
 
 
 def test_images_that_are_not_there_are_a_note(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -90,6 +97,8 @@ def test_stages_take_their_images_times_their_passes(tiny_checkpoint: Path, shap
         "sensitivity auto": choosing * (3 * 0.01 + (3 + 20) * 0.04) + confirming * (0.01 + 3 * 0.04),
         "evaluate: accuracy": 50 * (0.01 + 0.1 + 0.04 + 0.04),
         "evaluate: latency": 5 * 100 * 0.18,
+        # 40 calls of one image, and of four images as many as five seconds for each variant allow.
+        "evaluate: end to end": 40 * (3 * 0.01 + 0.18) + 3 * 5,
     }
 
 
@@ -119,8 +128,41 @@ def test_a_choice_of_a_format_takes_the_time_of_its_candidates(tiny_checkpoint: 
     assert found[0].name == "format fastest"
     assert found[0].seconds == pytest.approx(20 * (0.01 + 0.18) + 100 * 0.18)
     assert {stage.name for stage in preview(wanted).stages} == {
-        "format fastest", "evaluate: accuracy", "evaluate: latency"
+        "format fastest", "evaluate: accuracy", "evaluate: latency", "evaluate: end to end"
     }  # fmt: skip
+    compiled = wanted.model_copy(update={"evaluate": wanted.evaluate.model_copy(update={"throughput": True})})
+    assert "throughput" in forecast.left_out(compiled)
+
+
+def test_only_what_does_not_stand_takes_time(
+    tiny_checkpoint: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "seconds_per_image", lambda *_: 0.1)
+    monkeypatch.setattr(forecast, "seconds_to_decode", lambda *_: 0.01)
+    monkeypatch.setattr(evaluator, "peak_memory", lambda *_: None)
+    monkeypatch.setattr(pipeline, "_write_report", lambda *_: None)
+    auto = {"name": "auto", "format": "nf4", "skip": "auto"}
+    auto["auto"] = {"max_top1_drop": None, "max_kl_share": 0.9, "images": 8}
+    brief = {"latency": {"iterations": 4, "rounds": 2, "warmup_seconds": 0}, "end_to_end": False, "look_alikes": False}
+    variants = [{"name": "fp32", "format": "fp32"}, auto]
+    wanted = recipe(tiny_checkpoint, shapes, variants=variants, evaluate=brief)
+    folder = tmp_path / "run"
+    assert not any(stage.stands for stage in preview(wanted, folder).stages)
+    pipeline.run(wanted, folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+    found = preview(wanted, folder).stages
+    assert {stage.name for stage in found} == {"sensitivity auto", "evaluate fp32, auto"}
+    assert all(stage.stands and stage.seconds == 0 for stage in found)
+
+    more = recipe(tiny_checkpoint, shapes, variants=[*variants, {"name": "int8", "format": "int8"}], evaluate=brief)
+    stages = {stage.name: stage for stage in preview(more, folder).stages}
+    assert {name for name, stage in stages.items() if stage.stands} == {"sensitivity auto", "evaluate auto"}
+    # The new row and the baseline: 24 images and so many calls of each.
+    assert stages["evaluate: accuracy"].seconds == pytest.approx(24 * (0.01 + 0.2))
+    other = recipe(tiny_checkpoint, shapes, variants=variants, evaluate=brief | {"batch_size": 5})
+    assert [stage.name for stage in preview(other, folder).stages if stage.stands] == ["sensitivity auto"]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before  # a preview changes nothing
 
 
 def test_the_time_of_a_call_is_about_that_of_the_model_itself(tiny_checkpoint: Path) -> None:

@@ -4,7 +4,7 @@ A run is a folder, in which each stage leaves a checkpoint or a record; `stages.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,18 +15,17 @@ from vitopt.checks import plans, require_attention, require_images, tested_image
 from vitopt.data.images import ImageSet
 from vitopt.environment import devices, launch, machine, support
 from vitopt.errors import CheckpointError, RecipeError
-from vitopt.inference import Candidate, measure
-from vitopt.measure.evaluator import Measured
+from vitopt.measure.comparison import adjusted_for_all
 from vitopt.measure.gate import judge, judge_floor
-from vitopt.measure.predictions import PREDICTIONS_FILE, save_predictions
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
 from vitopt.recipe import Recipe
 from vitopt.recipe_file import dump_yaml, load_recipe
-from vitopt.records import RECORD_FILE, Record, Requirement, load_record, save_record
+from vitopt.records import Record, Requirement, save_record
 from vitopt.report.recommendation import RECOMMENDATION_FILE, Recommendation, recommend
-from vitopt.stages import STAGES_FILE, RunFolder, Stage
+from vitopt.rows import measured_rows
+from vitopt.stages import STAGES_FILE, RunFolder
 from vitopt.tracking import Tracking
-from vitopt.variants import Settled, VariantMaker, choice_files
+from vitopt.variants import VariantMaker, choice_files
 
 logger = logging.getLogger(__name__)
 
@@ -104,94 +103,26 @@ def _run_stages(run: RunFolder, recipe: Recipe, source: Checkpoint, images: Imag
     base = maker.finetuned(source)
     variants = [maker.settle(variant, base) for variant in recipe.variants]
     failures = {settled.variant.name: maker.make(settled) for settled in variants}
-    evaluation = _evaluate_stage(run, recipe, images, variants, failures)
-    run.carry_out(evaluation)
-    return _report(run, recipe, _judged(run, recipe, evaluation.read()))
-
-
-def _evaluate_stage(
-    run: RunFolder,
-    recipe: Recipe,
-    images: ImageSet | None,
-    variants: Sequence[Settled],
-    failures: dict[str, str | None],
-) -> Stage[list[Record]]:
-    """Measure all variants together; `failures` tells of each why it could not be made, None where it was."""
-    settled = {made.variant.name: made for made in variants}
-    folders = {name: run.variant(name) for name in settled}
-    predictions = [folder / PREDICTIONS_FILE for folder in folders.values()]
-
-    def save(measured: Measured) -> None:
-        record = _with_origin(measured.record, settled[measured.record.variant.name])
-        save_record(record, folders[record.variant.name])
-        if measured.predictions is not None and support.installed("pyarrow"):
-            save_predictions(measured.predictions, folders[record.variant.name])
-
-    def work() -> None:
-        run.forget("evaluate")  # the records on disk are replaced one by one from now on
-        measured = measure(
-            [
-                Candidate(name, str(folders[name]), made.variant.run, made.variant, failures[name])
-                for name, made in settled.items()
-            ],
-            recipe.evaluate,
-            images=images,
-            skip_bad=recipe.data is not None and recipe.data.skip_bad_images,
-            baseline=recipe.baseline_name,
-            device=recipe.device,
-            strict=recipe.strict,
-            untrained=settled[recipe.baseline_name].base.is_random,
-            ready=save,
-        )
-        if launch.is_main_process():
-            for result in measured:
-                save(result)
-                if result.record.failure:
-                    run.say(f"evaluate: {result.record.variant.name} failed: {result.record.failure}")
-            Tracking(recipe.log_to, recipe.name, run.path / "log").log(result.record for result in measured)
-
-    on = f"{len(images)} images of {images.name}" if images else "random pixels"
-    return Stage(
-        "evaluate",
-        inputs=[
-            [[made.variant.model_dump(mode="json"), made.chosen] for made in variants],
-            {name: run.completed.get(f"variant {name}") for name in folders},
-            recipe.baseline_name,
-            recipe.evaluate.model_dump(mode="json"),
-            recipe.data.model_dump(mode="json") if recipe.data else None,
-            [images.sha256, images.groups] if images else None,
-            [torch.get_num_threads(), machine.threads_bound()],
-        ],
-        files=[*(folder / RECORD_FILE for folder in folders.values()), *filter(ownership.is_listed, predictions)],
-        task=f"{len(folders)} variants on {on}",
-        work=work,
-        read=lambda: [load_record(folder) for folder in folders.values()],
-        measured_on=devices.resolve_device(recipe.device),
-    )
-
-
-def _with_origin(record: Record, settled: Settled) -> Record:
-    """The record with what only the recipe knows: the steps before, and why this format."""
-    steps = tuple(step.model_dump(mode="json") for step in settled.variant.steps)
-    variant = record.variant.model_copy(update={"steps": steps, "chosen": settled.chosen})
-    return record.model_copy(update={"variant": variant})
+    records = measured_rows(run, recipe, images, variants, failures)
+    return _report(run, recipe, _judged(run, recipe, records))
 
 
 def _judged(run: RunFolder, recipe: Recipe, records: list[Record]) -> list[Record]:
-    """The records with what the recipe requires of each variant; what was measured stands when that changes."""
+    """The records with what depends on the recipe beyond what was measured: how many variants are compared, and what is
+    required of each."""
     asked = {variant.name: variant for variant in recipe.variants}
-    baseline = next((record for record in records if record.variant.name == recipe.baseline_name), None)
+    adjusted = adjusted_for_all(records)
+    baseline = next((record for record in adjusted if record.variant.name == recipe.baseline_name), None)
     judged = []
-    for record in records:
+    for stored, record in zip(records, adjusted, strict=True):
         requirements: tuple[Requirement, ...] = ()
         if baseline is not None and record is not baseline:
             variant = asked[record.variant.name]
             floor = judge_floor(variant.auto, record, baseline) if variant.skips_automatically else ()
             requirements = floor + judge(recipe.require, record, baseline)
-        if requirements != record.requirements:
-            record = record.model_copy(update={"requirements": requirements})
-            if launch.is_main_process():
-                save_record(record, run.variant(record.variant.name))
+        record = record.model_copy(update={"requirements": requirements})
+        if record != stored and launch.is_main_process():
+            save_record(record, run.variant(record.variant.name))
         judged.append(record)
     return judged
 

@@ -1,7 +1,9 @@
 """What a recipe will need, before any of it is done: images for its claims, and time."""
 
 import itertools
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from vitopt.checks import calibration_images, tested_images, training_images
@@ -15,7 +17,11 @@ from vitopt.measure.forecast import StageTime
 from vitopt.measure.planning import Need, needs
 from vitopt.models.checkpoint import load_processor, open_checkpoint
 from vitopt.recipe import Recipe, RequireSpec
+from vitopt.rows import rows_of, rows_to_measure
 from vitopt.search.fastest import candidates
+from vitopt.search.goal import Goal
+from vitopt.stages import STAGES_FILE, RunFolder, Stage
+from vitopt.variants import VariantMaker
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,11 @@ class Preview:
         return asdict(self)
 
 
-def preview(recipe: Recipe) -> Preview:
-    """Count images without decoding them and time a few calls of a model of the same shape."""
+def preview(recipe: Recipe, folder: Path | None = None) -> Preview:
+    """Count images without decoding them and time a few calls of a model of the same shape.
+
+    `folder`: that of the run, whose stages may stand already.
+    """
     counted: dict[str, int] = {}
     notes: list[str] = []
     test: ImageSet | None = None
@@ -56,7 +65,48 @@ def preview(recipe: Recipe) -> Preview:
                     counted[variant.name] = len(calibration_images(recipe.data, variant.calibration))
         except VitoptError as error:
             notes.append(f"not all images can be counted: {error}")
-    return Preview(_claims(recipe, counted), _stages(recipe, counted, test, notes), notes)
+    standing: set[str] = set()
+    try:
+        standing = _standing(recipe, folder, test)
+    except VitoptError as error:
+        notes.append(f"it is not known which stages stand: {error}")
+    return Preview(_claims(recipe, counted), _stages(recipe, counted, test, standing, notes), notes)
+
+
+class _NotDone(Exception):
+    """A stage does not stand, and nothing is done in a preview."""
+
+
+@dataclass
+class _Look(RunFolder):
+    """The folder of a run in which nothing is done; `standing`: names of stages that need not be."""
+
+    standing: set[str] = field(init=False, default_factory=set)
+
+    def carry_out(self, stage: Stage[Any]) -> None:
+        if not self.stands(stage):
+            raise _NotDone
+        self.standing.add(stage.name)
+
+
+def _standing(recipe: Recipe, folder: Path | None, images: ImageSet | None) -> set[str]:
+    """Names of the stages and rows in the folder of a run that would be skipped."""
+    if folder is None or not (folder / STAGES_FILE).is_file():
+        return set()
+    look = _Look(folder, lambda line: None)
+    maker, settled = VariantMaker(look, recipe, images), []
+    with suppress(_NotDone):
+        base = maker.finetuned(open_checkpoint(recipe.model))
+        for variant in recipe.variants:
+            with suppress(_NotDone):
+                one = maker.settle(variant, base)
+                maker.make(one)
+                settled.append(one)
+    if recipe.baseline_name in [one.variant.name for one in settled]:
+        made = {one.variant.name: None for one in settled}
+        rows = rows_of(look, recipe, images, settled, made)
+        look.standing |= {row.name for row in rows.values() if look.stands(row)}
+    return look.standing
 
 
 def _claims(recipe: Recipe, counted: dict[str, int]) -> list[Claim]:
@@ -70,7 +120,9 @@ def _claims(recipe: Recipe, counted: dict[str, int]) -> list[Claim]:
     return claims
 
 
-def _stages(recipe: Recipe, counted: dict[str, int], test: ImageSet | None, notes: list[str]) -> list[StageTime]:
+def _stages(
+    recipe: Recipe, counted: dict[str, int], test: ImageSet | None, standing: set[str], notes: list[str]
+) -> list[StageTime]:
     try:
         checkpoint = open_checkpoint(recipe.model, config_only=True)
         device = devices.resolve_device(recipe.device)
@@ -87,4 +139,17 @@ def _stages(recipe: Recipe, counted: dict[str, int], test: ImageSet | None, note
     except Exception as error:  # an estimate that fails, for memory or anything else, must not fail the dry run
         notes.append(f"no estimate of the time: {' '.join(str(error).split())}")
         return []
-    return forecast.stages(recipe, checkpoint, seconds, decode, counted, compared)
+    names = [variant.name for variant in recipe.variants]
+    kept = [name for name in names if f"evaluate {name}" in standing]
+    measured = rows_to_measure(recipe, kept, dict.fromkeys(names))
+    stages = forecast.stages(recipe, checkpoint, seconds, decode, counted, compared, measured)
+    goals = {f"sensitivity {v.name}": Goal(v.auto.max_top1_drop, v.auto.max_kl_share).words() for v in recipe.variants}
+    for index, stage in enumerate(stages):
+        if stage.name in standing:
+            stages[index] = StageTime(stage.name, 0.0, stands=True)
+        elif stage.name in goals:
+            stages[index] = replace(stage, what=f"{stage.what}, that {goals[stage.name]}")
+    if stood := [name for name in names if name not in measured]:
+        stages.append(StageTime(f"evaluate {', '.join(stood)}", 0.0, stands=True))
+    notes.append(forecast.left_out(recipe))
+    return stages

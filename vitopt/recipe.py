@@ -92,6 +92,9 @@ class AutoSkipSpec(CalibrationSpec):
     sample: ImageCount | None = Field(
         None, description="first rank by KL on so many of those that choose, then score the best"
     )
+    sensitivity: Path | None = Field(
+        None, description="result of `vitopt sensitivity` for the same checkpoint, images and goal, taken as it is"
+    )
 
     @model_validator(mode="after")
     def _has_a_goal(self) -> "AutoSkipSpec":

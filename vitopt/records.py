@@ -304,6 +304,10 @@ class Record(Part):
     measured_together: str | None = Field(
         None, description="the same in all records whose calls were interleaved; only those have comparable times"
     )
+    baseline_of: tuple[str, ...] = Field(
+        (),
+        description="earlier sessions in which the same was the baseline; speed-ups of rows measured then are theirs",
+    )
     command: str | None = None
     created: str | None = Field(None, description="ISO 8601, UTC")
 

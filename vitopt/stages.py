@@ -1,7 +1,7 @@
 """A stage of a run: skipped while what it depends on and what it left stand, done anew otherwise.
 
-A run's folder notes in `stages.json` the fingerprint of every stage that was completed there. A changed input changes
-the fingerprint of its stage and of all that depend on it.
+A run's folder notes in `stages.json` the fingerprint of every product that was completed there. A changed input changes
+the fingerprint of its product and of all that depend on it.
 """
 
 import functools
@@ -23,25 +23,19 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Stage(Generic[T]):
-    """One step of a run.
+class Product(Generic[T]):
+    """Something that a run leaves.
 
-    `inputs`: plain data, all that the product depends on. What was made on one device stands on another; figures do
-    not, and name the device that they are `measured_on`. `files`: what the stage leaves, when it is complete.
-    `work` makes the product, in every process of a distributed launch or in the main one `alone`, and returns what
-    there is to tell of it; `task` is told before. `read` opens the product; a RecordError means that it has to be made
-    again. An error of a `tolerated` type leaves the run without this product, and the run goes on.
+    `inputs`: plain data, all that it depends on. What was made on one device stands on another; figures do not, and
+    name the device that they are `measured_on`. `files`: what is there when it is complete. `read` opens it; a
+    RecordError means that it has to be made again.
     """
 
     name: str
     inputs: Sequence[Any]
     files: Sequence[Path]
-    work: Callable[[], str | None]
     read: Callable[[], T]
-    task: str | None = None
     measured_on: torch.device | None = None
-    alone: bool = False
-    tolerated: tuple[type[VitoptError], ...] = ()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -49,13 +43,28 @@ class Stage(Generic[T]):
         return storage.sha256_of_json([*self.inputs, machine.provenance(self.measured_on)])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stage(Product[T]):
+    """One step of a run.
+
+    `work` makes the product, in every process of a distributed launch or in the main one `alone`, and returns what
+    there is to tell of it; `task` is told before. An error of a `tolerated` type leaves the run without this product,
+    and the run goes on.
+    """
+
+    work: Callable[[], str | None]
+    task: str | None = None
+    alone: bool = False
+    tolerated: tuple[type[VitoptError], ...] = ()
+
+
 @dataclass
 class RunFolder:
-    """The folder of a run and the stages that were completed there; `say` tells what becomes of each."""
+    """The folder of a run and the products that were completed there; `say` tells what becomes of each."""
 
     path: Path
     say: Callable[[str], None]
-    completed: dict[str, str] = field(init=False)  # name of a stage -> its fingerprint
+    completed: dict[str, str] = field(init=False)  # name of a product -> its fingerprint
 
     def __post_init__(self) -> None:
         self.completed = _read_completed(self.path / STAGES_FILE)
@@ -70,7 +79,8 @@ class RunFolder:
         Raises:
             VitoptError: of the stage's work, unless it tolerates this type.
         """
-        if self._stands(stage):
+        if self.stands(stage):
+            self._tell(stage, "up to date, skipped")
             return None
         self._tell(stage, stage.task)
         reason = None
@@ -81,38 +91,41 @@ class RunFolder:
                 reason = str(error)
         reason = launch.gather_objects(reason)[0]  # nobody reads before the main process has written
         if reason is None:
-            self.completed[stage.name] = stage.fingerprint
-            self._save()
+            self.note(stage)
         else:
             self.forget(stage.name)
             self._tell(stage, reason)
         return reason
 
+    def note(self, product: Product[Any]) -> None:
+        """The product is complete."""
+        self.completed[product.name] = product.fingerprint
+        self._save()
+
     def forget(self, name: str) -> None:
-        """The stage stands no more, whatever becomes of the work on it."""
+        """The product stands no more, whatever becomes of the work on it."""
         if self.completed.pop(name, None) is not None:
             self._save()
 
-    def _tell(self, stage: Stage[Any], text: str | None) -> None:
-        if text is not None:
-            self.say(f"{stage.name}: {text}")
-
-    def _stands(self, stage: Stage[Any]) -> bool:
-        """Whether a stage was completed with the same inputs, and its files are whole and can be read."""
-        same = self.completed.get(stage.name) == stage.fingerprint
-        spoiled = self._spoiled(stage) if same else None
+    def stands(self, product: Product[Any]) -> bool:
+        """Whether it was completed with the same inputs, and its files are whole and can be read; else why is told."""
+        same = self.completed.get(product.name) == product.fingerprint
+        spoiled = self._spoiled(product) if same else None
         # The main process decides for all: another might look while it is already making the product anew.
         same, spoiled = launch.gather_objects((same, spoiled))[0]
-        if same:
-            self._tell(stage, "up to date, skipped" if spoiled is None else f"again, because {spoiled}")
+        self._tell(product, None if spoiled is None else f"again, because {spoiled}")
         return same and spoiled is None
 
-    def _spoiled(self, stage: Stage[Any]) -> str | None:
-        for file in stage.files:
+    def _tell(self, product: Product[Any], text: str | None) -> None:
+        if text is not None:
+            self.say(f"{product.name}: {text}")
+
+    def _spoiled(self, product: Product[Any]) -> str | None:
+        for file in product.files:
             if not ownership.is_whole(file):
                 return f"{file.relative_to(self.path)} is {'damaged' if file.exists() else 'missing'}"
         try:
-            stage.read()
+            product.read()
         except RecordError as error:
             return str(error)
         return None

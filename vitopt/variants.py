@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from vitopt import ownership, storage
+from vitopt import ownership, storage, threads
 from vitopt.checks import calibration_images, step_images
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
@@ -147,8 +147,15 @@ class VariantMaker:
         device, output = self.recipe.device, self.run.path / choice_files(variant)[0]
         images, skip_bad = self._calibration(variant.auto)
 
-        def work() -> None:
+        def work() -> str | None:
+            for other in self.recipe.variants:
+                known = self.run.path / f"sensitivity/{other.name}.json"
+                same = self.run.completed.get(f"sensitivity {other.name}") == stage.fingerprint
+                if known != output and same and ownership.is_whole(known):
+                    analyse_for(base, images, variant, output, device, skip_bad=skip_bad, known=known)
+                    return f"the same as of {other.name}"
             analyse_for(base, images, variant, output, device, skip_bad=skip_bad)
+            return None
 
         stage: Stage[Sensitivity] = Stage(
             f"sensitivity {variant.name}",
@@ -198,7 +205,7 @@ class VariantMaker:
                 variant.fastest.model_dump(mode="json"),
                 evaluate.model_dump(mode="json"),
                 skip_bad,
-                [torch.get_num_threads(), machine.threads_bound()],
+                [torch.get_num_threads(), machine.threads_bound(), threads.waiting()],
             ],
             files=[output],
             task=f"the fastest on {len(images)} calibration images",

@@ -9,6 +9,7 @@ import pytest
 
 from vitopt.errors import RecordError
 from vitopt.measure.comparison import compare_stored, paired_speedup, speed_ratio
+from vitopt.measure.intervals import Interval
 from vitopt.measure.latency_statistics import speedup_interval
 from vitopt.measure.predictions import Predictions, save_predictions
 from vitopt.records import Latency, Record, Variant, save_record
@@ -115,6 +116,15 @@ def test_without_one_session_there_is_no_interval(before: str | None, after: str
     found = speed_ratio(*pair, 1)
     assert found.interval is None and found.caution.startswith("not timed together")
     assert found.ratio == pytest.approx(rows[0].p50_ms / rows[1].p50_ms)
+
+
+def test_a_kept_row_has_the_speed_up_of_its_own_session() -> None:
+    row = timed(rounds_of(4, 1), 10).model_copy(update={"speedup_vs_baseline": 2.5, "speedup_ci95": (2.4, 2.6)})
+    baseline = result("a", timed(rounds_of(12, 0), 10), measured_together="new", baseline_of=("old", "older"))
+    found = speed_ratio(baseline, result("b", row, measured_together="old"), 1)
+    assert (found.ratio, found.interval, found.caution) == (2.5, Interval(2.4, 2.6), None)
+    strange = speed_ratio(baseline, result("b", row, measured_together="elsewhere"), 1)
+    assert strange.interval is None and strange.ratio != 2.5
 
 
 def test_too_few_rounds_are_told() -> None:

@@ -52,7 +52,7 @@ class SlowModel:
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_parts_and_total(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(end_to_end, "_TURNS", 2)
+    monkeypatch.setattr(end_to_end, "TURNS", 2)
     images, model = SlowImages(), SlowModel()
     rows, failures = time_end_to_end([model], images, batch_size)
     row = rows["slow"]
@@ -70,7 +70,7 @@ def test_parts_and_total(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_variants_take_turns_over_the_same_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(end_to_end, "_TURNS", 2)
+    monkeypatch.setattr(end_to_end, "TURNS", 2)
     images, log = SlowImages(), []
     time_end_to_end([SlowModel("a", log=log), SlowModel("b", log=log)], images, 1)
     assert "".join(log) == "aaaabbbb" + "bbbbaaaa"
@@ -78,20 +78,20 @@ def test_variants_take_turns_over_the_same_images(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_variant_that_fails_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(end_to_end, "_TURNS", 2)
+    monkeypatch.setattr(end_to_end, "TURNS", 2)
     rows, failures = time_end_to_end([SlowModel("a", fails_at=5), SlowModel("b")], SlowImages(), 1)
     assert failures == {"a": "RuntimeError: no kernel"}
     assert list(rows) == ["b"] and rows["b"].iterations == 6
 
 
 def test_is_bounded_in_time_but_not_below_three_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(end_to_end, "_SECONDS", 0.0)
+    monkeypatch.setattr(end_to_end, "SECONDS", 0.0)
     rows, _ = time_end_to_end([SlowModel()], SlowImages(), 1)
     assert rows["slow"].iterations == 3
 
 
 def test_first_call_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(end_to_end, "_TURNS", 1)
+    monkeypatch.setattr(end_to_end, "TURNS", 1)
     clock = iter([0.0, *[0, 50, 50, 50, 50, 50], *[0, 1, 2, 3, 4, 5] * 3, 0])
     monkeypatch.setattr(end_to_end, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     rows, _ = time_end_to_end([SlowModel()], SlowImages(), 1)

@@ -11,7 +11,8 @@ import pytest
 from vitopt.errors import RecordError
 from vitopt.measure.predictions import PREDICTIONS_FILE
 from vitopt.records import EndToEnd, FailedLatency, Memory, Throughput
-from vitopt.report.page import load_run, write_report
+from vitopt.report.page import write_report
+from vitopt.report.results import open_run
 
 EVIL = '<script>alert("x")</script>&amp;$a$|b'
 
@@ -294,7 +295,7 @@ def test_records_come_in_the_order_of_the_recipe(make: SimpleNamespace, tmp_path
     recipe = {"name": "x", "model": "m", "data": "digits", "variants": variants, "baseline": "a"}
     (tmp_path / "run" / "recipe.yaml").write_text(json.dumps(recipe))
 
-    assert [record.variant.name for record in load_run(tmp_path / "run")] == ["c", "a", "b"]
+    assert [record.variant.name for record in open_run(tmp_path / "run").records] == ["c", "a", "b"]
     assert '"baseline": "a"' in read(tmp_path / "run").words
 
 

@@ -27,6 +27,14 @@ def variant(make: SimpleNamespace):
     return variant
 
 
+def test_of_different_sessions_the_fastest_is_the_one_of_the_largest_speed_up(variant, make: SimpleNamespace) -> None:
+    busy = make.record(  # in a session in which everything took twice as long
+        "busy", requirements=(MET,), measured_together="later", p50_ms={1: 3.0}, baseline_ms={1: 8.0}
+    )
+    advice = recommend([variant("fp32", 4.0), variant("quiet", 2.0, MET), busy])
+    assert advice is not None and advice.ship == "busy"
+
+
 def test_the_fastest_that_meets_all_is_shipped_and_the_others_are_accounted_for(variant) -> None:
     records = [
         variant("fp32", 4.0),

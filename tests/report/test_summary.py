@@ -46,6 +46,21 @@ def test_headline_where_there_is_nothing_to_compare(make: SimpleNamespace, failu
     assert words in headline(records, records[0], None)
 
 
+def test_of_different_sessions_the_fastest_is_told_by_its_speed_up(make: SimpleNamespace):
+    times = {1: 4.0}
+    records = [
+        make.record("fp32", p50_ms=times, baseline_of=("earlier",)),
+        make.record("new", p50_ms={1: 2.0}, baseline_ms=times),
+        make.record("old", p50_ms={1: 3.0}, baseline_ms={1: 9.0}, measured_together="earlier"),
+    ]
+
+    fastest = titles(highlights(records, records[0]))["Fastest at batch 1"]
+
+    assert fastest.names == ("old",) and fastest.figure == "3.00x"
+    alone = titles(highlights(records[:2], records[0]))["Fastest at batch 1"]
+    assert alone.names == ("new",) and alone.figure == "2.00 ms"
+
+
 def test_highlights_are_smallest_fastest_and_most_faithful(comparison):
     records = comparison[0]
 

@@ -135,7 +135,8 @@ def print_dry_run(recipe: Recipe, plans: "dict[str, LayerPlan]", preview: "Previ
         [claim.there for claim in preview.claims],
     )
     for stage in preview.stages:
-        out.print(f"• {stage.name}: about {max(1, round(stage.seconds)):,} s (an estimate from a few calls)")
+        time = "stands" if stage.stands else f"about {max(1, round(stage.seconds)):,} s (an estimate from a few calls)"
+        out.print(f"• {stage.name}: {time}{'; ' if stage.what else ''}{stage.what}")
     for note in preview.notes:
         out.print(f"• {note}")
 

@@ -18,15 +18,19 @@ if TYPE_CHECKING:
     from vitopt.data.images import ImageSet
     from vitopt.models.checkpoint import Checkpoint
 
-SearchOptions = Annotated[
-    AutoSkipSpec,
-    Fields(
-        ("max_top1_drop", "max_kl_share", "objective", "granularity", "images", "sample"),
+SEARCHED = ("max_top1_drop", "max_kl_share", "objective", "granularity", "images", "sample")
+
+
+def _search_fields(*more: str) -> Fields:
+    """Options of the search for a skip list."""
+    return Fields(
+        SEARCHED + more,
         named={"images": "limit"},
         help={"images": "at most so many images, spread over the classes; with a goal one in four chooses"},
         unset=("max_top1_drop",),
-    ),
-]
+    )
+
+
 HALF: HalfFormat = VariantSpec.model_fields["half"].default
 HalfOption = Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are not quantized.")]
 
@@ -51,7 +55,8 @@ def _refuse_without_effect(context: typer.Context) -> None:
     automatic = asked["skip"] == [AUTO]
     if not automatic:
         because = "only --skip auto searches for a skip list"
-        refuse(context, "max_top1_drop", "max_kl_share", "objective", "granularity", "sample", because=because)
+        searching = ("max_top1_drop", "max_kl_share", "objective", "granularity", "sample", "sensitivity")
+        refuse(context, *searching, because=because)
     if asked["format"] == "auto":
         return
     refuse(context, "min_agreement", "compile", because="only --format auto compares formats")
@@ -89,7 +94,7 @@ def quantize(
             },
         ),
     ],
-    auto: SearchOptions,
+    auto: Annotated[AutoSkipSpec, _search_fields("sensitivity")],
     half: HalfOption = HALF,
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
@@ -203,7 +208,7 @@ def sensitivity(
     format: Annotated[Format, typer.Option(help="Format whose damage is measured.")],
     output: Annotated[Path, typer.Option(help="Folder for sensitivity.json.")],
     half: HalfOption = HALF,
-    auto: SearchOptions,
+    auto: Annotated[AutoSkipSpec, _search_fields()],
     candidates: Annotated[int, typer.Option(min=1, help="Units to score exactly after --sample.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 32,
     device: DeviceOption = "auto",

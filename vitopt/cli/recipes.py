@@ -8,6 +8,7 @@ import typer
 from vitopt import storage
 from vitopt.cli.common import JsonOption, LogToOption, StrictOption, ThreadsOption, WideOption, start
 from vitopt.cli.printing import out, print_dry_run, print_json, print_table, say
+from vitopt.errors import RecipeError
 from vitopt.recipe_file import load_recipe
 
 
@@ -36,16 +37,17 @@ def run(
     overrides += ["data.skip_bad_images=true"] if skip_bad_images else []
     overrides += [f"log_to=[{','.join(log_to)}]"] if log_to else []
     resolved = load_recipe(recipe, overrides)
+    folder = output or Path("runs") / resolved.name
     start(as_json, threads)
     if dry_run:
         from vitopt.checks import plans
         from vitopt.preview import preview
 
-        print_dry_run(resolved, plans(resolved), preview(resolved), as_json)
+        print_dry_run(resolved, plans(resolved), preview(resolved, folder), as_json)
         return
     from vitopt import pipeline
 
-    result = pipeline.run(resolved, output or Path("runs") / resolved.name, say)
+    result = pipeline.run(resolved, folder, say)
     if as_json:
         print_json([record.to_json() for record in result.records])
         return
@@ -67,29 +69,38 @@ def run(
 
 
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN-DIR", help="Folder of a run.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="Folder of a run, or --output of evaluate, benchmark, sensitivity."),
+    ],
+    output: Annotated[Path | None, typer.Option(help="Folder for a report of several folders.")] = None,
     log_to: LogToOption = None,
     wide: WideOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write report.md and report.html of a run again from its records."""
+    """Write report.md and report.html of a run again, or of results over the same images that it compares."""
+    if (output is None) != (len(folders) == 1):
+        raise RecipeError("--output is the folder for a report of several folders; that of a single one lies in it")
     start(as_json)
-    from vitopt.report.page import load_run, write_report
+    from vitopt.report.page import REPORT_FILES, write_report
+    from vitopt.report.results import gather, open_run
     from vitopt.report.sensitivity import write_sensitivity_page
     from vitopt.tracking import Tracking
 
-    if (run_folder / "sensitivity.json").is_file() and not (run_folder / "variants").is_dir():
-        with storage.locked(run_folder):
-            page = write_sensitivity_page(run_folder / "sensitivity.json")
+    first = folders[0]
+    if output is None and (first / "sensitivity.json").is_file() and not (first / "variants").is_dir():
+        with storage.locked(first):
+            page = write_sensitivity_page(first / "sensitivity.json")
         print_json({"report": str(page), "variants": []}) if as_json else out.print(f"page: {page}")
         return
-    tracking = Tracking(tuple(log_to or ()), run_folder.resolve().name, run_folder / "log")
-    records = load_run(run_folder)
-    with storage.locked(run_folder):
-        path = write_report(run_folder)
-    tracking.log(records)
+    place = (output or first).resolve()
+    tracking = Tracking(tuple(log_to or ()), place.name, place / "log")
+    results = open_run(first) if output is None else gather(folders, output)
+    with storage.locked(first) if output is None else storage.claimed(output, *folders, files=REPORT_FILES):
+        path = write_report(results)
+    tracking.log(results.records)
     if as_json:
-        print_json({"report": str(path), "variants": [record.variant.name for record in records]})
+        print_json({"report": str(path), "variants": [record.variant.name for record in results.records]})
         return
-    print_table(records, wide=wide)
+    print_table(results.records, wide=wide)
     out.print(f"\nreport: {path}")

@@ -248,13 +248,11 @@ def compare(baseline_name: str, baseline: Predictions, variant: Predictions) -> 
 
 def adjusted(compared: Sequence[VersusBaseline], images: int) -> list[VersusBaseline]:
     """The same comparisons, all with one baseline over `images` images, with p-values and verdicts that allow for
-    their number (Holm 1979); one alone needs nothing of the kind."""
-    if len(compared) < 2:
-        return list(compared)
+    their number (Holm 1979); one alone needs nothing of the kind, and loses what it was adjusted by before."""
     return [
         one.model_copy(
             update={
-                "mcnemar_holm_p": p,
+                "mcnemar_holm_p": p if len(compared) > 1 else None,
                 "verdict": accuracy_verdict(images, one.top1_delta_points, *one.top1_delta_ci95_points, p),
             }
         )

@@ -1,5 +1,6 @@
 """Two results compared: their speed from the samples in their records, their answers image by image."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from vitopt.errors import RecordError
-from vitopt.measure.accuracy import compare, require_same_images
+from vitopt.measure.accuracy import adjusted, compare, require_same_images
+from vitopt.measure.intervals import Interval
 from vitopt.measure.latency_statistics import Speedup, speedup_interval
 from vitopt.measure.predictions import Predictions, load_predictions
 from vitopt.records import Latency, Metric, Record, VersusBaseline, load_record
@@ -113,8 +115,9 @@ def compare_measured(baseline: tuple[Record, Predictions], variant: tuple[Record
 def speed_ratio(baseline: Record, variant: Record, batch_size: int) -> SpeedRatio | None:
     """How many times faster `variant` is at one batch size; None where either was not timed at it.
 
-    Of records that were timed together it is the figure of the run's own table, see `paired_speedup`. Of others it
-    is the ratio of their medians, has no interval, and cautions in words, above all where the devices differ.
+    Of records that were timed together it is the figure of the run's own table, see `paired_speedup`; so it is where
+    `baseline` was measured again and the variant's row is of one of its earlier sessions (`Record.baseline_of`). Of
+    others it is the ratio of their medians, has no interval, and cautions in words, above all where devices differ.
     """
     before, after = (
         next((row for row in record.latency if row.batch_size == batch_size), None) for record in (baseline, variant)
@@ -126,6 +129,10 @@ def speed_ratio(baseline: Record, variant: Record, batch_size: int) -> SpeedRati
         paired = paired_speedup(before, after)
         caution = None if paired.interval else "too few rounds for an interval"
         return SpeedRatio(paired.ratio, paired.interval, batch_size, caution)
+    if variant.measured_together in baseline.baseline_of and after.speedup_vs_baseline is not None:
+        interval = Interval(*after.speedup_ci95) if after.speedup_ci95 else None
+        caution = None if interval else "too few rounds for an interval"
+        return SpeedRatio(after.speedup_vs_baseline, interval, batch_size, caution)
     devices = _device(baseline), _device(variant)
     if together:
         caution = "the samples were not kept: no interval"
@@ -134,6 +141,23 @@ def speed_ratio(baseline: Record, variant: Record, batch_size: int) -> SpeedRati
     else:
         caution = f"timed on different devices ({devices[0]}; {devices[1]}): no comparison of the variants alone"
     return SpeedRatio(before.p50_ms / after.p50_ms, None, batch_size, caution)
+
+
+def sessions(records: Sequence[Record]) -> list[list[Record]]:
+    """The timed records by the session that they were measured in; only times of one session compare."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if record.measured_together is not None and record.latency:
+            groups.setdefault(record.measured_together, []).append(record)
+    return list(groups.values())
+
+
+def adjusted_for_all(records: Sequence[Record]) -> list[Record]:
+    """The same with p-values and verdicts that allow for how many of them were compared with the baseline."""
+    compared = [record.versus_baseline for record in records if record.versus_baseline]
+    images = next((record.dataset.images for record in records if record.dataset), 0)
+    found = iter(adjusted(compared, images))
+    return [r.model_copy(update={"versus_baseline": next(found)}) if r.versus_baseline else r for r in records]
 
 
 def _in_same_rounds(before: Latency, after: Latency) -> bool:

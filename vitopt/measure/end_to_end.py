@@ -17,9 +17,9 @@ from vitopt.measure.latency_statistics import latency_summary
 from vitopt.measure.runnable import Runnable
 from vitopt.records import EndToEnd
 
-_TURNS = 10
-_CALLS_A_TURN = 3
-_SECONDS = 5.0  # for each variant
+TURNS = 10
+CALLS_A_TURN = 3
+SECONDS = 5.0  # for each variant
 
 
 def time_end_to_end(
@@ -34,21 +34,21 @@ def time_end_to_end(
     calls: dict[str, list[list[float]]] = {name: [] for name in by_name}
     failures: dict[str, str] = {}
     started = time.perf_counter()
-    for number in range(_TURNS):
+    for number in range(TURNS):
         orders = balanced_orders([name for name in by_name if name not in failures])
         for name in orders[number % len(orders)]:
             made = attempt(name, lambda: _one_turn(by_name[name], images, batch_size, number), failures)  # noqa: B023
             calls[name] += made or []
-        if time.perf_counter() - started > _SECONDS * len(by_name):
+        if time.perf_counter() - started > SECONDS * len(by_name):
             break
     return {name: _summary(batch_size, calls[name]) for name in by_name if name not in failures}, failures
 
 
 def _one_turn(runnable: Runnable, images: ImageSet, batch_size: int, number: int) -> list[list[float]]:
     """The counted calls of one turn; the one before them warms caches and, in the first turn, compiles shapes."""
-    first = number * (1 + _CALLS_A_TURN) * batch_size
+    first = number * (1 + CALLS_A_TURN) * batch_size
     turn = itertools.islice(itertools.cycle(range(len(images))), first % len(images), None)
-    made = [_one_call(runnable, images, list(itertools.islice(turn, batch_size))) for _ in range(1 + _CALLS_A_TURN)]
+    made = [_one_call(runnable, images, list(itertools.islice(turn, batch_size))) for _ in range(1 + CALLS_A_TURN)]
     return made[1:]
 
 

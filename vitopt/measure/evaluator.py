@@ -6,7 +6,7 @@ import shlex
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from vitopt.environment import launch, machine
 from vitopt.errors import DataError, MeasurementError
 from vitopt.measure import accuracy
 from vitopt.measure.chance import explain_guessing, is_guessing
+from vitopt.measure.comparison import adjusted_for_all
 from vitopt.measure.conditions import Conditions, watched
 from vitopt.measure.end_to_end import time_end_to_end
 from vitopt.measure.failures import attempt, explain_failure
@@ -107,7 +108,8 @@ def evaluate(
             found[runnable.name] = (
                 known if figures is None else _with(known, metrics=figures.figures, unmeasured=figures.missing)
             )
-        return _adjusted(found)
+        adjusted = adjusted_for_all([one.record for one in found.values()])
+        return {record.variant.name: replace(found[record.variant.name], record=record) for record in adjusted}
 
     def tell(rows: Mapping[str, Rows]) -> None:
         """A run that is stopped at a large batch keeps the rows of the small ones."""
@@ -206,14 +208,6 @@ def _with(
     record = one.record
     more = {"unmeasured": record.unmeasured | (unmeasured or {}), "warnings": (*record.warnings, *warnings)}
     return Measured(record.model_copy(update=figures | more), one.predictions)
-
-
-def _adjusted(measured: dict[str, Measured]) -> dict[str, Measured]:
-    """The same with p-values and verdicts that allow for the number of variants compared."""
-    compared = {name: one.record.versus_baseline for name, one in measured.items() if one.record.versus_baseline}
-    images = next((one.record.accuracy.images for one in measured.values() if one.record.accuracy), 0)
-    found = dict(zip(compared, accuracy.adjusted(list(compared.values()), images), strict=True))
-    return {name: _with(one, versus_baseline=found[name]) if name in found else one for name, one in measured.items()}
 
 
 def _end_to_end(runnables: Sequence[Runnable], images: ImageSet, rows: Mapping[str, Rows]) -> dict[str, dict[str, Any]]:

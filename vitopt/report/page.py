@@ -1,8 +1,7 @@
-"""The report of a run: `report.md`, one self-contained `report.html`, and its plots as files."""
+"""The report of a run or of several results: `report.md`, one self-contained `report.html`, and its plots as files."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,83 +9,38 @@ from vitopt import storage
 from vitopt.errors import RecordError
 from vitopt.formats import FORMATS
 from vitopt.measure.predictions import PREDICTIONS_FILE, Predictions, load_predictions
-from vitopt.recipe_file import load_recipe
-from vitopt.records import RECORD_FILE, Record, load_record
+from vitopt.records import Record
 from vitopt.report import details, roofline, sensitivity, summary, unit_plots
 from vitopt.report.classes import class_changes
 from vitopt.report.figures import Plot, remove_others, rendered
 from vitopt.report.flips import Flips, Thumbnails, flips
 from vitopt.report.plots import save_plots
-from vitopt.report.recommendation import Recommendation, recommend
 from vitopt.report.rendering import templates
+from vitopt.report.results import Results, open_run
 from vitopt.report.strip import strips
 from vitopt.report.table import batch_sizes, cautions, comparison, device_name, notes
-from vitopt.report.waterfall import chain_of
 
 PAGE_FILE = "report.html"
-MARKDOWN_FILE = "report.md"
+REPORT_FILES = ("report.md", PAGE_FILE)
 PLOTS_FOLDER = "plots"
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run's folder holds that a report needs."""
-
-    folder: Path
-    folders: list[Path]  # of the records
-    records: list[Record]
-    baseline: Record | None
-    recipe_text: str | None
-    chain: list[Record]  # of the waterfall
-    recommendation: Recommendation | None
-
-
-def load_run(folder: Path) -> list[Record]:
-    """Records of all variants of a run, in the order of its recipe.
-
-    Raises:
-        RecordError: the folder holds no records.
-    """
-    return _open_run(folder).records
-
-
-def write_report(folder: Path) -> Path:
-    """Write `report.md`, `report.html` and `plots/` into the folder of a run and return the path of the page.
+def write_report(results: Results | Path) -> Path:
+    """Write `report.md`, `report.html` and `plots/` of results, or of the run in a folder; return the path of the page.
 
     Raises:
         RecordError: the folder holds no records.
         StorageError: the folder cannot be written.
     """
-    run = _open_run(folder)
+    run = open_run(results) if isinstance(results, Path) else results
     baseline = run.baseline.variant.name if run.baseline else None
-    context = _context(run, baseline, save_plots(run.records, baseline, folder / PLOTS_FOLDER, run.chain))
-    for name in (MARKDOWN_FILE, PAGE_FILE):
-        storage.write_text(folder / name, templates.get_template(name).render(context))
-    return folder / PAGE_FILE
+    context = _context(run, baseline, save_plots(run.records, baseline, run.folder / PLOTS_FOLDER, run.chain))
+    for name in REPORT_FILES:
+        storage.write_text(run.folder / name, templates.get_template(name).render(context))
+    return run.folder / PAGE_FILE
 
 
-def _open_run(folder: Path) -> Run:
-    there = {path.parent.name: path.parent for path in sorted(folder.glob(f"variants/*/{RECORD_FILE}"))}
-    if not there:
-        raise RecordError(f"{folder} holds no records (variants/*/{RECORD_FILE}): give the folder of a `vitopt run`")
-    path = folder / "recipe.yaml"
-    recipe = load_recipe(path) if path.is_file() else None
-    names = [variant.name for variant in recipe.variants] if recipe else []
-    # Variants that have left the recipe may still lie there; without a recipe, all that lie there count.
-    folders = [there[name] for name in names if name in there] or list(there.values())
-    records = [load_record(variant) for variant in folders]
-    return Run(
-        folder,
-        folders,
-        records,
-        baseline=summary.baseline_of(records, recipe.baseline_name if recipe else None),
-        recipe_text=path.read_text(encoding="utf-8") if recipe else None,
-        chain=chain_of(records, recipe.waterfall if recipe else ()),
-        recommendation=recommend(records, recipe.prefer, recipe.price_per_hour) if recipe else recommend(records),
-    )
-
-
-def _context(run: Run, baseline: str | None, plots: Sequence[Plot]) -> dict[str, Any]:
+def _context(run: Results, baseline: str | None, plots: Sequence[Plot]) -> dict[str, Any]:
     """What both reports are made of."""
     records = run.records
     analyses, unreadable_analyses = _analyses(run)
@@ -137,7 +91,7 @@ def _context(run: Run, baseline: str | None, plots: Sequence[Plot]) -> dict[str,
 _KINDS = ("accuracy", "latency", "waterfall", "size")
 
 
-def _analyses(run: Run) -> tuple[list[sensitivity.Analysis], list[str]]:
+def _analyses(run: Results) -> tuple[list[sensitivity.Analysis], list[str]]:
     """Every sensitivity analysis of the run, its figures saved, and what could not be read."""
     folder = run.folder / PLOTS_FOLDER
     results, unreadable = sensitivity.read_all(run.folder, [record.variant.name for record in run.records])
@@ -149,7 +103,7 @@ def _analyses(run: Run) -> tuple[list[sensitivity.Analysis], list[str]]:
     return analyses, unreadable
 
 
-def _flips(run: Run) -> tuple[list[Flips], list[str], bool]:
+def _flips(run: Results) -> tuple[list[Flips], list[str], bool]:
     """Flips of every variant whose predictions were kept; what could not be read; whether images were found."""
     unreadable: list[str] = []
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vitopt import storage
-from vitopt.measure.comparison import speed_ratio
+from vitopt.measure.comparison import sessions, speed_ratio
 from vitopt.measure.gate import overall
 from vitopt.recipe import Prefer
 from vitopt.records import Record, Requirement
@@ -68,7 +68,12 @@ def _weight_bytes(record: Record) -> float:
 
 
 def _fastest(records: Sequence[Record]) -> Record:
-    fastest = min(records, key=lambda record: record.latency[0].p50_ms)
+    def time(record: Record) -> float:
+        # Of different sessions only the speed-ups compare, each over the baseline of its own.
+        return record.latency[0].p50_ms if together else 1 / (record.latency[0].speedup_vs_baseline or 1)
+
+    together = len(sessions(records)) < 2
+    fastest = min(records, key=time)
 
     def as_fast(record: Record) -> bool:
         ratio = speed_ratio(record, fastest, fastest.latency[0].batch_size)

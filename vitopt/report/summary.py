@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vitopt.measure.comparison import speed_ratio
+from vitopt.measure.comparison import sessions, speed_ratio
 from vitopt.measure.verdict import loses, speed_verdict
 from vitopt.records import Record
 from vitopt.report.table import batch_sizes, human_bytes, milliseconds
@@ -22,6 +22,10 @@ class Highlight:
 def baseline_of(records: Sequence[Record], name: str | None = None) -> Record | None:
     """The record that the others were compared with; `name` is what the recipe calls the baseline."""
     compared = (record.versus_baseline.baseline for record in records if record.versus_baseline)
+    timed = [record for record in records if record.latency]
+    first = [record for record in timed if all(row.speedup_vs_baseline is None for row in record.latency)]
+    if name is None and len(first) == 1 < len(timed):
+        name = first[0].variant.name  # all others tell their speed-up over it
     wanted = next(compared, name)
     return next((record for record in records if record.variant.name == wanted), None)
 
@@ -74,17 +78,20 @@ def highlights(records: Sequence[Record], baseline: Record | None) -> list[Highl
 
 def _fastest(records: Mapping[str, Record], baseline: str, batch_size: int) -> Highlight | None:
     rows = {name: row for name, record in records.items() if (row := record.latency_at(batch_size))}
-    times = {name: row.p50_ms for name, row in rows.items()}
+    together = len(sessions(list(records.values()))) < 2
+    # Of different sessions only the speed-ups compare, each over the baseline of its own; less is faster.
+    times = {name: row.p50_ms if together else 1 / (row.speedup_vs_baseline or 1) for name, row in rows.items()}
 
     def faster(best: Record) -> str:
         row = rows[best.variant.name]
         ratio, ends = row.speedup_vs_baseline, row.speedup_ci95 or (None, None)
         speed = f"against {baseline}: {speed_verdict(ratio, *ends)}" if ratio else ""
-        slower = (name for name, ms in times.items() if ms > row.p50_ms)
+        slower = (name for name, time in times.items() if time > times[best.variant.name])
         close = listed([name for name in slower if _alike(records[name], best, batch_size)])
         return "; ".join(filter(None, [speed, f"not measurably faster than {close}" if close else ""]))
 
-    return _best(f"Fastest at batch {batch_size}", records, times, lambda ms: f"{milliseconds(ms)} ms", faster)
+    words = (lambda ms: f"{milliseconds(ms)} ms") if together else (lambda share: f"{1 / share:.2f}x")
+    return _best(f"Fastest at batch {batch_size}", records, times, words, faster)
 
 
 def _best(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from vitopt.formats import QUANTIZED_FORMATS
+from vitopt.measure.comparison import sessions
 from vitopt.measure.gate import overall
 from vitopt.measure.latency_statistics import calls_needed
 from vitopt.records import Latency, Metric, Record, Variant
@@ -251,7 +252,7 @@ def cautions(records: Sequence[Record]) -> list[str]:
         said += [f": batch {one.batch_size} not timed ({one.reason})" for one in record.latency_failures]
         said += [f": {figure} not measured ({why})" for figure, why in record.unmeasured.items()]
         found += [(variant.name, sentence) for sentence in said]
-    lines = _together(found)
+    lines = _together(found) + _sessions(records)
     skipped = next((record.dataset.skipped for record in records if record.dataset and record.dataset.skipped), ())
     if skipped:
         lines.append(f"{len(skipped)} images could not be decoded and were left out, first {skipped[0]}")
@@ -260,6 +261,20 @@ def cautions(records: Sequence[Record]) -> list[str]:
         names = [record.variant.name for record in measured if sentence in record.warnings]
         lines.append(sentence if len(names) == len(measured) else f"{', '.join(names)}: {sentence}")
     return lines
+
+
+def _sessions(records: Sequence[Record]) -> list[str]:
+    """Which rows were not timed together, where not all were."""
+    groups = sessions(records)
+    if len(groups) < 2:
+        return []
+    told = []
+    for group in groups:
+        when = f" ({group[0].created[:16].replace('T', ' ')})" if group[0].created else ""
+        told.append(", ".join(record.variant.name for record in group) + when)
+    own = any(record.baseline_of for record in records)
+    against = ", and each speed-up is over the baseline of its own session" if own else ""
+    return [f"not timed together: {'; '.join(told)}: times of different sessions do not compare{against}"]
 
 
 def _reason(variant: Variant, option: str) -> str:

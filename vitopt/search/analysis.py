@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -29,6 +30,7 @@ from vitopt.search.costs import extra_bytes, extra_ms
 from vitopt.search.goal import Goal, power_note
 from vitopt.search.hybrid import Boundary, Hybrid
 from vitopt.search.results import Loss, SearchResult, Sensitivity, UnitScores, save_sensitivity
+from vitopt.search.reuse import given, inputs_of, standing
 from vitopt.search.sensitivity import (
     DEFAULT_MEMORY_BYTES,
     Calibration,
@@ -62,16 +64,19 @@ def analyse(
     batch_size: int = 32,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     skip_bad: bool = False,
+    known: Path | None = None,
 ) -> Sensitivity:
     """Score every unit of `checkpoint` in `format`; with a `goal`, also search the skip list that meets it.
 
     With a goal a fixed part of the images scores and chooses, and the rest confirms (see `confirmation`).
     `sample` first ranks all units by their KL on so many images, labels unused, and scores only the best
     `candidates` exactly. `skip_bad` leaves out images that cannot be decoded. The result is the file `output`;
-    finished units are stored beside it as they come, and an interrupted analysis goes on from there.
+    finished units are stored beside it as they come, and an interrupted analysis goes on from there. A result at
+    `output` that is of all the same stands; one at `known` is copied, and must be of all the same.
 
     Raises:
-        RecipeError: the format quantizes nothing.
+        RecipeError: the format quantizes nothing, or `known` is of other things.
+        RecordError: there is no result at `known`.
         UnsupportedError: the device cannot run the format.
         CheckpointError: the checkpoint is quantized already.
         DataError: the labels do not fit the head, or there are too few images.
@@ -84,6 +89,15 @@ def analyse(
     target = devices.resolve_device(device)
     support.require_format(format, target)
     started = time.perf_counter()
+    settings: dict[str, Any] = {"format": format, "half": half, "granularity": granularity, "sample": sample}
+    settings |= {"candidates": candidates, "goal": goal and goal.words(), "objective": goal and objective}
+    inputs = inputs_of(checkpoint, images, target, **settings, batch_size=batch_size, skip_bad=skip_bad)
+    if known is not None:
+        result = given(known, inputs, checkpoint, images)
+        save_sensitivity(result, output)
+        return result
+    if (stored := standing(output, inputs)) is not None:
+        return stored
     images = fit_labels(_decodable(images) if skip_bad else images, checkpoint.label_names)
     scoring, confirming = (images, None) if goal is None else divide(images)
     if goal is not None and goal.max_top1_drop is not None:
@@ -115,6 +129,7 @@ def analyse(
         seconds=round(time.perf_counter() - started, 1),
         search=search,
         environment=machine.describe(target),
+        inputs=inputs,
     )
     save_sensitivity(result, output)
     storage.remove(analysis.partial)
@@ -129,8 +144,9 @@ def analyse_for(
     device: str = "auto",
     *,
     skip_bad: bool = False,
+    known: Path | None = None,
 ) -> Sensitivity:
-    """The analysis and search that a variant with `skip: auto` asks for; see `analyse`."""
+    """The analysis and search that a variant with `skip: auto` asks for, or the result that it names; see `analyse`."""
     auto = variant.auto
     return analyse(
         checkpoint,
@@ -144,6 +160,7 @@ def analyse_for(
         objective=auto.objective,
         device=device,
         skip_bad=skip_bad,
+        known=auto.sensitivity or known,
     )
 
 

@@ -83,6 +83,9 @@ class Sensitivity(Part):
     seconds: float
     search: SearchResult | None = None
     environment: dict[str, Any] = Field(default_factory=dict)
+    inputs: dict[str, Any] = Field(
+        default_factory=dict, description="all that it depends on; it is used again only where all is the same"
+    )
 
     model_config = Part.model_config | {"populate_by_name": True}
 
