@@ -42,9 +42,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return validate(Recipe, _expand(content), where=str(path))
 
 
-def dump_yaml(spec: Spec) -> str:
-    """The resolved spec as YAML that loads back to an equal spec."""
-    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+def dump_yaml(spec: Spec, *, defaults: bool = True) -> str:
+    """The resolved spec as YAML that loads back to an equal spec; without `defaults` only what is not one."""
+    content = spec.model_dump(mode="json", exclude_defaults=not defaults)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
 
 
 def validate(model: type[S], content: Any, where: str) -> S:

@@ -127,7 +127,8 @@ def print_dry_run(recipe: Recipe, plans: "dict[str, LayerPlan]", preview: "Previ
         }
         print_json({"recipe": recipe.model_dump(mode="json"), "layer_plans": layers, **preview.to_json()})
         return
-    out.print(dump_yaml(recipe))
+    out.print(dump_yaml(recipe, defaults=False))
+    out.print("All other keys have their defaults; --json prints them too.\n")
     _print_plans(plans)
     print_needs(
         [claim.need for claim in preview.claims],
@@ -167,7 +168,11 @@ def _count(count: int | None, unit: str = "") -> str:
 
 
 def _print_plans(plans: "dict[str, LayerPlan]") -> None:
+    alike: dict[str, tuple[list[str], LayerPlan]] = {}
     for name, plan in plans.items():
+        alike.setdefault(str(plan.layers), ([], plan))[0].append(name)
+    for names, plan in alike.values():
+        name = ", ".join(names)
         groups = plan.groups()
         spans = [
             first.layer.logical if count == 1 else f"{first.layer.logical} … {last.layer.logical} ({count})"

@@ -72,23 +72,24 @@ def predict(
     failures: dict[str, str] = {}
     sizes = {runnable.name: batch_size for runnable in runnables}
     bad: set[int] = set()
-    steps = -(-len(images) // (batch_size * share[1]))
-    for group in _alike(runnables):
-        device, preprocess = group[0].device, group[0].preprocess
-        pin = device.type == "cuda"
-        stream = batches(images, preprocess, batch_size, workers=workers, skip_bad=skip_bad, share=share, pin=pin)
-        for batch in progress.track(on_device(stream, device), "accuracy", steps):
-            bad.update(batch.bad)
-            for runnable in group:
-                if runnable.name in failures or not batch.indices:
-                    continue
-                try:
-                    logits = _logits(runnable, batch, sizes)
-                    _refuse_nan(logits, batch, images)
-                except Exception as error:  # whatever a kernel raises is this variant's failure, not the run's
-                    failures[runnable.name] = explain_failure(error)
-                else:
-                    found[runnable.name].update(zip(batch.indices, logits, strict=True))
+    with progress.task("accuracy, images of all variants", len(runnables) * -(-len(images) // share[1])) as counted:
+        for group in _alike(runnables):
+            device, preprocess = group[0].device, group[0].preprocess
+            pin = device.type == "cuda"
+            stream = batches(images, preprocess, batch_size, workers=workers, skip_bad=skip_bad, share=share, pin=pin)
+            for batch in on_device(stream, device):
+                bad.update(batch.bad)
+                for runnable in group:
+                    counted.advance(len(batch.indices) + len(batch.bad))
+                    if runnable.name in failures or not batch.indices:
+                        continue
+                    try:
+                        logits = _logits(runnable, batch, sizes)
+                        _refuse_nan(logits, batch, images)
+                    except Exception as error:  # whatever a kernel raises is this variant's failure, not the run's
+                        failures[runnable.name] = explain_failure(error)
+                    else:
+                        found[runnable.name].update(zip(batch.indices, logits, strict=True))
     shares = launch.gather_objects((found, failures, sizes, sorted(bad)))
     return _merge(shares, images, batch_size, {runnable.name: outputs_of(runnable) for runnable in runnables})
 
