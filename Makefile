@@ -33,7 +33,7 @@ check: $(READY)  ## ruff, mypy and the import contract
 
 faults: $(READY)  ## 6,000 bad inputs and 200 kills of a run, into benchmarks/results/ (half an hour)
 	$(BIN)/python -m pytest -m faults tests/faults
-	$(BIN)/python scripts/strangers.py --json benchmarks/results/strangers.json
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/strangers.py --json benchmarks/results/strangers.json
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/kills.py --json benchmarks/results/kills.json
 
 gpu:  ## what only a GPU shows, in under 9 minutes; OUTPUT=DIR holds the results, else benchmarks/results/ and README
