@@ -30,7 +30,7 @@ def positive_mean_interval(values: ArrayLike, resamples: int | None = None, seed
         resamples = max(500, min(2_000, 20_000_000 // len(sample)))
     random = np.random.default_rng(seed)
     drawn = (sample[random.integers(len(sample), size=len(sample))] for _ in range(resamples))
-    moments = np.array([(one.mean(), one.std()) for one in drawn])
+    moments = np.array([(resample.mean(), resample.std()) for resample in drawn])
     means, spreads = moments[(moments > 0).all(axis=1)].T
     if len(means) < 0.99 * resamples:
         return None  # fewer than about five values are not zero: they say nothing of their kind

@@ -115,13 +115,13 @@ def _threads_seconds() -> dict[str, tuple[float, float]]:
 
     Empty where the system does not tell. Source: Linux, Documentation/scheduler/sched-stats.rst.
     """
-    found = {}
+    seconds = {}
     with contextlib.suppress(OSError):
         for task in _TASKS.iterdir():
             with contextlib.suppress(OSError, ValueError):  # it has ended meanwhile, or the kernel keeps no such count
                 ran, waited = (task / "schedstat").read_text().split()[:2]
-                found[task.name] = int(ran) / 1e9, int(waited) / 1e9
-    return found
+                seconds[task.name] = int(ran) / 1e9, int(waited) / 1e9
+    return seconds
 
 
 def _waited_percent(before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]]) -> float:
