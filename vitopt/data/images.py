@@ -270,16 +270,16 @@ def _divided(whole: ImageSet, split: str | None, test_share: float = _TEST_SHARE
 
 
 def _one_folder(path: Path, source: str, split: str | None, boundary: Boundary, group_column: str | None) -> ImageSet:
-    found = list_folder(path, source, boundary, group_column)
+    listing = list_folder(path, source, boundary, group_column)
     return ImageSet(
         name=source,
         split=split,
-        ids=tuple(Path(os.path.relpath(file, path)).as_posix() for file in found.files),
-        labels=found.labels,
-        class_names=found.class_names,
-        reader=FileReader(found.files),
-        rows=tuple(range(len(found.files))),
-        groups=found.groups,
+        ids=tuple(Path(os.path.relpath(file, path)).as_posix() for file in listing.files),
+        labels=listing.labels,
+        class_names=listing.class_names,
+        reader=FileReader(listing.files),
+        rows=tuple(range(len(listing.files))),
+        groups=listing.groups,
     )
 
 
@@ -337,9 +337,9 @@ def _hub_labels(rows: Any, column: str, source: str) -> tuple[Sequence[int], tup
 
 
 def _column(features: Any, kind: type, key: str, source: str) -> str:
-    found = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if len(found) != 1:
+    names = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if len(names) != 1:
         raise DataError(
             f"{source}: cannot tell which column is meant ({', '.join(features)}); set data.{key} in the recipe"
         )
-    return found[0]
+    return names[0]

@@ -276,8 +276,8 @@ def _fetched_weights(source: str, revision: str | None) -> tuple[Path, ...]:
         return ()
     index = hub.fetch(source, weights.INDEX_FILE, revision)
     names = weights.shards(source, index) if index else [weights.WHOLE_FILE]
-    found = [hub.fetch(source, name, revision) for name in names]
-    return () if found[0] is None else weights.weight_files(source, found[0].parent)
+    files = [hub.fetch(source, name, revision) for name in names]
+    return () if files[0] is None else weights.weight_files(source, files[0].parent)
 
 
 def _with_labels(config: PretrainedConfig, names: list[str] | None) -> PretrainedConfig:

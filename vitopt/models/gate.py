@@ -121,11 +121,11 @@ def _require_classifier(source: str, file: str, content: dict[str, Any]) -> None
             f"{source} is of model type {model_type[:80]!r}, which is not supported{own_code}: {reason}"
         )
     known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[CONFIG_MAPPING[model_type]]
-    known_names = [one.__name__ for one in (known if isinstance(known, tuple) else (known,))]
+    known_names = [kind.__name__ for kind in (known if isinstance(known, tuple) else (known,))]
     if not any(name.endswith(CLASSIFIERS) for name in architectures):
-        found = ", ".join(architectures) or f"{model_type} without a head"
+        given = ", ".join(architectures) or f"{model_type} without a head"
         raise CheckpointError(
-            f"{source} is not an image classifier (it is {found}); vitopt needs an ...ForImageClassification model"
+            f"{source} is not an image classifier (it is {given}); vitopt needs an ...ForImageClassification model"
         )
     if not set(known_names) & set(architectures):
         raise CheckpointError(
@@ -291,7 +291,7 @@ def _mistakes_of_preprocessor(content: dict[str, Any]) -> Iterator[str]:
         if value is None and key in content and content.get("do_normalize", True):
             yield f"{key} is null, and pixels are to be normalized"
         elif value is not None and not (
-            len(channels) == 3 and all(isinstance(one, int | float) and _bounded(one) for one in channels)
+            len(channels) == 3 and all(isinstance(number, int | float) and _bounded(number) for number in channels)
         ):
             yield f"{key} is {_shown(value)}, not a number for each of 3 channels"
         elif key == "image_std" and value is not None and min(channels) <= 0:

@@ -79,12 +79,12 @@ def _card(path: Path, repository: str) -> bytes:
 
 def _require_repository(api: HfApi, repository: str, private: bool) -> None:
     try:
-        found = api.model_info(repository)
+        existing = api.model_info(repository)
     except RepositoryNotFoundError:
         api.create_repo(repository, private=private)
         return
-    if bool(found.private) != private:
-        kinds = ("private", "--private") if found.private else ("public", "--public")
+    if bool(existing.private) != private:
+        kinds = ("private", "--private") if existing.private else ("public", "--public")
         raise StorageError(f"{repository} is there and is {kinds[0]}: push with {kinds[1]}, or to another repository")
 
 

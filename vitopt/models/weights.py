@@ -154,7 +154,7 @@ def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         state = getattr(tensor, "quant_state", None)
         while state is not None:
             beside = (state.absmax, state.code, state.offset)
-            yield from ((name, one) for one in beside if torch.is_tensor(one))
+            yield from ((name, scales) for scales in beside if torch.is_tensor(scales))
             state = getattr(state, "state2", None)
         if torch.is_tensor(scales := getattr(tensor, "SCB", None)):
             yield name, scales
@@ -176,9 +176,16 @@ def _plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch
 @torch.no_grad()
 def first_not_finite(model: torch.nn.Module) -> str | None:
     """Name of the first tensor with NaN or infinity; read once, nothing is copied. None where all are numbers."""
-    floating = [(name, one.detach()) for name, one in named_tensors(model) if one.is_floating_point() and one.numel()]
+    floating = [
+        (name, tensor.detach())
+        for name, tensor in named_tensors(model)
+        if tensor.is_floating_point() and tensor.numel()
+    ]
     # Types of 8 bit cannot be compared; both limits are NaN where one element is.
-    limits = [torch.stack(torch.aminmax(one if one.itemsize > 1 else one.to(torch.bfloat16))) for _, one in floating]
+    limits = [
+        torch.stack(torch.aminmax(tensor if tensor.itemsize > 1 else tensor.to(torch.bfloat16)))
+        for _, tensor in floating
+    ]
     if not limits:
         return None
     finite = torch.stack([limit.float() for limit in limits]).isfinite().all(1).tolist()
