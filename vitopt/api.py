@@ -161,9 +161,9 @@ def quantize(
         folders = opened.folder, part(spec, DataSpec).folder
         with storage.reserved(place, *folders), storage.claimed(scores, *folders):
             path = scores / "sensitivity.json"
-            found = analyse_for(opened, calibration, variant, path, device, skip_bad=spec.skip_bad_images).search
-        assert found is not None
-        variant = variant.skipping(found.chosen)
+            search = analyse_for(opened, calibration, variant, path, device, skip_bad=spec.skip_bad_images).search
+        assert search is not None
+        variant = variant.skipping(search.chosen)
     write_quantized(opened, variant, place, device, images=calibration)
     return open_checkpoint(output)
 
@@ -196,8 +196,8 @@ def evaluate(
     """
     spec = validated(_Evaluating, "evaluate", options, _NOT_EVALUATED, source=_name_of(data))
     named = models if isinstance(models, Mapping) else {_label(models): models}
-    candidates = [_candidate(str(name), one, part(spec, RunSpec), preprocess) for name, one in named.items()]
-    names = [one.name for one in candidates]
+    candidates = [_candidate(str(name), model, part(spec, RunSpec), preprocess) for name, model in named.items()]
+    names = [candidate.name for candidate in candidates]
     if not names:
         raise RecipeError("evaluate: there is no model")
     if baseline is not None and baseline not in names:
@@ -206,7 +206,7 @@ def evaluate(
     if wanted and data is None:
         raise RecipeError("evaluate: metrics need data")
     own = _checked(preprocess)
-    if not any(isinstance(one.source, Checkpoint) for one in candidates):
+    if not any(isinstance(candidate.source, Checkpoint) for candidate in candidates):
         useless = [*(set(RunSpec.model_fields) & set(options)), *(["preprocess"] if own else [])]
         if useless:
             raise RecipeError(f"evaluate: {min(useless)} is for checkpoints, and there is none among the models")
@@ -226,12 +226,12 @@ def evaluate(
             strict=strict,
             metrics=wanted,
         )
-        results = [Result(one.record, one.predictions) for one in measured]
-        for one in results if output is not None else ():
-            folder = folders[one.record.variant.name]
-            save_record(one.record, folder)
-            if one.predictions is not None:
-                save_predictions(one.predictions, folder)
+        results = [Result(result.record, result.predictions) for result in measured]
+        for result in results if output is not None else ():
+            folder = folders[result.record.variant.name]
+            save_record(result.record, folder)
+            if result.predictions is not None:
+                save_predictions(result.predictions, folder)
     return Results(results)
 
 
@@ -247,11 +247,11 @@ def compare(variant: Result | str | Path, baseline: Result | str | Path, **limit
         RecordError: one has failed or has no images, or they are over different images.
     """
     require = validated(RequireSpec, "compare", limits)
-    found = comparison.compare_measured(_measured(baseline), _measured(variant))
-    before, after = found.records
+    compared = comparison.compare_measured(_measured(baseline), _measured(variant))
+    before, after = compared.records
     required = gate.judge(require, after, before)
     record = after.model_copy(update={"requirements": required})
-    return Compared(found, record, gate.overall(required) if required else None)
+    return Compared(compared, record, gate.overall(required) if required else None)
 
 
 @takes(RunSpec)
@@ -301,7 +301,7 @@ def wrap(
         raise RecipeError(f"wrap: outputs {outputs!r} do not exist; {suggest(str(outputs), get_args(Outputs))}")
     if device is None:
         weights = model.parameters() if isinstance(model, nn.Module) else iter(())
-        target = next((one.device for one in weights), torch.device("cpu"))
+        target = next((weight.device for weight in weights), torch.device("cpu"))
     else:
         target = devices.resolve_device(device)
     names = None if label_names is None else tuple(map(str, label_names))
@@ -331,7 +331,9 @@ def _candidate(name: str, model: Any, run: RunSpec, preprocess: Preprocess | Non
     if isinstance(model, str | Path | Checkpoint):
         return Candidate(name, _opened(model), run, preprocess=preprocess)
     runnable = model.runnable if isinstance(model, Loaded) else model
-    missing = [one for one in ("name", "device", "preprocess", "describe", "__call__") if not hasattr(runnable, one)]
+    missing = [
+        member for member in ("name", "device", "preprocess", "describe", "__call__") if not hasattr(runnable, member)
+    ]
     if missing:
         raise RecipeError(
             f"evaluate: model {name!r} is a {type(model).__name__}, which has no {missing[0]}: give a checkpoint, or "
@@ -350,11 +352,11 @@ def _images(data: Data, spec: Any, split: str | None) -> ImageSet:
 
 
 def _tested(data: Data, spec: _Evaluating, candidates: Sequence[Candidate]) -> ImageSet:
-    found = _images(data, spec, spec.test)
-    divided = isinstance(data, str | Path) and found.split == ALL
+    opened = _images(data, spec, spec.test)
+    divided = isinstance(data, str | Path) and opened.split == ALL
     if divided and spec.test is None and parse_source(str(data))[1] is None and any(map(_has_seen, candidates)):
         return _images(data, spec, "test")
-    return found
+    return opened
 
 
 def _has_seen(candidate: Candidate) -> bool:

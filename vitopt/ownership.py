@@ -149,10 +149,10 @@ def require_apart(target: Path, inputs: tuple[str | Path | None, ...]) -> None:
         if folder.resolve().is_relative_to(place):
             raise StorageError(f"{target} is {name} or holds it: choose a folder of its own as --output")
     for given in inputs:
-        found = None if given is None else existing(given)
-        if found is None:
+        source = None if given is None else existing(given)
+        if source is None:
             continue  # a name on the hub, say
-        source = found.resolve()
+        source = source.resolve()
         if source.is_relative_to(place) or place.is_relative_to(source):
             raise StorageError(f"{target} is, holds or lies in the input {given}: choose another --output")
 

@@ -99,11 +99,11 @@ def _standing(recipe: Recipe, folder: Path | None, images: ImageSet | None) -> s
         base = maker.finetuned(open_checkpoint(recipe.model))
         for variant in recipe.variants:
             with suppress(_NotDone):
-                one = maker.settle(variant, base)
-                maker.make(one)
-                settled.append(one)
-    if recipe.baseline_name in [one.variant.name for one in settled]:
-        made = {one.variant.name: None for one in settled}
+                settled_variant = maker.settle(variant, base)
+                maker.make(settled_variant)
+                settled.append(settled_variant)
+    made = {row.variant.name: None for row in settled}
+    if recipe.baseline_name in made:
         rows = rows_of(look, recipe, images, settled, made)
         look.standing |= {row.name for row in rows.values() if look.stands(row)}
     return look.standing

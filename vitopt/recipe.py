@@ -66,8 +66,8 @@ class DataSpec(Spec):
     @property
     def folder(self) -> Path | None:
         """The local folder that `source` names, with or without a split; None if it names none."""
-        found = map(existing, (self.source, self.source.partition(":")[0]))
-        return next((folder for folder in found if folder is not None and folder.is_dir()), None)
+        places = map(existing, (self.source, self.source.partition(":")[0]))
+        return next((folder for folder in places if folder is not None and folder.is_dir()), None)
 
 
 def data_from_string(value: Any) -> Any:

@@ -111,9 +111,9 @@ def _measure(
 
     if earlier and not any(failures[name] is None for name in new):
         device = devices.resolve_device(recipe.device)
-        found = [failed(name, settled.variant, str(failures[name]), device) for name, settled in new.items()]
+        results = [failed(name, settled.variant, str(failures[name]), device) for name, settled in new.items()]
     else:
-        found = measure(
+        results = measure(
             [
                 Candidate(name, str(run.variant(name)), settled.variant.run, settled.variant, failures[name])
                 for name, settled in new.items()
@@ -128,8 +128,8 @@ def _measure(
             ready=save,
         )
     if launch.is_main_process():
-        for result in found:
+        for result in results:
             save(result)
             if result.record.failure:
                 run.say(f"evaluate: {result.record.variant.name} failed: {result.record.failure}")
-        Tracking(recipe.log_to, recipe.name, run.path / "log").log(result.record for result in found)
+        Tracking(recipe.log_to, recipe.name, run.path / "log").log(result.record for result in results)

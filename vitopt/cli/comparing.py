@@ -46,7 +46,10 @@ def compare(
 
         storage.write_text(markdown, pull_request(records))
     if as_json:
-        gate = {"decision": overall(required), "requirements": [one.model_dump(mode="json") for one in required]}
+        gate = {
+            "decision": overall(required),
+            "requirements": [requirement.model_dump(mode="json") for requirement in required],
+        }
         print_json(comparison.to_json() | (gate if required else {}))
     else:
         print_table(records, wide=wide)
@@ -78,8 +81,8 @@ def plan(
     from vitopt.measure.planning import needs
     from vitopt.records import load_record
 
-    found = needs(require, load_record(pilot) if pilot else None)
+    planned = needs(require, load_record(pilot) if pilot else None)
     if as_json:
-        print_json([vars(need) for need in found])
+        print_json([vars(need) for need in planned])
         return
-    print_needs(found)
+    print_needs(planned)
