@@ -249,7 +249,7 @@ def compare(baseline_name: str, baseline: Predictions, variant: Predictions) -> 
 
 def adjusted(compared: Sequence[VersusBaseline], images: int) -> list[VersusBaseline]:
     """The same comparisons, all with one baseline over `images` images, with p-values and verdicts that allow for
-    their number (Holm 1979); one alone needs nothing of the kind, and loses what it was adjusted by before."""
+    their number (Holm 1979). A single comparison is not adjusted, and an earlier adjustment of it is removed."""
     return [
         versus.model_copy(
             update={

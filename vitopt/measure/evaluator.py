@@ -61,9 +61,8 @@ def evaluate(
 
     Each sees the images as its own preprocessor makes them. One that cannot be measured gets a record with a
     `failure`, a figure that cannot be had a reason in `unmeasured`; all else goes on.
-    `ready` gets each result as soon as it holds accuracy and the latency at one batch size, and again whenever it has
-    gained figures. In
-    processes other than the main one only the share of accuracy is done, and the list is empty.
+    `ready` gets each result as soon as it holds accuracy and the latency at one batch size, and again with each later
+    figure. Processes other than the main one do their share of accuracy only, and get an empty list.
     Without the baseline's own figures the others are measured and compared with nothing. `untrained` weights are
     expected to guess, which is a warning then. `metrics` are computed of all outputs and labels, see `own_metrics`.
 
@@ -244,14 +243,14 @@ def _invariance(
     warnings = []
     if invariance is not None and invariance.agreement_percent is not None and invariance.agreement_percent < 100:
         warnings.append(
-            f"an image's class depends on the others of its batch: {100 - invariance.agreement_percent:.1f} % of "
-            f"{invariance.images} images have another one alone than in batches of {invariance.batch_size}"
+            f"an image's class depends on the other images of its batch: {100 - invariance.agreement_percent:.1f} % of "
+            f"{invariance.images} images get another class alone than in batches of {invariance.batch_size}"
         )
     return {"batch_invariance": invariance, "unmeasured": unmeasured, "warnings": warnings}
 
 
 def _device_figures(runnable: Runnable, result: Measured, *, spec: EvaluateSpec) -> dict[str, Any]:
-    """Memory, energy, throughput, and what the latency is of what the device can give."""
+    """Memory, energy, throughput, and latency against the limits of the device."""
     record, unmeasured = result.record, dict[str, str]()
     fields: dict[str, Any] = {"unmeasured": unmeasured}
     if record.latency:

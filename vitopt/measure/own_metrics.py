@@ -141,7 +141,7 @@ def _figures(name: str, compute: Compute, predictions: Predictions) -> dict[str,
     figures = {}
     for key, value in values.items():
         mean, samples = float(value.mean()), np.array(resampled[key])
-        reason = f"an interval takes {_FEWEST_IMAGES} images, not {images}" if few else None
+        reason = f"an interval needs {_FEWEST_IMAGES} images, not {images}" if few else None
         if reason is None:
             reason = _why_no_interval(samples, mean, copied.get(key, mean))
         figures[key] = _Figure(mean, None if reason else samples, reason)

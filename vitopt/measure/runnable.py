@@ -82,7 +82,7 @@ class CountsFlops(Protocol):
 
 @runtime_checkable
 class RunsAlone(Protocol):
-    """Can be run by a process of its own, whose peak memory is this runnable's."""
+    """Can be run in a separate process, whose peak memory is this runnable's."""
 
     def alone(self, batch_size: int) -> list[str]:
         """Command that prints `{"peak_bytes": …}`."""
