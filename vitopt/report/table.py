@@ -296,7 +296,7 @@ def _unbounded(records: Sequence[Record]) -> list[str]:
         few = sorted(count for count, limit in limits.items() if limit is not None and limit[1] is None)
         if few:
             calls = " or ".join(map(str, few))
-            lines.append(f"no upper bound for {name} from {calls} calls: {calls_needed(quantile)} give one")
+            lines.append(f"no upper bound for {name} from {calls} calls: at least {calls_needed(quantile)} are needed")
     return lines
 
 
@@ -306,7 +306,7 @@ def verdicts(records: Sequence[Record]) -> list[str]:
     compared = [(record.variant.name, record.versus_baseline) for record in records if record.versus_baseline]
     lines = _together((name, f" against {versus.baseline}: {versus.verdict}") for name, versus in compared)
     adjusted = sum(versus.mcnemar_holm_p is not None for _, versus in compared)
-    holm = f"a change counts as shown if it stands among {adjusted} variants (McNemar's exact p, Holm's method)"
+    holm = f"a change counts as shown only if it is significant among {adjusted} variants (McNemar's exact p, Holm)"
     return lines + ([holm] if adjusted > 1 else [])
 
 
