@@ -163,9 +163,11 @@ def open_images(spec: DataSpec, split: str | None) -> ImageSet:
     columns = [] if isinstance(images.reader, HubReader) else [spec.image_column, spec.label_column]
     columns += [spec.group_column] if images.groups is None else []
     if spec.root is not None and not isinstance(images.reader, FileReader):
-        raise DataError(f"{spec.source} is no folder, so `root` of its files would do nothing: leave it out")
+        raise DataError(f"{spec.source} is not a folder, so `root` would do nothing: leave it out")
     if column := next(filter(None, columns), None):
-        raise DataError(f"{spec.source} is no hub data set, so it has no column {column!r}: leave it out of `data`")
+        raise DataError(
+            f"{spec.source} is not a data set of the hub, so it has no column {column!r}: leave it out of `data`"
+        )
     if len(images) == 0:
         raise DataError(f"{spec.source} has no images; known endings: {' '.join(IMAGE_ENDINGS)}")
     if len(set(images.labels)) < 2:

@@ -37,8 +37,8 @@ def as_indices(images: "ImageSet") -> "ImageSet":
     words = [names[label] for label in sorted(set(images.labels)) if not _is_number(names[label])]
     if words:
         raise DataError(
-            f"{images.name} has the label {words[0]!r}, which does not count the head's outputs as --labels index "
-            "(`labels: index`) says: leave that out, and labels are names of classes"
+            f"{images.name} has the label {words[0]!r}, and --labels index (`labels: index`) says that labels are "
+            "numbers: leave that out if they are names of classes"
         )
     return replace(images, labels=tuple(int(names[label]) for label in images.labels), class_names=None)
 

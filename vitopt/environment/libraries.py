@@ -1,4 +1,4 @@
-"""The libraries that results depend on: their versions, and their silence."""
+"""The libraries that results depend on: their versions, and keeping them quiet."""
 
 import importlib.metadata
 import logging
