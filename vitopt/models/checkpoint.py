@@ -173,7 +173,7 @@ def _read_config(source: str, path: Path) -> PretrainedConfig:
     try:
         config: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(content)
         image_size(config)
-    except Exception as error:  # the libraries raise whatever they run into in what others wrote
+    except Exception as error:  # the libraries raise errors of any type on broken files
         raise CheckpointError(_explain_load_failure(source, error)) from error
     return config
 
@@ -373,7 +373,7 @@ def save_checkpoint(model: PreTrainedModel, processor: Any, folder: Path) -> Non
     model.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         weights.order_header(file)  # so that the same weights are the same bytes
-        file.chmod(0o644)  # safetensors writes files that nobody else can serve
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
     if model.config.model_type != TIMM:  # whose config.json holds it
         processor.save_pretrained(folder)
 

@@ -1,4 +1,4 @@
-"""A stranger's weights: which files are opened, what their headers say, and whether what was loaded are numbers.
+"""Weights from outside: which files are opened, what their headers say, and whether loaded values are finite.
 
 Weights are safetensors files of the checkpoint's own folder. A header names tensors, their shapes and their types
 before any of them is read.
@@ -112,7 +112,7 @@ def read_headers(files: tuple[Path, ...]) -> dict[str, Stored]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                for name in opened.keys():  # noqa: SIM118 (it is not a mapping)
                     stored = opened.get_slice(name)
                     tensors[name] = Stored(tuple(stored.get_shape()), stored.get_dtype())
         except (SafetensorError, OSError) as error:
@@ -141,7 +141,7 @@ def require_fitting(source: str, tensors: dict[str, Stored], model: torch.nn.Mod
     for name, stored in tensors.items():
         if not packed and stored.dtype not in _FLOATING and name.rpartition(".")[2] in kinds:
             raise CheckpointError(
-                f"{source} holds {name} as {stored.dtype}, which is no floating-point number, and its config.json has "
+                f"{source} holds {name} as {stored.dtype}, which is not a floating-point type, and its config.json has "
                 "no quantization_config: copy both from one model"
             )
 
