@@ -69,7 +69,7 @@ def preview(recipe: Recipe, folder: Path | None = None) -> Preview:
     try:
         standing = _standing(recipe, folder, test)
     except VitoptError as error:
-        notes.append(f"it is not known which stages stand: {error}")
+        notes.append(f"cannot tell which stages are up to date: {error}")
     return Preview(_claims(recipe, counted), _stages(recipe, counted, test, standing, notes), notes)
 
 
@@ -79,7 +79,7 @@ class _NotDone(Exception):
 
 @dataclass
 class _Look(RunFolder):
-    """The folder of a run in which nothing is done; `standing`: names of stages that need not be."""
+    """The folder of a run in which nothing is done; `standing`: names of stages that need not be done again."""
 
     standing: set[str] = field(init=False, default_factory=set)
 

@@ -75,7 +75,7 @@ class Accuracy(Section):
     top5_percent: float | None = Field(description="null with fewer than six classes")
     expected_calibration_error: float = Field(description="15 bins of equal width, 0 to 1")
     calibration_noise: float | None = Field(
-        None, description="mean of the former on so many images if every confidence were true"
+        None, description="mean of calibration_error on this many images if every confidence were true"
     )
     classes: tuple["ClassAccuracy", ...] = ()
 
@@ -212,12 +212,14 @@ class BatchInvariance(Section):
     batch_size: int = Field(
         description="compared with a batch of one; where that is not compiled, with one of copies of the image"
     )
-    agreement_percent: float | None = Field(description="images of the same class; null where outputs are no classes")
+    agreement_percent: float | None = Field(
+        description="images that get the same class; null where outputs are not classes"
+    )
     max_logit_difference: float = Field(description="largest over all images and classes")
 
 
 class Roofline(Section):
-    """What the device gave in the same run, by the formats of vitopt; utilisation and floor are against it."""
+    """The rates of the device in the same run, from which utilisation and floor are computed."""
 
     gemm_format: str = Field(description="format of the matrix product behind `gemm_flops_per_second`")
     gemm_flops_per_second: float = Field(description="of a device that has worked; utilisation is against it")
@@ -228,7 +230,7 @@ class Roofline(Section):
 class GpuLoad(Section):
     """The GPU while the calls of all variants were timed, looked at several times a second."""
 
-    polls: int = Field(description="how often it was looked at")
+    polls: int = Field(description="number of readings of the GPU")
     mean_power_watts: float | None = Field(description="null where the driver does not tell, as the next three")
     max_power_watts: float | None = Field(description="highest that was seen")
     median_clock_mhz: float | None = Field(description="of its multiprocessors")
@@ -252,7 +254,7 @@ class Overlap(Section):
     """Tested images that the checkpoint has seen before, or that are tested more than once."""
 
     where: str = Field(description="`test`, or what the checkpoint saw them for: `training`, `skip list`, `format`")
-    same: int = Field(description="tested images whose very content is there")
+    same: int = Field(description="tested images with exactly the same content")
     alike: int | None = Field(
         description="others that look like one there: perceptual hashes at most 6 of 64 bits apart; null if unknown"
     )

@@ -70,7 +70,7 @@ def measured_rows(
     for name in new:
         run.forget(rows[name].name)  # its record on disk is replaced from now on
     _measure(run, recipe, images, {s.variant.name: s for s in variants if s.variant.name in new}, failures, earlier)
-    launch.wait_for_all()  # nobody reads before the main process has written
+    launch.wait_for_all()  # no process reads before the main one has written
     for name in new:
         run.note(rows[name])
     return [row.read() for row in rows.values()]

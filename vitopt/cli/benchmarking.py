@@ -32,7 +32,7 @@ EAGER = "eager"  # a way to run with no option set
 
 def _refuse_two_answers(context: typer.Context) -> None:
     if context.params["runs"]:
-        refuse(context, "compile", "autotune", "compile_whole", because="--run says of each row whether it is compiled")
+        refuse(context, "compile", "autotune", "compile_whole", because="--run already says which rows are compiled")
 
 
 @from_fields(_refuse_two_answers)
@@ -62,7 +62,7 @@ def benchmark(
     wanted = _formats(formats)
     ways = _ways_to_run(runs, run)
     if table is not None and table.exists():
-        raise StorageError(f"{table} is there already: choose another --csv")
+        raise StorageError(f"{table} exists already: choose another --csv")
     start(as_json, threads)
     from vitopt import inference
     from vitopt.environment import devices, support
@@ -148,7 +148,7 @@ def _candidates(rows: Sequence[_Row], folder: Path, device: str) -> Iterator["Ca
 
 
 def _of_source(measured: "Measured", sources: Mapping[str, str]) -> "Measured":
-    """The same, with the checkpoint that was given as the model's source and not one that was made for a while."""
+    """The same, with the checkpoint that was given as the model's source and not a temporary one."""
     model = measured.record.model
     if model is None:
         return measured

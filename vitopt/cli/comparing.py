@@ -63,7 +63,9 @@ def _refuse_to_overwrite(markdown: Path) -> None:
 
     there = markdown.is_dir() or (markdown.exists() and markdown.stat().st_size > 0)
     if there and not (markdown.is_file() and markdown.read_bytes().startswith(SUMMARY_MARK.encode())):
-        raise StorageError(f"{markdown} is there and is no summary of an earlier comparison: choose another --markdown")
+        raise StorageError(
+            f"{markdown} exists and is not a summary of an earlier comparison: choose another --markdown"
+        )
 
 
 @from_fields()
@@ -71,7 +73,8 @@ def plan(
     *,
     require: Annotated[RequireSpec, Fields(MEASURED)],
     pilot: Annotated[
-        Path | None, typer.Option(help="Record of a small comparison, whose rates are taken for the true ones.")
+        Path | None,
+        typer.Option(help="Record of a first, small comparison; its rates are assumed to be the true ones."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -90,7 +90,7 @@ def _writer(output: Path | None) -> Callable[[Predictions], bytes]:
     if output.suffix not in _WRITERS:
         raise RecipeError(f"--output {output} must end in {', '.join(_WRITERS)}")
     if output.exists():
-        raise StorageError(f"{output} is there already: choose another --output")
+        raise StorageError(f"{output} exists already: choose another --output")
     return _WRITERS[output.suffix]
 
 

@@ -114,7 +114,9 @@ def print_sensitivity(result: "Sensitivity") -> None:
     if result.search is not None:
         search = result.search
         out.print(f"• {search.goal}: keep {', '.join(search.chosen) or 'nothing'} in 16 bit")
-        out.print(f"• {search.advice or f'shown on {search.confirming_images:,} images that did not choose (95 %)'}")
+        out.print(
+            f"• {search.advice or f'shown (95 %) on {search.confirming_images:,} images that were not used to choose'}"
+        )
 
 
 def print_dry_run(recipe: Recipe, plans: "dict[str, LayerPlan]", preview: "Preview", as_json: bool) -> None:

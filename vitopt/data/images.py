@@ -76,7 +76,7 @@ class ImageSet:
             raise BadImageError(
                 f"image {name} has too many pixels to decode safely: shrink it, or leave it out with --skip-bad-images"
             ) from error
-        except Exception as error:  # broken bytes make decoders raise whatever they run into
+        except Exception as error:  # decoders raise errors of any type on broken bytes
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
             raise BadImageError(
                 f"image {name} cannot be decoded ({reason}): replace it, or leave it out with --skip-bad-images"

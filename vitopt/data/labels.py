@@ -9,7 +9,7 @@ from vitopt.errors import DataError
 if TYPE_CHECKING:
     from vitopt.data.images import ImageSet
 
-_MOST_DIGITS = 18  # longer ones are words: no head has such an output
+_MOST_DIGITS = 18  # longer numbers are taken as words: no head has so many outputs
 _SAY_INDEX = "--labels index (in a recipe `labels: index` under `data`)"
 
 

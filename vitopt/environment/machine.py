@@ -21,7 +21,7 @@ _SHOWS_ONLY = ("cli/", "__main__.py", "progress.py", "report/")
 
 @functools.cache
 def code_digest() -> str:
-    """Hex digest of vitopt's own code, less what only asks and shows: other code may give other results.
+    """Hex digest of vitopt's own code, without what only reads options and prints: other code may give other results.
 
     A release is told by its version; between releases only the code itself tells.
     """

@@ -86,7 +86,7 @@ def predict(
                     try:
                         logits = _logits(runnable, batch, sizes)
                         _refuse_nan(logits, batch, images)
-                    except Exception as error:  # whatever a kernel raises is this variant's failure, not the run's
+                    except Exception as error:  # an error of any type fails this variant, not the run
                         failures[runnable.name] = explain_failure(error)
                     else:
                         rows[runnable.name].update(zip(batch.indices, logits, strict=True))
@@ -95,7 +95,7 @@ def predict(
 
 
 def _alike(runnables: Sequence[Runnable]) -> list[list[Runnable]]:
-    """Those that take the same pixels on the same device together."""
+    """The runnables in groups that take the same pixels on the same device."""
     groups: list[list[Runnable]] = []
     for runnable in runnables:
         fits = (

@@ -90,7 +90,7 @@ def evaluate(
     together = uuid.uuid4().hex
 
     def first(rows: Mapping[str, Rows], conditions: Conditions) -> dict[str, Measured]:
-        """What is known of all with these rows."""
+        """The results of all runnables with these rows of latency."""
         results = {}
         for runnable in runnables:
             notes = outcome.notes.get(runnable.name, []) if outcome else []
@@ -169,7 +169,7 @@ def _first_figures(
     rows: Rows | None,
     baseline: str | None,
 ) -> Measured:
-    """What is known once all images were seen and all calls were timed."""
+    """The figures that are known once all images were seen and all calls were timed."""
     fields = own | _provenance(runnable.device)
     unmeasured: dict[str, str] = {}
     try:
@@ -210,7 +210,7 @@ def _with(
 
 
 def _end_to_end(runnables: Sequence[Runnable], images: ImageSet, rows: Mapping[str, Rows]) -> dict[str, dict[str, Any]]:
-    """Rows of all, those of one batch size in turns; name -> figures."""
+    """Rows of all runnables, which take turns at each batch size; name -> figures."""
     end_to_end: dict[str, list[EndToEnd]] = {runnable.name: [] for runnable in runnables}
     unmeasured: dict[str, dict[str, str]] = {runnable.name: {} for runnable in runnables}
     # At batch sizes that are known to run.
@@ -272,7 +272,7 @@ def _device_figures(runnable: Runnable, result: Measured, *, spec: EvaluateSpec)
             )
     rates = None
     if spec.roofline and record.layer_plan:
-        # What most layers are in is what its arithmetic runs in.
+        # Arithmetic runs in the format of most layers.
         most = max(record.layer_plan, key=lambda format: record.layer_plan[format])
         rates = attempt("roofline", lambda: roofline(most, runnable.device), unmeasured)
     limits = [_limits(row, runnable, record, rates, unmeasured) for row in record.latency]
@@ -283,7 +283,7 @@ def _device_figures(runnable: Runnable, result: Measured, *, spec: EvaluateSpec)
 def _limits(
     row: Latency, runnable: Runnable, record: Record, rates: Roofline | None, unmeasured: dict[str, str]
 ) -> dict[str, Any]:
-    """What a batch size takes of the device: its memory, and against its rates the floor and the utilisation."""
+    """Peak memory at a batch size, and the floor and the utilisation by the device's rates."""
     limits: dict[str, Any] = {}
     if runnable.device.type == "cuda":
         figure = f"peak_bytes at batch {row.batch_size}"

@@ -95,7 +95,7 @@ def _rows(rows: Mapping[str, list[Latency]], failures: Mapping[str, list[FailedL
 
 
 def call_of(runnable: Runnable, batch_size: int, images: ImageSet | None = None) -> Callable[[], object]:
-    """What calls it on so many random images, the same in every call, or on batches of `images` in turn."""
+    """A call on this many random images, the same in every call, or on batches of `images` in turn."""
 
     @functools.cache
     def batches() -> Iterator[torch.Tensor]:

@@ -171,7 +171,7 @@ def _values(name: str, compute: Compute, outputs: NDArray[Any], labels: NDArray[
     """What a metric gives, by name: a number each, or one for each image."""
     try:
         returned = compute(outputs, labels)
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # the user's code may raise any type
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise MeasurementError(f"metric {name} failed: {reason}") from error
     values = {}
