@@ -360,7 +360,7 @@ def test_what_the_fastest_format_cannot_be_chosen_without(tiny_checkpoint: Path,
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
     taken = ["quantize", tiny_checkpoint, "--format", "auto", "--data", shapes, "--output", mine]
-    assert "thesis.txt, which is no part of a vitopt result there" in refusal(*taken)
+    assert "thesis.txt, which is not part of a vitopt result" in refusal(*taken)
     assert not (tmp_path / "out").exists()
 
 
@@ -591,7 +591,7 @@ def test_a_summary_replaces_only_an_empty_file_or_an_earlier_summary(
     pair = [finished[0] / "variants" / name for name in ("fp32", "nf4")]
     foreign, summary = tmp_path / "README.md", tmp_path / "summary.md"
     foreign.write_text("# mine\n")
-    assert "README.md is there" in refusal("compare", *pair, "--markdown", foreign)
+    assert "README.md exists" in refusal("compare", *pair, "--markdown", foreign)
     assert foreign.read_text() == "# mine\n"
     summary.touch()  # as CI does
     done("compare", *pair, "--markdown", summary)
@@ -1092,7 +1092,7 @@ def test_an_output_that_is_something_else_is_left_alone(tiny_checkpoint: Path, t
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("mine")
     text = refusal("quantize", tiny_checkpoint, "--format", "fp32", "--output", tmp_path / "photos")
-    assert "holds cat.jpg, which is no part of a vitopt result there" in text
+    assert "holds cat.jpg, which is not part of a vitopt result" in text
     assert (tmp_path / "photos" / "cat.jpg").read_text() == "mine" and (tmp_path / "file").read_text() == "mine"
 
 

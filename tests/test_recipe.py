@@ -350,7 +350,7 @@ def test_what_needs_data_is_listed_with_all_other_mistakes():
     content = changed(data=None, finetune={}, variants=variants, baseline="e")
     assert mistakes(content) == [
         "finetune needs `data`; `skip: auto` of b needs `data`; `skip: auto` of d needs `data`; "
-        "baseline names 'e', which is no variant; known: a, b, c, d"
+        "baseline names 'e', which is not a variant; known: a, b, c, d"
     ]
     content["data"], content["baseline"] = "digits", "a"
     assert validate(Recipe, content, where="r").data == DataSpec(source="digits")
@@ -361,8 +361,8 @@ def test_names_must_agree():
     content = changed(variants=variants, baseline="tow", export="none-of-them")
     assert mistakes(content) == [
         "two variants are named 'one'; two variants are named 'two'; "
-        "baseline names 'tow', which is no variant; did you mean 'two'?; "
-        "export names 'none-of-them', which is no variant; known: one, two, two, one"
+        "baseline names 'tow', which is not a variant; did you mean 'two'?; "
+        "export names 'none-of-them', which is not a variant; known: one, two, two, one"
     ]
 
 
@@ -373,7 +373,7 @@ def test_a_variant_may_be_timed_at_some_of_the_batch_sizes():
     asked = [(name, size) for name in ("one", "four") for size in (1, 64) if spec.times(name, size)]
     assert asked == [("one", 1), ("four", 1), ("four", 64)]
     unknown = changed(variants=variants, evaluate={"latency": latency | {"only": {"fuor": [1]}}})
-    assert mistakes(unknown) == ["evaluate.latency.only names 'fuor', which is no variant; did you mean 'four'?"]
+    assert mistakes(unknown) == ["evaluate.latency.only names 'fuor', which is not a variant; did you mean 'four'?"]
     (mistake,) = mistakes(changed(variants=variants, evaluate={"latency": latency | {"only": {"one": [8]}}}))
     assert "only: one" in mistake and "1, 64" in mistake
 
@@ -381,7 +381,7 @@ def test_a_variant_may_be_timed_at_some_of_the_batch_sizes():
 def test_a_waterfall_names_variants():
     named = changed(waterfall=["one", "fuor"], variants=[{"name": name, "format": "bf16"} for name in ("one", "four")])
 
-    assert mistakes(named) == ["waterfall names 'fuor', which is no variant; did you mean 'four'?"]
+    assert mistakes(named) == ["waterfall names 'fuor', which is not a variant; did you mean 'four'?"]
 
 
 def test_bare_values_become_lists_and_sections():

@@ -169,7 +169,7 @@ def test_a_folder_with_anything_else_is_never_replaced(tmp_path, make, foreign):
     target = tmp_path / "target"
     make(target)
     before = {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
-    expected = f"{target} holds {foreign}, which is no part of a vitopt result there"
+    expected = f"{target} holds {foreign}, which is not part of a vitopt result"
     with pytest.raises(StorageError, match=re.escape(expected)), storage.staged_folder(target):
         pytest.fail("the work began")
     with pytest.raises(StorageError, match=re.escape(expected)):
@@ -244,7 +244,7 @@ def test_a_claimed_folder_without_results_is_left_as_it_was(tmp_path):
 def test_a_folder_of_others_cannot_be_claimed(tmp_path, make):
     make(tmp_path / "target")
     with (
-        pytest.raises(StorageError, match="no part of a vitopt result"),
+        pytest.raises(StorageError, match="not part of a vitopt result"),
         storage.claimed(tmp_path / "target"),
     ):
         pytest.fail("the work began")
@@ -255,13 +255,13 @@ def test_a_file_of_others_is_never_overwritten(tmp_path):
     with storage.claimed(folder):
         storage.write_text(folder / "stages.json", "{}")
         (folder / "report.md").write_text("mine")
-        with pytest.raises(StorageError, match=r"report.md is there and vitopt did not write it"):
+        with pytest.raises(StorageError, match=r"report.md exists and vitopt did not write it"):
             storage.write_text(folder / "report.md", "ours")
         with pytest.raises(StorageError, match=r"report.md .* vitopt did not write"):
             storage.remove(folder / "report.md")
     assert (folder / "report.md").read_text() == "mine"
     with (
-        pytest.raises(StorageError, match=r"report.md is there and vitopt did not write it"),
+        pytest.raises(StorageError, match=r"report.md exists and vitopt did not write it"),
         storage.claimed(folder, files=["stages.json", "./report.md"]),
     ):
         pytest.fail("the work began")

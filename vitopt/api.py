@@ -58,8 +58,10 @@ class _Evaluating(EvaluateSpec, RunSpec, DataSpec):
 
 _NOT_FINETUNED = dict.fromkeys(("source", "test", "skip_bad_images"), "fine-tuning does not use it")
 _NOT_QUANTIZED = dict.fromkeys(("name", "source", "train", "test"), "quantize does not use it")
-_NOT_QUANTIZED |= {"limit": "auto={'images': ...} says how many images choose"}
-_NOT_QUANTIZED |= dict.fromkeys(RunSpec.model_fields, "a run is not in the file: give it to load or evaluate")
+_NOT_QUANTIZED |= {"limit": "set the number of images as auto={'images': ...}"}
+_NOT_QUANTIZED |= dict.fromkeys(
+    RunSpec.model_fields, "a checkpoint does not hold how it is run: give it to load or evaluate"
+)
 _NOT_EVALUATED = dict.fromkeys(("source", "train"), "evaluate does not use it")
 
 
@@ -150,7 +152,7 @@ def quantize(
     )
     variant, opened, place = part(spec, VariantSpec), _opened(checkpoint), Path(output).resolve()
     if variant.skips_automatically != (data is not None):
-        raise RecipeError("quantize: skip='auto' chooses on data: give both of them, or neither")
+        raise RecipeError("quantize: skip='auto' and data belong together: give both, or neither")
     calibration = None
     if data is not None:
         limited = spec.model_copy(update={"limit": variant.auto.images})
@@ -161,9 +163,9 @@ def quantize(
         folders = opened.folder, part(spec, DataSpec).folder
         with storage.reserved(place, *folders), storage.claimed(scores, *folders):
             path = scores / "sensitivity.json"
-            found = analyse_for(opened, calibration, variant, path, device, skip_bad=spec.skip_bad_images).search
-        assert found is not None
-        variant = variant.skipping(found.chosen)
+            search = analyse_for(opened, calibration, variant, path, device, skip_bad=spec.skip_bad_images).search
+        assert search is not None
+        variant = variant.skipping(search.chosen)
     write_quantized(opened, variant, place, device, images=calibration)
     return open_checkpoint(output)
 
@@ -196,24 +198,24 @@ def evaluate(
     """
     spec = validated(_Evaluating, "evaluate", options, _NOT_EVALUATED, source=_name_of(data))
     named = models if isinstance(models, Mapping) else {_label(models): models}
-    candidates = [_candidate(str(name), one, part(spec, RunSpec), preprocess) for name, one in named.items()]
-    names = [one.name for one in candidates]
+    candidates = [_candidate(str(name), model, part(spec, RunSpec), preprocess) for name, model in named.items()]
+    names = [candidate.name for candidate in candidates]
     if not names:
-        raise RecipeError("evaluate: there is no model")
+        raise RecipeError("evaluate: no model is given")
     if baseline is not None and baseline not in names:
-        raise RecipeError(f"evaluate: baseline {baseline!r} is no model; {suggest(baseline, names)}")
+        raise RecipeError(f"evaluate: baseline {baseline!r} is not one of the models; {suggest(baseline, names)}")
     wanted = own_metrics.named(metrics)
     if wanted and data is None:
         raise RecipeError("evaluate: metrics need data")
     own = _checked(preprocess)
-    if not any(isinstance(one.source, Checkpoint) for one in candidates):
+    if not any(isinstance(candidate.source, Checkpoint) for candidate in candidates):
         useless = [*(set(RunSpec.model_fields) & set(options)), *(["preprocess"] if own else [])]
         if useless:
-            raise RecipeError(f"evaluate: {min(useless)} is for checkpoints, and there is none among the models")
+            raise RecipeError(f"evaluate: {min(useless)} is for checkpoints, and none of the models is one")
     folders = {name: Path(output) / "variants" / name for name in names} if output is not None else {}
     for name in folders:
         if Path(name).name != name:
-            raise RecipeError(f"evaluate: the model's name {name!r} cannot be that of a folder: choose another")
+            raise RecipeError(f"evaluate: the model's name {name!r} cannot be the name of a folder: choose another")
     files = [f"variants/{name}/{file}" for name in folders for file in (RECORD_FILE, PREDICTIONS_FILE)]
     with nullcontext() if output is None else storage.claimed(Path(output), part(spec, DataSpec).folder, files=files):
         measured = inference.measure(
@@ -226,12 +228,12 @@ def evaluate(
             strict=strict,
             metrics=wanted,
         )
-        results = [Result(one.record, one.predictions) for one in measured]
-        for one in results if output is not None else ():
-            folder = folders[one.record.variant.name]
-            save_record(one.record, folder)
-            if one.predictions is not None:
-                save_predictions(one.predictions, folder)
+        results = [Result(result.record, result.predictions) for result in measured]
+        for result in results if output is not None else ():
+            folder = folders[result.record.variant.name]
+            save_record(result.record, folder)
+            if result.predictions is not None:
+                save_predictions(result.predictions, folder)
     return Results(results)
 
 
@@ -247,11 +249,11 @@ def compare(variant: Result | str | Path, baseline: Result | str | Path, **limit
         RecordError: one has failed or has no images, or they are over different images.
     """
     require = validated(RequireSpec, "compare", limits)
-    found = comparison.compare_measured(_measured(baseline), _measured(variant))
-    before, after = found.records
+    compared = comparison.compare_measured(_measured(baseline), _measured(variant))
+    before, after = compared.records
     required = gate.judge(require, after, before)
     record = after.model_copy(update={"requirements": required})
-    return Compared(found, record, gate.overall(required) if required else None)
+    return Compared(compared, record, gate.overall(required) if required else None)
 
 
 @takes(RunSpec)
@@ -301,7 +303,7 @@ def wrap(
         raise RecipeError(f"wrap: outputs {outputs!r} do not exist; {suggest(str(outputs), get_args(Outputs))}")
     if device is None:
         weights = model.parameters() if isinstance(model, nn.Module) else iter(())
-        target = next((one.device for one in weights), torch.device("cpu"))
+        target = next((weight.device for weight in weights), torch.device("cpu"))
     else:
         target = devices.resolve_device(device)
     names = None if label_names is None else tuple(map(str, label_names))
@@ -319,7 +321,7 @@ def _name_of(data: Data | None) -> str:
 
 
 def _label(model: Any) -> str:
-    """What a model is called that has no name of its own."""
+    """The name of a model that is given without one."""
     model = model.runnable.checkpoint if isinstance(model, Loaded) else model
     source = model.source if isinstance(model, Checkpoint) else getattr(model, "name", None)
     if isinstance(model, str | Path) or source is not None:
@@ -331,7 +333,9 @@ def _candidate(name: str, model: Any, run: RunSpec, preprocess: Preprocess | Non
     if isinstance(model, str | Path | Checkpoint):
         return Candidate(name, _opened(model), run, preprocess=preprocess)
     runnable = model.runnable if isinstance(model, Loaded) else model
-    missing = [one for one in ("name", "device", "preprocess", "describe", "__call__") if not hasattr(runnable, one)]
+    missing = [
+        member for member in ("name", "device", "preprocess", "describe", "__call__") if not hasattr(runnable, member)
+    ]
     if missing:
         raise RecipeError(
             f"evaluate: model {name!r} is a {type(model).__name__}, which has no {missing[0]}: give a checkpoint, or "
@@ -345,16 +349,16 @@ def _images(data: Data, spec: Any, split: str | None) -> ImageSet:
         return open_images(part(spec, DataSpec), split)
     useless = spec.model_fields_set & set(DataSpec.model_fields) - {"source", "limit", "skip_bad_images"}
     if useless:
-        raise RecipeError(f"{min(useless)}: only a folder or a data set of the hub has it, and data is pairs")
+        raise RecipeError(f"{min(useless)}: it is only for a folder or a data set of the hub, and data is pairs")
     return (data if isinstance(data, ImageSet) else images_of(data)).limited(spec.limit)
 
 
 def _tested(data: Data, spec: _Evaluating, candidates: Sequence[Candidate]) -> ImageSet:
-    found = _images(data, spec, spec.test)
-    divided = isinstance(data, str | Path) and found.split == ALL
+    opened = _images(data, spec, spec.test)
+    divided = isinstance(data, str | Path) and opened.split == ALL
     if divided and spec.test is None and parse_source(str(data))[1] is None and any(map(_has_seen, candidates)):
         return _images(data, spec, "test")
-    return found
+    return opened
 
 
 def _has_seen(candidate: Candidate) -> bool:
@@ -365,12 +369,12 @@ def _has_seen(candidate: Candidate) -> bool:
 
 
 def _checked(preprocess: Preprocess | None) -> Preprocess | None:
-    """The same, once it has prepared an image."""
+    """The same function, after it has prepared a test image."""
     if preprocess is None:
         return None
     try:
         made = preprocess(Image.new("RGB", (64, 64)))
-    except Exception as error:  # whatever the user's code raises
+    except Exception as error:  # the user's code may raise any type
         raise RecipeError(f"preprocess failed on an image of 64 x 64: {type(error).__name__}: {error}") from error
     if not isinstance(made, torch.Tensor) or made.ndim != 3 or not made.is_floating_point():
         what = f"{made.dtype} {tuple(made.shape)}" if isinstance(made, torch.Tensor) else type(made).__name__

@@ -72,7 +72,9 @@ def tested_images(recipe: Recipe, data: DataSpec) -> ImageSet:
     source, named = parse_source(data.source)
     if named is not None and (uses_train or data.test not in (None, named)):
         # What a source names wins over all other splits, so it would be trained on and tested on.
-        raise DataError(f"{data.source} is one split, and the recipe needs others: set source: {source}, test: {named}")
+        raise DataError(
+            f"{data.source} is one split, and the recipe needs more than one: set source: {source}, test: {named}"
+        )
     images = open_images(data, data.test)
     if images.split == ALL and uses_train:
         # One part of data without splits is trained or calibrated on, so only the other part may test.

@@ -17,7 +17,7 @@ def takes(spec: type[Spec], unused: Mapping[str, str] | None = None) -> Callable
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)
-        own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
         shown = [
             inspect.Parameter(
                 name,

@@ -2,7 +2,7 @@
 
 Every folder that vitopt writes holds `.vitopt.json`, a list of its files there and below with their sizes in bytes.
 The nearest list above a file counts. A file whose size is not the listed one is not whole. A model card, which people
-edit, ends with the digest of its text instead: what does not is theirs.
+edit, ends with the digest of its text instead: a card without it, or with another one, is the person's own.
 """
 
 import functools
@@ -119,7 +119,7 @@ def require_overwritable(file: Path) -> None:
     """
     entry = entry_of(file)
     if entry is not None and file.exists() and entry.name not in entry.files:
-        raise StorageError(f"{file} is there and vitopt did not write it: move it elsewhere")
+        raise StorageError(f"{file} exists and vitopt did not write it: move it elsewhere")
 
 
 def require_replaceable(target: Path, *inputs: str | Path | None) -> None:
@@ -137,7 +137,7 @@ def require_replaceable(target: Path, *inputs: str | Path | None) -> None:
 
 
 def not_ours(target: Path, foreign: Path) -> str:
-    holds = f"{target} holds {foreign.relative_to(target)}, which is no part of a vitopt result there"
+    holds = f"{target} holds {foreign.relative_to(target)}, which is not part of a vitopt result"
     if listed_files(target) is None:
         return f"{holds}: choose another --output (or remove the folder, if it is a result of an older vitopt)"
     return f"{holds}: move it elsewhere, or choose another --output"
@@ -149,10 +149,10 @@ def require_apart(target: Path, inputs: tuple[str | Path | None, ...]) -> None:
         if folder.resolve().is_relative_to(place):
             raise StorageError(f"{target} is {name} or holds it: choose a folder of its own as --output")
     for given in inputs:
-        found = None if given is None else existing(given)
-        if found is None:
+        source = None if given is None else existing(given)
+        if source is None:
             continue  # a name on the hub, say
-        source = found.resolve()
+        source = source.resolve()
         if source.is_relative_to(place) or place.is_relative_to(source):
             raise StorageError(f"{target} is, holds or lies in the input {given}: choose another --output")
 

@@ -1,11 +1,11 @@
-"""What stands at a path that somebody typed: any text may be asked about, and none raises."""
+"""What is at a path that a user typed: any text is accepted, none raises."""
 
 import os
 from pathlib import Path
 
 
 def existing(text: str | Path) -> Path | None:
-    """The file or folder that `text` names, `~` expanded; None where there is none, or no path looks like that."""
+    """The file or folder that `text` names, `~` expanded; None where there is none, or the text cannot be a path."""
     try:
         path = Path(text).expanduser()
     except RuntimeError:  # ~ of a user that is not known

@@ -1,4 +1,4 @@
-"""The order of the stages and what each depends on: the only file that knows.
+"""The order of the stages of a run, and what each depends on.
 
 A run is a folder, in which each stage leaves a checkpoint or a record; `stages.py` tells which of them still stand.
 """

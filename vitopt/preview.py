@@ -69,7 +69,7 @@ def preview(recipe: Recipe, folder: Path | None = None) -> Preview:
     try:
         standing = _standing(recipe, folder, test)
     except VitoptError as error:
-        notes.append(f"it is not known which stages stand: {error}")
+        notes.append(f"cannot tell which stages are up to date: {error}")
     return Preview(_claims(recipe, counted), _stages(recipe, counted, test, standing, notes), notes)
 
 
@@ -79,7 +79,7 @@ class _NotDone(Exception):
 
 @dataclass
 class _Look(RunFolder):
-    """The folder of a run in which nothing is done; `standing`: names of stages that need not be."""
+    """The folder of a run in which nothing is done; `standing`: names of stages that need not be done again."""
 
     standing: set[str] = field(init=False, default_factory=set)
 
@@ -99,11 +99,11 @@ def _standing(recipe: Recipe, folder: Path | None, images: ImageSet | None) -> s
         base = maker.finetuned(open_checkpoint(recipe.model))
         for variant in recipe.variants:
             with suppress(_NotDone):
-                one = maker.settle(variant, base)
-                maker.make(one)
-                settled.append(one)
-    if recipe.baseline_name in [one.variant.name for one in settled]:
-        made = {one.variant.name: None for one in settled}
+                settled_variant = maker.settle(variant, base)
+                maker.make(settled_variant)
+                settled.append(settled_variant)
+    made = {row.variant.name: None for row in settled}
+    if recipe.baseline_name in made:
         rows = rows_of(look, recipe, images, settled, made)
         look.standing |= {row.name for row in rows.values() if look.stands(row)}
     return look.standing

@@ -31,7 +31,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length
 
 AUTO = "auto"
 BEST = "best"
-# One calibration image in so many chooses a skip list, the others confirm it. Choosing ranks by KL, about which every
+# One calibration image in this many chooses a skip list, the others confirm it. Choosing ranks by KL, about which every
 # image tells something, and runs a model of L blocks about L times for each; confirming counts the few images that
 # change sides, and runs three models for each: many confirming images are needed, and they are cheap.
 CHOOSING = 4
@@ -50,7 +50,7 @@ class DataSpec(Spec):
     root: str | None = Field(
         None,
         max_length=PATH_LENGTH,
-        description="where links and metadata.csv of an image folder may lead; null is that folder itself",
+        description="folder that links and metadata.csv of an image folder may point into; null is the image folder",
     )
     image_column: str | None = Field(None, description="column of a hub data set; null finds it")
     label_column: str | None = Field(None, description="column of a hub data set; null finds it")
@@ -60,14 +60,14 @@ class DataSpec(Spec):
     group_column: str | None = Field(
         None, description="column whose groups of images depend on each other, as the frames of one video do"
     )
-    limit: ImageCount | None = Field(None, description="use only so many images, spread over the classes")
+    limit: ImageCount | None = Field(None, description="use only this many images, spread over the classes")
     skip_bad_images: bool = Field(False, description="leave out images that cannot be decoded, and count them")
 
     @property
     def folder(self) -> Path | None:
         """The local folder that `source` names, with or without a split; None if it names none."""
-        found = map(existing, (self.source, self.source.partition(":")[0]))
-        return next((folder for folder in found if folder is not None and folder.is_dir()), None)
+        places = map(existing, (self.source, self.source.partition(":")[0]))
+        return next((folder for folder in places if folder is not None and folder.is_dir()), None)
 
 
 def data_from_string(value: Any) -> Any:
@@ -79,7 +79,7 @@ class AutoSkipSpec(CalibrationSpec):
     """How `skip: auto` chooses: the cheapest skip list, confirmed on calibration images that did not choose it."""
 
     max_top1_drop: float | None = Field(1.0, gt=0, le=100, description="largest loss of top-1 in points")
-    max_kl_share: float | None = Field(None, gt=0, lt=1, description="KL at most this share of the quantized model's")
+    max_kl_share: float | None = Field(None, gt=0, lt=1, description="largest KL, as a share of the quantized model's")
     objective: Literal["size", "latency"] = Field("size", description="what a kept layer costs")
     granularity: Literal["block", "linear"] = Field("block", description="whole blocks or single linear layers")
     # 512 choose and 1,536 confirm. That shows the floor of one point where up to 1.3 % of the images change sides, and
@@ -87,10 +87,10 @@ class AutoSkipSpec(CalibrationSpec):
     images: ImageCount = Field(
         2048,
         ge=2,
-        description="calibration images over the classes; one in four chooses, others confirm",
+        description="calibration images, spread over the classes; one in four is used to choose, the others to confirm",
     )
     sample: ImageCount | None = Field(
-        None, description="first rank by KL on so many of those that choose, then score the best"
+        None, description="first rank by KL on this many of the images used to choose, then score only the best"
     )
     sensitivity: Path | None = Field(
         None, description="result of `vitopt sensitivity` for the same checkpoint, images and goal, taken as it is"
@@ -106,7 +106,7 @@ class AutoSkipSpec(CalibrationSpec):
 class FastestSpec(CalibrationSpec):
     """How `format: auto` chooses: the fastest format here that is shown to agree with fp32 on calibration images."""
 
-    min_agreement: float = Field(98, ge=0, le=100, description="agreement with fp32 in percent of images, at least")
+    min_agreement: float = Field(98, ge=0, le=100, description="smallest agreement with fp32, in percent of images")
     compile: bool = Field(True, description="try compiled models too")
 
 
@@ -132,7 +132,7 @@ class VariantSpec(RunSpec, HeldSpec):
         if AUTO in self.skip and self.skip != (AUTO,):
             raise ValueError("`skip: auto` chooses the whole list; it cannot be mixed with names")
         if self.auto != AutoSkipSpec() and not self.skips_automatically:
-            raise ValueError("`auto` says how `skip: auto` chooses, and `skip` is another: leave one of them out")
+            raise ValueError("`auto` is for `skip: auto`, and `skip` is something else: leave one of them out")
         if self.half != "bf16" and not may_quantize and not self.layers:
             raise ValueError(f"format {self.format} quantizes nothing, so `half` would do nothing: leave it out")
         return self
@@ -162,9 +162,7 @@ class RecipeVariant(VariantSpec):
     @model_validator(mode="after")
     def _choice_is_whole(self) -> "RecipeVariant":
         if not self.chooses_format and self.fastest != FastestSpec():
-            raise ValueError(
-                "`fastest` says how `format: auto` chooses, and `format` is another: leave one of them out"
-            )
+            raise ValueError("`fastest` is for `format: auto`, and `format` is something else: leave one of them out")
         without_effect = self.changed("skip", "layers", *RunSpec.model_fields) if self.chooses_format else ""
         if without_effect:
             raise ValueError(
@@ -217,10 +215,10 @@ class LatencySpec(Spec):
         default_factory=dict, description="variants that are timed at some of the batch sizes only, as in fp32: [1]"
     )
     iterations: int = Field(100, ge=1, le=1_000_000_000, description="timed calls per variant and batch size")
-    rounds: int = Field(10, ge=1, le=1_000_000, description="the calls are spread over so many interleaved rounds")
+    rounds: int = Field(10, ge=1, le=1_000_000, description="interleaved rounds that the calls are spread over")
     warmup_seconds: float = Field(20, ge=0, le=1e6, description="longest warm-up per variant and batch size")
     inputs: Literal["random", "data"] = Field(
-        "random", description="data: real images in turn, for what takes longer on some of them"
+        "random", description="data: real images in turn, for models that take longer on some images"
     )
 
     @model_validator(mode="before")
@@ -268,18 +266,20 @@ class RequireSpec(Spec):
     """What a variant must be shown to be, each by its whole 95 % interval; the options of `vitopt compare`."""
 
     max_top1_drop: float | None = Field(
-        None, gt=0, le=100, description="top-1 at most so many points below the baseline's"
+        None, gt=0, le=100, description="largest loss of top-1 against the baseline, in points"
     )
     min_agreement: float | None = Field(
-        None, gt=0, lt=100, description="the baseline's class on at least so many percent of images"
+        None, gt=0, lt=100, description="smallest share of images that get the baseline's class, in percent"
     )
-    max_kl: float | None = Field(None, gt=0, description="mean KL divergence from the baseline in nats, at most")
-    min_speedup: float | None = Field(None, gt=0, description="so many times as fast as the baseline, at least")
-    max_p99_ms: float | None = Field(None, gt=0, description="99 % of calls take at most so many milliseconds")
+    max_kl: float | None = Field(None, gt=0, description="largest mean KL divergence from the baseline, in nats")
+    min_speedup: float | None = Field(None, gt=0, description="smallest speed-up over the baseline")
+    max_p99_ms: float | None = Field(None, gt=0, description="largest 99th percentile of latency, in milliseconds")
     max_megabytes: float | None = Field(
-        None, gt=0, description="weights in memory, in megabytes of a million bytes, at most"
+        None, gt=0, description="largest size of the weights in memory, in megabytes (a million bytes)"
     )
-    batch_size: BatchSize | None = Field(None, description="where speed is judged; without it, at the first timed")
+    batch_size: BatchSize | None = Field(
+        None, description="batch size at which speed is judged; null is the first timed one"
+    )
 
     @model_validator(mode="after")
     def _batch_size_has_a_use(self) -> "RequireSpec":
@@ -310,7 +310,7 @@ class Recipe(Spec):
     variants: Annotated[tuple[RecipeVariant, ...], Field(min_length=1)]
     baseline: str | None = Field(None, description="name of the variant to compare with; null is the first")
     evaluate: EvaluateSpec = EvaluateSpec()
-    require: RequireSpec = Field(RequireSpec(), description="what every variant must be shown to be")
+    require: RequireSpec = Field(RequireSpec(), description="limits that every variant must be shown to keep")
     prefer: Prefer = Field("latency", description="which of the variants that meet `require` is recommended")
     price_per_hour: float | None = Field(None, gt=0, description="what an hour of this device costs, in any currency")
     export: str | None = Field(None, description="name of the variant to copy to `export/`; best: the recommended one")
@@ -342,12 +342,12 @@ class Recipe(Spec):
         if not self.exports_best:
             named.append(("export", self.export))
         elif not self.require.limits:
-            mistakes.append("export: best is the variant that meets `require`, and nothing is required")
+            mistakes.append("export: best needs `require`: it is the best variant that meets it")
         if self.prefer == "cost" and self.price_per_hour is None:
             mistakes.append("prefer: cost needs `price_per_hour`")
         for key, wanted in named:
             if wanted is not None and wanted not in names:
-                mistakes.append(f"{key} names {wanted!r}, which is no variant; {suggest(wanted, names)}")
+                mistakes.append(f"{key} names {wanted!r}, which is not a variant; {suggest(wanted, names)}")
         if mistakes:
             raise ValueError("; ".join(mistakes))
         return self

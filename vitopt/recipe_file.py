@@ -43,7 +43,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_yaml(spec: Spec, *, defaults: bool = True) -> str:
-    """The resolved spec as YAML that loads back to an equal spec; without `defaults` only what is not one."""
+    """The resolved spec as YAML that loads back to an equal spec; `defaults` false leaves default values out."""
     content = spec.model_dump(mode="json", exclude_defaults=not defaults)
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
 

@@ -23,13 +23,13 @@ Option = str | bool | None  # what an option of a run is set to
 Outputs = Literal["classes", "labels", "embedding"]
 
 
-class Part(BaseModel):
-    """Base of all parts of a record: immutable, complete, no NaN (JSON has none)."""
+class Section(BaseModel):
+    """Base of all sections of a record: immutable, complete, no NaN (JSON has none)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Variant(Part):
+class Variant(Section):
     """What was asked for and what ran."""
 
     name: str
@@ -54,7 +54,7 @@ class Variant(Part):
     reasons: dict[str, str] = Field(default_factory=dict, description="option -> why it ran otherwise than asked")
 
 
-class Model(Part):
+class Model(Section):
     """What was loaded."""
 
     source: str
@@ -66,7 +66,7 @@ class Model(Part):
     classes: int
 
 
-class Accuracy(Part):
+class Accuracy(Section):
     """Top-k accuracy over one data set."""
 
     images: int
@@ -75,12 +75,12 @@ class Accuracy(Part):
     top5_percent: float | None = Field(description="null with fewer than six classes")
     expected_calibration_error: float = Field(description="15 bins of equal width, 0 to 1")
     calibration_noise: float | None = Field(
-        None, description="mean of the former on so many images if every confidence were true"
+        None, description="mean of calibration_error on this many images if every confidence were true"
     )
     classes: tuple["ClassAccuracy", ...] = ()
 
 
-class ClassAccuracy(Part):
+class ClassAccuracy(Section):
     """Top-1 accuracy on the images of one class."""
 
     label: int
@@ -89,7 +89,7 @@ class ClassAccuracy(Part):
     top1_percent: float
 
 
-class VersusBaseline(Part):
+class VersusBaseline(Section):
     """Paired comparison with the baseline on the same images."""
 
     baseline: str
@@ -110,7 +110,7 @@ class VersusBaseline(Part):
     verdict: str
 
 
-class Metric(Part):
+class Metric(Section):
     """A metric of the user's own over all images, and its change against the baseline on the same images."""
 
     value: float = Field(description="over all images, or the mean of a value for each")
@@ -120,7 +120,7 @@ class Metric(Part):
     delta_ci95: tuple[float, float] | None = Field(None, description="paired: both on the same resampled images")
 
 
-class Latency(Part):
+class Latency(Section):
     """Time per call at one batch size: what a caller waits, inputs already on the device."""
 
     batch_size: int
@@ -156,14 +156,14 @@ class Latency(Part):
     device_samples_ms: tuple[float, ...] | None = Field(None, description="one per round")
 
 
-class FailedLatency(Part):
+class FailedLatency(Section):
     """A batch size at which the variant could not be timed."""
 
     batch_size: int
     reason: str
 
 
-class EndToEnd(Part):
+class EndToEnd(Section):
     """Time per call from image file to class, split into its parts, mean milliseconds per call."""
 
     batch_size: int
@@ -178,7 +178,7 @@ class EndToEnd(Part):
     images_per_second: float
 
 
-class Throughput(Part):
+class Throughput(Section):
     """Highest rate over batch sizes that are doubled until memory or the gain runs out, kept up for 5 s."""
 
     batch_size: int = Field(description="at which the rate was reached")
@@ -186,14 +186,14 @@ class Throughput(Part):
     largest_batch_size: int = Field(description="largest that was tried and fitted")
 
 
-class Size(Part):
+class Size(Section):
     """Bytes of the weights as held in memory and of the checkpoint's files."""
 
     weight_bytes: int
     disk_bytes: int | None = Field(description="null where the weights are not in local files")
 
 
-class Memory(Part):
+class Memory(Section):
     """Peak memory of running this variant alone."""
 
     peak_bytes: int
@@ -205,19 +205,21 @@ class Memory(Part):
     batch_size: int
 
 
-class BatchInvariance(Part):
+class BatchInvariance(Section):
     """Whether an image gets the same answer alone and among other images."""
 
     images: int = Field(description="spread over the data set")
     batch_size: int = Field(
         description="compared with a batch of one; where that is not compiled, with one of copies of the image"
     )
-    agreement_percent: float | None = Field(description="images of the same class; null where outputs are no classes")
+    agreement_percent: float | None = Field(
+        description="images that get the same class; null where outputs are not classes"
+    )
     max_logit_difference: float = Field(description="largest over all images and classes")
 
 
-class Roofline(Part):
-    """What the device gave in the same run, by the formats of vitopt; utilisation and floor are against it."""
+class Roofline(Section):
+    """The rates of the device in the same run, from which utilisation and floor are computed."""
 
     gemm_format: str = Field(description="format of the matrix product behind `gemm_flops_per_second`")
     gemm_flops_per_second: float = Field(description="of a device that has worked; utilisation is against it")
@@ -225,10 +227,10 @@ class Roofline(Part):
     copy_bytes_per_second: float = Field(description="bytes read and written per second by a large copy")
 
 
-class GpuLoad(Part):
+class GpuLoad(Section):
     """The GPU while the calls of all variants were timed, looked at several times a second."""
 
-    polls: int = Field(description="how often it was looked at")
+    polls: int = Field(description="number of readings of the GPU")
     mean_power_watts: float | None = Field(description="null where the driver does not tell, as the next three")
     max_power_watts: float | None = Field(description="highest that was seen")
     median_clock_mhz: float | None = Field(description="of its multiprocessors")
@@ -236,7 +238,7 @@ class GpuLoad(Part):
     throttled: dict[str, float] = Field(description="reason for lowered clocks -> share of the looks that saw it")
 
 
-class Requirement(Part):
+class Requirement(Section):
     """Something required of a variant, and whether its 95 % interval shows it."""
 
     name: str = Field(description="key of `require`, or `auto.` and the key of a floor of `skip: auto`")
@@ -248,18 +250,18 @@ class Requirement(Part):
     reason: str | None = Field(None, description="why it is undecided, or what would likely decide it")
 
 
-class Overlap(Part):
+class Overlap(Section):
     """Tested images that the checkpoint has seen before, or that are tested more than once."""
 
     where: str = Field(description="`test`, or what the checkpoint saw them for: `training`, `skip list`, `format`")
-    same: int = Field(description="tested images whose very content is there")
+    same: int = Field(description="tested images with exactly the same content")
     alike: int | None = Field(
         description="others that look like one there: perceptual hashes at most 6 of 64 bits apart; null if unknown"
     )
     examples: tuple[str, ...] = Field((), description="tested image and the one it is or looks like; at most ten")
 
 
-class Dataset(Part):
+class Dataset(Section):
     """Which images were used."""
 
     name: str
@@ -274,7 +276,7 @@ class Dataset(Part):
     overlaps: tuple[Overlap, ...] = Field((), description="tested images that are met again; empty where none was")
 
 
-class Record(Part):
+class Record(Section):
     """Everything measured about one variant; `failure` says why where nothing could be."""
 
     schema_: str = Field(SCHEMA, alias="schema")

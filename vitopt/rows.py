@@ -70,7 +70,7 @@ def measured_rows(
     for name in new:
         run.forget(rows[name].name)  # its record on disk is replaced from now on
     _measure(run, recipe, images, {s.variant.name: s for s in variants if s.variant.name in new}, failures, earlier)
-    launch.wait_for_all()  # nobody reads before the main process has written
+    launch.wait_for_all()  # no process reads before the main one has written
     for name in new:
         run.note(rows[name])
     return [row.read() for row in rows.values()]
@@ -111,9 +111,9 @@ def _measure(
 
     if earlier and not any(failures[name] is None for name in new):
         device = devices.resolve_device(recipe.device)
-        found = [failed(name, settled.variant, str(failures[name]), device) for name, settled in new.items()]
+        results = [failed(name, settled.variant, str(failures[name]), device) for name, settled in new.items()]
     else:
-        found = measure(
+        results = measure(
             [
                 Candidate(name, str(run.variant(name)), settled.variant.run, settled.variant, failures[name])
                 for name, settled in new.items()
@@ -128,8 +128,8 @@ def _measure(
             ready=save,
         )
     if launch.is_main_process():
-        for result in found:
+        for result in results:
             save(result)
             if result.record.failure:
                 run.say(f"evaluate: {result.record.variant.name} failed: {result.record.failure}")
-        Tracking(recipe.log_to, recipe.name, run.path / "log").log(result.record for result in found)
+        Tracking(recipe.log_to, recipe.name, run.path / "log").log(result.record for result in results)

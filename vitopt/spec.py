@@ -27,7 +27,7 @@ class Spec(BaseModel):
 class CalibrationSpec(Spec):
     """What is chosen or learned on calibration images, and which these are."""
 
-    split: str = Field("train", description="split of the data whose images calibrate; never the tested ones")
+    split: str = Field("train", description="split with the calibration images; never the tested ones")
     images: ImageCount = Field(2048, description="calibration images, spread over the classes")
 
 

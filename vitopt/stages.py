@@ -1,4 +1,4 @@
-"""A stage of a run: skipped while what it depends on and what it left stand, done anew otherwise.
+"""A stage of a run: skipped while its inputs and its product are unchanged, done again otherwise.
 
 A run's folder notes in `stages.json` the fingerprint of every product that was completed there. A changed input changes
 the fingerprint of its product and of all that depend on it.
@@ -89,7 +89,7 @@ class RunFolder:
                 self._tell(stage, stage.work())
             except stage.tolerated as error:
                 reason = str(error)
-        reason = launch.gather_objects(reason)[0]  # nobody reads before the main process has written
+        reason = launch.gather_objects(reason)[0]  # no process reads before the main one has written
         if reason is None:
             self.note(stage)
         else:
@@ -98,12 +98,12 @@ class RunFolder:
         return reason
 
     def note(self, product: Product[Any]) -> None:
-        """The product is complete."""
+        """Note that the product is complete."""
         self.completed[product.name] = product.fingerprint
         self._save()
 
     def forget(self, name: str) -> None:
-        """The product stands no more, whatever becomes of the work on it."""
+        """Note that the product is not complete, so that it is made again."""
         if self.completed.pop(name, None) is not None:
             self._save()
 

@@ -70,9 +70,9 @@ variants:
 {_comment(f"What a variant must be shown (95 %) to keep. {what_can_be_shown}")}
 # min_speedup 1: not slower than the baseline. More keys: min_agreement, max_kl, max_p99_ms, max_megabytes.
 {_lines(content, "require")}
-# Of the variants that keep it, the best: by latency, size, throughput, or cost (with price_per_hour).
+# Which of the variants that keep all limits is the best: by latency, size, throughput, or cost (with price_per_hour).
 {_lines(content, "prefer")}
-# The best is copied to runs/{name}/export; a variant's name here copies that one.
+# The best is copied to runs/{name}/export; give a variant's name to copy that one instead.
 {_lines(content, "export")}"""
 
 

@@ -23,9 +23,9 @@ class FinetuneSpec(Spec):
     targets: Patterns = Field(("block",), min_length=1, description="layers to adapt, as in query or block.11.fc1")
     epochs: float = Field(3, gt=0, le=1e6, description="passes over the images")
     batch_size: BatchSize = Field(16, description="images per device and step")
-    learning_rate: float = Field(1e-3, gt=0, le=1e3, description="highest rate of AdamW")
+    learning_rate: float = Field(1e-3, gt=0, le=1e3, description="highest learning rate of AdamW")
     weight_decay: float = Field(0.01, ge=0, le=1e3, description="weight decay of AdamW")
-    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="part of all steps in which the rate rises")
+    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="share of all steps in which the learning rate rises")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over all classes")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="precision of the training; auto is bf16 where the device computes in it"

@@ -73,7 +73,7 @@ def _system_error(error: Exception) -> int | None:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Refuse to begin what cannot be finished.
+    """Refuse work whose result would not fit on the disk.
 
     Raises:
         StorageError: fewer than `needed` bytes are free where `folder` is.
@@ -230,7 +230,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
         StorageError: the disk is full, the place is not writable or in use, or it holds something else.
     """
     with reserved(target), _explained(target):
-        place = target.resolve()  # a link stays a link
+        place = target.resolve()  # a link is kept as a link
         temporary = place.with_name(f".{place.name}.partial-{os.getpid()}")
         _remove_leftovers(place, "partial")
         try:

@@ -83,11 +83,11 @@ class Tracking:
 
 def scalars(record: Record) -> dict[str, float]:
     """The figures of a record by name, with the ends of their 95 % intervals; what is unknown is left out."""
-    found: dict[str, float | None] = {}
+    figures: dict[str, float | None] = {}
 
     def add(name: str, value: float | None, limits: tuple[float | None, float | None] | None = None) -> None:
         low, high = limits or (None, None)
-        found.update({name: value, f"{name}_ci95_low": low, f"{name}_ci95_high": high})
+        figures.update({name: value, f"{name}_ci95_low": low, f"{name}_ci95_high": high})
 
     if (accuracy := record.accuracy) is not None:
         add("top1_percent", accuracy.top1_percent, accuracy.top1_ci95_percent)
@@ -107,7 +107,7 @@ def scalars(record: Record) -> dict[str, float]:
         add("disk_bytes", record.size.disk_bytes)
     if record.memory is not None:
         add("peak_bytes", record.memory.peak_bytes)
-    return {name: float(value) for name, value in found.items() if value is not None}
+    return {name: float(value) for name, value in figures.items() if value is not None}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How the checkpoint of each variant comes about: its steps, the choice of what its recipe leaves open, its format."""
+"""How the checkpoint of each variant is made: its steps, the choice of what its recipe leaves open, its format."""
 
 import logging
 import pkgutil

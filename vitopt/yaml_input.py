@@ -11,7 +11,7 @@ import yaml
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
-MAX_NODES = 20_000  # scalars, lists and mappings, those that aliases repeat counted each time
+MAX_NODES = 20_000  # scalars, lists and mappings, counting those that aliases repeat each time
 _MAX_DIGITS = 40
 
 
@@ -71,7 +71,7 @@ def _require_bounded(text: str) -> None:
             continue
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise InputError(f"alias *{event.anchor} in line {line} names nothing that is complete before it")
+                raise InputError(f"alias *{event.anchor} in line {line} names no complete value before it")
             nodes += sizes[event.anchor]
         elif isinstance(event, yaml.NodeEvent):
             tag = getattr(event, "tag", None)
@@ -85,11 +85,13 @@ def _require_bounded(text: str) -> None:
         if len(open_nodes) > MAX_DEPTH:
             raise InputError(f"it is nested more than {MAX_DEPTH} levels deep in line {line}")
         if nodes > MAX_NODES:
-            raise InputError(f"it has more than {MAX_NODES:,} values by line {line}, those that aliases repeat counted")
+            raise InputError(
+                f"it has more than {MAX_NODES:,} values by line {line}, counting those that aliases repeat"
+            )
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Builds plain data; dates stay strings, and a key that is there twice is a mistake."""
+    """Builds plain data; dates stay strings, and a key that appears twice is a mistake."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (yaml's own attribute)
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":value"))]
@@ -102,10 +104,10 @@ class _PlainLoader(yaml.SafeLoader):
             if key.value == "<<":
                 continue
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key is no plain word", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a plain word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                    None, None, f"the key {key.value!r} appears twice", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)

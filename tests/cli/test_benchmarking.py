@@ -74,7 +74,7 @@ def test_what_cannot_be_is_refused_in_one_line(options: list[str], words: list[s
 
 def test_results_are_not_written_over_a_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text("mine")
-    assert "mine.csv is there already" in refusal("benchmark", tiny_checkpoint, "--csv", tmp_path / "mine.csv", *QUICK)
+    assert "mine.csv exists already" in refusal("benchmark", tiny_checkpoint, "--csv", tmp_path / "mine.csv", *QUICK)
     assert (tmp_path / "mine.csv").read_text() == "mine"
 
 

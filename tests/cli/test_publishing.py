@@ -36,7 +36,7 @@ def test_push_makes_public_what_it_is_told_to(tiny_checkpoint: Path, hub: Hub) -
         ("nowhere/there/vit", REPOSITORY, "no checkpoint at nowhere/there/vit"),
         ("vit-quickstart", "small-vit", "OWNER/NAME"),
         ("vit-quickstart", REPOSITORY, "hf auth login"),
-        ("random:vit-tiny-patch16-224", REPOSITORY, "no local folder"),
+        ("random:vit-tiny-patch16-224", REPOSITORY, "not a local folder"),
     ],
 )
 def test_refusals_are_one_line(

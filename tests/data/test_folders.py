@@ -102,7 +102,7 @@ def test_a_file_of_terabytes_is_refused_unread(photos):
 
 def test_a_table_of_the_hub_names_files_of_its_cache_only(photos, monkeypatch):
     reader = HubReader([{"image": {"bytes": None, "path": str(photos / "cat" / "a.png")}}], "image")
-    with pytest.raises(DataError, match=r"a\.png.* no file of the hub's cache"):
+    with pytest.raises(DataError, match=r"a\.png.* not a file in the hub's cache"):
         reader.content(0)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(photos))
     assert reader.content(0) == (photos / "cat" / "a.png").read_bytes()

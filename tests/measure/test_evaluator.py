@@ -673,7 +673,9 @@ def test_an_answer_that_depends_on_its_batch_is_a_warning(subjects: list[TorchRu
     odd = Spoiled(subjects[0], "base", swayed)
     base, small = (one.record for one in evaluate([odd, subjects[1]], QUICK, images=images))
     assert base.batch_invariance.agreement_percent < 100 == small.batch_invariance.agreement_percent
-    assert [any("depends on the others of its batch" in line for line in one.warnings) for one in (base, small)] == [
+    assert [
+        any("depends on the other images of its batch" in line for line in one.warnings) for one in (base, small)
+    ] == [
         True,
         False,
     ]

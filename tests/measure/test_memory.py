@@ -39,7 +39,7 @@ def test_peak_is_that_of_a_process_of_its_own(tiny_checkpoint: Path, monkeypatch
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL.*memory"),
         ("import sys; sys.exit(7)", "status 7"),
         ("raise ValueError('no weights')", "failed: ValueError: no weights"),
-        ("print('no figure')", "did not say"),
+        ("print('no figure')", "did not report"),
         ("import time; time.sleep(60)", "not done after 0.5 s"),
     ],
 )

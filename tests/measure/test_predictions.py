@@ -102,7 +102,7 @@ def test_sets_of_labels_and_embeddings_are_read_back(tmp_path: Path) -> None:
     save_predictions(saved, tmp_path)
     got = load_predictions(tmp_path)
     np.testing.assert_array_equal(got.labels, saved.labels)
-    assert got.outputs == "labels" and got.labels.dtype == np.int64 and "any number" in (got.why_no_classes or "")
+    assert got.outputs == "labels" and got.labels.dtype == np.int64 and "several labels" in (got.why_no_classes or "")
     save_predictions(replace(some(), outputs="embedding"), tmp_path)
     assert "embeddings" in (load_predictions(tmp_path).why_no_classes or "")
     assert some().why_no_classes is None

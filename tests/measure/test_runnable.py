@@ -49,7 +49,7 @@ def test_a_plain_function_is_measured_compared_and_reported(images: ImageSet) ->
     )
     assert one.failure is None and other.versus_baseline.agreement_percent == 100
     assert other.latency[0].speedup_ci95 is not None and other.end_to_end[0].total_p50_ms > 0
-    assert other.unmeasured == {"memory": "it cannot be run by a process of its own"}
+    assert other.unmeasured == {"memory": "it cannot be run in a separate process"}
     assert (other.model, other.size, other.layers) == (None, None, {})
     cells = row(other)
     assert cells[:3] == ["b", "colours", "numpy"] and cells[3] == f"{other.accuracy.top1_percent:.1f}"

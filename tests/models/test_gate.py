@@ -265,7 +265,7 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_own_blobs(folder, tmp_path):
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"hidden_size": 10**9}, "hidden_size"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
-        ({"num_attention_heads": 3}, "no multiple of num_attention_heads 3"),
+        ({"num_attention_heads": 3}, "not a multiple of num_attention_heads 3"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
         ({"image_size": 10**6}, "image_size"),
         ({"image_size": None}, "image_size is None"),

@@ -121,7 +121,7 @@ def test_a_login_is_asked_for(quantized: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_only_a_folder_can_be_pushed() -> None:
-    with pytest.raises(CheckpointError, match="no local folder"):
+    with pytest.raises(CheckpointError, match="not a local folder"):
         push(open_checkpoint("random:vit-tiny-patch16-224"), REPOSITORY)
 
 

@@ -285,7 +285,7 @@ def test_a_percentile_without_an_upper_limit_says_how_many_calls_give_one(make: 
     limits = {"p95_ci95_ms": (3.1, 3.3), "p99_ci95_ms": (3.2, None)}
     bounded = record.model_copy(update={"latency": (record.latency[0].model_copy(update=limits),)})
     assert cell(bounded, "p95 ms").endswith("(≤ 3.30)") and cell(bounded, "p99 ms") == "≥ 3.20"
-    assert notes([bounded, bounded]) == ["no upper bound for p99 from 100 calls: 368 give one"]
+    assert notes([bounded, bounded]) == ["no upper bound for p99 from 100 calls: at least 368 are needed"]
 
 
 def test_what_was_not_measured_is_told_with_its_reason(make: SimpleNamespace):

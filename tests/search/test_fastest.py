@@ -165,7 +165,7 @@ def test_the_choice_is_told_with_its_figures(checkpoint: Checkpoint, shapes: Pat
         f"of {len(images)} images"
     )
     kept = fastest.Choice(variant=by_name["fp32"], records=choice.records, min_agreement_percent=99.5).sentence()
-    assert kept == "nothing is shown to be faster and to agree with fp32 on 99.5 %: fp32 it is"
+    assert kept == "no format is shown to be faster and to agree with fp32 on 99.5 %: fp32 is kept"
 
 
 def test_a_candidate_that_cannot_be_made_is_left_out(

@@ -199,7 +199,7 @@ def test_only_the_list_that_is_chosen_meets_the_confirming_images_and_once() -> 
     assert result.confirmed.top1_delta_points == -7
     assert (result.choosing_images, result.confirming_images) == (500, 1500)
     assert result.decision == "failed"
-    assert result.advice is not None and "is not met on 1,500 images that did not choose" in result.advice
+    assert result.advice is not None and "is not met on 1,500 images that were not used to choose" in result.advice
 
 
 def test_what_the_choosing_images_say_decides_nothing() -> None:

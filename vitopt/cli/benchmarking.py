@@ -32,7 +32,7 @@ EAGER = "eager"  # a way to run with no option set
 
 def _refuse_two_answers(context: typer.Context) -> None:
     if context.params["runs"]:
-        refuse(context, "compile", "autotune", "compile_whole", because="--run says of each row whether it is compiled")
+        refuse(context, "compile", "autotune", "compile_whole", because="--run already says which rows are compiled")
 
 
 @from_fields(_refuse_two_answers)
@@ -62,7 +62,7 @@ def benchmark(
     wanted = _formats(formats)
     ways = _ways_to_run(runs, run)
     if table is not None and table.exists():
-        raise StorageError(f"{table} is there already: choose another --csv")
+        raise StorageError(f"{table} exists already: choose another --csv")
     start(as_json, threads)
     from vitopt import inference
     from vitopt.environment import devices, support
@@ -76,11 +76,11 @@ def benchmark(
         measured = inference.measure(candidates, evaluate, baseline=rows[0].name, device=device, strict=strict)
         if not measured:
             return  # not the main process
-        measured = [_of_source(one, {row.name: row.checkpoint for row in rows}) for one in measured]
+        measured = [_of_source(result, {row.name: row.checkpoint for row in rows}) for result in measured]
         if output is not None:
-            for one in measured:
-                keep(one, output / places[one.record.variant.name])
-    records = [one.record for one in measured]
+            for result in measured:
+                keep(result, output / places[result.record.variant.name])
+    records = [result.record for result in measured]
     if table is not None:
         storage.write_text(table, _csv(records))
     print_json([record.to_json() for record in records]) if as_json else print_table(records, wide=wide)
@@ -118,8 +118,8 @@ def _rows(checkpoints: Sequence[str], formats: Sequence[Format], ways: Mapping[s
     """Each checkpoint in each format, run in each way; as it is without formats, see `candidates_of` without ways."""
     if not formats and list(ways) == [""]:
         return [
-            _Row(one.name, str(one.source), None, one.run)
-            for one in candidates_of(checkpoints, ways[""], expanded=checkpoints)
+            _Row(candidate.name, str(candidate.source), None, candidate.run)
+            for candidate in candidates_of(checkpoints, ways[""], expanded=checkpoints)
         ]
     return [
         _Row(" ".join(filter(None, [name, format, words.replace("+", " ")])), checkpoint, format, run)
@@ -141,19 +141,19 @@ def _candidates(rows: Sequence[_Row], folder: Path, device: str) -> Iterator["Ca
         if not variants:
             yield from (Candidate(row.name, checkpoint, row.run) for row in same)
             continue
-        for row, one in zip(
+        for row, candidate in zip(
             same, made(open_checkpoint(checkpoint), variants, folder / str(number), device), strict=True
         ):
-            yield replace(one, name=row.name)
+            yield replace(candidate, name=row.name)
 
 
-def _of_source(one: "Measured", sources: Mapping[str, str]) -> "Measured":
-    """The same, with the checkpoint that was given as the model's source and not one that was made for a while."""
-    model = one.record.model
+def _of_source(measured: "Measured", sources: Mapping[str, str]) -> "Measured":
+    """The same, with the checkpoint that was given as the model's source and not a temporary one."""
+    model = measured.record.model
     if model is None:
-        return one
-    named = model.model_copy(update={"source": sources[one.record.variant.name]})
-    return replace(one, record=one.record.model_copy(update={"model": named}))
+        return measured
+    named = model.model_copy(update={"source": sources[measured.record.variant.name]})
+    return replace(measured, record=measured.record.model_copy(update={"model": named}))
 
 
 def _csv(records: Sequence[Record]) -> str:

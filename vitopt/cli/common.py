@@ -26,7 +26,7 @@ LogToOption = Annotated[
 ]
 StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse instead of falling back to SDPA.")]
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="Compute on the CPU with so many threads, each bound to its own core.")
+    int | None, typer.Option(min=1, help="Compute on the CPU with this many threads, each bound to its own core.")
 ]
 WideOption = Annotated[bool, typer.Option("--wide", help="All columns, in further tables where they do not fit.")]
 
@@ -46,7 +46,7 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
             err.print("interrupted: finished stages are kept; the same command goes on from there")
             raise typer.Exit(130) from None
         except BrokenPipeError:
-            # The reader of our output has gone; there is nobody to tell.
+            # The reader of our output has closed the pipe.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
 

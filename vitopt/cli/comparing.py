@@ -46,7 +46,10 @@ def compare(
 
         storage.write_text(markdown, pull_request(records))
     if as_json:
-        gate = {"decision": overall(required), "requirements": [one.model_dump(mode="json") for one in required]}
+        gate = {
+            "decision": overall(required),
+            "requirements": [requirement.model_dump(mode="json") for requirement in required],
+        }
         print_json(comparison.to_json() | (gate if required else {}))
     else:
         print_table(records, wide=wide)
@@ -60,7 +63,9 @@ def _refuse_to_overwrite(markdown: Path) -> None:
 
     there = markdown.is_dir() or (markdown.exists() and markdown.stat().st_size > 0)
     if there and not (markdown.is_file() and markdown.read_bytes().startswith(SUMMARY_MARK.encode())):
-        raise StorageError(f"{markdown} is there and is no summary of an earlier comparison: choose another --markdown")
+        raise StorageError(
+            f"{markdown} exists and is not a summary of an earlier comparison: choose another --markdown"
+        )
 
 
 @from_fields()
@@ -68,7 +73,8 @@ def plan(
     *,
     require: Annotated[RequireSpec, Fields(MEASURED)],
     pilot: Annotated[
-        Path | None, typer.Option(help="Record of a small comparison, whose rates are taken for the true ones.")
+        Path | None,
+        typer.Option(help="Record of a first, small comparison; its rates are assumed to be the true ones."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -78,8 +84,8 @@ def plan(
     from vitopt.measure.planning import needs
     from vitopt.records import load_record
 
-    found = needs(require, load_record(pilot) if pilot else None)
+    planned = needs(require, load_record(pilot) if pilot else None)
     if as_json:
-        print_json([vars(need) for need in found])
+        print_json([vars(need) for need in planned])
         return
-    print_needs(found)
+    print_needs(planned)

@@ -46,7 +46,7 @@ def predict(
     start(as_json, threads)
     from vitopt.prediction import image_paths, predict
 
-    found = list(
+    predictions = list(
         predict(
             checkpoint,
             image_paths(_names(images)),
@@ -59,19 +59,19 @@ def predict(
         )
     )
     if output is not None:
-        storage.write_bytes(output, write(found))
+        storage.write_bytes(output, write(predictions))
     if as_json:
-        print_json(found)
+        print_json(predictions)
     elif output is None:
-        for prediction in found:
+        for prediction in predictions:
             out.print(prediction["image"], style="bold")
             for guess in prediction["classes"]:
                 out.print(f"  {guess['percent']:5.1f} %  {guess['label']}")
-    left_out = [prediction for prediction in found if "error" in prediction]
+    left_out = [prediction for prediction in predictions if "error" in prediction]
     for prediction in left_out:
         err.print(f"left out: {prediction['error']}")
     if output is not None:
-        err.print(f"{len(found) - len(left_out):,} of {len(found):,} images classified: {output}")
+        err.print(f"{len(predictions) - len(left_out):,} of {len(predictions):,} images classified: {output}")
 
 
 def _names(arguments: Iterable[str]) -> Iterator[str]:
@@ -90,7 +90,7 @@ def _writer(output: Path | None) -> Callable[[Predictions], bytes]:
     if output.suffix not in _WRITERS:
         raise RecipeError(f"--output {output} must end in {', '.join(_WRITERS)}")
     if output.exists():
-        raise StorageError(f"{output} is there already: choose another --output")
+        raise StorageError(f"{output} exists already: choose another --output")
     return _WRITERS[output.suffix]
 
 

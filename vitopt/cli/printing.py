@@ -72,8 +72,8 @@ def print_table(records: Sequence[Record], *, wide: bool | None = None) -> None:
         where = "in --json" if wide is None else "with --wide"
         out.print(f"• more columns {where}: {', '.join(left_out)}")
     for record in records:
-        if (found := record.throughput) is not None:
-            rate = f"{found.images_per_second:,.0f} images/s at batch {found.batch_size}"
+        if (throughput := record.throughput) is not None:
+            rate = f"{throughput.images_per_second:,.0f} images/s at batch {throughput.batch_size}"
             out.print(f"• {record.variant.name}: at most {rate}")
     for note in notes(records):
         out.print(f"• {note}")
@@ -95,8 +95,8 @@ def print_sensitivity(result: "Sensitivity") -> None:
     units = sorted(result.units, key=lambda unit: unit.recovery.kl if unit.recovery else 0)
     columns = [Column("unit", [unit.unit for unit in units], text=True)]
     for heading, losses in (
-        ("damage KL", [one.damage for one in units]),
-        ("kept: KL", [one.recovery for one in units]),
+        ("damage KL", [unit.damage for unit in units]),
+        ("kept: KL", [unit.recovery for unit in units]),
     ):
         columns.append(Column(heading, [f"{loss.kl:.4f}" if loss else "" for loss in losses]))
         deltas = [
@@ -112,9 +112,11 @@ def print_sensitivity(result: "Sensitivity") -> None:
         columns,
     )
     if result.search is not None:
-        found = result.search
-        out.print(f"• {found.goal}: keep {', '.join(found.chosen) or 'nothing'} in 16 bit")
-        out.print(f"• {found.advice or f'shown on {found.confirming_images:,} images that did not choose (95 %)'}")
+        search = result.search
+        out.print(f"• {search.goal}: keep {', '.join(search.chosen) or 'nothing'} in 16 bit")
+        out.print(
+            f"• {search.advice or f'shown (95 %) on {search.confirming_images:,} images that were not used to choose'}"
+        )
 
 
 def print_dry_run(recipe: Recipe, plans: "dict[str, LayerPlan]", preview: "Preview", as_json: bool) -> None:

@@ -26,7 +26,7 @@ def _search_fields(*more: str) -> Fields:
     return Fields(
         SEARCHED + more,
         named={"images": "limit"},
-        help={"images": "at most so many images, spread over the classes; with a goal one in four chooses"},
+        help={"images": "most images to use, spread over the classes; with a goal one in four is used to choose"},
         unset=("max_top1_drop",),
     )
 

@@ -80,7 +80,7 @@ def report(
 ) -> None:
     """Write report.md and report.html of a run again, or of results over the same images that it compares."""
     if (output is None) != (len(folders) == 1):
-        raise RecipeError("--output is the folder for a report of several folders; that of a single one lies in it")
+        raise RecipeError("--output is for a report of several folders; the report of one folder is written into it")
     start(as_json)
     from vitopt.report.page import REPORT_FILES, write_report
     from vitopt.report.results import gather, open_run

@@ -82,9 +82,9 @@ def evaluate(
     if as_json:
         print_json(record.to_json())
     else:
-        print_table([one.record for one in measured], wide=wide)
-        print_kept_layers([one.record for one in measured])
-    exit_if_failed(one.record for one in measured)
+        print_table([result.record for result in measured], wide=wide)
+        print_kept_layers([result.record for result in measured])
+    exit_if_failed(result.record for result in measured)
 
 
 def names_of(sources: Sequence[str]) -> dict[str, str]:

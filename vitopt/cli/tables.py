@@ -59,12 +59,12 @@ def print_columns(
     """
     if not console.is_terminal:
         width, console.width = console.width, _PIPED
-        console.print(_table(title, columns, [one.most for one in columns]))
+        console.print(_table(title, columns, [column.most for column in columns]))
         console.width = width
         return []
-    first = [columns[0].heading, *(important or [one.heading for one in columns])]
-    if _room([one for one in columns if one.heading in first], _NARROW) > console.width:
-        columns = [one.stacked() for one in columns]
+    first = [columns[0].heading, *(important or [column.heading for column in columns])]
+    if _room([column for column in columns if column.heading in first], _NARROW) > console.width:
+        columns = [column.stacked() for column in columns]
     # By place, as two columns may have the same heading.
     rank = lambda place: first.index(columns[place].heading) if columns[place].heading in first else len(first)  # noqa: E731
     left = sorted(range(1, len(columns)), key=rank)
@@ -87,21 +87,23 @@ def print_columns(
 
 def _room(columns: Sequence[Column], text: int) -> int:
     """Characters that columns take at least, with texts broken to `text` characters."""
-    return sum(min(one.least, text) if one.text else one.least for one in columns) + _GAP * (len(columns) - 1)
+    return sum(min(column.least, text) if column.text else column.least for column in columns) + _GAP * (
+        len(columns) - 1
+    )
 
 
 def _widths(columns: Sequence[Column], width: int) -> list[int]:
     """Of each column: what is left goes to texts first, then to headings."""
-    widths = [min(one.least, _NARROW) if one.text else one.least for one in columns]
+    widths = [min(column.least, _NARROW) if column.text else column.least for column in columns]
     spare = width - sum(widths) - _GAP * (len(columns) - 1)
-    texts = [index for index, one in enumerate(columns) if one.text]
+    texts = [index for index, column in enumerate(columns) if column.text]
     for rank, index in enumerate(sorted(texts, key=lambda index: columns[index].most)):
         more = max(0, min(columns[index].most - widths[index], spare // (len(texts) - rank)))
         widths[index], spare = widths[index] + more, spare - more
-    for index, one in enumerate(columns):
-        more = one.most - widths[index]
+    for index, column in enumerate(columns):
+        more = column.most - widths[index]
         if 0 < more <= spare:
-            widths[index], spare = one.most, spare - more
+            widths[index], spare = column.most, spare - more
     return widths
 
 
@@ -114,10 +116,13 @@ def _table(title: str, columns: Sequence[Column], widths: Sequence[int]) -> Tabl
         pad_edge=False,
         padding=(0, _GAP - 1, 0, 0),  # beside the border, which is a space
     )
-    for one, width in zip(columns, widths, strict=True):
-        heading = one.heading if _width(one.heading) <= width else one.heading.replace(" (", "\n(", 1)
-        table.add_column(heading, justify="left" if one.text else "right", overflow="fold", width=width)
-    cells = [one.broken(width).cells if one.text else one.cells for one, width in zip(columns, widths, strict=True)]
+    for column, width in zip(columns, widths, strict=True):
+        heading = column.heading if _width(column.heading) <= width else column.heading.replace(" (", "\n(", 1)
+        table.add_column(heading, justify="left" if column.text else "right", overflow="fold", width=width)
+    cells = [
+        column.broken(width).cells if column.text else column.cells
+        for column, width in zip(columns, widths, strict=True)
+    ]
     for row in zip(*cells, strict=True):
         table.add_row(*row)
     return table

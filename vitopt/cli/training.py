@@ -26,7 +26,7 @@ def finetune(
     ],
     output: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
     finetune: Annotated[FinetuneSpec, Fields(named={"targets": "target"})],
-    seed: Annotated[int, typer.Option(help="Of the order of images, augmentation and LoRA's start.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of images, of augmentation and of LoRA's start.")] = 0,
     log_to: LogToOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,

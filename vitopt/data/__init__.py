@@ -1,1 +1,1 @@
-"""Images in: folders, hub data sets, the built-in digits; preprocessing; augmentation."""
+"""Images: folders, hub data sets, the built-in digits; preprocessing; augmentation."""

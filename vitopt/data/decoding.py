@@ -78,14 +78,16 @@ class HubReader:
 
 
 def _cached_file(path: Path) -> Path:
-    """The file, if the libraries of the hub put it into their caches: a table of strangers may name any path."""
+    """The file, refused unless it is in a cache of the hub: a data set from outside may name any path."""
     from datasets import config
     from huggingface_hub import constants
 
     place = path.resolve()
     caches = (constants.HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH)
     if not (place.is_file() and any(place.is_relative_to(Path(cache).resolve()) for cache in caches)):
-        raise DataError(f"the data set names the image {path}, which is no file of the hub's cache: do not use it")
+        raise DataError(
+            f"the data set names the image {path}, which is not a file in the hub's cache: do not use this data set"
+        )
     return place
 
 

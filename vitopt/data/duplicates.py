@@ -46,7 +46,7 @@ def look_alikes(ours: Sequence[str | None], theirs: Sequence[str | None], same_s
     if not len(mine) or not len(other):
         return {}
     words, their_words = _words(ours, mine), _words(theirs, other)
-    found: dict[int, int] = {}
+    copies: dict[int, int] = {}
     rows = max(1, _PAIRS_AT_ONCE // len(other))
     for start in range(0, len(mine), rows):
         apart = np.bitwise_count(words[start : start + rows, np.newaxis] ^ their_words)
@@ -55,8 +55,8 @@ def look_alikes(ours: Sequence[str | None], theirs: Sequence[str | None], same_s
             apart[here, start + here] = 64
         nearest = apart.argmin(axis=1)
         for row in np.flatnonzero(apart.min(axis=1) <= LARGEST_DISTANCE):
-            found[int(mine[start + row])] = int(other[nearest[row]])
-    return found
+            copies[int(mine[start + row])] = int(other[nearest[row]])
+    return copies
 
 
 def _known(hashes: Sequence[str | None]) -> NDArray[np.intp]:

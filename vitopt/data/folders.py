@@ -84,17 +84,17 @@ def subfolders(path: Path) -> list[Path]:
 
 
 def _of_class_folders(path: Path, source: str, boundary: Boundary) -> Listing:
-    found = [(folder, _images_below(folder, boundary)) for folder in subfolders(path)]
-    found = [(folder, files) for folder, files in found if files]
-    if not found and any(map(_is_image_name, path.iterdir())):
+    classes = [(folder, _images_below(folder, boundary)) for folder in subfolders(path)]
+    classes = [(folder, files) for folder, files in classes if files]
+    if not classes and any(map(_is_image_name, path.iterdir())):
         raise DataError(
             f"{source} has images but no labels: put them into one folder per class, "
             "or add a metadata.csv with the columns file_name,label"
         )
     return Listing(
-        files=tuple(file for _, group in found for file in group),
-        labels=tuple(label for label, (_, group) in enumerate(found) for _ in group),
-        class_names=tuple(folder.name for folder, _ in found),
+        files=tuple(file for _, group in classes for file in group),
+        labels=tuple(label for label, (_, group) in enumerate(classes) for _ in group),
+        class_names=tuple(folder.name for folder, _ in classes),
     )
 
 

@@ -76,7 +76,7 @@ class ImageSet:
             raise BadImageError(
                 f"image {name} has too many pixels to decode safely: shrink it, or leave it out with --skip-bad-images"
             ) from error
-        except Exception as error:  # broken bytes make decoders raise whatever they run into
+        except Exception as error:  # decoders raise errors of any type on broken bytes
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
             raise BadImageError(
                 f"image {name} cannot be decoded ({reason}): replace it, or leave it out with --skip-bad-images"
@@ -163,9 +163,11 @@ def open_images(spec: DataSpec, split: str | None) -> ImageSet:
     columns = [] if isinstance(images.reader, HubReader) else [spec.image_column, spec.label_column]
     columns += [spec.group_column] if images.groups is None else []
     if spec.root is not None and not isinstance(images.reader, FileReader):
-        raise DataError(f"{spec.source} is no folder, so `root` of its files would do nothing: leave it out")
+        raise DataError(f"{spec.source} is not a folder, so `root` would do nothing: leave it out")
     if column := next(filter(None, columns), None):
-        raise DataError(f"{spec.source} is no hub data set, so it has no column {column!r}: leave it out of `data`")
+        raise DataError(
+            f"{spec.source} is not a data set of the hub, so it has no column {column!r}: leave it out of `data`"
+        )
     if len(images) == 0:
         raise DataError(f"{spec.source} has no images; known endings: {' '.join(IMAGE_ENDINGS)}")
     if len(set(images.labels)) < 2:
@@ -270,16 +272,16 @@ def _divided(whole: ImageSet, split: str | None, test_share: float = _TEST_SHARE
 
 
 def _one_folder(path: Path, source: str, split: str | None, boundary: Boundary, group_column: str | None) -> ImageSet:
-    found = list_folder(path, source, boundary, group_column)
+    listing = list_folder(path, source, boundary, group_column)
     return ImageSet(
         name=source,
         split=split,
-        ids=tuple(Path(os.path.relpath(file, path)).as_posix() for file in found.files),
-        labels=found.labels,
-        class_names=found.class_names,
-        reader=FileReader(found.files),
-        rows=tuple(range(len(found.files))),
-        groups=found.groups,
+        ids=tuple(Path(os.path.relpath(file, path)).as_posix() for file in listing.files),
+        labels=listing.labels,
+        class_names=listing.class_names,
+        reader=FileReader(listing.files),
+        rows=tuple(range(len(listing.files))),
+        groups=listing.groups,
     )
 
 
@@ -337,9 +339,9 @@ def _hub_labels(rows: Any, column: str, source: str) -> tuple[Sequence[int], tup
 
 
 def _column(features: Any, kind: type, key: str, source: str) -> str:
-    found = [name for name, feature in features.items() if isinstance(feature, kind)]
-    if len(found) != 1:
+    names = [name for name, feature in features.items() if isinstance(feature, kind)]
+    if len(names) != 1:
         raise DataError(
             f"{source}: cannot tell which column is meant ({', '.join(features)}); set data.{key} in the recipe"
         )
-    return found[0]
+    return names[0]

@@ -9,7 +9,7 @@ from vitopt.errors import DataError
 if TYPE_CHECKING:
     from vitopt.data.images import ImageSet
 
-_MOST_DIGITS = 18  # longer ones are words: no head has such an output
+_MOST_DIGITS = 18  # longer numbers are taken as words: no head has so many outputs
 _SAY_INDEX = "--labels index (in a recipe `labels: index` under `data`)"
 
 
@@ -37,8 +37,8 @@ def as_indices(images: "ImageSet") -> "ImageSet":
     words = [names[label] for label in sorted(set(images.labels)) if not _is_number(names[label])]
     if words:
         raise DataError(
-            f"{images.name} has the label {words[0]!r}, which does not count the head's outputs as --labels index "
-            "(`labels: index`) says: leave that out, and labels are names of classes"
+            f"{images.name} has the label {words[0]!r}, and --labels index (`labels: index`) says that labels are "
+            "numbers: leave that out if they are names of classes"
         )
     return replace(images, labels=tuple(int(names[label]) for label in images.labels), class_names=None)
 

@@ -91,12 +91,12 @@ def images_of(pairs: Iterable[Any], *, name: str = "images", groups: Sequence[An
 def _pair(item: Any, index: int) -> tuple[Any, Any]:
     if not isinstance(item, tuple | list) or len(item) != 2:
         what = f"{_kind(item)} of {len(item)}" if isinstance(item, tuple | list) else _kind(item)
-        raise DataError(f"item {index} of the data is no (image, label) pair but {what}")
+        raise DataError(f"item {index} of the data is not an (image, label) pair but {what}")
     return item[0], item[1]
 
 
 def _id(image: Any, index: int) -> str:
-    """What an image is called; it must be one."""
+    """The name of an image; what is not an image is refused."""
     if isinstance(image, str | Path):
         if not Path(image).is_file():
             raise DataError(f"pair {index}: no image at {image}")
@@ -147,7 +147,7 @@ def _numbered(members: list[list[Any]]) -> tuple[list[int], tuple[str, ...] | No
 
 
 def _require_alike(kinds: list[bool], one: str, other: str, where: Sequence[int] | None = None) -> None:
-    """Refuse the first that is not of the kind of the first of all."""
+    """Refuse the first pair whose kind differs from that of pair 0."""
     odd = next((place for place, kind in enumerate(kinds) if kind != kinds[0]), None)
     if odd is not None:
         this, before = (one, other) if kinds[odd] else (other, one)

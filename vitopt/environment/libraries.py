@@ -1,4 +1,4 @@
-"""The libraries that results depend on: their versions, and their silence."""
+"""The libraries that results depend on: their versions, and keeping them quiet."""
 
 import importlib.metadata
 import logging
@@ -27,13 +27,13 @@ LIBRARIES = (
 
 def versions() -> dict[str, str | None]:
     """Installed version of every library whose version changes results; None when absent."""
-    found: dict[str, str | None] = {}
+    installed: dict[str, str | None] = {}
     for name in LIBRARIES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def quiet_libraries() -> None:

@@ -21,7 +21,7 @@ _SHOWS_ONLY = ("cli/", "__main__.py", "progress.py", "report/")
 
 @functools.cache
 def code_digest() -> str:
-    """Hex digest of vitopt's own code, less what only asks and shows: other code may give other results.
+    """Hex digest of vitopt's own code, without what only reads options and prints: other code may give other results.
 
     A release is told by its version; between releases only the code itself tells.
     """
@@ -38,10 +38,10 @@ def provenance(device: torch.device | None = None) -> dict[str, Any]:
     """What a result depends on beside its inputs: vitopt, the libraries and, for what is measured, the device."""
     from vitopt import __version__
 
-    found: dict[str, Any] = {"vitopt": __version__, "code": code_digest(), "libraries": versions()}
+    facts: dict[str, Any] = {"vitopt": __version__, "code": code_digest(), "libraries": versions()}
     if device is not None:
-        found |= {"device": str(device), "processor": devices.processor_name(), "gpu": devices.gpu_facts(device)}
-    return found
+        facts |= {"device": str(device), "processor": devices.processor_name(), "gpu": devices.gpu_facts(device)}
+    return facts
 
 
 def threads_bound() -> bool:

@@ -13,7 +13,7 @@ from vitopt.recipe import Attention, SdpaKernel
 def installed(package: str) -> bool:
     """Whether a package can be imported, without importing it."""
     spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None  # a folder of that name, as W&B's, is no package
+    return spec is not None and spec.origin is not None  # a folder of that name, such as W&B's, is not a package
 
 
 ENGINES = ("onnxruntime", "openvino", "tensorrt")  # that run a model outside torch

@@ -68,7 +68,7 @@ def predict(
         DataError: no image could be decoded.
     """
     share = launch.process_share()
-    found: dict[str, dict[int, np.ndarray]] = {runnable.name: {} for runnable in runnables}
+    rows: dict[str, dict[int, np.ndarray]] = {runnable.name: {} for runnable in runnables}
     failures: dict[str, str] = {}
     sizes = {runnable.name: batch_size for runnable in runnables}
     bad: set[int] = set()
@@ -86,16 +86,16 @@ def predict(
                     try:
                         logits = _logits(runnable, batch, sizes)
                         _refuse_nan(logits, batch, images)
-                    except Exception as error:  # whatever a kernel raises is this variant's failure, not the run's
+                    except Exception as error:  # an error of any type fails this variant, not the run
                         failures[runnable.name] = explain_failure(error)
                     else:
-                        found[runnable.name].update(zip(batch.indices, logits, strict=True))
-    shares = launch.gather_objects((found, failures, sizes, sorted(bad)))
+                        rows[runnable.name].update(zip(batch.indices, logits, strict=True))
+    shares = launch.gather_objects((rows, failures, sizes, sorted(bad)))
     return _merge(shares, images, batch_size, {runnable.name: outputs_of(runnable) for runnable in runnables})
 
 
 def _alike(runnables: Sequence[Runnable]) -> list[list[Runnable]]:
-    """Those that take the same pixels on the same device together."""
+    """The runnables in groups that take the same pixels on the same device."""
     groups: list[list[Runnable]] = []
     for runnable in runnables:
         fits = (
@@ -117,10 +117,10 @@ def _logits(runnable: Runnable, batch: Batch, sizes: dict[str, int]) -> np.ndarr
         size = sizes[runnable.name]
         try:
             parts = [padded_call(runnable, part, size) for part in batch.pixel_values.split(size)]
-            found = torch.cat(parts).float().cpu().numpy()
-            if found.ndim != 2:
-                raise MeasurementError(f"it must return (images, outputs), not {found.shape}")
-            return found
+            outputs = torch.cat(parts).float().cpu().numpy()
+            if outputs.ndim != 2:
+                raise MeasurementError(f"it must return (images, outputs), not {outputs.shape}")
+            return outputs
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -162,7 +162,7 @@ def _merge(shares: Sequence[_Share], images: ImageSet, batch_size: int, outputs:
     for name in shares[0][0]:
         if name in failures:
             continue
-        logits = {index: row for found, _, _, _ in shares for index, row in found[name].items()}
+        logits = {index: row for rows, _, _, _ in shares for index, row in rows[name].items()}
         stacked = np.stack([logits[i] for i in kept])
         width = stacked.shape[1] if outputs[name] != "embedding" else None
         predictions[name] = Predictions(
@@ -249,15 +249,15 @@ def compare(baseline_name: str, baseline: Predictions, variant: Predictions) -> 
 
 def adjusted(compared: Sequence[VersusBaseline], images: int) -> list[VersusBaseline]:
     """The same comparisons, all with one baseline over `images` images, with p-values and verdicts that allow for
-    their number (Holm 1979); one alone needs nothing of the kind, and loses what it was adjusted by before."""
+    their number (Holm 1979). A single comparison is not adjusted, and an earlier adjustment of it is removed."""
     return [
-        one.model_copy(
+        versus.model_copy(
             update={
                 "mcnemar_holm_p": p if len(compared) > 1 else None,
-                "verdict": accuracy_verdict(images, one.top1_delta_points, *one.top1_delta_ci95_points, p),
+                "verdict": accuracy_verdict(images, versus.top1_delta_points, *versus.top1_delta_ci95_points, p),
             }
         )
-        for one, p in zip(compared, holm([one.mcnemar_p for one in compared]), strict=True)
+        for versus, p in zip(compared, holm([versus.mcnemar_p for versus in compared]), strict=True)
     ]
 
 

@@ -1,4 +1,4 @@
-"""An interval for what little is known of: the bootstrap."""
+"""Bootstrap intervals, for statistics whose distribution is not known."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -30,10 +30,10 @@ def positive_mean_interval(values: ArrayLike, resamples: int | None = None, seed
         resamples = max(500, min(2_000, 20_000_000 // len(sample)))
     random = np.random.default_rng(seed)
     drawn = (sample[random.integers(len(sample), size=len(sample))] for _ in range(resamples))
-    moments = np.array([(one.mean(), one.std()) for one in drawn])
+    moments = np.array([(resample.mean(), resample.std()) for resample in drawn])
     means, spreads = moments[(moments > 0).all(axis=1)].T
     if len(means) < 0.99 * resamples:
-        return None  # fewer than about five values are not zero: they say nothing of their kind
+        return None  # fewer than about five values are not zero: too few to estimate their spread
     pivots = np.log(means / mean) * means / spreads
     low, high = np.quantile(pivots, [0.975, 0.025])
     return Interval(mean * math.exp(-low * spread / mean), mean * math.exp(-high * spread / mean))

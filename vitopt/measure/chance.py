@@ -1,4 +1,4 @@
-"""Is an accuracy that of guessing? Then labels and model do not belong together, and nothing measured on them holds."""
+"""Whether an accuracy is that of guessing: then labels and model do not belong together, and no figure is valid."""
 
 from vitopt.measure.intervals import wilson_interval
 

@@ -37,8 +37,10 @@ class Comparison:
         """Both records, the variant's with this comparison in place of the one that was stored."""
         metrics = {
             # A paired difference from another baseline says nothing here, and code is not stored to make it anew.
-            name: Metric(value=one.value, ci95=one.ci95) if one.baseline != self.baseline.variant.name else one
-            for name, one in self.variant.metrics.items()
+            name: Metric(value=metric.value, ci95=metric.ci95)
+            if metric.baseline != self.baseline.variant.name
+            else metric
+            for name, metric in self.variant.metrics.items()
         }
         changed = {"versus_baseline": self.versus, "metrics": metrics}
         return self.baseline, self.variant.model_copy(update=changed)
@@ -51,7 +53,7 @@ class Comparison:
                 f"{versus.right_to_wrong} images turned wrong, {versus.wrong_to_right} turned right "
                 f"(McNemar's exact p = {versus.mcnemar_p:.3g}); mean KL divergence {versus.mean_kl_divergence:.4f} nats"
             )
-        lines += [f"batch {one.batch_size}: {one.ratio:.2f}x the speed{_worth(one)}" for one in self.speed]
+        lines += [f"batch {speed.batch_size}: {speed.ratio:.2f}x the speed{_worth(speed)}" for speed in self.speed]
         return lines
 
     def to_json(self) -> dict[str, Any]:
@@ -67,12 +69,12 @@ class Comparison:
             },
             "speed": [
                 {
-                    "batch_size": one.batch_size,
-                    "ratio": one.ratio,
-                    "ci95": [one.interval.low, one.interval.high] if one.interval else None,
-                    "caution": one.caution,
+                    "batch_size": speed.batch_size,
+                    "ratio": speed.ratio,
+                    "ci95": [speed.interval.low, speed.interval.high] if speed.interval else None,
+                    "caution": speed.caution,
                 }
-                for one in self.speed
+                for speed in self.speed
             ],
         }
 
@@ -109,7 +111,7 @@ def compare_measured(baseline: tuple[Record, Predictions], variant: tuple[Record
     require_same_images(reference, predictions)
     versus = compare(before.variant.name, reference, predictions) if classes else None
     ratios = (speed_ratio(before, after, row.batch_size) for row in after.latency)
-    return Comparison(before, after, versus, tuple(one for one in ratios if one is not None))
+    return Comparison(before, after, versus, tuple(ratio for ratio in ratios if ratio is not None))
 
 
 def speed_ratio(baseline: Record, variant: Record, batch_size: int) -> SpeedRatio | None:
@@ -156,8 +158,8 @@ def adjusted_for_all(records: Sequence[Record]) -> list[Record]:
     """The same with p-values and verdicts that allow for how many of them were compared with the baseline."""
     compared = [record.versus_baseline for record in records if record.versus_baseline]
     images = next((record.dataset.images for record in records if record.dataset), 0)
-    found = iter(adjusted(compared, images))
-    return [r.model_copy(update={"versus_baseline": next(found)}) if r.versus_baseline else r for r in records]
+    comparisons = iter(adjusted(compared, images))
+    return [r.model_copy(update={"versus_baseline": next(comparisons)}) if r.versus_baseline else r for r in records]
 
 
 def _in_same_rounds(before: Latency, after: Latency) -> bool:
@@ -174,14 +176,14 @@ def paired_speedup(baseline: Latency, variant: Latency) -> Speedup:
     return speedup_interval(before, after)
 
 
-def _worth(one: SpeedRatio) -> str:
-    return f" ({one.interval.low:.2f} to {one.interval.high:.2f})" if one.interval else f"; {one.caution}"
+def _worth(speed: SpeedRatio) -> str:
+    return f" ({speed.interval.low:.2f} to {speed.interval.high:.2f})" if speed.interval else f"; {speed.caution}"
 
 
 def _device(record: Record) -> str:
     """What calls ran on, in words: two of the same words are one device."""
-    found = record.environment
-    if gpu := found.get("gpu"):
-        return f"{gpu['name']} ({found.get('device')})"
-    bound = "bound " if found.get("threads_bound") else ""
-    return f"{found.get('processor', 'unknown processor')}, {found.get('torch_threads', '?')} {bound}threads"
+    facts = record.environment
+    if gpu := facts.get("gpu"):
+        return f"{gpu['name']} ({facts.get('device')})"
+    bound = "bound " if facts.get("threads_bound") else ""
+    return f"{facts.get('processor', 'unknown processor')}, {facts.get('torch_threads', '?')} {bound}threads"

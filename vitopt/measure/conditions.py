@@ -49,8 +49,8 @@ def watched(device: torch.device) -> Iterator[Conditions]:
         others = max(0.0, _system_busy_seconds() - before - (_own_seconds() - own_before))
         percent = 100 * others / ((time.perf_counter() - started) * (os.cpu_count() or 1))
         conditions.warnings.append(
-            f"{waited:.0f} % of the time that calls wanted to run on the CPU they waited for it: other processes used "
-            f"{percent:.0f} % of it, so these latencies are too long"
+            f"calls waited for the CPU in {waited:.0f} % of the time in which they could have run: "
+            f"other processes used {percent:.0f} % of the CPU, so these latencies are too long"
         )
     if gpu is not None:
         conditions.gpu = summarise(polls)
@@ -115,13 +115,13 @@ def _threads_seconds() -> dict[str, tuple[float, float]]:
 
     Empty where the system does not tell. Source: Linux, Documentation/scheduler/sched-stats.rst.
     """
-    found = {}
+    seconds = {}
     with contextlib.suppress(OSError):
         for task in _TASKS.iterdir():
             with contextlib.suppress(OSError, ValueError):  # it has ended meanwhile, or the kernel keeps no such count
                 ran, waited = (task / "schedstat").read_text().split()[:2]
-                found[task.name] = int(ran) / 1e9, int(waited) / 1e9
-    return found
+                seconds[task.name] = int(ran) / 1e9, int(waited) / 1e9
+    return seconds
 
 
 def _waited_percent(before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]]) -> float:
@@ -166,7 +166,7 @@ class Gpu:
             properties = torch.cuda.get_device_properties(device)
             address = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
             return cls(pynvml, pynvml.nvmlDeviceGetHandleByPciBusId(address.encode()))
-        except Exception:  # no binding, no library, or a driver that will not say: measuring goes on without
+        except Exception:  # no binding, no library, or a driver that does not tell: measuring goes on without
             return None
 
     def close(self) -> None:

@@ -55,15 +55,14 @@ def evaluate(
     baseline: str | None = None,
     untrained: bool = False,
     metrics: Mapping[str, Compute] = MappingProxyType({}),
-    ready: Callable[[Measured], None] = lambda one: None,
+    ready: Callable[[Measured], None] = lambda result: None,
 ) -> list[Measured]:
     """Measure accuracy (where `images` are given), latency, size and memory of all runnables together.
 
     Each sees the images as its own preprocessor makes them. One that cannot be measured gets a record with a
     `failure`, a figure that cannot be had a reason in `unmeasured`; all else goes on.
-    `ready` gets each result as soon as it holds accuracy and the latency at one batch size, and again whenever it has
-    gained figures. In
-    processes other than the main one only the share of accuracy is done, and the list is empty.
+    `ready` gets each result as soon as it holds accuracy and the latency at one batch size, and again with each later
+    figure. Processes other than the main one do their share of accuracy only, and get an empty list.
     Without the baseline's own figures the others are measured and compared with nothing. `untrained` weights are
     expected to guess, which is a warning then. `metrics` are computed of all outputs and labels, see `own_metrics`.
 
@@ -91,8 +90,8 @@ def evaluate(
     together = uuid.uuid4().hex
 
     def first(rows: Mapping[str, Rows], conditions: Conditions) -> dict[str, Measured]:
-        """What is known of all with these rows."""
-        found = {}
+        """The results of all runnables with these rows of latency."""
+        results = {}
         for runnable in runnables:
             notes = outcome.notes.get(runnable.name, []) if outcome else []
             own: dict[str, Any] = {}
@@ -105,16 +104,16 @@ def evaluate(
                 own |= {"measured_together": together, "gpu_load": conditions.gpu}
             figures = own_metrics.get(runnable.name)
             known = _first_figures(runnable, own, outcome, images, rows.get(runnable.name), baseline)
-            found[runnable.name] = (
+            results[runnable.name] = (
                 known if figures is None else _with(known, metrics=figures.figures, unmeasured=figures.missing)
             )
-        adjusted = adjusted_for_all([one.record for one in found.values()])
-        return {record.variant.name: replace(found[record.variant.name], record=record) for record in adjusted}
+        adjusted = adjusted_for_all([result.record for result in results.values()])
+        return {record.variant.name: replace(results[record.variant.name], record=record) for record in adjusted}
 
     def tell(rows: Mapping[str, Rows]) -> None:
         """A run that is stopped at a large batch keeps the rows of the small ones."""
-        for one in first(rows, conditions).values():
-            ready(one)
+        for result in first(rows, conditions).values():
+            ready(result)
 
     with watched(runnables[0].device) as conditions:
         rows = time_rows(running, spec.latency, baseline, images, so_far=tell)
@@ -122,17 +121,17 @@ def evaluate(
 
     def gain(figures: Callable[[Runnable, Measured], dict[str, Any]]) -> None:
         for runnable in running:
-            one = measured[runnable.name]
-            if one.record.failure is None:
-                measured[runnable.name] = _with(one, **figures(runnable, one))
+            result = measured[runnable.name]
+            if result.record.failure is None:
+                measured[runnable.name] = _with(result, **figures(runnable, result))
             ready(measured[runnable.name])
 
-    for one in measured.values():
-        ready(one)
+    for result in measured.values():
+        ready(result)
     if outcome is not None and images is not None:
         if spec.end_to_end:
-            found = _end_to_end(running, images, rows)
-            gain(lambda runnable, one: found[runnable.name])
+            end_to_end = _end_to_end(running, images, rows)
+            gain(lambda runnable, result: end_to_end[runnable.name])
         gain(functools.partial(_invariance, images=images, batch_sizes=outcome.batch_sizes))
     gain(functools.partial(_device_figures, spec=spec))
     # A profiler slows later calls down, so it comes when nothing is left to be timed.
@@ -170,7 +169,7 @@ def _first_figures(
     rows: Rows | None,
     baseline: str | None,
 ) -> Measured:
-    """What is known once all images were seen and all calls were timed."""
+    """The figures that are known once all images were seen and all calls were timed."""
     fields = own | _provenance(runnable.device)
     unmeasured: dict[str, str] = {}
     try:
@@ -202,57 +201,57 @@ def _first_figures(
 
 
 def _with(
-    one: Measured, *, unmeasured: dict[str, str] | None = None, warnings: Sequence[str] = (), **figures: Any
+    result: Measured, *, unmeasured: dict[str, str] | None = None, warnings: Sequence[str] = (), **figures: Any
 ) -> Measured:
     """The same with more figures, more reasons why others are missing, and more warnings."""
-    record = one.record
+    record = result.record
     more = {"unmeasured": record.unmeasured | (unmeasured or {}), "warnings": (*record.warnings, *warnings)}
-    return Measured(record.model_copy(update=figures | more), one.predictions)
+    return Measured(record.model_copy(update=figures | more), result.predictions)
 
 
 def _end_to_end(runnables: Sequence[Runnable], images: ImageSet, rows: Mapping[str, Rows]) -> dict[str, dict[str, Any]]:
-    """Rows of all, those of one batch size in turns; name -> figures."""
-    found: dict[str, list[EndToEnd]] = {runnable.name: [] for runnable in runnables}
+    """Rows of all runnables, which take turns at each batch size; name -> figures."""
+    end_to_end: dict[str, list[EndToEnd]] = {runnable.name: [] for runnable in runnables}
     unmeasured: dict[str, dict[str, str]] = {runnable.name: {} for runnable in runnables}
     # At batch sizes that are known to run.
-    timed = {name: [row.batch_size for row in rows[name].latency] for name in found}
+    timed = {name: [row.batch_size for row in rows[name].latency] for name in end_to_end}
     for size in sorted({size for sizes in timed.values() for size in sizes}):
         able = [runnable for runnable in runnables if size in timed[runnable.name]]
         with progress.task(f"end to end at batch {size}", None):
             ended, failures = time_end_to_end(able, images, size)
         for name, row in ended.items():
-            found[name].append(row)
+            end_to_end[name].append(row)
         for name, reason in failures.items():
             unmeasured[name][f"end_to_end at batch {size}"] = reason
-    return {name: {"end_to_end": tuple(found[name]), "unmeasured": unmeasured[name]} for name in found}
+    return {name: {"end_to_end": tuple(end_to_end[name]), "unmeasured": unmeasured[name]} for name in end_to_end}
 
 
 def _invariance(
-    runnable: Runnable, one: Measured, *, images: ImageSet, batch_sizes: Mapping[str, int]
+    runnable: Runnable, result: Measured, *, images: ImageSet, batch_sizes: Mapping[str, int]
 ) -> dict[str, Any]:
     """Whether single images get the answers that they got in batches."""
-    predictions = one.predictions
+    predictions = result.predictions
     assert predictions is not None
-    timed_at = [row.batch_size for row in one.record.latency]
+    timed_at = [row.batch_size for row in result.record.latency]
     unmeasured: dict[str, str] = {}
     with progress.task(f"single images of {runnable.name}", None):
-        found = attempt(
+        invariance = attempt(
             "batch_invariance",
             lambda: batch_invariance(runnable, images, predictions, batch_sizes[runnable.name], timed_at=timed_at),
             unmeasured,
         )
     warnings = []
-    if found is not None and found.agreement_percent is not None and found.agreement_percent < 100:
+    if invariance is not None and invariance.agreement_percent is not None and invariance.agreement_percent < 100:
         warnings.append(
-            f"an image's class depends on the others of its batch: {100 - found.agreement_percent:.1f} % of "
-            f"{found.images} images have another one alone than in batches of {found.batch_size}"
+            f"an image's class depends on the other images of its batch: {100 - invariance.agreement_percent:.1f} % of "
+            f"{invariance.images} images get another class alone than in batches of {invariance.batch_size}"
         )
-    return {"batch_invariance": found, "unmeasured": unmeasured, "warnings": warnings}
+    return {"batch_invariance": invariance, "unmeasured": unmeasured, "warnings": warnings}
 
 
-def _device_figures(runnable: Runnable, one: Measured, *, spec: EvaluateSpec) -> dict[str, Any]:
-    """Memory, energy, throughput, and what the latency is of what the device can give."""
-    record, unmeasured = one.record, dict[str, str]()
+def _device_figures(runnable: Runnable, result: Measured, *, spec: EvaluateSpec) -> dict[str, Any]:
+    """Memory, energy, throughput, and latency against the limits of the device."""
+    record, unmeasured = result.record, dict[str, str]()
     fields: dict[str, Any] = {"unmeasured": unmeasured}
     if record.latency:
         # At batch sizes that are known to fit.
@@ -273,7 +272,7 @@ def _device_figures(runnable: Runnable, one: Measured, *, spec: EvaluateSpec) ->
             )
     rates = None
     if spec.roofline and record.layer_plan:
-        # What most layers are in is what its arithmetic runs in.
+        # Arithmetic runs in the format of most layers.
         most = max(record.layer_plan, key=lambda format: record.layer_plan[format])
         rates = attempt("roofline", lambda: roofline(most, runnable.device), unmeasured)
     limits = [_limits(row, runnable, record, rates, unmeasured) for row in record.latency]
@@ -284,7 +283,7 @@ def _device_figures(runnable: Runnable, one: Measured, *, spec: EvaluateSpec) ->
 def _limits(
     row: Latency, runnable: Runnable, record: Record, rates: Roofline | None, unmeasured: dict[str, str]
 ) -> dict[str, Any]:
-    """What a batch size takes of the device: its memory, and against its rates the floor and the utilisation."""
+    """Peak memory at a batch size, and the floor and the utilisation by the device's rates."""
     limits: dict[str, Any] = {}
     if runnable.device.type == "cuda":
         figure = f"peak_bytes at batch {row.batch_size}"
@@ -298,13 +297,13 @@ def _limits(
     return limits
 
 
-def _kernel(runnable: Runnable, one: Measured) -> dict[str, Any]:
+def _kernel(runnable: Runnable, result: Measured) -> dict[str, Any]:
     """The attention kernel that ran, read from a profile at a batch size that has run before."""
-    if not one.record.latency or not isinstance(runnable, ShowsKernel):
+    if not result.record.latency or not isinstance(runnable, ShowsKernel):
         return {}
     unmeasured: dict[str, str] = {}
-    variant = one.record.variant
-    pixels = random_pixels(one.record.latency[0].batch_size, input_size(runnable))
+    variant = result.record.variant
+    pixels = random_pixels(result.record.latency[0].batch_size, input_size(runnable))
     kernel = attempt("sdpa_kernel", lambda: runnable.kernel_used(pixels.to(runnable.device)), unmeasured)
     ran = variant.ran | {"sdpa_kernel": kernel}
     return {"variant": variant.model_copy(update={"ran": ran}), "unmeasured": unmeasured}

@@ -39,6 +39,6 @@ def attempt(figure: str, measure: Callable[[], T], unmeasured: dict[str, str]) -
     """What `measure` gives; None where it raises, with the reason under the figure's name in `unmeasured`."""
     try:
         return measure()
-    except Exception as error:  # whatever a library raises loses this figure, not the record
+    except Exception as error:  # an error of any type loses this figure, not the record
         unmeasured[figure] = explain_failure(error)
         return None

@@ -1,4 +1,4 @@
-"""What a run will take on this machine: a few timed calls, multiplied. An estimate, and it is called one."""
+"""What a run will take on this machine: a few timed calls, multiplied. An estimate."""
 
 import time
 from collections.abc import Collection, Mapping, Sequence

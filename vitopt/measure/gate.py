@@ -77,7 +77,7 @@ def _what_would_decide(evidence: Evidence) -> str:
     if evidence.missing is not None:
         return evidence.missing
     if math.isinf(evidence.needed):
-        return f"no number of {evidence.unit} decides it: what was measured lies on the limit"
+        return f"no number of {evidence.unit} would decide it: the measured value lies on the limit"
     more = max(1, evidence.needed - evidence.have)
     return f"about {round_up(more):,} more {evidence.unit} would likely decide it{evidence.supposing}"
 
@@ -148,7 +148,7 @@ def _of_p99(limit: float, record: Record, baseline: Record, batch_size: int | No
     at = latency.batch_size
     low, high = latency.p99_ci95_ms or (None, None)
     if low is None and high is None:
-        reason = f"an upper limit of p99 takes {calls_needed(0.99)} calls, not {latency.iterations}"
+        reason = f"an upper limit of p99 needs {calls_needed(0.99)} calls, not {latency.iterations}"
         return Evidence(latency.p99_ms, missing=reason, batch_size=at)
     interval = Interval(0.0 if low is None else low, math.inf if high is None else high)
     over = sum(sample > limit for sample in latency.samples_ms) / latency.iterations

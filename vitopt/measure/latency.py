@@ -134,7 +134,7 @@ def time_interleaved(
         timing = timings[name]
         _guarded(timing, functools.partial(_warm_up, call, timing, spec, clock))
         previous = name
-        # Compilation can take minutes: who stops it half way has the first figures of those before.
+        # Compilation can take minutes: a run that is stopped meanwhile keeps the first figures of the calls before.
         outcome = timing.failure or f"about {timing.warm_ms:.3g} ms, warm after {timing.warmup_ms / 1000:.1f} s"
         logger.info("%s: %s: %s", description, name, outcome)
     per_round = -(-spec.iterations // spec.rounds)
@@ -171,7 +171,7 @@ def balanced_orders(names: Sequence[str]) -> list[list[str]]:
 def _guarded(timing: Timing, work: Call) -> None:
     try:
         work()
-    except Exception as error:  # whatever a kernel raises is this variant's failure, not the run's
+    except Exception as error:  # an error of any type fails this variant, not the run
         timing.failure = explain_failure(error)
         timing.out_of_memory = is_out_of_memory(error)
 

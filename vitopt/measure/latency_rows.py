@@ -35,19 +35,19 @@ class Rows:
     @property
     def warnings(self) -> list[str]:
         """A sentence for each reason to trust a row less."""
-        found = []
+        sentences = []
         for row in self.latency:
             if not row.settled:
-                found.append(
+                sentences.append(
                     f"batch {row.batch_size}: the warm-up ended before calls took a steady time "
                     f"({row.warmup_iterations} calls): give it more warmup_seconds"
                 )
             if (spread := _spread(row.samples_ms)) > _UNSTEADY:
-                found.append(
+                sentences.append(
                     f"batch {row.batch_size}: the slowest calls took {spread:.1f} times as long as the fastest "
                     "(95th over 5th percentile), so something disturbed the machine"
                 )
-        return found
+        return sentences
 
 
 def _spread(samples_ms: Sequence[float]) -> float:
@@ -95,7 +95,7 @@ def _rows(rows: Mapping[str, list[Latency]], failures: Mapping[str, list[FailedL
 
 
 def call_of(runnable: Runnable, batch_size: int, images: ImageSet | None = None) -> Callable[[], object]:
-    """What calls it on so many random images, the same in every call, or on batches of `images` in turn."""
+    """A call on this many random images, the same in every call, or on batches of `images` in turn."""
 
     @functools.cache
     def batches() -> Iterator[torch.Tensor]:
@@ -174,6 +174,6 @@ def _row(batch_size: int, timing: Timing) -> Latency:
 
 
 def _with_speedup(row: Latency, reference: Latency) -> Latency:
-    found = paired_speedup(reference, row)
-    interval = (found.interval.low, found.interval.high) if found.interval else None
-    return row.model_copy(update={"speedup_vs_baseline": found.ratio, "speedup_ci95": interval})
+    speedup = paired_speedup(reference, row)
+    interval = (speedup.interval.low, speedup.interval.high) if speedup.interval else None
+    return row.model_copy(update={"speedup_vs_baseline": speedup.ratio, "speedup_ci95": interval})

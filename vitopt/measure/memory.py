@@ -32,7 +32,7 @@ def peak_memory(runnable: Runnable, batch_size: int) -> Memory:
     if runnable.device.type == "cuda":
         return _cuda_peak(runnable, batch_size)
     if not isinstance(runnable, RunsAlone):
-        raise MeasurementError("it cannot be run by a process of its own")
+        raise MeasurementError("it cannot be run in a separate process")
     return _process_peak(runnable.alone(batch_size), batch_size)
 
 
@@ -67,15 +67,15 @@ def _process_peak(command: Sequence[str], batch_size: int) -> Memory:
         with threads.unbound():  # it binds its own
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT_SECONDS, env=alone)
     except subprocess.TimeoutExpired as error:
-        raise MeasurementError(f"a process of its own was not done after {_TIME_LIMIT_SECONDS} s") from error
+        raise MeasurementError(f"a separate process was not done after {_TIME_LIMIT_SECONDS} s") from error
     except OSError as error:
-        raise MeasurementError(f"a process of its own could not be started: {error}") from error
+        raise MeasurementError(f"a separate process could not be started: {error}") from error
     if done.returncode != 0:
-        raise MeasurementError(f"a process of its own {_ending(done)}")
+        raise MeasurementError(f"a separate process {_ending(done)}")
     try:
         peak = json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
     except (ValueError, LookupError, TypeError) as error:
-        raise MeasurementError("a process of its own did not say how much memory it took") from error
+        raise MeasurementError("a separate process did not report its memory") from error
     return Memory(peak_bytes=peak, kind="resident_set", batch_size=batch_size)
 
 

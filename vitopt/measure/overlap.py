@@ -80,5 +80,5 @@ def warning(overlap: Overlap, images: int) -> str:
     elif overlap.where == TRAINING:
         harm = "are training images of this checkpoint, so its accuracy looks better than it is"
     else:
-        harm = f"chose the {overlap.where} of this checkpoint, so it looks better than it is"
+        harm = f"were used to choose the {overlap.where} of this checkpoint, so it looks better than it is"
     return f"{which} {harm} (first: {overlap.examples[0]})"

@@ -45,15 +45,15 @@ def named(metrics: Any) -> dict[str, Compute]:
         return {}
     if not isinstance(metrics, Mapping):
         metrics = {getattr(metrics, "name", None) or getattr(metrics, "__name__", type(metrics).__name__): metrics}
-    found: dict[str, Compute] = {}
+    functions: dict[str, Compute] = {}
     for name, metric in metrics.items():
         if hasattr(metric, "compute") and hasattr(metric, "features"):
-            found[str(name)] = _of_evaluate(metric)
+            functions[str(name)] = _of_evaluate(metric)
         elif callable(metric):
-            found[str(name)] = metric
+            functions[str(name)] = metric
         else:
             raise RecipeError(f"metric {name} is a {type(metric).__name__}; give a function of (outputs, labels)")
-    return found
+    return functions
 
 
 def _of_evaluate(metric: Any) -> Compute:
@@ -81,10 +81,10 @@ def measure_metrics(
         RecipeError: two have one name.
     """
     first = baseline if baseline in predictions else next(iter(predictions), None)
-    found: dict[str, dict[str, _Figure]] = {}
+    by_variant: dict[str, dict[str, _Figure]] = {}
     missing: dict[str, dict[str, str]] = {name: {} for name in predictions}
     for variant in sorted(predictions, key=lambda name: name != first):
-        found[variant] = {}
+        by_variant[variant] = {}
         for name, compute in metrics.items():
             try:
                 with progress.task(f"{name} of {variant}", None):
@@ -94,12 +94,12 @@ def measure_metrics(
                     raise
                 missing[variant][f"metrics.{name}"] = str(error)
                 continue
-            if twice := set(figures) & set(found[variant]):
+            if twice := set(figures) & set(by_variant[variant]):
                 raise RecipeError(f"two metrics are called {min(twice)!r}: name one of them otherwise")
-            found[variant] |= figures
+            by_variant[variant] |= figures
     results = {}
-    for variant, figures in found.items():
-        reference = {} if baseline in (None, variant) else found.get(str(baseline), {})
+    for variant, figures in by_variant.items():
+        reference = {} if baseline in (None, variant) else by_variant.get(str(baseline), {})
         own = {name: _against(figure, reference.get(name), baseline) for name, figure in figures.items()}
         why = {f"metrics.{name}.ci95": figure.missing for name, figure in figures.items() if figure.missing}
         results[variant] = OwnMetrics(own, missing[variant] | why)
@@ -140,11 +140,11 @@ def _figures(name: str, compute: Compute, predictions: Predictions) -> dict[str,
         copied = _resampled(name, compute, outputs[twice], labels[twice]) if single and not few else {}
     figures = {}
     for key, value in values.items():
-        mean, found = float(value.mean()), np.array(resampled[key])
-        reason = f"an interval takes {_FEWEST_IMAGES} images, not {images}" if few else None
+        mean, samples = float(value.mean()), np.array(resampled[key])
+        reason = f"an interval needs {_FEWEST_IMAGES} images, not {images}" if few else None
         if reason is None:
-            reason = _why_no_interval(found, mean, copied.get(key, mean))
-        figures[key] = _Figure(mean, None if reason else found, reason)
+            reason = _why_no_interval(samples, mean, copied.get(key, mean))
+        figures[key] = _Figure(mean, None if reason else samples, reason)
     return figures
 
 
@@ -170,12 +170,12 @@ def _resampled(name: str, compute: Compute, outputs: NDArray[Any], labels: NDArr
 def _values(name: str, compute: Compute, outputs: NDArray[Any], labels: NDArray[Any]) -> dict[str, NDArray[np.float64]]:
     """What a metric gives, by name: a number each, or one for each image."""
     try:
-        found = compute(outputs, labels)
-    except Exception as error:  # whatever the user's code raises
+        returned = compute(outputs, labels)
+    except Exception as error:  # the user's code may raise any type
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise MeasurementError(f"metric {name} failed: {reason}") from error
     values = {}
-    for key, value in (found if isinstance(found, Mapping) else {name: found}).items():
+    for key, value in (returned if isinstance(returned, Mapping) else {name: returned}).items():
         try:
             number = np.asarray(value, dtype=np.float64)
         except (TypeError, ValueError) as error:
@@ -186,7 +186,7 @@ def _values(name: str, compute: Compute, outputs: NDArray[Any], labels: NDArray[
             raise MeasurementError(f"metric {key} is not finite")
         values[str(key)] = number
     if not values:
-        raise MeasurementError(_no_number(name, found))
+        raise MeasurementError(_no_number(name, returned))
     return values
 
 

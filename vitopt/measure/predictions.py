@@ -37,7 +37,7 @@ class Predictions:
         if self.outputs == "embedding":
             return "the model gives embeddings, not a logit for each class"
         if self.labels.ndim > 1:
-            return "an image has any number of labels, so no class is right alone"
+            return "an image can have several labels, so no single class is right"
         if self.outputs == "labels":
             return "the model's labels do not exclude each other, so no class is its answer"
         return None

@@ -66,7 +66,7 @@ def copy_rate(device: torch.device) -> float:
 
 
 def floor_ms(batch_size: int, flops: int, weight_bytes: int, rates: Roofline) -> float:
-    """Milliseconds under which no call with so many images can be at these rates."""
+    """The fewest milliseconds that a call with this many images can take at these rates."""
     fastest = max(rates.gemm_flops_per_second, rates.gemm_flops_per_second_cold or 0)
     computing = batch_size * flops / fastest
     reading = weight_bytes / rates.copy_bytes_per_second

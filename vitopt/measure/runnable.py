@@ -82,7 +82,7 @@ class CountsFlops(Protocol):
 
 @runtime_checkable
 class RunsAlone(Protocol):
-    """Can be run by a process of its own, whose peak memory is this runnable's."""
+    """Can be run in a separate process, whose peak memory is this runnable's."""
 
     def alone(self, batch_size: int) -> list[str]:
         """Command that prints `{"peak_bytes": …}`."""
@@ -157,14 +157,14 @@ class Wrapped:
         Raises:
             MeasurementError: what was wrapped returned something else.
         """
-        found = self.call(pixel_values)
-        found = getattr(found, "logits", found)  # as transformers' models return them
-        if not isinstance(found, torch.Tensor) or found.ndim != 2 or len(found) != len(pixel_values):
-            what = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        outputs = self.call(pixel_values)
+        outputs = getattr(outputs, "logits", outputs)  # as transformers' models return them
+        if not isinstance(outputs, torch.Tensor) or outputs.ndim != 2 or len(outputs) != len(pixel_values):
+            what = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
             raise MeasurementError(
                 f"{self.name} returned {what} for {len(pixel_values)} images; it must return a tensor (images, outputs)"
             )
-        return found
+        return outputs
 
     def weight_bytes(self) -> int:
         """Bytes of a module's weights; 0 for a function."""

@@ -48,18 +48,18 @@ def known_architecture(name: str, **settings: Any) -> PretrainedConfig | None:
 
     Any owner before a slash and any further words are ignored. None for other names.
     """
-    found = re.fullmatch(r"(.+)-patch(\d+)(?:-window(\d+))?-(\d+)(?:-.*)?", name.rsplit("/", 1)[-1])
-    if found is None or found[1] not in _NAMES:
+    match = re.fullmatch(r"(.+)-patch(\d+)(?:-window(\d+))?-(\d+)(?:-.*)?", name.rsplit("/", 1)[-1])
+    if match is None or match[1] not in _NAMES:
         return None
-    model_type, architecture, size = _NAMES[found[1]]
-    patch, window, resolution = (int(number or 0) for number in found.groups()[1:])
+    model_type, architecture, size = _NAMES[match[1]]
+    patch, window, resolution = (int(number or 0) for number in match.groups()[1:])
     shape = FAMILIES[model_type].shape
     if not 0 < patch <= resolution or (window and shape != "stages"):
         return None
     if shape == "stages":
         made = _stages(size, patch, resolution, window or _WINDOW)
     elif shape == "timm":
-        made = _timm(size, patch, resolution, "distilled" in found[1])
+        made = _timm(size, patch, resolution, "distilled" in match[1])
     else:
         made = _plain(size, patch, resolution)
         made = {"vision_config": made} if shape == "vision" else made

@@ -173,7 +173,7 @@ def _read_config(source: str, path: Path) -> PretrainedConfig:
     try:
         config: PretrainedConfig = CONFIG_MAPPING[content["model_type"]].from_dict(content)
         image_size(config)
-    except Exception as error:  # the libraries raise whatever they run into in what others wrote
+    except Exception as error:  # the libraries raise errors of any type on broken files
         raise CheckpointError(_explain_load_failure(source, error)) from error
     return config
 
@@ -276,8 +276,8 @@ def _fetched_weights(source: str, revision: str | None) -> tuple[Path, ...]:
         return ()
     index = hub.fetch(source, weights.INDEX_FILE, revision)
     names = weights.shards(source, index) if index else [weights.WHOLE_FILE]
-    found = [hub.fetch(source, name, revision) for name in names]
-    return () if found[0] is None else weights.weight_files(source, found[0].parent)
+    files = [hub.fetch(source, name, revision) for name in names]
+    return () if files[0] is None else weights.weight_files(source, files[0].parent)
 
 
 def _with_labels(config: PretrainedConfig, names: list[str] | None) -> PretrainedConfig:
@@ -373,7 +373,7 @@ def save_checkpoint(model: PreTrainedModel, processor: Any, folder: Path) -> Non
     model.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         weights.order_header(file)  # so that the same weights are the same bytes
-        file.chmod(0o644)  # safetensors writes files that nobody else can serve
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
     if model.config.model_type != TIMM:  # whose config.json holds it
         processor.save_pretrained(folder)
 

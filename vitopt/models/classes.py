@@ -17,8 +17,8 @@ _SUPPORT: dict[Attention, str] = {"sdpa": "_supports_sdpa", "flash_attention_2":
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The class that a checkpoint of an image classifier opens with: of several, as DeiT has, the one it names."""
-    found = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
-    by_name = {one.__name__: one for one in (found if isinstance(found, tuple) else (found,))}
+    known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+    by_name = {classifier.__name__: classifier for classifier in (known if isinstance(known, tuple) else (known,))}
     return next((by_name[name] for name in config.architectures or () if name in by_name), next(iter(by_name.values())))
 
 
@@ -44,20 +44,20 @@ def best_attention(config: PretrainedConfig) -> Attention:
 
 
 def _lacks(config: PretrainedConfig, attention: Attention) -> str | None:
-    found = model_class(config)
+    classifier = model_class(config)
     if attention == "eager" and FAMILIES[config.model_type].own_attention:
-        return f"the attention of {found.__name__} is its own, which is sdpa"
-    if attention not in _SUPPORT or getattr(found, _SUPPORT[attention]):
+        return f"the attention of {classifier.__name__} is its own, which is sdpa"
+    if attention not in _SUPPORT or getattr(classifier, _SUPPORT[attention]):
         return None
-    return f"transformers has no {attention} for {found.__name__}"
+    return f"transformers has no {attention} for {classifier.__name__}"
 
 
 def why_not_trained(config: PretrainedConfig) -> str | None:
     """Why a model cannot be trained, or None when it can."""
-    found = model_class(config)
-    if "labels" in inspect.signature(found.forward).parameters:
+    classifier = model_class(config)
+    if "labels" in inspect.signature(classifier.forward).parameters:
         return None
-    return f"transformers has {found.__name__} for inference only, without a loss"
+    return f"transformers has {classifier.__name__} for inference only, without a loss"
 
 
 def name_input_embeddings(config: PretrainedConfig) -> None:

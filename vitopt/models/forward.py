@@ -16,8 +16,8 @@ def input_dtype(model: nn.Module) -> torch.dtype:
 
 def logits(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """(batch, classes), in the model's type, from images of any: (batch, 3, height, width)."""
-    found: torch.Tensor = model(pixel_values=pixel_values.to(input_dtype(model))).logits
-    return found
+    outputs: torch.Tensor = model(pixel_values=pixel_values.to(input_dtype(model))).logits
+    return outputs
 
 
 def flops_per_image(checkpoint: Checkpoint) -> int:

@@ -1,4 +1,4 @@
-"""What a stranger's checkpoint may say, checked before a library acts on it; all that does not fit is told at once.
+"""What a checkpoint from outside may say, checked before a library acts on it; all that does not fit is told at once.
 
 transformers obeys `config.json`: it may name code to import (`auto_map`), an attention kernel to fetch, a file of
 weights. Of such keys none reaches transformers. Sizes are bounded, since a few digits can ask for all memory there is.
@@ -121,11 +121,11 @@ def _require_classifier(source: str, file: str, content: dict[str, Any]) -> None
             f"{source} is of model type {model_type[:80]!r}, which is not supported{own_code}: {reason}"
         )
     known = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[CONFIG_MAPPING[model_type]]
-    known_names = [one.__name__ for one in (known if isinstance(known, tuple) else (known,))]
+    known_names = [kind.__name__ for kind in (known if isinstance(known, tuple) else (known,))]
     if not any(name.endswith(CLASSIFIERS) for name in architectures):
-        found = ", ".join(architectures) or f"{model_type} without a head"
+        given = ", ".join(architectures) or f"{model_type} without a head"
         raise CheckpointError(
-            f"{source} is not an image classifier (it is {found}); vitopt needs an ...ForImageClassification model"
+            f"{source} is not an image classifier (it is {given}); vitopt needs an ...ForImageClassification model"
         )
     if not set(known_names) & set(architectures):
         raise CheckpointError(
@@ -150,7 +150,7 @@ def mistakes_of_config(content: dict[str, Any]) -> list[str]:
     """What of a configuration no model has, one line each."""
     mistakes = [*_mistakes_of_sizes(content), *_mistakes_of_labels(content)]
     mistakes += [
-        f"{_named(key)} is {_shown(value)}, which is no number of a model"
+        f"{_named(key)} is {_shown(value)}, which no model can have"
         for key, value in _numbers(content)
         if not _bounded(value)
     ]
@@ -194,7 +194,7 @@ def _mistakes_of_sizes(content: dict[str, Any]) -> Iterator[str]:
     if "hidden_size" in good and "num_attention_heads" in good:
         width, heads = good["hidden_size"][0], good["num_attention_heads"][0]
         if width % heads:
-            yield f"hidden_size {width} is no multiple of num_attention_heads {heads}"
+            yield f"hidden_size {width} is not a multiple of num_attention_heads {heads}"
     if "image_size" in good and "patch_size" in good:
         sides, patches = (
             good[key] if len(good[key]) == 2 else good[key][:1] * 2 for key in ("image_size", "patch_size")
@@ -215,7 +215,7 @@ def _mistakes_of_labels(content: dict[str, Any]) -> Iterator[str]:
         yield f"id2label does not name the outputs 0 to {len(names) - 1}, each once"
     for index, name in names.items():
         if not isinstance(name, str | int | float):
-            yield f"id2label names output {_shown(index)} {_shown(name)}, which is no text"
+            yield f"id2label names output {_shown(index)} {_shown(name)}, which is not text"
             break
     if content.get("num_labels", len(names)) != len(names):
         yield f"num_labels is {_shown(content['num_labels'])}, and id2label names {len(names)} outputs"
@@ -289,13 +289,13 @@ def _mistakes_of_preprocessor(content: dict[str, Any]) -> Iterator[str]:
         value = content.get(key)
         channels = value if isinstance(value, list) else [value] * 3
         if value is None and key in content and content.get("do_normalize", True):
-            yield f"{key} is null, and pixels are to be normalized"
+            yield f"{key} is null, and do_normalize needs it"
         elif value is not None and not (
-            len(channels) == 3 and all(isinstance(one, int | float) and _bounded(one) for one in channels)
+            len(channels) == 3 and all(isinstance(number, int | float) and _bounded(number) for number in channels)
         ):
             yield f"{key} is {_shown(value)}, not a number for each of 3 channels"
         elif key == "image_std" and value is not None and min(channels) <= 0:
-            yield f"image_std is {_shown(value)}, by which nothing can be divided"
+            yield f"image_std is {_shown(value)}, and must be above 0"
     factor = content.get("rescale_factor")
     if factor is not None and not (isinstance(factor, int | float) and 0 < factor <= 1e6):
         yield f"rescale_factor is {_shown(factor)}, not a positive number"

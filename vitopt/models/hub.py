@@ -73,6 +73,6 @@ def _require_answer(source: str, name: str) -> None:
     try:
         HfApi().model_info(source, timeout=_SECONDS)
     except HfHubHTTPError:
-        return  # it answers; what it says is told when the configuration is read
+        return  # it answers; a refusal is told when the configuration is read
     except Exception as error:  # each version of the client wraps the refusals of the network in its own way
         raise CheckpointError(explain_no_network(source)) from error

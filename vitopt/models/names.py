@@ -87,7 +87,7 @@ def _computes_beside(model: nn.Module, name: str) -> bool:
 
 
 def _explain_unknown(model_type: str, module: str) -> str:
-    # Left out of a plan, it would be quantized, or not, without anybody having said so.
+    # Left out of a plan, it would be quantized or not without the plan saying so.
     return (
         f"this {model_type} model has a layer in its blocks that vitopt does not know ({module}): use one whose blocks "
         "hold plain attention and an MLP of fc1 and fc2"

@@ -38,7 +38,7 @@ class Origin:
 
     def last(self, step: str) -> dict[str, Any] | None:
         """The settings of the last step of this kind, None where there was none."""
-        return next((one for one in reversed(self.steps) if one["step"] == step), None)
+        return next((noted for noted in reversed(self.steps) if noted["step"] == step), None)
 
 
 def note_origin(checkpoint: Checkpoint, folder: Path, step: str, **settings: Any) -> None:

@@ -39,9 +39,11 @@ def push(checkpoint: Checkpoint, repository: str, *, private: bool = True, revis
             `private` where it should be, or is where it should not.
     """
     if checkpoint.folder is None:
-        raise CheckpointError(f"{checkpoint.source} is no local folder: there is nothing to push")
+        raise CheckpointError(f"{checkpoint.source} is not a local folder: there is nothing to push")
     if not (hub.is_repo_id(repository) and "/" in repository):
-        raise RecipeError(f"{repository!r} is no id of a repository: give OWNER/NAME, of letters, digits and . _ -")
+        raise RecipeError(
+            f"{repository!r} is not the id of a repository: give OWNER/NAME, of letters, digits and . _ -"
+        )
     if get_token() is None:
         raise StorageError("there is no token for the Hugging Face hub: log in with `hf auth login`, or set HF_TOKEN")
     operations = [CommitOperationAdd(name, content) for name, content in _files(checkpoint, repository)]
@@ -79,13 +81,13 @@ def _card(path: Path, repository: str) -> bytes:
 
 def _require_repository(api: HfApi, repository: str, private: bool) -> None:
     try:
-        found = api.model_info(repository)
+        existing = api.model_info(repository)
     except RepositoryNotFoundError:
         api.create_repo(repository, private=private)
         return
-    if bool(found.private) != private:
-        kinds = ("private", "--private") if found.private else ("public", "--public")
-        raise StorageError(f"{repository} is there and is {kinds[0]}: push with {kinds[1]}, or to another repository")
+    if bool(existing.private) != private:
+        kinds = ("private", "--private") if existing.private else ("public", "--public")
+        raise StorageError(f"{repository} exists and is {kinds[0]}: push with {kinds[1]}, or to another repository")
 
 
 @contextlib.contextmanager

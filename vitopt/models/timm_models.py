@@ -44,7 +44,7 @@ def named_as_in_transformers(source: str, content: dict[str, Any]) -> dict[str, 
 
 def _is_plain(key: str, value: Any) -> bool:
     if isinstance(value, list):
-        return all(_is_plain(key, one) for one in value)
+        return all(_is_plain(key, item) for item in value)
     return value is None or isinstance(value, int | float) or (key == "global_pool" and isinstance(value, str))
 
 

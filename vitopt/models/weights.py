@@ -1,4 +1,4 @@
-"""A stranger's weights: which files are opened, what their headers say, and whether what was loaded are numbers.
+"""Weights from outside: which files are opened, what their headers say, and whether loaded values are finite.
 
 Weights are safetensors files of the checkpoint's own folder. A header names tensors, their shapes and their types
 before any of them is read.
@@ -112,7 +112,7 @@ def read_headers(files: tuple[Path, ...]) -> dict[str, Stored]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                for name in opened.keys():  # noqa: SIM118 (it is not a mapping)
                     stored = opened.get_slice(name)
                     tensors[name] = Stored(tuple(stored.get_shape()), stored.get_dtype())
         except (SafetensorError, OSError) as error:
@@ -141,7 +141,7 @@ def require_fitting(source: str, tensors: dict[str, Stored], model: torch.nn.Mod
     for name, stored in tensors.items():
         if not packed and stored.dtype not in _FLOATING and name.rpartition(".")[2] in kinds:
             raise CheckpointError(
-                f"{source} holds {name} as {stored.dtype}, which is no floating-point number, and its config.json has "
+                f"{source} holds {name} as {stored.dtype}, which is not a floating-point type, and its config.json has "
                 "no quantization_config: copy both from one model"
             )
 
@@ -154,7 +154,7 @@ def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         state = getattr(tensor, "quant_state", None)
         while state is not None:
             beside = (state.absmax, state.code, state.offset)
-            yield from ((name, one) for one in beside if torch.is_tensor(one))
+            yield from ((name, scales) for scales in beside if torch.is_tensor(scales))
             state = getattr(state, "state2", None)
         if torch.is_tensor(scales := getattr(tensor, "SCB", None)):
             yield name, scales
@@ -176,9 +176,16 @@ def _plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch
 @torch.no_grad()
 def first_not_finite(model: torch.nn.Module) -> str | None:
     """Name of the first tensor with NaN or infinity; read once, nothing is copied. None where all are numbers."""
-    floating = [(name, one.detach()) for name, one in named_tensors(model) if one.is_floating_point() and one.numel()]
+    floating = [
+        (name, tensor.detach())
+        for name, tensor in named_tensors(model)
+        if tensor.is_floating_point() and tensor.numel()
+    ]
     # Types of 8 bit cannot be compared; both limits are NaN where one element is.
-    limits = [torch.stack(torch.aminmax(one if one.itemsize > 1 else one.to(torch.bfloat16))) for _, one in floating]
+    limits = [
+        torch.stack(torch.aminmax(tensor if tensor.itemsize > 1 else tensor.to(torch.bfloat16)))
+        for _, tensor in floating
+    ]
     if not limits:
         return None
     finite = torch.stack([limit.float() for limit in limits]).isfinite().all(1).tolist()

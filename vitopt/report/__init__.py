@@ -1,1 +1,1 @@
-"""Records in, something to read out: tables, the model card, one self-contained page."""
+"""Reports made of records: tables, the model card, one self-contained page."""

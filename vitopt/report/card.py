@@ -171,8 +171,8 @@ def _results(record: Record) -> Iterator[EvalResult]:
 
 def _without_paths(text: str, records: Sequence[Record]) -> str:
     """The text with the last name alone of each local path, as in a note about a file."""
-    sources = [one.dataset.name for one in records if one.dataset]
-    sources += [one.model.source for one in records if one.model]
+    sources = [record.dataset.name for record in records if record.dataset]
+    sources += [record.model.source for record in records if record.model]
     for source in filter(re.compile(r"\w/|/\w").search, sources):  # `.` is no word to look for
         text = text.replace(source, public_name(source))
     return _LOCAL_PATH.sub(r"\1", text)

@@ -35,7 +35,7 @@ def requirements(records: Sequence[Record]) -> Table:
         return lambda record: dict(map(requirement_parts, record.requirements)).get(required)
 
     judged = [record for record in records if record.requirements]
-    asked = dict.fromkeys(requirement_parts(one)[0] for record in judged for one in record.requirements)
+    asked = dict.fromkeys(requirement_parts(requirement)[0] for record in judged for requirement in record.requirements)
     columns = {"variant": of("variant.name"), **{required: finding(required) for required in asked}}
     return tabulate("Requirements", columns, judged)
 

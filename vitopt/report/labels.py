@@ -63,4 +63,4 @@ def label_points(figure: Figure, axes: Axes, labels: Sequence[str], x: np.ndarra
 def _shared(box: Bbox, others: Sequence[Bbox]) -> float:
     """Area that the box shares with others."""
     shared = (Bbox.intersection(box, other) for other in others)
-    return sum(one.width * one.height for one in shared if one is not None)
+    return sum(overlap.width * overlap.height for overlap in shared if overlap is not None)

@@ -86,7 +86,7 @@ _CHOOSE: dict[Prefer, Callable[[Sequence[Record]], Record]] = {
     "latency": _fastest,
     "size": lambda records: min(records, key=lambda record: (_weight_bytes(record), record.latency[0].p50_ms)),
     "throughput": lambda records: max(records, key=_rate),
-    "cost": lambda records: max(records, key=_rate),  # an hour costs the same whatever runs
+    "cost": lambda records: max(records, key=_rate),  # an hour costs the same for all
 }
 
 

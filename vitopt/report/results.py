@@ -79,8 +79,8 @@ def _places(folder: Path) -> list[Path]:
     """The folders of the records that lie in `folder`."""
     if (folder / RECORD_FILE).is_file():
         return [folder]
-    if found := sorted(path.parent for path in folder.glob(f"variants/*/{RECORD_FILE}")):
-        return found
+    if folders := sorted(path.parent for path in folder.glob(f"variants/*/{RECORD_FILE}")):
+        return folders
     raise RecordError(
         f"{folder} holds no records ({RECORD_FILE} or variants/*/{RECORD_FILE}): give the folder of a `vitopt run`, or "
         "--output of `vitopt evaluate` or `vitopt benchmark`"

@@ -141,7 +141,7 @@ def _answer(result: Sensitivity, point: Point | None) -> str:
     decision = {"shown": "shown to be met", "failed": "not met", "undecided": "not shown to be met"}[search.decision]
     return (
         f"Keep {names or 'nothing'} in {result.half}, the rest in {result.format}. The goal ({goal}) is {decision} "
-        f"on {search.confirming_images:,} images that did not choose."
+        f"on {search.confirming_images:,} images that were not used to choose."
     )
 
 

@@ -40,7 +40,7 @@ class Results(_Shown, Mapping[str, Result]):
     """Results of models that were measured together, by name."""
 
     def __init__(self, results: Iterable[Result]):
-        self._results = {one.record.variant.name: one for one in results}
+        self._results = {result.record.variant.name: result for result in results}
 
     def __getitem__(self, name: str) -> Result:
         return self._results[name]
@@ -52,7 +52,7 @@ class Results(_Shown, Mapping[str, Result]):
         return len(self._results)
 
     def _rows(self) -> tuple[Record, ...]:
-        return tuple(one.record for one in self._results.values())
+        return tuple(result.record for result in self._results.values())
 
 
 @dataclass(frozen=True, repr=False)

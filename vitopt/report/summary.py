@@ -35,7 +35,7 @@ def headline(records: Sequence[Record], baseline: Record | None, advice: str | N
     if all(record.failure for record in records):
         return "No variant could be measured."
     if baseline is not None and baseline.failure:
-        return f"The baseline {baseline.variant.name} failed, so the variants are compared with nothing."
+        return f"The baseline {baseline.variant.name} failed, so the variants are not compared."
     sentences = [f"{advice[0].upper()}{advice[1:]}."] if advice else []
     if not any(record.dataset for record in records):
         sentences.append("Measured on random pixels: the figures are of speed, size and memory only.")

@@ -76,9 +76,9 @@ def _delta(record: Record) -> str | None:
 def _metrics(metrics: Mapping[str, Metric]) -> str | None:
     """The user's own metrics with their intervals, and the change against the baseline where there is one."""
     words = []
-    for name, one in metrics.items():
-        change = "" if one.delta is None else f", Δ {one.delta:+.3f}{_range(one.delta_ci95, '+')}"
-        words.append(f"{name} {one.value:.3f}{_range(one.ci95)}{change}")
+    for name, metric in metrics.items():
+        change = "" if metric.delta is None else f", Δ {metric.delta:+.3f}{_range(metric.delta_ci95, '+')}"
+        words.append(f"{name} {metric.value:.3f}{_range(metric.ci95)}{change}")
     return "; ".join(words) or None
 
 
@@ -237,22 +237,24 @@ def notes(records: Sequence[Record]) -> list[str]:
     """Sentences that belong under the table: failures, fallbacks, warnings, missing limits, verdicts on accuracy and on
     what is required."""
     required = [
-        (record.variant.name, f": {requirement_sentence(one)}") for record in records for one in record.requirements
+        (record.variant.name, f": {requirement_sentence(requirement)}")
+        for record in records
+        for requirement in record.requirements
     ]
     return cautions(records) + _unbounded(records) + verdicts(records) + _together(required)
 
 
 def cautions(records: Sequence[Record]) -> list[str]:
     """What makes the figures other than they seem: failures, fallbacks, images left out, disturbed timing."""
-    found = []
+    sentences = []
     for record in records:
         variant = record.variant
         said = [f" failed: {record.failure}"] if record.failure else []
         said += [f": {_reason(variant, option)}" for option in variant.reasons]
-        said += [f": batch {one.batch_size} not timed ({one.reason})" for one in record.latency_failures]
+        said += [f": batch {row.batch_size} not timed ({row.reason})" for row in record.latency_failures]
         said += [f": {figure} not measured ({why})" for figure, why in record.unmeasured.items()]
-        found += [(variant.name, sentence) for sentence in said]
-    lines = _together(found) + _sessions(records)
+        sentences += [(variant.name, sentence) for sentence in said]
+    lines = _together(sentences) + _sessions(records)
     skipped = next((record.dataset.skipped for record in records if record.dataset and record.dataset.skipped), ())
     if skipped:
         lines.append(f"{len(skipped)} images could not be decoded and were left out, first {skipped[0]}")
@@ -294,7 +296,7 @@ def _unbounded(records: Sequence[Record]) -> list[str]:
         few = sorted(count for count, limit in limits.items() if limit is not None and limit[1] is None)
         if few:
             calls = " or ".join(map(str, few))
-            lines.append(f"no upper bound for {name} from {calls} calls: {calls_needed(quantile)} give one")
+            lines.append(f"no upper bound for {name} from {calls} calls: at least {calls_needed(quantile)} are needed")
     return lines
 
 
@@ -304,7 +306,7 @@ def verdicts(records: Sequence[Record]) -> list[str]:
     compared = [(record.variant.name, record.versus_baseline) for record in records if record.versus_baseline]
     lines = _together((name, f" against {versus.baseline}: {versus.verdict}") for name, versus in compared)
     adjusted = sum(versus.mcnemar_holm_p is not None for _, versus in compared)
-    holm = f"a change counts as shown if it stands among {adjusted} variants (McNemar's exact p, Holm's method)"
+    holm = f"a change counts as shown only if it is significant among {adjusted} variants (McNemar's exact p, Holm)"
     return lines + ([holm] if adjusted > 1 else [])
 
 
@@ -334,10 +336,10 @@ def markdown_text(text: str) -> str:
     return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
-def _together(found: Iterable[tuple[str, str]]) -> list[str]:
+def _together(sentences: Iterable[tuple[str, str]]) -> list[str]:
     """Join (name, sentence) pairs of the same sentence: `a, b: sentence`."""
     names: dict[str, list[str]] = {}
-    for name, sentence in found:
+    for name, sentence in sentences:
         names.setdefault(sentence, []).append(name)
     return [", ".join(who) + sentence for sentence, who in names.items()]
 

@@ -165,7 +165,7 @@ def analyse_for(
 
 
 def require_disjoint(calibration: ImageSet, test: ImageSet) -> None:
-    """Refuse calibration images that are also test images: what is chosen on them would flatter itself.
+    """Refuse calibration images that are also test images: a choice looks better than it is on its own images.
 
     Raises:
         DataError: at least one image is in both, by content.

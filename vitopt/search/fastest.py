@@ -44,7 +44,8 @@ class Choice(Spec):
         chosen = next(record for record in self.records if record.variant.name == self.variant.name)
         if chosen.versus_baseline is None or chosen.dataset is None:
             return (
-                f"nothing is shown to be faster and to agree with fp32 on {self.min_agreement_percent:g} %: fp32 it is"
+                f"no format is shown to be faster and to agree with fp32 on {self.min_agreement_percent:g} %: "
+                "fp32 is kept"
             )
         speed, agreed = speedup(self.records[0], chosen), _agreement(chosen)
         return (
@@ -138,7 +139,7 @@ def require_enough_images(images: int, min_agreement_percent: float) -> None:
     """
     if wilson_interval(images, images).low < min_agreement_percent / 100:
         fewest = _images_to_show(1.0, min_agreement_percent / 100)
-        remedy = f"give at least {fewest:,}" if fewest else "no number of images does; ask for less than 100 %"
+        remedy = f"give at least {fewest:,}" if fewest else "no number of images is enough; ask for less than 100 %"
         raise RecipeError(
             f"{images:,} images cannot show (95 %) that a format agrees with fp32 on {min_agreement_percent:g} %, "
             f"not even if it agrees on each of them: {remedy}"
@@ -210,4 +211,4 @@ def load_choice(path: Path) -> Choice:
     try:
         return Choice.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise RecordError(f"{path} holds no choice of a format: choose again") from error
+        raise RecordError(f"{path} does not hold a choice of a format: choose again") from error

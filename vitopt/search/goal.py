@@ -74,10 +74,10 @@ def _confirming_images(max_drop: float, drop: float, changed: float) -> float:
 def power_note(max_drop: float, images: int) -> str:
     """What a floor asks of the calibration images, said before the work starts."""
     fewest, usual = images_to_show(max_drop), images_to_show(max_drop, changed=0.02)
-    enough = "" if fewest is not None and images >= fewest else ", so they cannot show it, and an estimate chooses"
+    enough = "" if fewest is not None and images >= fewest else ", which cannot show it, so an estimate chooses"
     return (
-        f"to show (95 %) that top-1 drops by at most {max_drop:g} points takes {_count(fewest)} calibration images "
-        f"where no image changes, about {_count(usual)} where 2 % do, as many for the better as for the worse; "
+        f"showing (95 %) that top-1 drops by at most {max_drop:g} points needs {_count(fewest)} calibration images "
+        f"if no image changes, and about {_count(usual)} if 1 % become right and 1 % wrong; "
         f"there are {images:,}{enough}"
     )
 

@@ -9,12 +9,12 @@ from pydantic import Field, ValidationError
 from vitopt import storage
 from vitopt.errors import RecordError
 from vitopt.measure.claims import Decision
-from vitopt.records import Part
+from vitopt.records import Section
 
 SENSITIVITY_SCHEMA = "vitopt.sensitivity/2"
 
 
-class Loss(Part):
+class Loss(Section):
     """How far one mixture of formats is from the 16-bit model on the calibration images."""
 
     top1_delta_points: float = Field(description="against the 16-bit model, for damage; see the table otherwise")
@@ -26,7 +26,7 @@ class Loss(Part):
     kl_share_ci95: tuple[float, float] | None = Field(None, description="bootstrap over images")
 
 
-class UnitScores(Part):
+class UnitScores(Section):
     """One block or linear layer."""
 
     unit: str
@@ -36,7 +36,7 @@ class UnitScores(Part):
     extra_ms: float | None = Field(description="milliseconds per image that keeping it costs, batch 1; may be negative")
 
 
-class Point(Part):
+class Point(Section):
     """One skip list that was evaluated in a search."""
 
     skip: tuple[str, ...]
@@ -46,7 +46,7 @@ class Point(Part):
     within_target: bool = Field(description="whether its KL is what the search aimed at; shows nothing by itself")
 
 
-class SearchResult(Part):
+class SearchResult(Section):
     """Outcome of a skip-list search: the choice, how it stood on images of its own, and everything that was tried."""
 
     goal: str
@@ -62,7 +62,7 @@ class SearchResult(Part):
     )
 
 
-class Sensitivity(Part):
+class Sensitivity(Section):
     """Both tables for one format, with what is needed to repeat them."""
 
     schema_: str = Field(SENSITIVITY_SCHEMA, alias="schema")
@@ -87,7 +87,7 @@ class Sensitivity(Part):
         default_factory=dict, description="all that it depends on; it is used again only where all is the same"
     )
 
-    model_config = Part.model_config | {"populate_by_name": True}
+    model_config = Section.model_config | {"populate_by_name": True}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data as stored."""

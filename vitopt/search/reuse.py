@@ -1,4 +1,4 @@
-"""A sensitivity analysis that was done is not done again: it is taken where it is of the very same things."""
+"""Reuse of a sensitivity analysis: only where all its inputs are the same."""
 
 import logging
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ def standing(path: Path, inputs: Mapping[str, Any]) -> Sensitivity | None:
 
 
 def given(path: Path, inputs: Mapping[str, Any], checkpoint: Checkpoint, images: ImageSet) -> Sensitivity:
-    """The result at `path` (or in the folder `path`), which somebody wants taken for an analysis of these inputs.
+    """The result at `path` (or in the folder `path`), which the user wants used for an analysis of these inputs.
 
     Raises:
         RecordError: there is none.

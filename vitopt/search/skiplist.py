@@ -167,7 +167,7 @@ def _advice(
         remedies.append(f"score more than these candidates ({untried} units were not tried)")
     remedies.append("relax the goal")
     return (
-        f"that {goal.words()} {words} on {confirming_images:,} images that did not choose: {', '.join(seen)}; "
+        f"that {goal.words()} {words} on {confirming_images:,} images that were not used to choose: {', '.join(seen)}; "
         f"{', or '.join(remedies)}"
     )
 
