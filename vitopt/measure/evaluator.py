@@ -60,8 +60,8 @@ def evaluate(
 
     Each sees the images as its own preprocessor makes them. One that cannot be measured gets a record with a
     `failure`, a figure that cannot be had a reason in `unmeasured`; all else goes on.
-    `ready` gets each result as soon as it holds accuracy and the latency at one batch size, and again whenever it has
-    gained figures. In
+    `ready` gets each result as soon as it holds accuracy and a row of latency, and again whenever it has gained
+    figures; what it gets at once was timed together. In
     processes other than the main one only the share of accuracy is done, and the list is empty.
     Without the baseline's own figures the others are measured and compared with nothing. `untrained` weights are
     expected to guess, which is a warning then. `metrics` are computed of all outputs and labels, see `own_metrics`.
@@ -87,11 +87,10 @@ def evaluate(
         own_metrics = measure_metrics(metrics, outcome.predictions, baseline)  # before minutes of timing
     running = [runnable for runnable in runnables if runnable.name not in failures]
     tested = HashedImages.of(images, spec.look_alikes) if images is not None else None
-    together = uuid.uuid4().hex
 
     def first(rows: Mapping[str, Rows], conditions: Conditions) -> dict[str, Measured]:
-        """What is known of all with these rows."""
-        found = {}
+        """What is known of all with these rows, which were timed together."""
+        found, together = {}, uuid.uuid4().hex
         for runnable in runnables:
             notes = outcome.notes.get(runnable.name, []) if outcome else []
             own: dict[str, Any] = {}
@@ -110,9 +109,10 @@ def evaluate(
         return _adjusted(found)
 
     def tell(rows: Mapping[str, Rows]) -> None:
-        """A run that is stopped at a large batch keeps the rows of the small ones."""
+        """A run that is stopped keeps the rows that there were; what was not timed yet has no record."""
         for one in first(rows, conditions).values():
-            ready(one)
+            if one.record.latency or one.record.latency_failures or one.record.failure:
+                ready(one)
 
     with watched(runnables[0].device) as conditions:
         rows = time_rows(running, spec.latency, baseline, images, so_far=tell)
