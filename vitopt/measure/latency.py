@@ -169,7 +169,7 @@ def _take_turns(
     calls: Mapping[str, Call], timings: Mapping[str, Timing], spec: "LatencySpec", clock: Clock, rounds: Iterable[int]
 ) -> None:
     """Time in turns those of `calls` that have a timing without a failure; the last of them was called last."""
-    previous = next(reversed(timings), None)
+    previous = next(reversed(list(timings)), None)
     for number in rounds:
         orders = balanced_orders([name for name in timings if timings[name].failure is None])
         for name in orders[number % len(orders)]:

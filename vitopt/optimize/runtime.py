@@ -29,6 +29,7 @@ from vitopt.models.checkpoint import (
 from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel
 from vitopt.models.forward import flops_per_image, input_dtype
 from vitopt.models.names import block_names
+from vitopt.optimize import refused
 from vitopt.optimize.attention import attention_of, implementation, kernel_used
 from vitopt.optimize.blocks import carry_residuals, join_gelu, narrow_last_block
 from vitopt.optimize.compiled import Compiled, Path, compiled
@@ -36,7 +37,6 @@ from vitopt.optimize.expand import EXPANDABLE, expand
 from vitopt.optimize.formats import live_formats, stored_formats
 from vitopt.optimize.fuse import FusedAttention, fuse_projections
 from vitopt.optimize.patches import multiply_patches
-from vitopt.optimize.refused import fall_back_where_refused
 from vitopt.recipe import HeldSpec, RunSpec
 from vitopt.records import Model, Option, Outputs, Size, Variant
 
@@ -78,7 +78,7 @@ class TorchRunnable:
         self._path = Path(self.model, input_dtype(self.model), layout)
         self._compiled: Compiled | None = None
         self._has_compiled = False
-        self._unrefused: set[torch.Size] = set()  # shapes of which it is known what fp8 products they get
+        self._unrefused: set[torch.Size] = set()  # shapes of which it is known what 8-bit products they get
         if self.run.compile:
             blocks = block_names(self.model, self.checkpoint.config.model_type)
             modules = [self.model.get_submodule(name) for name in blocks]
@@ -173,7 +173,7 @@ class TorchRunnable:
             "compile": self.fixed_shapes,
             "autotune": self.run.autotune and self.fixed_shapes,
             "compile_whole": self.run.compile_whole and self.fixed_shapes,
-        } | ({"format": "fp8 with some layers in bf16"} if "format" in self.reasons else {})
+        } | ({"format": f"{self._format} with some layers in bf16"} if refused.half_layers(self.model) else {})
 
     def flops_per_image(self) -> int:
         """Arithmetic of one image."""
@@ -193,7 +193,7 @@ class TorchRunnable:
 
         A shape that cannot be compiled runs eager, as do all new ones from then on; it is said, and the reason kept.
         """
-        if "fp8" in self.layers.values() and pixel_values.shape not in self._unrefused:
+        if self._may_refuse and pixel_values.shape not in self._unrefused:
             self._settle_products(pixel_values)
         if self._compiled is not None and self._compiled.knows(pixel_values.shape):
             return self._compiled(pixel_values)
@@ -219,16 +219,21 @@ class TorchRunnable:
     def _eager(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self._path(pixel_values)
 
+    @property
+    def _may_refuse(self) -> bool:
+        return self.device.type in refused.DEVICES and not {"fp8", "w8a8"}.isdisjoint(self.layers.values())
+
     def _settle_products(self, pixel_values: torch.Tensor) -> None:
-        """Find, before a shape is compiled, the fp8 products that the device does not have for it."""
+        """Find, before a shape is compiled, the 8-bit products that the device does not have for it."""
         self._unrefused.add(pixel_values.shape)
         with torch.compiler.set_stance("force_eager"):
-            refused = fall_back_where_refused(self.model, lambda: self._eager(pixel_values))
-        if refused:
-            parts = sorted({name.rpartition(".")[2] for name in refused})
-            reason = f"batch {len(pixel_values)}: the device refused {len(refused)} layers, {' and '.join(parts)}"
+            found = refused.fit_where_refused(self.model, lambda: self._eager(pixel_values))
+        ways = ((found.padded, "are filled up with rows of zeros"), (found.half, "run in bf16"))
+        for names, instead in ((names, instead) for names, instead in ways if names):
+            parts = " and ".join(sorted({name.rpartition(".")[2] for name in names}))
+            reason = f"batch {len(pixel_values)}: the device refused {len(names)} layers, {parts}, which {instead}"
             self.reasons["format"] = "; ".join([*filter(None, [self.reasons.get("format")]), reason])
-            logger.warning("%s: %s in fp8; they run in bf16", self.name, reason)
+            logger.warning("%s: %s", self.name, reason)
 
     def _first_call(self, compiled: Compiled, pixel_values: torch.Tensor) -> torch.Tensor:
         """Compile for a shape that is new."""
