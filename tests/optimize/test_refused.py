@@ -141,6 +141,14 @@ def test_what_is_not_refused_stays_as_it_is(fp8: TorchRunnable, refuse: dict[int
     assert not any(isinstance(module, FittingLinear) for module in fp8.model.modules())
 
 
+def test_a_refused_product_keeps_no_checkpoint_from_being_written(
+    fp8_on_the_cpu: None, refuse: dict[int, int], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    refuse[128] = 1000
+    quantize(open_checkpoint(str(tiny_checkpoint)), VariantSpec(name="fp8", format="fp8"), tmp_path / "fp8", "cpu")
+    assert (tmp_path / "fp8" / "config.json").is_file()
+
+
 def test_another_error_is_raised(fp8: TorchRunnable, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("an illegal memory access")

@@ -39,6 +39,7 @@ class FittingLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = host.in_features, host.out_features
         self.weight, self.bias = host.weight, host.bias
+        self.product = host.forward  # of any kind of layer; no module of its own, so that no weight is there twice
         self.register_buffer("half_weight", None, persistent=False)
         self.padded_rows: dict[int, int] = {}
         self.half_rows: set[int] = set()
@@ -49,14 +50,14 @@ class FittingLinear(nn.Linear):
         if rows in self.half_rows:
             return nn.functional.linear(input, self.half_weight, self.bias)
         if rows in self.padded_rows:
-            return _padded(self, input, self.padded_rows[rows])
-        return super().forward(input)
+            return _padded(self.product, input, self.padded_rows[rows])
+        return self.product(input)
 
 
-def _padded(layer: nn.Linear, input: torch.Tensor, to_rows: int) -> torch.Tensor:
-    filled = nn.functional.pad(input.flatten(0, -2), (0, 0, 0, to_rows - input.numel() // layer.in_features))
-    found = nn.functional.linear(filled, layer.weight, layer.bias)[: input.numel() // layer.in_features]
-    return found.view(*input.shape[:-1], layer.out_features)
+def _padded(product: Callable[[torch.Tensor], torch.Tensor], input: torch.Tensor, to_rows: int) -> torch.Tensor:
+    rows = input.flatten(0, -2)
+    found = product(nn.functional.pad(rows, (0, 0, 0, to_rows - len(rows))))[: len(rows)]
+    return found.view(*input.shape[:-1], found.shape[-1])
 
 
 def fit_where_refused(model: nn.Module, call: Callable[[], object]) -> Refused:
@@ -68,11 +69,11 @@ def fit_where_refused(model: nn.Module, call: Callable[[], object]) -> Refused:
     layers = {name: module for name, module in model.named_modules() if _is_eight_bit(module)}
 
     def attempt(name: str, layer: nn.Linear, input: torch.Tensor) -> torch.Tensor:
-        rows = input.numel() // layer.in_features
+        rows, product = input.numel() // layer.in_features, functools.partial(type(layer).forward, layer)
         for more in (rows, *(enough for enough in _ENOUGH_ROWS if enough > rows)):
             try:
                 _require_product(layer.weight, more)
-                output = type(layer).forward(layer, input) if more == rows else _padded(layer, input, more)
+                output = product(input) if more == rows else _padded(product, input, more)
             except (RuntimeError, ValueError) as error:
                 if not any(words in str(error) for words in _REFUSALS):
                     raise

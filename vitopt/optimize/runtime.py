@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from vitopt.data.pixels import Preprocessor
 from vitopt.environment import support
 from vitopt.errors import UnsupportedError
+from vitopt.models.activations import load_activations
 from vitopt.models.calibration import Use, load_uses
 from vitopt.models.checkpoint import (
     Checkpoint,
@@ -37,21 +38,33 @@ from vitopt.optimize.expand import EXPANDABLE, expand
 from vitopt.optimize.formats import live_formats, stored_formats
 from vitopt.optimize.fuse import FusedAttention, fuse_projections
 from vitopt.optimize.patches import multiply_patches
+from vitopt.optimize.static import StaticLinear, use_static_scales
 from vitopt.recipe import HeldSpec, RunSpec
 from vitopt.records import Model, Option, Outputs, Size, Variant
 
 logger = logging.getLogger(__name__)
 
-# option -> what changes the model in place and tells how much, given the names of its blocks; why it changes nothing.
-# The last block's own attention is made before queries, keys and values are stacked.
-_REWRITES: dict[str, tuple[Callable[[nn.Module, tuple[str, ...]], int], str]] = {
-    "patch_product": (lambda model, _: multiply_patches(model), "no patch embedding here is a plain convolution"),
-    "class_token_last": (narrow_last_block, "this model's head or last block (eager, or of another kind) needs all"),
-    "carry_residual": (carry_residuals, "the blocks of this family are of another kind"),
-    "gelu_epilogue": (lambda model, _: join_gelu(model), "no GELU here follows an unquantized product"),
+# option -> what changes the model in place and tells how much, given the names of its blocks and its checkpoint; why it
+# changes nothing. The last block's own attention is made before queries, keys and values are stacked, and what is
+# stacked is quantized by one scale.
+_REWRITES: dict[str, tuple[Callable[[nn.Module, tuple[str, ...], Checkpoint], int], str]] = {
+    "patch_product": (lambda model, *_: multiply_patches(model), "no patch embedding here is a plain convolution"),
+    "class_token_last": (
+        lambda model, blocks, _: narrow_last_block(model, blocks),
+        "this model's head or last block (eager, or of another kind) needs all",
+    ),
+    "carry_residual": (
+        lambda model, blocks, _: carry_residuals(model, blocks),
+        "the blocks of this family are of another kind",
+    ),
+    "gelu_epilogue": (lambda model, *_: join_gelu(model), "no GELU here follows an unquantized product"),
     "fuse_qkv": (
-        lambda model, _: fuse_projections(model),
+        lambda model, *_: fuse_projections(model),
         "no query, key and value here can be fused (packed, eager, or another attention)",
+    ),
+    "static_scales": (
+        lambda model, _, checkpoint: _with_static_scales(model, checkpoint),
+        "no layer here is w8a8 or fp8 and loses little by one scale",
     ),
 }
 
@@ -76,6 +89,7 @@ class TorchRunnable:
     def __post_init__(self) -> None:
         layout = torch.channels_last if self.run.channels_last else torch.contiguous_format
         self._path = Path(self.model, input_dtype(self.model), layout)
+        self._static_layers = sum(isinstance(module, StaticLinear) for module in self.model.modules())
         self._compiled: Compiled | None = None
         self._has_compiled = False
         self._unrefused: set[torch.Size] = set()  # shapes of which it is known what 8-bit products they get
@@ -169,6 +183,7 @@ class TorchRunnable:
             "attention": self.attention_used,
             "sdpa_kernel": None,  # a profiled call tells
             **{option: getattr(self.run, option) and option not in self.reasons for option in _REWRITES},
+            "static_scales": f"{self._static_layers} layers" if self._static_layers else False,
             "channels_last": self.run.channels_last,
             "compile": self.fixed_shapes,
             "autotune": self.run.autotune and self.fixed_shapes,
@@ -273,7 +288,8 @@ def prepare(
     torch's own choice; each says so once, and the reason is kept.
 
     Raises:
-        UnsupportedError: with `strict`, the attention or its kernel cannot run; or the formats cannot.
+        UnsupportedError: with `strict`, the attention or its kernel cannot run; or the formats cannot; or
+            `static_scales` is asked for, and no scales were observed.
         CheckpointError: the checkpoint cannot be loaded.
     """
     run = run or RunSpec()
@@ -300,7 +316,7 @@ def prepare(
     model.requires_grad_(False)
     blocks = block_names(model, checkpoint.config.model_type)
     for option, (rewrite, reason) in _REWRITES.items():
-        if getattr(run, option) and rewrite(model, blocks) == 0:
+        if getattr(run, option) and rewrite(model, blocks, checkpoint) == 0:
             reasons[option] = reason
             logger.warning("%s: %s", name, reason)
     if run.channels_last:
@@ -317,6 +333,16 @@ def prepare(
         reasons=reasons,
         layers=live_formats(model, checkpoint.config.model_type),
     )
+
+
+def _with_static_scales(model: nn.Module, checkpoint: Checkpoint) -> int:
+    observed = load_activations(checkpoint.folder)
+    if not observed:
+        raise UnsupportedError(
+            f"`static_scales` needs what layers take over calibration images, and nobody observed {checkpoint.source}: "
+            "give the variant the step `calibrate`"
+        )
+    return use_static_scales(model, checkpoint.config.model_type, observed)
 
 
 def _fall_back(name: str, wanted: str, reason: str, instead: str, strict: bool) -> None:
