@@ -112,6 +112,25 @@ def test_stacked_projections_and_a_class_token_alone_run_with_them(w8a8: Checkpo
     assert any(name.endswith("qkv_proj") for name, m in rewritten.model.named_modules() if isinstance(m, StaticLinear))
 
 
+def test_one_compiled_block_serves_all_whatever_their_scales(w8a8: Checkpoint) -> None:
+    save_activations(
+        {name: LayerInputs(one.largest, {"w8a8": 0.0}) for name, one in load_activations(w8a8.folder).items()},
+        Path(str(w8a8.folder)),
+    )
+    runnable, pixels = prepare(w8a8, name="static", device=CPU, run=STATIC), random_pixels(1, (32, 32))
+    expected, compiled = runnable(pixels), list[torch.fx.GraphModule]()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    for layer in runnable.model.vit.layers:
+        layer.compile(fullgraph=True, dynamic=False, backend=backend)
+    torch.testing.assert_close(runnable(pixels), expected, rtol=0, atol=0)
+    assert len(compiled) == 1
+
+
 def test_without_calibration_there_is_nothing_to_run_with(tiny_checkpoint: Path, tmp_path: Path) -> None:
     opened = open_checkpoint(str(tiny_checkpoint))
     quantize(opened, VariantSpec(name="w8a8", format="w8a8"), tmp_path / "w8a8", "cpu")
