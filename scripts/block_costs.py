@@ -2,9 +2,9 @@
 
     python scripts/block_costs.py [--model vit-large-patch16-224] [--batch-size 1]
 
-Counts are of inductor's scheduler after it has fused: what it generates and what it calls, in bf16, without generating
-or running anything. They are for the CPU; for a GPU it fuses by other rules, which these counts do not show. Bytes are
-what those kernels read and write, weights included, as if no cache held any.
+Counts are of inductor's scheduler after it has fused: what it generates and what it calls, in bf16 or w8a8, without
+generating or running anything. They are for the CPU; for a GPU it fuses by other rules, which these counts do not show.
+Bytes are what those kernels read and write, weights included, as if no cache held any.
 """
 
 import argparse
@@ -24,10 +24,13 @@ from torch._inductor.ir import MultiOutput
 from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
 from transformers import ViTConfig, ViTForImageClassification
 
+from vitopt.models.activations import LayerInputs
 from vitopt.models.architectures import known_architecture
-from vitopt.models.names import block_names
+from vitopt.models.names import block_names, linear_layers
 from vitopt.optimize.blocks import carry_residuals, join_gelu, narrow_last_block
+from vitopt.optimize.formats import QUANTIZES
 from vitopt.optimize.fuse import fuse_projections
+from vitopt.optimize.static import use_static_scales
 
 _BLOCKS = 3  # the middle one is neither first nor last
 
@@ -74,6 +77,8 @@ def table(config: ViTConfig, batch_size: int) -> str:
     lines.append(_line("the last block, exact options", block_cost(config, batch_size, options[:2], block=-1)))
     narrow = (*options[:2], "class_token_last")
     lines.append(_line("+ class_token_last", block_cost(config, batch_size, narrow, block=-1)))
+    lines.append(_line("w8a8, fuse_qkv", block_cost(config, batch_size, ("w8a8", "fuse_qkv"))))
+    lines.append(_line("+ static_scales", block_cost(config, batch_size, ("w8a8", "fuse_qkv", "static_scales"))))
     return "\n".join(lines)
 
 
@@ -87,11 +92,14 @@ def block_cost(config: ViTConfig, batch_size: int, options: tuple[str, ...], blo
     torch.manual_seed(0)
     model = ViTForImageClassification(config).eval().to(torch.bfloat16).requires_grad_(False)
     names = block_names(model, "vit")
+    observed = {layer.logical: LayerInputs(1.0, {"w8a8": 0.0}) for layer in linear_layers(model, "vit")}
     rewrites: dict[str, Callable[[nn.Module], int]] = {
         "class_token_last": lambda model: narrow_last_block(model, names),
         "carry_residual": lambda model: carry_residuals(model, names),
         "gelu_epilogue": join_gelu,
+        "w8a8": _quantize,
         "fuse_qkv": fuse_projections,
+        "static_scales": lambda model: use_static_scales(model, "vit", observed),
     }
     for option, rewrite in rewrites.items():
         if option in options and rewrite(model) == 0:
@@ -101,6 +109,13 @@ def block_cost(config: ViTConfig, batch_size: int, options: tuple[str, ...], blo
     )
     hidden = (tokens, tokens.clone()) if "carry_residual" in options else tokens
     return cost(model.get_submodule(names[block]), hidden)
+
+
+def _quantize(model: nn.Module) -> int:
+    from torchao.quantization import quantize_
+
+    quantize_(model.vit.layers, QUANTIZES["w8a8"]())
+    return 1
 
 
 def cost(module: nn.Module, *inputs: Any) -> Cost:

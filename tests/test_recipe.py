@@ -222,6 +222,7 @@ RUN = {
     "class_token_last": True,
     "carry_residual": True,
     "gelu_epilogue": True,
+    "static_scales": True,
     "patch_product": False,  # the one that goes with no channels_last
     "channels_last": True,
     "compile": True,
@@ -241,6 +242,7 @@ def test_a_variant_by_default_runs_as_it_is():
         "class_token_last": False,
         "carry_residual": False,
         "gelu_epilogue": False,
+        "static_scales": False,
         "patch_product": False,
         "channels_last": False,
         "compile": False,

@@ -359,6 +359,12 @@ def test_a_block_takes_fewer_kernels_with_the_options_that_join_them(costs: Modu
         costs.block_cost(costs.ViTConfig(**shape), 1, options, block=-1) for options in ((), ("class_token_last",))
     )
     assert narrow.bytes < last.bytes
+    dynamic, static = (
+        costs.block_cost(costs.ViTConfig(**shape), 1, ("w8a8", "fuse_qkv", *options))
+        for options in ((), ("static_scales",))
+    )
+    # No scale is looked for: what makes the inputs of a product also quantizes them.
+    assert static.generated < dynamic.generated and static.bytes < dynamic.bytes and static.called == dynamic.called
 
 
 def test_files_are_named_after_the_device(benchmark: ModuleType) -> None:

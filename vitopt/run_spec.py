@@ -29,6 +29,9 @@ class RunSpec(Spec):
     gelu_epilogue: bool = Field(
         False, description="GELU within the product before it, by tanh: answers change, accuracy must be measured"
     )
+    static_scales: bool = Field(
+        False, description="inputs of w8a8 and fp8 layers by scales that the step `calibrate` observed: answers change"
+    )
     patch_product: bool = Field(False, description="patch embedding as a matrix product, no convolution; exact")
     channels_last: bool = Field(False, description="pixels and patch embedding in NHWC memory order")
     compile: bool = Field(False, description="compile for each batch size; on a GPU, replay it as one CUDA graph")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
-from vitopt.spec import BatchSize, Patterns, Spec, Workers
+from vitopt.spec import BatchSize, CalibrationSpec, ImageCount, Patterns, Spec, Workers
 
 
 class FinetuneSpec(Spec):
@@ -47,6 +47,17 @@ class FinetuneSpec(Spec):
         return self.method
 
 
+class CalibrateSpec(CalibrationSpec):
+    """How large the inputs of each layer are, over calibration images: what `static_scales` runs with."""
+
+    images: ImageCount = Field(128, description="calibration images, spread over the classes")
+
+    @property
+    def words(self) -> str:
+        """What it does, for the line that a run prints."""
+        return "observing layers"
+
+
 @dataclass(frozen=True)
 class StepKind:
     """A kind of step.
@@ -64,6 +75,7 @@ class StepKind:
 
 STEPS: dict[str, StepKind] = {
     "finetune": StepKind(FinetuneSpec, "vitopt.training.finetune:finetune", "training"),
+    "calibrate": StepKind(CalibrateSpec, "vitopt.optimize.calibrate:calibrate", "calibration"),
 }
 
 _fields: dict[str, Any] = {name: (kind.spec | None, None) for name, kind in STEPS.items()}

@@ -21,6 +21,7 @@ from vitopt.errors import MeasurementError
 from vitopt.measure import evaluator, latency_rows, rates, throughput
 from vitopt.measure.comparison import speed_ratio
 from vitopt.measure.evaluator import Measured, evaluate, failed
+from vitopt.measure.latency import Clock
 from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import TorchRunnable, prepare
@@ -55,6 +56,23 @@ class Spoiled:
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         return self._spoil(pixels, self._subject(pixels))
+
+
+class Compiling(Clock):
+    """A clock of calls that take 5 ms each, and five minutes the first time."""
+
+    def __init__(self) -> None:
+        self.seconds, self.known = 0.0, list[Any]()
+
+    def now(self) -> float:
+        return self.seconds
+
+    def time(self, call: Callable[[], object]) -> float:
+        call()
+        taken_ms = 5.0 if call in self.known else 300_000.0
+        self.known.append(call)
+        self.seconds += taken_ms / 1000
+        return taken_ms
 
 
 @pytest.fixture(autouse=True)
@@ -472,7 +490,33 @@ def test_rows_of_one_batch_size_are_told_before_the_next_is_begun(subjects: list
         ready=lambda one: told.append((one.record.variant.name, [row.batch_size for row in one.record.latency])),
     )
     first, second = (subject.name for subject in subjects)
-    assert told[:4] == [(first, [1]), (second, []), (first, [1, 3]), (second, [3])]
+    assert told[:3] == [(first, [1]), (first, [1, 3]), (second, [3])]
+
+
+def test_a_run_that_is_ended_in_a_slow_warm_up_keeps_rows_of_those_that_were_warm(
+    subjects: list[TorchRunnable], images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency_rows, "clock_for", lambda device: Compiling())
+    timed, images_seen = dict[str, Record](), len(images)
+
+    def ended(pixels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if len(timed) == 2:
+            raise KeyboardInterrupt
+        return logits
+
+    settled = QUICK.latency.model_copy(update={"warmup_seconds": 1})
+    slow = Spoiled(subjects[0], "autotuned", ended)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            [*subjects, slow], QUICK.model_copy(update={"latency": settled}), images=images, baseline="base",
+            ready=lambda one: timed.update({one.record.variant.name: one.record}),
+        )  # fmt: skip
+    assert set(timed) == {"base", "small"}  # nothing is said of what was not timed
+    for record in timed.values():
+        assert record.accuracy is not None and record.accuracy.images == images_seen
+        assert [(row.batch_size, row.rounds) for row in record.latency] == [(1, 3)]
+    assert timed["base"].measured_together == timed["small"].measured_together is not None
+    assert timed["small"].latency[0].speedup_vs_baseline == pytest.approx(1)
 
 
 def test_floor_and_utilisation_are_against_the_rates_in_the_record(

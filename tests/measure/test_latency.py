@@ -315,6 +315,75 @@ def test_each_variant_is_told_of_as_soon_as_it_is_warm(caplog: pytest.LogCapture
     assert "batch 8: a: about 2.5 ms" in fast and "batch 8: bad: RuntimeError: no kernel" in bad
 
 
+def compiling(machine: Machine, name: str, seconds: float, cost_ms: float = 10) -> Callable[[], None]:
+    """A call whose first one takes so many seconds."""
+    return machine.call(name, lambda number: 1000 * seconds if number == 0 else cost_ms)
+
+
+def test_what_is_warm_is_timed_in_turns_before_a_slow_warm_up_is_over() -> None:
+    machine, told = Machine(), list[dict[str, Timing]]()
+
+    def ended() -> None:
+        raise KeyboardInterrupt
+
+    calls = {"a": compiling(machine, "a", 20), "b": compiling(machine, "b", 30, 5), "autotuned": ended}
+    spec = LatencySpec(iterations=100, rounds=10, warmup_seconds=5)
+    with pytest.raises(KeyboardInterrupt):
+        time_interleaved(calls, spec, machine, so_far=told.append)
+    last = told[-1]
+    assert list(last) == ["a", "b"]
+    assert [len(samples) for samples in last["a"].rounds_ms] == [10] * 4  # of the ten calls of a round
+    rounds = [last[name].rounds_ms for name in ("a", "b")]
+    assert speedup_interval(*rounds).ratio == pytest.approx(2)
+    assert last["a"].settled and last["a"].warmup_ms > 20_000
+
+
+def test_first_sessions_take_no_more_than_a_tenth_of_the_warm_ups_and_are_in_no_sample() -> None:
+    machine, told_at = Machine(), list[float]()
+    calls = {name: compiling(machine, name, 2, 40) for name in "abcdefgh"}
+    spec = LatencySpec(iterations=100, rounds=10, warmup_seconds=5)
+    timings = time_interleaved(calls, spec, machine, so_far=lambda first: told_at.append(machine.seconds))
+    assert all(len(timing.samples_ms) == 100 for timing in timings.values())
+    calls_made = sum(timing.warmup_iterations + timing.discarded_calls + 100 for timing in timings.values())
+    first_sessions = (len(machine.log) - calls_made) * 0.040
+    assert told_at == [] and first_sessions == pytest.approx(0)  # 4 rounds of 40 ms are dear beside 2 s
+
+    machine = Machine()
+    calls = {name: compiling(machine, name, 60, 40) for name in "abcdefgh"}
+    timings = time_interleaved(calls, spec, machine, so_far=lambda first: told_at.append(machine.seconds))
+    calls_made = sum(timing.warmup_iterations + timing.discarded_calls + 100 for timing in timings.values())
+    first_sessions = (len(machine.log) - calls_made) * 0.040
+    assert len(told_at) >= 3 and 0 < first_sessions <= 0.1 * 8 * 60
+
+
+def test_telling_counts_as_time_that_first_sessions_take() -> None:
+    machine, told = Machine(), list[list[str]]()
+
+    def slow(first: dict[str, Timing]) -> None:
+        told.append(list(first))
+        machine.seconds += 100  # records with much in them
+
+    calls = {name: compiling(machine, name, 60, 1) for name in "abcdefgh"}
+    time_interleaved(calls, LatencySpec(iterations=10, rounds=5, warmup_seconds=1), machine, so_far=slow)
+    assert told == [["a"]]
+
+
+def test_what_fails_in_a_first_session_is_timed_again_all_the_same() -> None:
+    machine, told = Machine(), list[dict[str, Timing]]()
+    steady = compiling(machine, "a", 60)
+    calls_made = itertools.count()
+
+    def once() -> None:
+        steady()
+        if next(calls_made) == 12:
+            raise RuntimeError("no room beside the others")
+
+    calls = {"a": once, "b": compiling(machine, "b", 60)}
+    timings = time_interleaved(calls, LatencySpec(iterations=20, rounds=4), machine, so_far=told.append)
+    assert told[0]["a"].failure is not None
+    assert timings["a"].failure is None and len(timings["a"].samples_ms) == 20
+
+
 def test_samples_are_in_order_of_time() -> None:
     assert Timing(rounds_ms=[[3.0, 1.0], [2.0]]).samples_ms == [3.0, 1.0, 2.0]
 

@@ -61,8 +61,9 @@ def evaluate(
 
     Each sees the images as its own preprocessor makes them. One that cannot be measured gets a record with a
     `failure`, a figure that cannot be had a reason in `unmeasured`; all else goes on.
-    `ready` gets each result as soon as it holds accuracy and the latency at one batch size, and again with each later
-    figure. Processes other than the main one do their share of accuracy only, and get an empty list.
+    `ready` gets each result as soon as it holds accuracy and a row of latency, and again with each later figure; what
+    it gets at once was timed together. Processes other than the main one do their share of accuracy only, and get an
+    empty list.
     Without the baseline's own figures the others are measured and compared with nothing. `untrained` weights are
     expected to guess, which is a warning then. `metrics` are computed of all outputs and labels, see `own_metrics`.
 
@@ -87,11 +88,10 @@ def evaluate(
         own_metrics = measure_metrics(metrics, outcome.predictions, baseline)  # before minutes of timing
     running = [runnable for runnable in runnables if runnable.name not in failures]
     tested = HashedImages.of(images, spec.look_alikes) if images is not None else None
-    together = uuid.uuid4().hex
 
     def first(rows: Mapping[str, Rows], conditions: Conditions) -> dict[str, Measured]:
-        """The results of all runnables with these rows of latency."""
-        results = {}
+        """The results of all runnables with these rows of latency, which were timed together."""
+        results, together = {}, uuid.uuid4().hex
         for runnable in runnables:
             notes = outcome.notes.get(runnable.name, []) if outcome else []
             own: dict[str, Any] = {}
@@ -111,9 +111,10 @@ def evaluate(
         return {record.variant.name: replace(results[record.variant.name], record=record) for record in adjusted}
 
     def tell(rows: Mapping[str, Rows]) -> None:
-        """A run that is stopped at a large batch keeps the rows of the small ones."""
+        """A run that is stopped keeps the rows that there were; what was not timed yet has no record."""
         for result in first(rows, conditions).values():
-            ready(result)
+            if result.record.latency or result.record.latency_failures or result.record.failure:
+                ready(result)
 
     with watched(runnables[0].device) as conditions:
         rows = time_rows(running, spec.latency, baseline, images, so_far=tell)

@@ -9,8 +9,8 @@ import functools
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +30,8 @@ _STABLE = 0.03
 _FEWEST_WARMUP_CALLS = 2 * _WINDOW
 _MOST_DISCARDED = 5  # calls after one switch
 _QUEUE_MS = 200  # between two looks at the clock while a device is kept busy
+_FIRST_ROUNDS = 4  # of a first session, an even number of them, and enough for an interval
+_FIRST_SHARE = 0.1  # of the time of warm-ups that first sessions may take
 
 
 class Clock:
@@ -122,31 +124,60 @@ class Timing:
 
 
 def time_interleaved(
-    calls: Mapping[str, Call], spec: "LatencySpec", clock: Clock, description: str = "latency"
+    calls: Mapping[str, Call],
+    spec: "LatencySpec",
+    clock: Clock,
+    description: str = "latency",
+    so_far: Callable[[dict[str, Timing]], None] = lambda timings: None,
 ) -> dict[str, Timing]:
     """Time several calls against each other; name -> its samples.
 
-    A call that raises gets a `failure` and leaves the rounds; the others go on.
+    A call that raises gets a `failure` and leaves the rounds; the others go on. Warm-ups can take minutes: in between,
+    as often as it takes a tenth of their time, `so_far` gets a first session of a few rounds of all that are warm.
     """
-    timings = {name: Timing() for name in calls}
-    previous = None
+    timings: dict[str, Timing] = {}
+    since, previous_cost = clock.now(), 0.0
     for name, call in calls.items():
-        timing = timings[name]
+        started = clock.now()
+        warm = [timing.warm_ms for timing in timings.values() if timing.failure is None]
+        cost = max(previous_cost, _session_seconds(warm, spec, clock))
+        if warm and cost <= _FIRST_SHARE * (started - since):
+            first = {known: replace(timing, rounds_ms=[], device_ms=[]) for known, timing in timings.items()}
+            _take_turns(calls, first, spec, clock, range(min(_FIRST_ROUNDS, spec.rounds)))
+            so_far(first)
+            since = clock.now()
+            previous_cost = since - started
+        timing = timings[name] = Timing()
         _guarded(timing, functools.partial(_warm_up, call, timing, spec, clock))
-        previous = name
-        # Compilation can take minutes: a run that is stopped meanwhile keeps the first figures of the calls before.
         outcome = timing.failure or f"about {timing.warm_ms:.3g} ms, warm after {timing.warmup_ms / 1000:.1f} s"
         logger.info("%s: %s: %s", description, name, outcome)
-    per_round = -(-spec.iterations // spec.rounds)
-    for number in progress.track(range(spec.rounds), description, spec.rounds):
-        orders = balanced_orders([name for name in calls if timings[name].failure is None])
+    _take_turns(calls, timings, spec, clock, progress.track(range(spec.rounds), description, spec.rounds))
+    return timings
+
+
+def _session_seconds(warm_ms: Sequence[float], spec: "LatencySpec", clock: Clock) -> float:
+    """What a first session of calls that take so long takes, about."""
+    per_round = (2 if clock.runs_ahead else 1) * _per_round(spec) + _MOST_DISCARDED
+    return min(_FIRST_ROUNDS, spec.rounds) * per_round * sum(warm_ms) / 1000
+
+
+def _per_round(spec: "LatencySpec") -> int:
+    return -(-spec.iterations // spec.rounds)
+
+
+def _take_turns(
+    calls: Mapping[str, Call], timings: Mapping[str, Timing], spec: "LatencySpec", clock: Clock, rounds: Iterable[int]
+) -> None:
+    """Time in turns those of `calls` that have a timing without a failure; the last of them was called last."""
+    previous = next(reversed(list(timings)), None)
+    for number in rounds:
+        orders = balanced_orders([name for name in timings if timings[name].failure is None])
         for name in orders[number % len(orders)]:
             switched, previous = name != previous, name
             _guarded(
                 timings[name],
-                functools.partial(_one_round, calls[name], timings[name], per_round, clock, switched=switched),
+                functools.partial(_one_round, calls[name], timings[name], _per_round(spec), clock, switched=switched),
             )
-    return timings
 
 
 def balanced_orders(names: Sequence[str]) -> list[list[str]]:

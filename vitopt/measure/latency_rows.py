@@ -67,31 +67,40 @@ def time_rows(
 ) -> dict[str, Rows]:
     """Time all against each other at every batch size that the spec has for them; name -> its rows.
 
-    `so_far` gets the rows that there are before the next batch size is begun.
+    `so_far` gets, before the next batch size is begun, the rows that there are, and while variants warm up those of a
+    few rounds of all that are warm, timed in one session.
     `images` are what they are called with where the spec asks for data.
     Those of the others than the baseline tell their speed-up over it, where both could be timed.
     """
-    rows: dict[str, list[Latency]] = {runnable.name: [] for runnable in runnables}
-    failures: dict[str, list[FailedLatency]] = {runnable.name: [] for runnable in runnables}
+    names = [runnable.name for runnable in runnables]
+    timings: dict[int, dict[str, Timing]] = {}
     for batch_size in spec.batch_sizes:
-        if batch_size != spec.batch_sizes[0]:
-            so_far(_rows(rows, failures))
+        if timings:
+            so_far(_rows(names, timings, baseline))
         asked = [runnable for runnable in runnables if spec.times(runnable.name, batch_size)]
-        timings = _time_all(asked, batch_size, spec, images)
-        timed = {name: _row(batch_size, timing) for name, timing in timings.items() if timing.failure is None}
+
+        def tell(first: dict[str, Timing], batch_size: int = batch_size) -> None:
+            so_far(_rows(names, timings | {batch_size: first}, baseline))
+
+        timings[batch_size] = _time_all(asked, batch_size, spec, images, tell)
+    return _rows(names, timings, baseline)
+
+
+def _rows(names: Sequence[str], timings: Mapping[int, Mapping[str, Timing]], baseline: str | None) -> dict[str, Rows]:
+    """Rows of all names, of timings by batch size and name."""
+    rows: dict[str, list[Latency]] = {name: [] for name in names}
+    failures: dict[str, list[FailedLatency]] = {name: [] for name in names}
+    for batch_size, found in timings.items():
+        timed = {name: _row(batch_size, timing) for name, timing in found.items() if timing.failure is None}
         reference = timed.get(baseline or "")
-        for name, timing in timings.items():
+        for name, timing in found.items():
             if timing.failure is not None:
                 failures[name].append(FailedLatency(batch_size=batch_size, reason=timing.failure))
             elif reference is None or name == baseline:
                 rows[name].append(timed[name])
             else:
                 rows[name].append(_with_speedup(timed[name], reference))
-    return _rows(rows, failures)
-
-
-def _rows(rows: Mapping[str, list[Latency]], failures: Mapping[str, list[FailedLatency]]) -> dict[str, Rows]:
-    return {name: Rows(tuple(rows[name]), tuple(failures[name])) for name in rows}
+    return {name: Rows(tuple(rows[name]), tuple(failures[name])) for name in names}
 
 
 def call_of(runnable: Runnable, batch_size: int, images: ImageSet | None = None) -> Callable[[], object]:
@@ -115,14 +124,18 @@ def _prepared(runnable: Runnable, images: ImageSet, turn: Iterator[int], batch_s
 
 
 def _time_all(
-    runnables: Sequence[Runnable], batch_size: int, spec: LatencySpec, images: ImageSet | None
+    runnables: Sequence[Runnable],
+    batch_size: int,
+    spec: LatencySpec,
+    images: ImageSet | None,
+    so_far: Callable[[dict[str, Timing]], None],
 ) -> dict[str, Timing]:
     if not runnables:
         return {}
     if spec.inputs == "random":
         images = None
     calls = {runnable.name: call_of(runnable, batch_size, images) for runnable in runnables}
-    timings = time_interleaved(calls, spec, clock_for(runnables[0].device), f"latency at batch {batch_size}")
+    timings = time_interleaved(calls, spec, clock_for(runnables[0].device), f"latency at batch {batch_size}", so_far)
     calls.clear()  # and with them pixels that may be what did not fit
     for runnable in runnables:
         timing = timings[runnable.name]

@@ -27,6 +27,7 @@ from vitopt import storage
 from vitopt.environment import libraries, support
 from vitopt.errors import CheckpointError, MeasurementError
 from vitopt.models import gate, hub, timm_models, weights
+from vitopt.models.activations import ACTIVATIONS_FILE
 from vitopt.models.architectures import RANDOM_PREFIX, explain_names, known_architecture
 from vitopt.models.classes import name_input_embeddings
 from vitopt.models.families import FAMILIES, TIMM
@@ -76,12 +77,12 @@ class Checkpoint:
         return getattr(self.config, "quantization_config", None) is not None
 
     def fingerprint(self) -> str:
-        """Hex digest that changes when a configuration or a weight does, and not when the folder moves."""
+        """Hex digest that changes when a configuration, weight or observed scale does, not when the folder moves."""
         content = self.config.to_dict()
         content.pop("_name_or_path", None)
         digest = hashlib.sha256(json.dumps([content, self.revision], sort_keys=True, default=str).encode())
-        preprocessor = [self.folder / PREPROCESSOR_FILE] if self.folder else []
-        for path in (*self.weights, *filter(Path.is_file, preprocessor)):
+        others = [self.folder / name for name in (PREPROCESSOR_FILE, ACTIVATIONS_FILE)] if self.folder else []
+        for path in (*self.weights, *filter(Path.is_file, others)):
             digest.update(storage.sha256_of_file(path).encode())
         return digest.hexdigest()
 

@@ -13,6 +13,7 @@ from vitopt.environment import devices, support
 from vitopt.environment.devices import DTYPES
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.formats import QUANTIZED_FORMATS
+from vitopt.models.activations import load_activations, save_activations
 from vitopt.models.checkpoint import (
     Checkpoint,
     empty_model,
@@ -23,8 +24,11 @@ from vitopt.models.checkpoint import (
 )
 from vitopt.models.forward import logits
 from vitopt.models.origin import QUANTIZE, note_origin
+from vitopt.optimize.calibrate import observe
 from vitopt.optimize.formats import live_formats, quantization_config
 from vitopt.optimize.plan import LayerPlan, plan_layers
+from vitopt.optimize.refused import fit_where_refused
+from vitopt.optimize.static import KINDS
 from vitopt.recipe import VariantSpec
 from vitopt.transformation import note_images
 
@@ -78,17 +82,23 @@ def _quantize(
         support.require_format(format, target)
     base = DTYPES[variant.half if variant.format in QUANTIZED_FORMATS or variant.layers else variant.format]
     config = quantization_config(plan, base)
-    processor = load_processor(checkpoint)
+    processor, observed = load_processor(checkpoint), load_activations(checkpoint.folder)
     if config is not None and checkpoint.is_random:
         # transformers quantizes while it reads a file, so random weights are written to one first.
         with storage.temporary_folder() as folder:
-            save_checkpoint(load_model(checkpoint, dtype=base), processor, folder)
+            model = load_model(checkpoint, dtype=base)
+            save_checkpoint(model, processor, folder)
+            if not KINDS.keys().isdisjoint(plan.quantized_formats):
+                # Such weights are measured for speed alone, for which random pixels are as good as images.
+                pixels = random_pixels(1, checkpoint.image_size)
+                observed = observe(model.to(target), checkpoint.config.model_type, lambda: [pixels])
             model = load_model(open_checkpoint(str(folder)), dtype=base, device=target, quantization=config)
     else:
         model = load_model(checkpoint, dtype=base, device=target, quantization=config)
     _check(plan, live_formats(model, checkpoint.config.model_type))
     with storage.staged_folder(output) as folder:
         save_checkpoint(model, processor, folder)
+        save_activations(observed, folder)
         note_images(checkpoint, images, purpose, folder)
         held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
         note_origin(checkpoint, folder, QUANTIZE, **held, layer_plan=plan.counts())
@@ -105,13 +115,14 @@ def _require_finite_logits(folder: Path, variant: VariantSpec, device: torch.dev
     written = open_checkpoint(str(folder))
     model = load_model(written, device=device)
     pixels = random_pixels(1, written.image_size).to(device)
+    found: list[torch.Tensor] = []
     try:
-        with torch.inference_mode():
-            computed = logits(model, pixels)
+        with torch.inference_mode():  # a layer whose product is refused for these rows is no reason
+            fit_where_refused(model, lambda: found.append(logits(model, pixels)))
     except Exception as error:  # kernels raise whatever they run into
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
         raise UnsupportedError(f"this model in {variant.format} does not run on {device}: {reason}") from error
-    if not torch.isfinite(computed).all():
+    if not torch.isfinite(found[0]).all():
         raise MeasurementError(
             f"this model in {variant.format} gives logits that are not finite: its weights are not, or the 16-bit type "
             "overflows; try bf16 (`half`) or keep layers in 16 bit"

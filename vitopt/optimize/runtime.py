@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from vitopt.data.pixels import Preprocessor
 from vitopt.environment import support
 from vitopt.errors import UnsupportedError
+from vitopt.models.activations import load_activations
 from vitopt.models.calibration import Use, load_uses
 from vitopt.models.checkpoint import (
     Checkpoint,
@@ -29,6 +30,7 @@ from vitopt.models.checkpoint import (
 from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel
 from vitopt.models.forward import flops_per_image, input_dtype
 from vitopt.models.names import block_names
+from vitopt.optimize import refused
 from vitopt.optimize.attention import attention_of, implementation, kernel_used
 from vitopt.optimize.blocks import carry_residuals, join_gelu, narrow_last_block
 from vitopt.optimize.compiled import Compiled, Path, compiled
@@ -36,22 +38,33 @@ from vitopt.optimize.expand import EXPANDABLE, expand
 from vitopt.optimize.formats import live_formats, stored_formats
 from vitopt.optimize.fuse import FusedAttention, fuse_projections
 from vitopt.optimize.patches import multiply_patches
-from vitopt.optimize.refused import fall_back_where_refused
+from vitopt.optimize.static import StaticLinear, use_static_scales
 from vitopt.recipe import HeldSpec, RunSpec
 from vitopt.records import Model, Option, Outputs, Size, Variant
 
 logger = logging.getLogger(__name__)
 
-# option -> what changes the model in place and tells how much, given the names of its blocks; why it changes nothing.
-# The last block's own attention is made before queries, keys and values are stacked.
-_REWRITES: dict[str, tuple[Callable[[nn.Module, tuple[str, ...]], int], str]] = {
-    "patch_product": (lambda model, _: multiply_patches(model), "no patch embedding here is a plain convolution"),
-    "class_token_last": (narrow_last_block, "this model's head or last block (eager, or of another kind) needs all"),
-    "carry_residual": (carry_residuals, "the blocks of this family are of another kind"),
-    "gelu_epilogue": (lambda model, _: join_gelu(model), "no GELU here follows an unquantized product"),
+# option -> what changes the model in place and tells how much, given the names of its blocks and its checkpoint; why it
+# changes nothing. The last block's own attention is made before queries, keys and values are stacked, and what is
+# stacked is quantized by one scale.
+_REWRITES: dict[str, tuple[Callable[[nn.Module, tuple[str, ...], Checkpoint], int], str]] = {
+    "patch_product": (lambda model, *_: multiply_patches(model), "no patch embedding here is a plain convolution"),
+    "class_token_last": (
+        lambda model, blocks, _: narrow_last_block(model, blocks),
+        "this model's head or last block (eager, or of another kind) needs all",
+    ),
+    "carry_residual": (
+        lambda model, blocks, _: carry_residuals(model, blocks),
+        "the blocks of this family are of another kind",
+    ),
+    "gelu_epilogue": (lambda model, *_: join_gelu(model), "no GELU here follows an unquantized product"),
     "fuse_qkv": (
-        lambda model, _: fuse_projections(model),
+        lambda model, *_: fuse_projections(model),
         "no query, key and value here can be fused (packed, eager, or another attention)",
+    ),
+    "static_scales": (
+        lambda model, _, checkpoint: _with_static_scales(model, checkpoint),
+        "no layer here is w8a8 or fp8 and loses little by one scale",
     ),
 }
 
@@ -76,9 +89,10 @@ class TorchRunnable:
     def __post_init__(self) -> None:
         layout = torch.channels_last if self.run.channels_last else torch.contiguous_format
         self._path = Path(self.model, input_dtype(self.model), layout)
+        self._static_layers = sum(isinstance(module, StaticLinear) for module in self.model.modules())
         self._compiled: Compiled | None = None
         self._has_compiled = False
-        self._unrefused: set[torch.Size] = set()  # shapes of which it is known what fp8 products they get
+        self._unrefused: set[torch.Size] = set()  # shapes of which it is known what 8-bit products they get
         if self.run.compile:
             blocks = block_names(self.model, self.checkpoint.config.model_type)
             modules = [self.model.get_submodule(name) for name in blocks]
@@ -169,11 +183,12 @@ class TorchRunnable:
             "attention": self.attention_used,
             "sdpa_kernel": None,  # a profiled call tells
             **{option: getattr(self.run, option) and option not in self.reasons for option in _REWRITES},
+            "static_scales": f"{self._static_layers} layers" if self._static_layers else False,
             "channels_last": self.run.channels_last,
             "compile": self.fixed_shapes,
             "autotune": self.run.autotune and self.fixed_shapes,
             "compile_whole": self.run.compile_whole and self.fixed_shapes,
-        } | ({"format": "fp8 with some layers in bf16"} if "format" in self.reasons else {})
+        } | ({"format": f"{self._format} with some layers in bf16"} if refused.half_layers(self.model) else {})
 
     def flops_per_image(self) -> int:
         """Arithmetic of one image."""
@@ -193,7 +208,7 @@ class TorchRunnable:
 
         A shape that cannot be compiled runs eager, as do all new ones from then on; it is said, and the reason kept.
         """
-        if "fp8" in self.layers.values() and pixel_values.shape not in self._unrefused:
+        if self._may_refuse and pixel_values.shape not in self._unrefused:
             self._settle_products(pixel_values)
         if self._compiled is not None and self._compiled.knows(pixel_values.shape):
             return self._compiled(pixel_values)
@@ -219,16 +234,21 @@ class TorchRunnable:
     def _eager(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self._path(pixel_values)
 
+    @property
+    def _may_refuse(self) -> bool:
+        return self.device.type in refused.DEVICES and not {"fp8", "w8a8"}.isdisjoint(self.layers.values())
+
     def _settle_products(self, pixel_values: torch.Tensor) -> None:
-        """Find, before a shape is compiled, the fp8 products that the device does not have for it."""
+        """Find, before a shape is compiled, the 8-bit products that the device does not have for it."""
         self._unrefused.add(pixel_values.shape)
         with torch.compiler.set_stance("force_eager"):
-            refused = fall_back_where_refused(self.model, lambda: self._eager(pixel_values))
-        if refused:
-            parts = sorted({name.rpartition(".")[2] for name in refused})
-            reason = f"batch {len(pixel_values)}: the device refused {len(refused)} layers, {' and '.join(parts)}"
+            found = refused.fit_where_refused(self.model, lambda: self._eager(pixel_values))
+        ways = ((found.padded, "are filled up with rows of zeros"), (found.half, "run in bf16"))
+        for names, instead in ((names, instead) for names, instead in ways if names):
+            parts = " and ".join(sorted({name.rpartition(".")[2] for name in names}))
+            reason = f"batch {len(pixel_values)}: the device refused {len(names)} layers, {parts}, which {instead}"
             self.reasons["format"] = "; ".join([*filter(None, [self.reasons.get("format")]), reason])
-            logger.warning("%s: %s in fp8; they run in bf16", self.name, reason)
+            logger.warning("%s: %s", self.name, reason)
 
     def _first_call(self, compiled: Compiled, pixel_values: torch.Tensor) -> torch.Tensor:
         """Compile for a shape that is new."""
@@ -268,7 +288,8 @@ def prepare(
     torch's own choice; each says so once, and the reason is kept.
 
     Raises:
-        UnsupportedError: with `strict`, the attention or its kernel cannot run; or the formats cannot.
+        UnsupportedError: with `strict`, the attention or its kernel cannot run; or the formats cannot; or
+            `static_scales` is asked for, and no scales were observed.
         CheckpointError: the checkpoint cannot be loaded.
     """
     run = run or RunSpec()
@@ -295,7 +316,7 @@ def prepare(
     model.requires_grad_(False)
     blocks = block_names(model, checkpoint.config.model_type)
     for option, (rewrite, reason) in _REWRITES.items():
-        if getattr(run, option) and rewrite(model, blocks) == 0:
+        if getattr(run, option) and rewrite(model, blocks, checkpoint) == 0:
             reasons[option] = reason
             logger.warning("%s: %s", name, reason)
     if run.channels_last:
@@ -312,6 +333,16 @@ def prepare(
         reasons=reasons,
         layers=live_formats(model, checkpoint.config.model_type),
     )
+
+
+def _with_static_scales(model: nn.Module, checkpoint: Checkpoint) -> int:
+    observed = load_activations(checkpoint.folder)
+    if not observed:
+        raise UnsupportedError(
+            f"`static_scales` needs what layers take over calibration images, and nobody observed {checkpoint.source}: "
+            "give the variant the step `calibrate`"
+        )
+    return use_static_scales(model, checkpoint.config.model_type, observed)
 
 
 def _fall_back(name: str, wanted: str, reason: str, instead: str, strict: bool) -> None:
