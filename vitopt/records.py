@@ -248,6 +248,7 @@ class Requirement(Section):
     decision: Literal["shown", "failed", "undecided"] = Field(description="by the whole interval")
     batch_size: int | None = Field(None, description="of what was timed")
     reason: str | None = Field(None, description="why it is undecided, or what would likely decide it")
+    would_decide: int | None = Field(None, description="images, of speed calls, in all that would likely decide it")
 
 
 class Overlap(Section):

@@ -45,7 +45,7 @@ QUIET = tuple(10 + 0.4 * (index % 10) for index in range(100))
     [
         (QUIET, None),
         ((31.0, *QUIET[1:]), None),  # one slow call in a hundred
-        (tuple(31.2 if index % 10 == 0 else ms for index, ms in enumerate(QUIET)), "3.0 times"),  # one in ten
+        (tuple(31.2 if index % 10 == 0 else ms for index, ms in enumerate(QUIET)), "over 3 times"),  # one in ten
         (tuple(ms * (1 if index < 10 else 3) for index, ms in enumerate(QUIET)), "times"),  # all but the first round
         ((10.0,) * 10 + (31.0,), None),  # too few to tell
     ],

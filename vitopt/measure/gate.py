@@ -70,6 +70,9 @@ def _judged(key: str, limit: float, evidence: Evidence) -> Requirement:
         decision=decision,
         batch_size=evidence.batch_size,
         reason=_what_would_decide(evidence) if decision == "undecided" else None,
+        would_decide=round_up(max(evidence.needed, evidence.have + 1))
+        if decision == "undecided" and evidence.missing is None and math.isfinite(evidence.needed)
+        else None,
     )
 
 

@@ -44,8 +44,9 @@ class Rows:
                 )
             if (spread := _spread(row.samples_ms)) > _UNSTEADY:
                 sentences.append(
-                    f"batch {row.batch_size}: the slowest calls took {spread:.1f} times as long as the fastest "
-                    "(95th over 5th percentile), so something disturbed the machine"
+                    # In whole numbers, so that variants that were disturbed alike are told of together.
+                    f"batch {row.batch_size}: the slowest calls took over {max(1.5, int(spread)):g} times as long as "
+                    "the fastest (95th over 5th percentile), so something disturbed the machine"
                 )
         return sentences
 

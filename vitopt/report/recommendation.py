@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vitopt import storage
+from vitopt.measure.claims import Decision
 from vitopt.measure.comparison import sessions, speed_ratio
 from vitopt.measure.gate import overall
 from vitopt.recipe import Prefer
@@ -41,14 +42,13 @@ def recommend(
     if not judged:
         return None
     met = [record for record in judged if overall(record.requirements) == "shown" and record.latency]
-    missed = {r.variant.name: _wanting(r, "failed") for r in judged if overall(r.requirements) == "failed"}
-    undecided = {r.variant.name: _wanting(r, "undecided") for r in judged if overall(r.requirements) == "undecided"}
+    missed, undecided = _not_met(judged, "failed"), _not_met(judged, "undecided")
     best = _CHOOSE[prefer](met) if met else None
     parts = [f"ship {best.variant.name}: {', '.join(_figures(best, price_per_hour))}"] if best else []
     parts += [] if best else ["no variant is shown to meet all that is required"]
-    parts += [f"{names} {'misses' if single else 'miss'} {what}" for names, single, what in _grouped(missed)]
-    parts += [f"undecided: {names} ({what})" for names, _, what in _grouped(undecided)]
-    return Recommendation(best.variant.name if best else None, "; ".join(parts), missed, undecided)
+    parts += [f"{', '.join(n)} {'misses' if len(n) == 1 else 'miss'} {what}" for n, what, _ in _grouped(missed)]
+    parts += [_undecided(*group) for group in _grouped(undecided)]
+    return Recommendation(best.variant.name if best else None, "; ".join(parts), *map(_in_words, (missed, undecided)))
 
 
 def cost_per_million(record: Record, price_per_hour: float) -> float:
@@ -103,19 +103,36 @@ def _figures(record: Record, price_per_hour: float | None) -> list[str]:
     return figures
 
 
-def _wanting(record: Record, decision: str) -> tuple[str, ...]:
-    """The requirements that were decided so, in words."""
-    return tuple(_words(requirement) for requirement in record.requirements if requirement.decision == decision)
+def _not_met(records: Sequence[Record], decision: Decision) -> dict[str, tuple[Requirement, ...]]:
+    """The requirements that were decided so, of the variants of which all together are."""
+    return {
+        record.variant.name: tuple(item for item in record.requirements if item.decision == decision)
+        for record in records
+        if overall(record.requirements) == decision
+    }
 
 
-def _words(requirement: Requirement) -> str:
-    reason = f": {requirement.reason}" if requirement.reason else ""
-    return f"{asked(requirement.name, requirement.limit)}{reason}"
+def _in_words(variants: dict[str, tuple[Requirement, ...]]) -> dict[str, tuple[str, ...]]:
+    def words(requirement: Requirement) -> str:
+        reason = f": {requirement.reason}" if requirement.reason else ""
+        return f"{asked(requirement.name, requirement.limit)}{reason}"
+
+    return {name: tuple(map(words, requirements)) for name, requirements in variants.items()}
 
 
-def _grouped(variants: dict[str, tuple[str, ...]]) -> list[tuple[str, bool, str]]:
-    """(names, whether it is one, the first requirement that each does not meet); those of one reason together."""
-    together: dict[str, list[str]] = {}
+def _grouped(variants: dict[str, tuple[Requirement, ...]]) -> list[tuple[list[str], str, int | None]]:
+    """(names, the first requirement that they do not meet, what would decide it for all of them)."""
+    together: dict[str, dict[str, Requirement]] = {}
     for name, requirements in variants.items():
-        together.setdefault(requirements[0], []).append(name)
-    return [(", ".join(names), len(names) == 1, what) for what, names in together.items()]
+        first = requirements[0]
+        together.setdefault(asked(first.name, first.limit), {})[name] = first
+    return [
+        (list(group), what, max(requirement.would_decide or 0 for requirement in group.values()) or None)
+        for what, group in together.items()
+    ]
+
+
+def _undecided(names: list[str], requirement: str, would_decide: int | None) -> str:
+    unit = "calls" if requirement.startswith(("speed-up", "p99")) else "images"
+    told = f"; with about {would_decide:,} {unit} it could be told" if would_decide else ""
+    return f"undecided: {', '.join(names)} ({requirement}{told})"
