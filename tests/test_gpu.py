@@ -11,9 +11,9 @@ from vitopt.data.pixels import Preprocessor, batches, on_device, random_pixels
 from vitopt.environment import support
 from vitopt.inference import Candidate
 from vitopt.measure.rates import copy_rate, gemm_rate
-from vitopt.models.activations import LayerInputs, save_activations
-from vitopt.models.checkpoint import Checkpoint, empty_model, load_processor, open_checkpoint
-from vitopt.models.names import linear_layers
+from vitopt.models.activations import save_activations
+from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint
+from vitopt.optimize.calibrate import observe
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import DataSpec, EvaluateSpec, LatencySpec, Recipe, RunSpec, VariantSpec
@@ -136,9 +136,8 @@ def test_a_rewritten_model_gives_the_logits_of_the_eager_one(half: Checkpoint, o
 def test_a_graph_with_static_scales_gives_the_logits_of_the_eager_model(half: Checkpoint, run_as: str) -> None:
     if reason := support.why_not_format(run_as, CUDA):
         pytest.skip(reason)
-    folder = Path(str(half.folder))
-    layers = linear_layers(empty_model(half), half.config.model_type)
-    save_activations({layer.logical: LayerInputs(8.0, {run_as: 0.0}) for layer in layers if not layer.is_head}, folder)
+    model = load_model(half, device=CUDA)
+    save_activations(observe(model, half.config.model_type, lambda: [pixels_of(8)]), Path(str(half.folder)))
     run = RunSpec(run_as=run_as, static_scales=True)
     eager = prepare(half, name="eager", device=CUDA, run=run)
     fast = {"compile": True, "fuse_qkv": True, "class_token_last": True}
