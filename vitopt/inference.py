@@ -9,13 +9,13 @@ import torch
 
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
+from vitopt.engines.runtime import Prepared, prepare
 from vitopt.environment import devices
 from vitopt.errors import DataError, UnsupportedError
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.measure.own_metrics import Compute
 from vitopt.measure.runnable import NamesOutputs, Preprocess, Runnable, outputs_of
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
-from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import EvaluateSpec, RunSpec, VariantSpec
 
 
@@ -77,7 +77,7 @@ def measure(
         images=None if images is None else _fit_all(images, runnables),
         skip_bad=skip_bad,
         baseline=baseline,
-        untrained=untrained or any(isinstance(one, TorchRunnable) and one.checkpoint.is_random for one in runnables),
+        untrained=untrained or any(isinstance(one, Prepared) and one.checkpoint.is_random for one in runnables),
         metrics=metrics,
         ready=ready,
     )

@@ -7,7 +7,7 @@ import torch
 from vitopt.environment.devices import compute_capability
 from vitopt.errors import UnsupportedError
 from vitopt.formats import AMPERE, FORMATS, Format
-from vitopt.recipe import Attention, SdpaKernel
+from vitopt.recipe import ENGINES, Attention, SdpaKernel
 
 
 def installed(package: str) -> bool:
@@ -70,3 +70,17 @@ def why_not_kernel(kernel: SdpaKernel, device: torch.device, dtype: torch.dtype)
     if kernel != "efficient" and dtype not in (torch.float16, torch.bfloat16):
         return f"the {kernel} kernel computes in 16 bit only, the model is fp32"
     return None if kernel == "efficient" else capability_below(device, AMPERE)
+
+
+def why_not_engine(engine: str, device: torch.device) -> str | None:
+    """Why a runtime other than torch cannot run on `device`, or None when it can."""
+    facts = ENGINES[engine]
+    if not installed(facts.package):
+        return f"{facts.package} is not installed (pip install 'vitopt[{facts.extra}]')"
+    return None if device.type in facts.devices else f"it runs on {' and '.join(facts.devices)}, not on {device.type}"
+
+
+def require_engine(engine: str, device: torch.device) -> None:
+    """Raise UnsupportedError with the reason, if a runtime other than torch cannot run."""
+    if reason := why_not_engine(engine, device):
+        raise UnsupportedError(f"engine {engine} cannot run on {device}: {reason}")
