@@ -9,10 +9,13 @@ from vitopt import inference
 from vitopt.data.images import open_images
 from vitopt.engines import package
 from vitopt.engines.runtime import prepare
-from vitopt.errors import CheckpointError, UnsupportedError
+from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.inference import Candidate
+from vitopt.measure import evaluator
+from vitopt.measure.memory import peak_memory
 from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint, save_checkpoint
 from vitopt.recipe import DataSpec, EvaluateSpec, RunSpec, VariantSpec
+from vitopt.records import Memory
 
 QUICK = {"end_to_end": False, "look_alikes": False}
 RUN = RunSpec(engine="openvino")
@@ -80,6 +83,15 @@ def test_what_cannot_run_says_why(engine, checkpoint, monkeypatch, tmp_path):
         prepare(checkpoint, name="x", device=torch.device("cpu"), run=RUN)
 
 
+def test_a_kept_file_tells_its_memory_without_torch(checkpoint, tmp_path):
+    pytest.importorskip("openvino")
+    package.make(checkpoint, FP32, tmp_path / "v")
+    memory = peak_memory(opened(tmp_path / "v", FP32), batch_size=2)
+    assert 2**20 < memory.peak_bytes < 250 * 2**20 and memory.kind == "resident_set"  # torch alone takes more
+    with pytest.raises(MeasurementError, match="openvino"):
+        opened(checkpoint.location).alone(1)
+
+
 def test_a_broken_note_is_an_error(engine, checkpoint, tmp_path):
     package.make(checkpoint, FP32, tmp_path / "v")
     (tmp_path / "v" / "openvino" / "engine.json").write_text("{")
@@ -87,7 +99,9 @@ def test_a_broken_note_is_an_error(engine, checkpoint, tmp_path):
         opened(tmp_path / "v", FP32)
 
 
-def test_it_is_measured_beside_torch(engine, checkpoint, shapes):
+def test_it_is_measured_beside_torch(engine, checkpoint, shapes, monkeypatch):
+    memory = Memory(peak_bytes=10**9, kind="resident_set", batch_size=1)
+    monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: memory)
     spec = EvaluateSpec.model_validate({"latency": {"iterations": 4, "rounds": 2, "warmup_seconds": 0}} | QUICK)
     candidates = [
         Candidate("torch", checkpoint.location),

@@ -37,6 +37,22 @@ for index in np.argsort(-odds)[:5]:
     print(f"{{100 * odds[index] / odds.sum():5.1f}} %  {{labels[index]}}")
 '''
 
+_MEMORY = """import json
+import sys
+from pathlib import Path
+
+import {package}
+import numpy as np
+
+FOLDER = Path(sys.argv[1])
+SETTINGS = json.loads((FOLDER / "engine.json").read_text(encoding="utf-8"))["settings"]
+values = np.random.default_rng(0).standard_normal([int(size) for size in sys.argv[2:]], dtype=np.float32)
+{lines}
+status = Path("/proc/self/status").read_text().splitlines()
+peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+print(json.dumps({{"peak_bytes": 1024 * peak}}))
+"""
+
 
 def pixels(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
     """(1, 3, height, width), float32, as `preprocessor_config.json` asks for."""
@@ -64,3 +80,9 @@ def pixels(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
 def example_text(package: str, lines: str) -> str:
     """A script that prints the classes of a photo; `lines` make `logits` of `values`."""
     return _TEXT.format(package=package, pixels=inspect.getsource(pixels), lines=lines.strip())
+
+
+def memory_text(package: str, lines: str) -> str:
+    """A script of FOLDER and the shape of the pixels that runs a model as the example does, and prints its peak memory:
+    `{"peak_bytes": …}`. Linux alone tells."""
+    return _MEMORY.format(package=package, lines=lines.strip())

@@ -2,9 +2,11 @@
 
 import functools
 import logging
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from PIL import Image
 
 from vitopt import storage
 from vitopt.data.pixels import Preprocessor
+from vitopt.engines.example import memory_text
 from vitopt.engines.package import (
     Call,
     Package,
@@ -22,7 +25,7 @@ from vitopt.engines.package import (
     why_not_used,
     write_model,
 )
-from vitopt.errors import UnsupportedError
+from vitopt.errors import MeasurementError, UnsupportedError
 from vitopt.formats import QUANTIZED_FORMATS
 from vitopt.models.calibration import Use, load_uses
 from vitopt.models.checkpoint import Checkpoint, empty_model, load_processor, parameter_count
@@ -42,7 +45,7 @@ _BYTES = {"w8a8": 1, "bf16": 2, "fp16": 2}  # of a weight; 4 in all others
 class EngineRunnable:
     """A checkpoint as an engine runs it; a `vitopt.measure.runnable.Runnable`.
 
-    `asked`: the variant that it was made for. `disk_bytes`: of the engine's own files, None where they are not kept.
+    `asked`: the variant that it was made for. `folder`: of the engine's files, None where they are not kept.
     """
 
     name: str
@@ -52,7 +55,7 @@ class EngineRunnable:
     device: torch.device
     run: RunSpec
     asked: HeldSpec | None = None
-    disk_bytes: int | None = None
+    folder: Path | None = None
     reasons: dict[str, str] = field(default_factory=dict)
 
     @functools.cached_property
@@ -96,7 +99,8 @@ class EngineRunnable:
 
     def describe(self) -> dict[str, Any]:
         """Its fields of a record; formats are read back from what runs."""
-        asked, folder, formats = self.asked, self.checkpoint.folder, self._formats()
+        asked, formats = self.asked, self._formats()
+        disk = sum(file.stat().st_size for file in self.folder.iterdir()) if self.folder else None
         return {
             "variant": Variant(
                 name=self.name,
@@ -110,7 +114,7 @@ class EngineRunnable:
             ),
             "model": Model(
                 source=self.checkpoint.source,
-                sha256=self.checkpoint.fingerprint() if folder else None,
+                sha256=self.checkpoint.fingerprint() if self.checkpoint.folder else None,
                 architecture=str((self.checkpoint.config.architectures or ["unknown"])[0]),
                 parameters=parameter_count(empty_model(self.checkpoint)),
                 image_size=self.checkpoint.image_size,
@@ -118,7 +122,7 @@ class EngineRunnable:
             ),
             "layer_plan": dict(Counter(formats.values())),
             "layers": formats,
-            "size": Size(weight_bytes=self.weight_bytes(), disk_bytes=self.disk_bytes),
+            "size": Size(weight_bytes=self.weight_bytes(), disk_bytes=disk),
         }
 
     def flops_per_image(self) -> int:
@@ -131,6 +135,18 @@ class EngineRunnable:
         layers = [(layer.parameters, _BYTES.get(formats[layer.logical], 4)) for layer in self._layers]
         rest = parameter_count(empty_model(self.checkpoint)) - sum(count for count, _ in layers)
         return sum(count * size for count, size in layers) + 4 * rest
+
+    def alone(self, batch_size: int) -> list[str]:
+        """Command of a process that runs only this: the engine without torch.
+
+        Raises:
+            MeasurementError: the engine's files are not kept.
+        """
+        if self.folder is None:
+            raise MeasurementError(f"the file of {self.package.engine} was made for this time: `vitopt run` keeps it")
+        script = memory_text(ENGINES[self.package.engine].package, engine_module(self.package.engine).EXAMPLE)
+        shape = (batch_size, 3, *self.input_size)
+        return [sys.executable, "-c", script, str(self.folder), *map(str, shape)]
 
     def images_seen(self) -> tuple[Use, ...]:
         """Images that the checkpoint was trained or calibrated on."""
@@ -180,9 +196,8 @@ def prepare(
         package = read_package(place)
         reason = why_not_used(package, checkpoint)
         if reason is None:
-            disk = sum(file.stat().st_size for file in place.iterdir())
             call = engine.load(place, package.settings)
-            return EngineRunnable(checkpoint=checkpoint, package=package, call=call, disk_bytes=disk, **made)
+            return EngineRunnable(checkpoint=checkpoint, package=package, call=call, folder=place, **made)
         logger.warning("%s: the file of %s is not used, %s; it is made anew", name, run.engine, reason)
     if format in QUANTIZED_FORMATS:  # the images that calibrated it are not at hand, nor is it known how it was made
         raise UnsupportedError(
