@@ -14,7 +14,7 @@ import vitopt
 from vitopt.environment import devices, launch, libraries, machine, support
 from vitopt.errors import UnsupportedError
 from vitopt.formats import Format
-from vitopt.recipe import Attention, SdpaKernel
+from vitopt.recipe import ENGINES, Attention, SdpaKernel
 
 VERSIONS = libraries.versions()
 CPU = torch.device("cpu")
@@ -358,7 +358,7 @@ def test_diagnosis_has_a_line_for_everything_that_can_be_asked_for(no_cuda, monk
     assert set(facts["libraries"]) == set(libraries.LIBRARIES)
     wanted = {f"format {name}" for name in get_args(Format)} | {f"attention {name}" for name in get_args(Attention)}
     wanted |= {f"sdpa kernel {name}" for name in get_args(SdpaKernel) if name != "auto"}
-    wanted |= {"torch.compile", *(f"engine {name}" for name in support.ENGINES)}
+    wanted |= {"torch.compile", *(f"engine {name}" for name in ENGINES)}
     assert set(facts["can_run"]) == wanted
     assert facts["can_run"]["sdpa kernel flash"] is None
     assert facts["can_run"]["sdpa kernel cudnn"] == "the cudnn kernel needs a CUDA device"

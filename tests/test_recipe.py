@@ -215,6 +215,7 @@ def test_keys_with_an_effect_are_taken_and_survive_the_resolved_recipe(changes):
 
 
 RUN = {
+    "engine": "torch",  # the others take no further option
     "attention": "sdpa",
     "sdpa_kernel": "math",
     "run_as": "w8a8",
@@ -235,6 +236,7 @@ def test_a_variant_by_default_runs_as_it_is():
     run = VariantSpec(name="a", format="nf4").run
     assert run == RunSpec()
     assert run.model_dump() == {
+        "engine": "torch",
         "attention": "sdpa",
         "sdpa_kernel": "auto",
         "run_as": None,
@@ -537,7 +539,7 @@ def test_a_dumped_variant_starts_with_its_name_and_how_it_is_held(recipe_file):
     recipe = load_recipe(recipe_file(MINIMAL.replace("data: digits\n", "")))
     dumped = dump_yaml(recipe)
     (written,) = yaml.safe_load(dumped)["variants"]
-    assert list(written) == ["name", "format", "half", "skip", "auto", "layers", *RUN, "fastest", "steps"]
+    assert list(written) == ["name", "format", "half", "skip", "auto", "layers", *RUN, "fastest", "steps", "calibrate"]
     assert "data: null\n" in dumped and "\n- name: a\n" in dumped
     assert load_recipe(recipe_file(dumped)) == recipe
 
@@ -668,3 +670,30 @@ def test_a_file_of_mistakes_alone_is_answered_soon_and_shortly(tmp_path):
     with pytest.raises(RecipeError, match=r"9,00\d mistakes") as caught:
         load_recipe(path)
     assert str(caught.value).count("\n") == 50
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"format": "fp32", "engine": "openvino", "compile": True}, ["openvino", "`compile`"]),
+        ({"format": "nf4", "engine": "openvino"}, ["openvino", "nf4", "fp32, bf16, w8a8"]),
+        ({"format": "w8a8", "engine": "onnxruntime"}, ["onnxruntime", "w8a8"]),
+        ({"format": "w8a8", "engine": "openvino", "layers": {"fc1": "fp8"}}, ["openvino", "fp8"]),
+        ({"format": "w8a8", "engine": "openvino", "skip": "auto"}, ["`skip: auto`", "torch"]),
+        ({"format": "w8a8", "engine": "openvino", "half": "fp16"}, ["openvino", "`half`"]),
+        ({"format": "w8a8", "calibrate": {"images": 9}}, ["`calibrate`"]),
+        ({"format": "fp32", "engine": "openvino", "calibrate": {}}, ["`calibrate`"]),
+        ({"format": "fp32", "engine": "tensorflow"}, ["engine", "'torch', 'openvino' or 'onnxruntime'"]),
+    ],
+)
+def test_what_an_engine_does_not_do_is_refused(content, words):
+    (line,) = mistakes(changed(data="digits", variants=[{"name": "a", **content}]))
+    assert all(word in line for word in words)
+
+
+def test_calibration_of_an_engine_needs_data_and_names_its_images():
+    content = {"name": "a", "format": "w8a8", "engine": "openvino", "calibrate": {"images": 9, "split": "other"}}
+    recipe = validate(Recipe, changed(data="digits", variants=[content]), where="r")
+    assert recipe.variants[0].calibration.images == 9 and recipe.variants[0].wants_images == ["`calibrate`"]
+    (line,) = mistakes({key: value for key, value in changed(variants=[content]).items() if key != "data"})
+    assert "`calibrate` of a needs `data`" in line

@@ -17,6 +17,7 @@ from vitopt import inference, storage
 from vitopt.data.images import ALL, ImageSet, open_images
 from vitopt.data.pairs import images_of
 from vitopt.data.sources import parse_source
+from vitopt.engines.runtime import Prepared, prepare
 from vitopt.environment import devices
 from vitopt.errors import RecipeError, RecordError
 from vitopt.formats import Format
@@ -29,7 +30,6 @@ from vitopt.models import checkpoint as checkpoints
 from vitopt.models.calibration import load_uses
 from vitopt.models.checkpoint import Checkpoint
 from vitopt.optimize.quantize import quantize as write_quantized
-from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.prediction import classify
 from vitopt.recipe import DataSpec, EvaluateSpec, FinetuneSpec, RequireSpec, RunSpec, VariantSpec, suggest
 from vitopt.records import RECORD_FILE, Outputs, Record, save_record
@@ -69,7 +69,7 @@ _NOT_EVALUATED = dict.fromkeys(("source", "train"), "evaluate does not use it")
 class Loaded:
     """A checkpoint that can be called."""
 
-    runnable: TorchRunnable
+    runnable: Prepared
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`pixel_values`: (batch, 3, height, width), as `preprocess` makes them. Returns logits (batch, classes)."""

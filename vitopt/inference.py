@@ -11,6 +11,7 @@ import torch
 from vitopt import progress
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
+from vitopt.engines.runtime import Prepared, prepare
 from vitopt.environment import devices
 from vitopt.errors import CheckpointError, DataError, MeasurementError, UnsupportedError
 from vitopt.measure.evaluator import Measured, evaluate, failed
@@ -18,7 +19,6 @@ from vitopt.measure.own_metrics import Compute
 from vitopt.measure.runnable import NamesOutputs, Preprocess, Runnable, outputs_of
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
 from vitopt.optimize.quantize import quantize
-from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import EvaluateSpec, RunSpec, VariantSpec
 
 
@@ -80,7 +80,7 @@ def measure(
         images=None if images is None else _fit_all(images, runnables),
         skip_bad=skip_bad,
         baseline=baseline,
-        untrained=untrained or any(isinstance(one, TorchRunnable) and one.checkpoint.is_random for one in runnables),
+        untrained=untrained or any(isinstance(one, Prepared) and one.checkpoint.is_random for one in runnables),
         metrics=metrics,
         ready=ready,
     )

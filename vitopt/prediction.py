@@ -11,11 +11,11 @@ from vitopt import progress
 from vitopt.data.decoding import IMAGE_ENDINGS
 from vitopt.data.images import ImageSet, image_files
 from vitopt.data.pixels import batches, on_device
+from vitopt.engines.runtime import Prepared, prepare
 from vitopt.environment import devices
 from vitopt.errors import BadImageError, DataError, MeasurementError
 from vitopt.measure.accuracy import padded_call
 from vitopt.models.checkpoint import open_checkpoint
-from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import RunSpec
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def predict(
 
 
 def classify(
-    runnable: TorchRunnable,
+    runnable: Prepared,
     images: ImageSet,
     top: int,
     *,

@@ -14,7 +14,9 @@ from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
 from vitopt.paths import existing
 
 # All that a recipe can say is imported from here.
+from vitopt.run_spec import ENGINES as ENGINES
 from vitopt.run_spec import Attention as Attention
+from vitopt.run_spec import Engine as Engine
 from vitopt.run_spec import RunSpec as RunSpec
 from vitopt.run_spec import SdpaKernel as SdpaKernel
 from vitopt.spec import PATH_LENGTH, BatchSize, ImageCount, Patterns, Workers, as_list
@@ -137,6 +139,18 @@ class VariantSpec(RunSpec, HeldSpec):
             raise ValueError(f"format {self.format} quantizes nothing, so `half` would do nothing: leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _engine_has_the_format(self) -> "VariantSpec":
+        if self.engine in ENGINES:
+            known = ENGINES[self.engine].formats
+            if lacking := [format for format in (self.format, *self.layers.values()) if format not in known]:
+                raise ValueError(f"`engine: {self.engine}` has no {lacking[0]}; it has {', '.join(known)}")
+            if self.skips_automatically:
+                raise ValueError("`skip: auto` measures torch's formats: name the layers, or leave `engine` out")
+            if self.half != "bf16":
+                raise ValueError(f"`engine: {self.engine}` computes the other layers in bf16: leave `half` out")
+        return self
+
     @property
     def run(self) -> RunSpec:
         """How it is run, without how it is held."""
@@ -158,6 +172,9 @@ class RecipeVariant(VariantSpec):
     format: Literal["auto", Format]  # type: ignore[assignment]  # wider, until `with_choice` says which
     fastest: FastestSpec = Field(FastestSpec(), description="how `format: auto` chooses")
     steps: tuple[Step, ...] = Field((), description="what is done to the checkpoint first, in order: finetune")
+    calibrate: CalibrationSpec | None = Field(
+        None, description="images that fix the scales of int8 activations; without, an engine finds them in each call"
+    )
 
     @model_validator(mode="after")
     def _choice_is_whole(self) -> "RecipeVariant":
@@ -169,6 +186,8 @@ class RecipeVariant(VariantSpec):
                 f"`format: auto` compares whole formats and chooses how they run: leave {without_effect} out, or name "
                 "a format"
             )
+        if self.calibrate is not None and (self.engine not in ENGINES or self.format not in QUANTIZED_FORMATS):
+            raise ValueError("`calibrate` is for a quantized format of another engine than torch: leave it out")
         return self
 
     @property
@@ -178,7 +197,9 @@ class RecipeVariant(VariantSpec):
 
     @property
     def calibration(self) -> CalibrationSpec | None:
-        """Which images choose what is left open; None where nothing is."""
+        """Which images choose what is left open, or calibrate; None where nothing does."""
+        if self.calibrate is not None:
+            return self.calibrate
         return self.auto if self.skips_automatically else self.fastest if self.chooses_format else None
 
     @property
@@ -191,6 +212,7 @@ class RecipeVariant(VariantSpec):
         """What of it needs other images than the tested ones."""
         wants = [f"step {step.name}" for step in self.steps if step.kind.images]
         wants += ["`skip: auto`"] if self.skips_automatically else []
+        wants += ["`calibrate`"] if self.calibrate is not None else []
         return wants + (["`format: auto`"] if self.chooses_format else [])
 
     @property

@@ -1,19 +1,43 @@
-"""How a checkpoint is run: one field for each run option. Imports no torch."""
+"""How a checkpoint is run: one field for each run option, and the engines that can. Imports no torch."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from vitopt.formats import RunAs
+from vitopt.formats import Format, RunAs
 from vitopt.spec import Spec
 
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 SdpaKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
+Engine = Literal["torch", "openvino", "onnxruntime"]
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """A runtime beside torch.
+
+    `module`: what implements `vitopt.engines.package.EngineModule`. `package`: what must be installed to run it, and
+    `extra`, of vitopt, to make files for it. `formats`: those that it runs. `devices`: torch's names of where it runs.
+    """
+
+    module: str
+    package: str
+    extra: str
+    formats: tuple[Format, ...]
+    devices: tuple[str, ...] = ("cpu",)
+
+
+ENGINES: dict[str, EngineFacts] = {
+    "openvino": EngineFacts("vitopt.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "w8a8")),
+    "onnxruntime": EngineFacts("vitopt.engines.onnxruntime", "onnxruntime", "onnx", ("fp32",)),
+}
 
 
 class RunSpec(Spec):
     """How a checkpoint is run; nothing of it is in the file."""
 
+    engine: Engine = Field("torch", description="what computes: torch, or a runtime that has a model file of its own")
     attention: Attention = Field("sdpa", description="attention implementation")
     sdpa_kernel: SdpaKernel = Field("auto", description="kernel of sdpa; auto lets torch choose")
     run_as: RunAs | None = Field(
@@ -47,6 +71,8 @@ class RunSpec(Spec):
 
     @model_validator(mode="after")
     def _options_fit(self) -> "RunSpec":
+        if self.engine in ENGINES and (useless := self.changed(*(set(RunSpec.model_fields) - {"engine"}))):
+            raise ValueError(f"`engine: {self.engine}` computes in its own way, so leave {useless} out")
         for way in ("autotune", "compile_whole"):
             if getattr(self, way) and not self.compile:
                 raise ValueError(f"`{way}` is a way to compile: set `compile` too")

@@ -12,6 +12,7 @@ from vitopt import ownership, storage, threads
 from vitopt.checks import calibration_images, step_images
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
+from vitopt.engines import package
 from vitopt.environment import devices, launch, machine
 from vitopt.errors import CheckpointError, MeasurementError, RecordError, UnsupportedError, VitoptError
 from vitopt.measure.predictions import PREDICTIONS_FILE
@@ -43,7 +44,7 @@ class Settled:
     variant: RecipeVariant
     base: Checkpoint
     images: ImageSet | None = None
-    purpose: Literal["skip list", "format"] = "skip list"
+    purpose: Literal["skip list", "format", "int8 scales"] = "skip list"
     chosen: str | None = None
     failure: str | None = None
 
@@ -91,6 +92,8 @@ class VariantMaker:
             if isinstance(outcome, str):
                 return Settled(variant, base, failure=outcome)
             base = outcome
+        if variant.calibrate is not None:
+            return Settled(variant, base, self._calibration(variant.calibrate)[0], "int8 scales")
         if variant.skips_automatically:
             return self._with_skip_list(variant, base)
         return self._with_format(variant, base) if variant.chooses_format else Settled(variant, base)
@@ -238,9 +241,8 @@ class VariantMaker:
                     storage.copy_folder(folder, output, leave_out=_MEASURED)
                     return f"the same weights as {other.name}"
             try:
-                return quantize(
-                    base, variant, output, self.recipe.device, images=images, purpose=settled.purpose
-                ).summary()
+                make = quantize if variant.engine == "torch" else package.make
+                return make(base, variant, output, self.recipe.device, images=images, purpose=settled.purpose).summary()
             except _TOLERATED:
                 self._remove_earlier(variant.name)
                 raise
@@ -249,7 +251,7 @@ class VariantMaker:
             f"variant {variant.name}",
             inputs=[
                 base.fingerprint(),
-                variant.model_dump(mode="json", include={"format", "half", "skip", "layers"}),
+                variant.model_dump(mode="json", include={"format", "half", "skip", "layers", "engine"}),
                 None if images is None else [images.sha256, settled.purpose],
             ],
             files=_checkpoint_files(output),

@@ -20,6 +20,10 @@ LIBRARIES = (
     "safetensors",
     "torchvision",
     "timm",
+    "openvino",
+    "nncf",
+    "onnxruntime",
+    "onnxscript",
     "numpy",
     "pillow",
 )

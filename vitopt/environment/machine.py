@@ -92,7 +92,7 @@ def diagnose(device: torch.device) -> dict[str, dict[str, Any]]:
     """What `vitopt doctor` prints: the machine, the libraries, and what can run (None) or why it cannot."""
     # All else here is also told where torch is installed and pydantic is not.
     from vitopt.environment import support
-    from vitopt.recipe import Attention, SdpaKernel
+    from vitopt.recipe import ENGINES, Attention, SdpaKernel
 
     facts = describe(device)
     libraries = facts.pop("libraries")
@@ -105,7 +105,7 @@ def diagnose(device: torch.device) -> dict[str, dict[str, Any]]:
     kernels = [kernel for kernel in get_args(SdpaKernel) if kernel != "auto"]
     reasons |= {f"sdpa kernel {name}": support.why_not_kernel(name, device, half) for name in kernels}
     reasons["torch.compile"] = support.why_not_compile(device) or _why_compiler_fails(device)
-    reasons |= {f"engine {package}": support.why_not_engine(package, device) for package in support.ENGINES}
+    reasons |= {f"engine {name}": support.why_not_engine(name, device) for name in ENGINES}
     machine = facts | {f"gpu {key}": value for key, value in gpu.items()}
     if device.type == "cpu":
         machine["cuda"] = devices.why_no_cuda() if not torch.cuda.is_available() else "available, not asked for"

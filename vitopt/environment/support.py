@@ -7,23 +7,13 @@ import torch
 from vitopt.environment.devices import compute_capability
 from vitopt.errors import UnsupportedError
 from vitopt.formats import AMPERE, FORMATS, Format
-from vitopt.recipe import Attention, SdpaKernel
+from vitopt.recipe import ENGINES, Attention, SdpaKernel
 
 
 def installed(package: str) -> bool:
     """Whether a package can be imported, without importing it."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None  # a folder of that name, such as W&B's, is not a package
-
-
-ENGINES = ("onnxruntime", "openvino", "tensorrt")  # that run a model outside torch
-
-
-def why_not_engine(package: str, device: torch.device) -> str | None:
-    """Why an inference engine cannot run, or None when it is installed."""
-    if package == "tensorrt" and device.type != "cuda":
-        return "tensorrt needs a CUDA device"
-    return _needs(package)
 
 
 def _needs(package: str) -> str | None:
@@ -94,3 +84,17 @@ def why_not_kernel(kernel: SdpaKernel, device: torch.device, dtype: torch.dtype)
     if kernel != "efficient" and dtype not in (torch.float16, torch.bfloat16):
         return f"the {kernel} kernel computes in 16 bit only, the model is fp32"
     return None if kernel == "efficient" else capability_below(device, AMPERE)
+
+
+def why_not_engine(engine: str, device: torch.device) -> str | None:
+    """Why a runtime other than torch cannot run on `device`, or None when it can."""
+    facts = ENGINES[engine]
+    if not installed(facts.package):
+        return f"{facts.package} is not installed (pip install 'vitopt[{facts.extra}]')"
+    return None if device.type in facts.devices else f"it runs on {' and '.join(facts.devices)}, not on {device.type}"
+
+
+def require_engine(engine: str, device: torch.device) -> None:
+    """Raise UnsupportedError with the reason, if a runtime other than torch cannot run."""
+    if reason := why_not_engine(engine, device):
+        raise UnsupportedError(f"engine {engine} cannot run on {device}: {reason}")

@@ -12,22 +12,27 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from vitopt import storage
 from vitopt.data.sources import hub_id, public_name
+from vitopt.engines.package import Package
 from vitopt.formats import FORMATS, QUANTIZED_FORMATS
-from vitopt.models.checkpoint import empty_model, open_checkpoint, parameter_count
+from vitopt.models.checkpoint import Checkpoint, empty_model, open_checkpoint, parameter_count
 from vitopt.models.origin import FINETUNE, QUANTIZE, Origin, load_origin
 from vitopt.ownership import CARD_FILE, is_edited, sealed
+from vitopt.recipe import ENGINES
 from vitopt.records import Model, Record, Variant
 from vitopt.report import table
 from vitopt.report.rendering import templates
 from vitopt.report.summary import listed
 
 _TASK = "image-classification"
+_LIBRARIES = {"openvino": "openvino", "onnxruntime": "onnx"}  # the hub's names for what is no checkpoint
 # From the root, the home folder or a parent one; what follows a word or a colon is part of an address or of a unit.
 _LOCAL_PATH = re.compile(r"(?<![\w:/.~])(?:~|\.{1,2})?/(?:[^\s/,;:()'\"`|]+/)*([^\s/,;:()'\"`|]+)/?")
 
 
-def write_card(record: Record, folder: Path, records: Sequence[Record]) -> None:
+def write_card(record: Record, folder: Path, records: Sequence[Record], example: str | None = None) -> None:
     """Write `README.md` into the checkpoint folder of `record`; `records` are all rows of its comparison.
+
+    `example`: the script that runs it in the engine of `record`; without this, its place in a variant's folder.
 
     A card that a person edited stays as it is.
 
@@ -37,7 +42,7 @@ def write_card(record: Record, folder: Path, records: Sequence[Record]) -> None:
     if is_edited(folder / CARD_FILE):
         return
     variant, stored = record.variant, table.stored_as(record.variant)
-    kernel = table.chosen(variant, "sdpa_kernel")
+    kernel, engine = table.chosen(variant, "sdpa_kernel"), str(variant.ran.get("engine"))
     origin, on_disk = load_origin(folder), _formats_on_disk(record)
     text = templates.get_template("card.md").render(
         metadata=_metadata(record, origin).to_yaml(),
@@ -51,6 +56,8 @@ def write_card(record: Record, folder: Path, records: Sequence[Record]) -> None:
         table=table.markdown(table.comparison(records, None)),
         notes=table.notes(records),
         packages=sorted({facts.library for name, facts in FORMATS.items() if name in on_disk and facts.library}),
+        engine=ENGINES.get(engine),
+        example=example or f"{engine}/example.py",
         code=loading_code(record, "FOLDER"),
         stored=stored,
         expansion=table.expansion(variant),
@@ -84,6 +91,24 @@ def write_card_without_figures(folder: Path) -> None:
     write_card(record, folder, ())
 
 
+def write_card_of_export(checkpoint: Checkpoint, package: Package, folder: Path) -> None:
+    """Write `README.md` beside the files of an engine, of which nothing was measured, as `write_card` does."""
+    held = load_origin(folder).last(QUANTIZE) or {"layer_plan": {}}
+    model = empty_model(checkpoint)
+    record = Record(
+        variant=Variant(name=folder.resolve().name, format=package.format, ran={"engine": package.engine}),
+        layer_plan=held["layer_plan"],
+        model=Model(
+            source=checkpoint.source,
+            architecture=type(model).__name__,
+            parameters=parameter_count(model),
+            image_size=checkpoint.image_size,
+            classes=checkpoint.config.num_labels,
+        ),
+    )
+    write_card(record, folder, (), example="example.py")
+
+
 def loading_code(record: Record, folder: str) -> str:
     """Python that loads the checkpoint with plain transformers and classifies one image."""
     attention = record.variant.ran.get("attention")
@@ -110,7 +135,7 @@ def _metadata(record: Record, origin: Origin) -> ModelCardData:
         license=origin.license,
         license_name=origin.license_name,
         license_link=origin.license_link,
-        library_name="transformers",
+        library_name=_LIBRARIES.get(str(record.variant.ran.get("engine")), "transformers"),
         pipeline_tag=_TASK,
         datasets=data or None,
         metrics=["accuracy"] if record.accuracy else None,

@@ -1,0 +1,1 @@
+"""Runtimes beside torch: a model file is made of a checkpoint, and called."""

@@ -1,0 +1,211 @@
+"""One function prepares what can be called, in torch or another engine."""
+
+import functools
+import logging
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vitopt import storage
+from vitopt.data.pixels import Preprocessor
+from vitopt.engines.example import memory_text
+from vitopt.engines.package import (
+    Call,
+    Package,
+    engine_module,
+    read_package,
+    require_runs,
+    stored_format,
+    why_not_used,
+    write_model,
+)
+from vitopt.errors import MeasurementError, UnsupportedError
+from vitopt.formats import QUANTIZED_FORMATS
+from vitopt.models.calibration import Use, load_uses
+from vitopt.models.checkpoint import Checkpoint, empty_model, load_processor, parameter_count
+from vitopt.models.forward import flops_per_image
+from vitopt.models.names import Layer, linear_layers
+from vitopt.optimize import runtime
+from vitopt.optimize.runtime import TorchRunnable
+from vitopt.recipe import ENGINES, HeldSpec, RunSpec, VariantSpec
+from vitopt.records import Model, Outputs, Size, Variant
+
+logger = logging.getLogger(__name__)
+
+_BYTES = {"w8a8": 1, "bf16": 2, "fp16": 2}  # of a weight; 4 in all others
+
+
+@dataclass
+class EngineRunnable:
+    """A checkpoint as an engine runs it; a `vitopt.measure.runnable.Runnable`.
+
+    `asked`: the variant that it was made for. `folder`: of the engine's files, None where they are not kept.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    package: Package
+    call: Call
+    device: torch.device
+    run: RunSpec
+    asked: HeldSpec | None = None
+    folder: Path | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @functools.cached_property
+    def preprocess(self) -> Callable[[Image.Image], torch.Tensor]:
+        """The checkpoint's own; may be set to another."""
+        return Preprocessor(load_processor(self.checkpoint))
+
+    @property
+    def outputs(self) -> Outputs:
+        """A logit for each class; or for each of independent labels, as the configuration tells."""
+        several = self.checkpoint.config.problem_type == "multi_label_classification"
+        return "labels" if several else "classes"
+
+    @property
+    def label_names(self) -> list[str]:
+        """What the head's outputs are called."""
+        return self.checkpoint.label_names
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.checkpoint.image_size
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """Whether each batch size is built on its own."""
+        return self.call.fixed_shapes
+
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`pixel_values`: (batch, 3, height, width). Returns logits (batch, classes).
+
+        Raises:
+            UnsupportedError: the height or width is another than the model file was made for.
+        """
+        if tuple(pixel_values.shape[-2:]) != self.input_size:
+            (height, width), found = self.input_size, " x ".join(map(str, pixel_values.shape[-2:]))
+            raise UnsupportedError(
+                f"{self.name}: the {self.package.engine} file was made for {height} x {width} pixels, not {found}"
+            )
+        return torch.from_numpy(self.call(pixel_values.numpy()))
+
+    def describe(self) -> dict[str, Any]:
+        """Its fields of a record; formats are read back from what runs."""
+        asked, formats = self.asked, self._formats()
+        disk = sum(file.stat().st_size for file in self.folder.iterdir()) if self.folder else None
+        return {
+            "variant": Variant(
+                name=self.name,
+                format=asked.format if asked else self.package.format,
+                half=asked.half if asked else None,
+                skip=asked.skip if asked else (),
+                layers=dict(asked.layers) if asked else {},
+                asked={"engine": self.run.engine},
+                ran={"engine": self.run.engine},
+                reasons=self.reasons,
+            ),
+            "model": Model(
+                source=self.checkpoint.source,
+                sha256=self.checkpoint.fingerprint() if self.checkpoint.folder else None,
+                architecture=str((self.checkpoint.config.architectures or ["unknown"])[0]),
+                parameters=parameter_count(empty_model(self.checkpoint)),
+                image_size=self.checkpoint.image_size,
+                classes=self.checkpoint.config.num_labels,
+            ),
+            "layer_plan": dict(Counter(formats.values())),
+            "layers": formats,
+            "size": Size(weight_bytes=self.weight_bytes(), disk_bytes=disk),
+        }
+
+    def flops_per_image(self) -> int:
+        """Arithmetic of one image."""
+        return flops_per_image(self.checkpoint)
+
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in the formats that they are computed in; what an engine keeps beside is not known."""
+        formats = self._formats()
+        layers = [(layer.parameters, _BYTES.get(formats[layer.logical], 4)) for layer in self._layers]
+        rest = parameter_count(empty_model(self.checkpoint)) - sum(count for count, _ in layers)
+        return sum(count * size for count, size in layers) + 4 * rest
+
+    def alone(self, batch_size: int) -> list[str]:
+        """Command of a process that runs only this: the engine without torch.
+
+        Raises:
+            MeasurementError: the engine's files are not kept.
+        """
+        if self.folder is None:
+            raise MeasurementError(f"the file of {self.package.engine} was made for this time: `vitopt run` keeps it")
+        script = memory_text(ENGINES[self.package.engine].package, engine_module(self.package.engine).EXAMPLE)
+        shape = (batch_size, 3, *self.input_size)
+        return [sys.executable, "-c", script, str(self.folder), *map(str, shape)]
+
+    def images_seen(self) -> tuple[Use, ...]:
+        """Images that the checkpoint was trained or calibrated on."""
+        return load_uses(self.checkpoint.folder)
+
+    @functools.cached_property
+    def _layers(self) -> list[Layer]:
+        return linear_layers(empty_model(self.checkpoint), self.checkpoint.config.model_type)
+
+    def _formats(self) -> dict[str, str]:
+        """Logical name -> format that it is computed in."""
+        live = self.call.formats(layer.module for layer in self._layers)
+        return {layer.logical: live[layer.module] for layer in self._layers}
+
+
+Prepared = TorchRunnable | EngineRunnable
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    *,
+    name: str,
+    device: torch.device,
+    run: RunSpec | None = None,
+    asked: HeldSpec | None = None,
+    strict: bool = False,
+) -> Prepared:
+    """Make a checkpoint ready to be called, by torch (`vitopt.optimize.runtime.prepare`) or the engine of `run`.
+
+    An engine takes the file that lies beside the checkpoint. Where there is none, or one of another version, it makes
+    one of the float weights for this time, which is said.
+
+    Raises:
+        UnsupportedError: the engine is not installed, does not run on this device, or cannot hold this checkpoint.
+    """
+    run = run or RunSpec()
+    if run.engine not in ENGINES:
+        return runtime.prepare(checkpoint, name=name, device=device, run=run, asked=asked, strict=strict)
+    format = asked.format if asked else stored_format(checkpoint)
+    place = checkpoint.folder / run.engine if checkpoint.folder else None
+    if asked is None and place is not None and place.is_dir():
+        format = read_package(place).format
+    variant = VariantSpec(name="variant", format="fp32", engine=run.engine).model_copy(update={"format": format})
+    require_runs(checkpoint, variant, device)
+    engine, made = engine_module(run.engine), {"name": name, "device": device, "run": run, "asked": asked}
+    if place is not None and place.is_dir():
+        package = read_package(place)
+        reason = why_not_used(package, checkpoint)
+        if reason is None:
+            call = engine.load(place, package.settings)
+            return EngineRunnable(checkpoint=checkpoint, package=package, call=call, folder=place, **made)
+        logger.warning("%s: the file of %s is not used, %s; it is made anew", name, run.engine, reason)
+    if format in QUANTIZED_FORMATS:  # the images that calibrated it are not at hand, nor is it known how it was made
+        raise UnsupportedError(
+            f"{checkpoint.source} has no {format} file of {run.engine} that fits: make it with `vitopt export "
+            f"--engine {run.engine} --format {format} --data CALIBRATION`, or as a variant of a recipe"
+        )
+    with storage.temporary_folder() as folder:
+        write_model(checkpoint, variant, folder, None)
+        package = read_package(folder)
+        call = engine.load(folder, package.settings)
+    return EngineRunnable(checkpoint=checkpoint, package=package, call=call, **made)
