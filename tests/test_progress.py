@@ -46,6 +46,20 @@ def test_lines_are_written_while_a_step_takes_long(total: int | None, monkeypatc
         written.get(timeout=20)
 
 
+def test_many_short_tasks_are_told_of_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: queue.Queue[str] = queue.Queue()
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.Console, "print", lambda console, line: written.put(line))
+    progress.enable("lines")
+    for number in range(3):
+        now[0] += 20.0  # each is shorter than the time between two lines
+        with progress.task(f"memory of variant {number}", None):
+            if number == 1:
+                assert written.get(timeout=20).startswith("memory of variant 1: ")
+            assert written.empty()
+
+
 @pytest.mark.parametrize("mode", ["off", "lines"])
 def test_what_is_done_soon_is_not_told(mode: progress.Mode, capsys: pytest.CaptureFixture[str]) -> None:
     progress.enable(mode)

@@ -11,15 +11,16 @@ from vitopt.terminal import Console, visible
 T = TypeVar("T")
 Mode = Literal["off", "bars", "lines"]
 
-EVERY_SECONDS = 30.0  # between two lines of one task
+EVERY_SECONDS = 30.0  # between two lines, of one task or of many short ones
 
 _mode: Mode = "off"
+_told_at = 0.0
 
 
 def enable(mode: Mode) -> None:
     """Show bars or lines from now on, or nothing."""
-    global _mode
-    _mode = mode
+    global _mode, _told_at
+    _mode, _told_at = mode, time.monotonic()
 
 
 class Task:
@@ -104,7 +105,9 @@ def _lines(description: str, total: float | None) -> Iterator[Task]:
     ended = threading.Event()
 
     def tell() -> None:
-        while not ended.wait(EVERY_SECONDS):
+        global _told_at
+        while not ended.wait(max(0.0, _told_at + EVERY_SECONDS - time.monotonic())):
+            _told_at = time.monotonic()
             console.print(state(description, counted.done, total, counted.seconds()))
 
     # A thread of its own, so that one long step is told of as well.

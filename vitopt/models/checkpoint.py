@@ -259,9 +259,8 @@ def load_model(
     except Exception as error:  # as above
         if "safetensors" in str(error) and checkpoint.folder is None:
             raise CheckpointError(weights.explain_pickle(checkpoint.source, "the only weight file")) from error
-        raise CheckpointError(
-            _explain_load_failure(checkpoint.source, error, on_hub=checkpoint.revision is not None)
-        ) from error
+        explained = _explain_load_failure(checkpoint.source, error, on_hub=checkpoint.revision is not None)
+        raise CheckpointError(explained) from error
     heads = FAMILIES[model.config.model_type].heads if label_names is not None else ()
     _require_all_weights(checkpoint, report, {f"{head}.{part}" for head in heads for part in ("weight", "bias")})
     if broken := weights.first_not_finite(model):
