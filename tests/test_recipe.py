@@ -692,8 +692,8 @@ def test_a_file_of_mistakes_alone_is_answered_soon_and_shortly(tmp_path):
         ({"format": "w8a8", "engine": "openvino", "layers": {"fc1": "fp8"}}, ["openvino", "fp8"]),
         ({"format": "w8a8", "engine": "openvino", "skip": "auto"}, ["`skip: auto`", "torch"]),
         ({"format": "w8a8", "engine": "openvino", "half": "fp16"}, ["openvino", "`half`"]),
-        ({"format": "w8a8", "static_scales": {"images": 9}}, ["`static_scales`"]),
-        ({"format": "fp32", "engine": "openvino", "static_scales": {}}, ["`static_scales`"]),
+        ({"format": "w8a8", "fixed_scales": {"images": 9}}, ["`fixed_scales`"]),
+        ({"format": "fp32", "engine": "openvino", "fixed_scales": {}}, ["`fixed_scales`"]),
         ({"format": "fp32", "engine": "tensorflow"}, ["engine", "'torch', 'openvino' or 'onnxruntime'"]),
     ],
 )
@@ -703,8 +703,8 @@ def test_what_an_engine_does_not_do_is_refused(content, words):
 
 
 def test_calibration_of_an_engine_needs_data_and_names_its_images():
-    content = {"name": "a", "format": "w8a8", "engine": "openvino", "static_scales": {"images": 9, "split": "other"}}
+    content = {"name": "a", "format": "w8a8", "engine": "openvino", "fixed_scales": {"images": 9, "split": "other"}}
     recipe = validate(Recipe, changed(data="digits", variants=[content]), where="r")
-    assert recipe.variants[0].calibration.images == 9 and recipe.variants[0].wants_images == ["`static_scales`"]
+    assert recipe.variants[0].calibration.images == 9 and recipe.variants[0].wants_images == ["`fixed_scales`"]
     (line,) = mistakes({key: value for key, value in changed(variants=[content]).items() if key != "data"})
-    assert "`static_scales` of a needs `data`" in line
+    assert "`fixed_scales` of a needs `data`" in line

@@ -172,7 +172,7 @@ class RecipeVariant(VariantSpec):
     format: Literal["auto", Format]  # type: ignore[assignment]  # wider, until `with_choice` says which
     fastest: FastestSpec = Field(FastestSpec(), description="how `format: auto` chooses")
     steps: tuple[Step, ...] = Field((), description="what is done to the checkpoint first, in order: finetune")
-    static_scales: CalibrationSpec | None = Field(
+    fixed_scales: CalibrationSpec | None = Field(
         None, description="images that fix the scales of int8 activations; without, an engine finds them in each call"
     )
 
@@ -186,8 +186,8 @@ class RecipeVariant(VariantSpec):
                 f"`format: auto` compares whole formats and chooses how they run: leave {without_effect} out, or name "
                 "a format"
             )
-        if self.static_scales is not None and (self.engine not in ENGINES or self.format not in QUANTIZED_FORMATS):
-            raise ValueError("`static_scales` is for a quantized format of another engine than torch: leave it out")
+        if self.fixed_scales is not None and (self.engine not in ENGINES or self.format not in QUANTIZED_FORMATS):
+            raise ValueError("`fixed_scales` is for a quantized format of another engine than torch: leave it out")
         return self
 
     @property
@@ -198,8 +198,8 @@ class RecipeVariant(VariantSpec):
     @property
     def calibration(self) -> CalibrationSpec | None:
         """Which images choose what is left open, or calibrate; None where nothing does."""
-        if self.static_scales is not None:
-            return self.static_scales
+        if self.fixed_scales is not None:
+            return self.fixed_scales
         return self.auto if self.skips_automatically else self.fastest if self.chooses_format else None
 
     @property
@@ -212,7 +212,7 @@ class RecipeVariant(VariantSpec):
         """What of it needs other images than the tested ones."""
         wants = [f"step {step.name}" for step in self.steps if step.kind.images]
         wants += ["`skip: auto`"] if self.skips_automatically else []
-        wants += ["`static_scales`"] if self.static_scales is not None else []
+        wants += ["`fixed_scales`"] if self.fixed_scales is not None else []
         return wants + (["`format: auto`"] if self.chooses_format else [])
 
     @property

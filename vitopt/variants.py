@@ -92,8 +92,8 @@ class VariantMaker:
             if isinstance(outcome, str):
                 return Settled(variant, base, failure=outcome)
             base = outcome
-        if variant.static_scales is not None:
-            return Settled(variant, base, self._calibration(variant.static_scales)[0], "int8 scales")
+        if variant.fixed_scales is not None:
+            return Settled(variant, base, self._calibration(variant.fixed_scales)[0], "int8 scales")
         if variant.skips_automatically:
             return self._with_skip_list(variant, base)
         return self._with_format(variant, base) if variant.chooses_format else Settled(variant, base)

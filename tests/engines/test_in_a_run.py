@@ -13,7 +13,7 @@ from vitopt.variants import VariantMaker
 
 
 def recipe(checkpoint, shapes, **calibrate):
-    row = {"name": "int8", "format": "w8a8", "engine": "openvino", "static_scales": {"images": 8} | calibrate}
+    row = {"name": "int8", "format": "w8a8", "engine": "openvino", "fixed_scales": {"images": 8} | calibrate}
     variants = [{"name": "torch", "format": "fp32"}, {"name": "fp32", "format": "fp32", "engine": "openvino"}, row]
     content = {"name": "r", "model": checkpoint.location, "data": str(shapes), "device": "cpu", "variants": variants}
     return Recipe.model_validate(content)
