@@ -1460,7 +1460,7 @@ def test_benchmark_records_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     (record,) = json.loads(said)
     facts = record["environment"]
     assert (facts["torch_threads"], facts["threads_bound"]) == (1, True)
-    assert facts["openmp"]["waiting"] == {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+    assert facts["openmp"]["waiting"] == {}, "bound threads have the machine alone"
     assert record["memory"]["peak_bytes"] > 0, "the process that measures memory inherits the settings"
 
 
