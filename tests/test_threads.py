@@ -127,7 +127,7 @@ def test_threads_wait_shortly_unless_the_user_says_how(own: str | None, monkeypa
     if own is not None:
         monkeypatch.setenv(own, "7")
     threads.wait_briefly()
-    short = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+    short = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
     assert threads.waiting() == (short if own is None else {own: "7"})
 
 

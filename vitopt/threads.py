@@ -31,7 +31,7 @@ _CONTRADICTING = ("MKL_NUM_THREADS", "OMP_DYNAMIC", "OMP_THREAD_LIMIT", "GOMP_CP
 # Each of these says how long threads spin; libgomp reads the first two, Intel's and LLVM's libraries the last.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 # 1,000 turns of a loop (libgomp's default on cores that it takes for its own is 300,000) and 1 ms (default 200 ms).
-_SHORT = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "1"}
+_SHORT = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}
 
 # What this process might use before `bind`; None while nothing is bound.
 _usable: set[int] | None = None

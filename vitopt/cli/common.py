@@ -56,7 +56,7 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
 def start(as_json: bool, threads: int | None = None) -> None:
     """Set up what every working command needs: bound threads, quiet libraries, notices, bars for a person at a
     terminal, lines for a log file."""
-    # Before anything imports torch. Who binds threads has the machine alone, where a long spin saves 3 to 5 % of a call.
+    # Before anything imports torch. Bound threads have the machine alone and wait as their library does.
     if threads is not None:
         bind(threads)
     else:
