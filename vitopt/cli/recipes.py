@@ -61,7 +61,9 @@ def run(
             out.print(f"\nreport: {result.report}")
         if result.export is not None:
             out.print(f"export: {result.export}")
-        if result.exported is not None and result.report is not None:
+        if result.exported is not None and result.exported.variant.ran.get("engine", "torch") != "torch":
+            out.print(f"\nHow its engine runs it without vitopt: {result.export}/README.md")
+        elif result.exported is not None and result.report is not None:
             from vitopt.report.card import loading_code
 
             out.print("\nIt opens with plain transformers:\n")
