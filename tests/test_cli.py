@@ -501,9 +501,8 @@ def test_doctor_prints_what_can_run() -> None:
     assert facts["can_run"]["format nf4"] is None
     assert facts["can_run"]["format fp8"].startswith("fp8 arithmetic needs a CUDA device")
     assert facts["can_run"]["attention flash_attention_2"] == "FlashAttention-2 needs a CUDA device"
-    assert facts["can_run"]["engine tensorrt"] == "tensorrt needs a CUDA device"
     missing = facts["can_run"]["engine openvino"]
-    assert missing is None if find_spec("openvino") else "pip install openvino" in missing
+    assert missing is None if find_spec("openvino") else "vitopt[openvino]" in missing
     assert set(facts["machine"]["openmp"]) == {"library", "waiting"}
 
 
