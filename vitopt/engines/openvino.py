@@ -65,9 +65,7 @@ def write(
         raise UnsupportedError(f"openvino cannot convert this {type(model.model).__name__}: {reason}") from error
     quantized = plan.modules("w8a8")
     if quantized:
-        converted = _quantized(
-            converted, {f"__module.model.{module}/aten::linear/MatMul" for module in quantized}, images
-        )
+        converted = _quantized(converted, {f"{_node(module)}/aten::linear/MatMul" for module in quantized}, images)
     openvino.save_model(converted, folder / MODEL_FILE, compress_to_fp16=False)
     in_bf16 = (quantized or plan.modules("bf16")) and why_not("bf16") is None
     dynamic = {_GROUP: "64" if quantized and images is None else "0"}

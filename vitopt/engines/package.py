@@ -5,6 +5,7 @@ the checkpoint, under the engine's name.
 """
 
 import importlib
+import importlib.metadata
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -4,16 +4,13 @@ import functools
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from vitopt import storage
-from vitopt.data.pixels import Preprocessor
 from vitopt.engines.example import memory_text
 from vitopt.engines.package import (
     Call,
@@ -27,14 +24,13 @@ from vitopt.engines.package import (
 )
 from vitopt.errors import MeasurementError, UnsupportedError
 from vitopt.formats import QUANTIZED_FORMATS
-from vitopt.models.calibration import Use, load_uses
-from vitopt.models.checkpoint import Checkpoint, empty_model, load_processor, parameter_count
-from vitopt.models.forward import flops_per_image
+from vitopt.models.checkpoint import Checkpoint, empty_model, parameter_count
 from vitopt.models.names import Layer, linear_layers
 from vitopt.optimize import runtime
+from vitopt.optimize.runnable import CheckpointRunnable
 from vitopt.optimize.runtime import TorchRunnable
 from vitopt.recipe import ENGINES, HeldSpec, RunSpec, VariantSpec
-from vitopt.records import Model, Outputs, Size, Variant
+from vitopt.records import Size, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +38,7 @@ _BYTES = {"w8a8": 1, "bf16": 2, "fp16": 2}  # of a weight; 4 in all others
 
 
 @dataclass
-class EngineRunnable:
+class EngineRunnable(CheckpointRunnable):
     """A checkpoint as an engine runs it; a `vitopt.measure.runnable.Runnable`.
 
     `asked`: the variant that it was made for. `folder`: of the engine's files, None where they are not kept.
@@ -57,27 +53,6 @@ class EngineRunnable:
     asked: HeldSpec | None = None
     folder: Path | None = None
     reasons: dict[str, str] = field(default_factory=dict)
-
-    @functools.cached_property
-    def preprocess(self) -> Callable[[Image.Image], torch.Tensor]:
-        """The checkpoint's own; may be set to another."""
-        return Preprocessor(load_processor(self.checkpoint))
-
-    @property
-    def outputs(self) -> Outputs:
-        """A logit for each class; or for each of independent labels, as the configuration tells."""
-        several = self.checkpoint.config.problem_type == "multi_label_classification"
-        return "labels" if several else "classes"
-
-    @property
-    def label_names(self) -> list[str]:
-        """What the head's outputs are called."""
-        return self.checkpoint.label_names
-
-    @property
-    def input_size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.checkpoint.image_size
 
     @property
     def fixed_shapes(self) -> bool:
@@ -112,22 +87,11 @@ class EngineRunnable:
                 ran={"engine": self.run.engine},
                 reasons=self.reasons,
             ),
-            "model": Model(
-                source=self.checkpoint.source,
-                sha256=self.checkpoint.fingerprint() if self.checkpoint.folder else None,
-                architecture=str((self.checkpoint.config.architectures or ["unknown"])[0]),
-                parameters=parameter_count(empty_model(self.checkpoint)),
-                image_size=self.checkpoint.image_size,
-                classes=self.checkpoint.config.num_labels,
-            ),
+            "model": self.describe_model(),
             "layer_plan": dict(Counter(formats.values())),
             "layers": formats,
             "size": Size(weight_bytes=self.weight_bytes(), disk_bytes=disk),
         }
-
-    def flops_per_image(self) -> int:
-        """Arithmetic of one image."""
-        return flops_per_image(self.checkpoint)
 
     def weight_bytes(self) -> int:
         """Bytes of the weights in the formats that they are computed in; what an engine keeps beside is not known."""
@@ -147,10 +111,6 @@ class EngineRunnable:
         script = memory_text(ENGINES[self.package.engine].package, engine_module(self.package.engine).EXAMPLE)
         shape = (batch_size, 3, *self.input_size)
         return [sys.executable, "-c", script, str(self.folder), *map(str, shape)]
-
-    def images_seen(self) -> tuple[Use, ...]:
-        """Images that the checkpoint was trained or calibrated on."""
-        return load_uses(self.checkpoint.folder)
 
     @functools.cached_property
     def _layers(self) -> list[Layer]:

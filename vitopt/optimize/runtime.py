@@ -1,6 +1,5 @@
 """One function prepares a runnable model, for the evaluator, the benchmark, predictions and serving alike."""
 
-import functools
 import logging
 import sys
 from collections import Counter
@@ -9,26 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 
-from vitopt.data.pixels import Preprocessor
 from vitopt.environment import support
 from vitopt.errors import UnsupportedError
 from vitopt.models.activations import load_activations
-from vitopt.models.calibration import Use, load_uses
 from vitopt.models.checkpoint import (
     Checkpoint,
     disk_bytes,
-    empty_model,
     load_model,
-    load_processor,
-    parameter_count,
     weight_bytes,
 )
 from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel
-from vitopt.models.forward import flops_per_image, input_dtype
+from vitopt.models.forward import input_dtype
 from vitopt.models.names import block_names
 from vitopt.optimize import refused
 from vitopt.optimize.attention import attention_of, implementation, kernel_used
@@ -38,9 +31,10 @@ from vitopt.optimize.expand import EXPANDABLE, expand
 from vitopt.optimize.formats import live_formats, stored_formats
 from vitopt.optimize.fuse import FusedAttention, fuse_projections
 from vitopt.optimize.patches import multiply_patches
+from vitopt.optimize.runnable import CheckpointRunnable
 from vitopt.optimize.static import StaticLinear, use_static_scales
 from vitopt.recipe import HeldSpec, RunSpec
-from vitopt.records import Model, Option, Outputs, Size, Variant
+from vitopt.records import Option, Size, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +64,7 @@ _REWRITES: dict[str, tuple[Callable[[nn.Module, tuple[str, ...], Checkpoint], in
 
 
 @dataclass
-class TorchRunnable:
+class TorchRunnable(CheckpointRunnable):
     """A checkpoint as a torch module on its device; a `vitopt.measure.runnable.Runnable`.
 
     `asked`: the variant that it was made for, None for a checkpoint from elsewhere. `reasons`: option of `run` -> why
@@ -98,27 +92,6 @@ class TorchRunnable:
             modules = [self.model.get_submodule(name) for name in blocks]
             ways = {"autotune": self.run.autotune, "whole": self.run.compile_whole}
             self._compiled = compiled(self._path, modules, self.device, **ways)
-
-    @functools.cached_property
-    def preprocess(self) -> Callable[[Image.Image], torch.Tensor]:
-        """The checkpoint's own; may be set to another."""
-        return Preprocessor(load_processor(self.checkpoint))
-
-    @property
-    def outputs(self) -> Outputs:
-        """A logit for each class; or for each of independent labels, as the configuration tells."""
-        several = self.checkpoint.config.problem_type == "multi_label_classification"
-        return "labels" if several else "classes"
-
-    @property
-    def label_names(self) -> list[str]:
-        """What the head's outputs are called."""
-        return self.checkpoint.label_names
-
-    @property
-    def input_size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.checkpoint.image_size
 
     @property
     def attention_used(self) -> str:
@@ -155,14 +128,7 @@ class TorchRunnable:
                 ran=self._ran,
                 reasons=self.reasons,
             ),
-            "model": Model(
-                source=self.checkpoint.source,
-                sha256=self.checkpoint.fingerprint() if folder else None,
-                architecture=str((self.checkpoint.config.architectures or ["unknown"])[0]),
-                parameters=parameter_count(empty_model(self.checkpoint)),
-                image_size=self.checkpoint.image_size,
-                classes=self.checkpoint.config.num_labels,
-            ),
+            "model": self.describe_model(),
             "layer_plan": dict(Counter(self.layers.values())),
             "layers": self.layers,
             "size": Size(weight_bytes=self.weight_bytes(), disk_bytes=disk_bytes(folder) if folder else None),
@@ -190,17 +156,9 @@ class TorchRunnable:
             "compile_whole": self.run.compile_whole and self.fixed_shapes,
         } | ({"format": f"{self._format} with some layers in bf16"} if refused.half_layers(self.model) else {})
 
-    def flops_per_image(self) -> int:
-        """Arithmetic of one image."""
-        return flops_per_image(self.checkpoint)
-
     def weight_bytes(self) -> int:
         """Bytes of the weights as held."""
         return weight_bytes(self.model)
-
-    def images_seen(self) -> tuple[Use, ...]:
-        """Images that the checkpoint was trained or calibrated on."""
-        return load_uses(self.checkpoint.folder)
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
