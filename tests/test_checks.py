@@ -37,6 +37,12 @@ def test_targets_of_a_step_are_told_with_their_place(tiny_checkpoint: Path, shap
         plans(recipe(tiny_checkpoint, shapes, {"name": "tuned", "format": "nf4", "steps": [step]}))
 
 
+def test_an_image_size_that_the_model_cannot_have_is_told_with_its_place(tiny_checkpoint: Path, shapes: Path) -> None:
+    step = {"finetune": {"image_size": 20}}
+    with pytest.raises(RecipeError, match=r"variants\.1\.steps\.0\.finetune: `image_size` 20 .*16 or 24"):
+        plans(recipe(tiny_checkpoint, shapes, {"name": "small", "format": "fp32", "steps": [step]}))
+
+
 def test_a_format_that_is_yet_to_be_chosen_has_no_plan(tiny_checkpoint: Path, shapes: Path) -> None:
     assert list(plans(recipe(tiny_checkpoint, shapes, {"name": "fastest", "format": "auto"}))) == ["fp32"]
 

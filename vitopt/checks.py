@@ -17,6 +17,7 @@ from vitopt.optimize.quantize import plan_for
 from vitopt.recipe import CalibrationSpec, DataSpec, FastestSpec, FinetuneSpec, Recipe, Step
 from vitopt.search.analysis import require_disjoint
 from vitopt.search.fastest import require_enough_images
+from vitopt.training.resolution import why_not_resized
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,8 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
             mistakes.append(f"variant {variant.name}: {error}")
     for where, spec in _finetunes(recipe).items():
         if reason := why_not_trained(checkpoint.config):
+            mistakes.append(f"{where}: {reason}")
+        if spec.image_size and (reason := why_not_resized(checkpoint.config, spec.image_size)):
             mistakes.append(f"{where}: {reason}")
         if spec.method == "lora":
             try:

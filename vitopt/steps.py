@@ -21,6 +21,9 @@ class FinetuneSpec(Spec):
     alpha: float = Field(32, gt=0, le=1e6, description="LoRA scale; updates count alpha / rank")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the LoRA updates")
     targets: Patterns = Field(("block",), min_length=1, description="layers to adapt, as in query or block.11.fc1")
+    image_size: int | None = Field(
+        None, ge=1, le=4096, description="make the result for square images of this many pixels; null keeps its size"
+    )
     epochs: float = Field(3, gt=0, le=1e6, description="passes over the images")
     batch_size: BatchSize = Field(16, description="images per device and step")
     learning_rate: float = Field(1e-3, gt=0, le=1e3, description="highest learning rate of AdamW")

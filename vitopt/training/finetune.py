@@ -40,6 +40,7 @@ from vitopt.models.names import linear_layers, select
 from vitopt.models.origin import FINETUNE, note_origin
 from vitopt.recipe import FinetuneSpec
 from vitopt.tracking import Tracking
+from vitopt.training.resolution import at_resolution, for_resolution, why_not_resized
 from vitopt.transformation import note_images
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ def finetune(
         CheckpointError: the checkpoint is quantized, and merging into packed weights would lose accuracy; or
             transformers cannot train its class.
         DataError: there are no images, or the classes of `test` are not those of `images`.
-        RecipeError: labels are to be smoothed that do not exclude each other.
+        RecipeError: labels are to be smoothed that do not exclude each other; or the model cannot be made for
+            `image_size`.
         BadImageError: a training image cannot be decoded.
         MeasurementError: the GPU's memory is full; or the loss or a weight is no longer a number, and then
             nothing is kept of such a training.
@@ -114,6 +116,15 @@ def finetune(
         )
     if reason := why_not_trained(checkpoint.config):
         raise CheckpointError(f"{checkpoint.source} cannot be fine-tuned: {reason}; take a model with one head")
+    if spec.image_size and (reason := why_not_resized(checkpoint.config, spec.image_size)):
+        raise RecipeError(f"{checkpoint.source}: {reason}")
+    if spec.image_size and preprocess is not None:
+        height, width = preprocess(images.image(0)).shape[-2:]
+        if height != spec.image_size or width != spec.image_size:
+            raise DataError(
+                f"`preprocess` makes {height} x {width} pixels, and the model is to be trained at `image_size` "
+                f"{spec.image_size}: give one that makes those"
+            )
     if images.label_sets is not None and spec.label_smoothing:
         raise RecipeError("`label_smoothing` spreads a target over classes, and these images have sets of labels")
     with (
@@ -137,12 +148,16 @@ def _finetune(
     set_seed(seed)
     target = devices.resolve_device(device)
     processor = load_processor(checkpoint)
+    if spec.image_size:
+        processor = for_resolution(processor, spec.image_size)
     preprocess = own or Preprocessor(processor)
     labels = head_labels(checkpoint, train)
     train = fit_labels(train, labels)
     test = None if test is None else fit_labels(test, labels)
     fresh_head = labels != checkpoint.label_names
     model = load_model(checkpoint, dtype=torch.float32, label_names=labels if fresh_head else None)
+    if spec.image_size:
+        model = at_resolution(model, spec.image_size)
     model.config.problem_type = _MULTI_LABEL if train.label_sets is not None else "single_label_classification"
     inputs = [checkpoint.fingerprint(), train.sha256, spec.model_dump(), labels, seed]
     # Code has no fingerprint, but what it makes of an image has.
@@ -206,6 +221,7 @@ def _finetune(
 def _facts(spec: FinetuneSpec, train: ImageSet, report: TrainingReport) -> dict[str, Any]:
     """What the note of origin tells of a training."""
     told = {"method", "learning_rate", "batch_size", *(("rank", "alpha") if spec.method == "lora" else ())}
+    told |= {"image_size"} if spec.image_size else set()
     data = {"dataset": public_name(train.name), "dataset_hub_id": hub_id(train.name), "split": train.split}
     return spec.model_dump(mode="json", include=told) | asdict(report) | data
 
