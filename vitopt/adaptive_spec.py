@@ -40,7 +40,10 @@ class AdaptiveSpec(TargetSpec):
 
     low: int | None = Field(None, ge=1, le=16384, description="side in pixels of the first pass's images")
     draft: str | None = Field(
-        None, min_length=1, max_length=PATH_LENGTH, description="checkpoint of the first pass; null is the variant's own"
+        None,
+        min_length=1,
+        max_length=PATH_LENGTH,
+        description="checkpoint of the first pass; null: the variant's own",
     )
     first: dict[str, Any] = Field(
         default_factory=dict, description="how the first pass is run, where that differs from the variant"

@@ -1,23 +1,26 @@
 """What a recipe asks, held against its model, its images and this device, before anything is done."""
 
 import logging
+from collections.abc import Iterator
 
 import torch
 
+from vitopt.adaptive.make import require_low
+from vitopt.adaptive.passes import require_same_classes
 from vitopt.data.images import ALL, ImageSet, open_images
 from vitopt.data.labels import fit_labels
 from vitopt.data.sources import parse_source
 from vitopt.environment.devices import DTYPES
-from vitopt.errors import DataError, PatternError, RecipeError, UnsupportedError
+from vitopt.errors import CheckpointError, DataError, PatternError, RecipeError, UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, empty_model, open_checkpoint
 from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel, why_not_trained
 from vitopt.models.names import linear_layers, select
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import plan_for
-from vitopt.recipe import CalibrationSpec, DataSpec, FastestSpec, FinetuneSpec, Recipe, Step
+from vitopt.optimize.resolution import why_not_resized
+from vitopt.recipe import CalibrationSpec, DataSpec, FastestSpec, FinetuneSpec, Recipe, RecipeVariant, Step
 from vitopt.search.analysis import require_disjoint
 from vitopt.search.fastest import require_enough_images
-from vitopt.training.resolution import why_not_resized
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,8 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
             resolved[variant.name] = plan_for(checkpoint, known)
         except (PatternError, RecipeError, UnsupportedError) as error:
             mistakes.append(f"variant {variant.name}: {error}")
+        if variant.adaptive is not None:
+            mistakes += [f"variant {variant.name}: {line}" for line in _mistakes_of_first_pass(variant, checkpoint)]
     for where, spec in _finetunes(recipe).items():
         if reason := why_not_trained(checkpoint.config):
             mistakes.append(f"{where}: {reason}")
@@ -54,12 +59,34 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
     return resolved
 
 
+def _mistakes_of_first_pass(variant: RecipeVariant, checkpoint: Checkpoint) -> Iterator[str]:
+    """What can be told of an adaptive variant before anything is made."""
+    spec = variant.adaptive
+    assert spec is not None
+    try:
+        first = open_checkpoint(spec.draft, config_only=True) if spec.draft else checkpoint
+        if spec.low is not None and not any(
+            getattr(step.settings, "image_size", None) for step in variant.all_steps.values()
+        ):
+            require_low(first, spec.low, checkpoint)
+        if spec.draft and not variant.trains:
+            require_same_classes(first, checkpoint)
+        if spec.draft and not variant.chooses_format:
+            plan_for(first, variant.skipping(()) if variant.skips_automatically else variant)
+    except (CheckpointError, PatternError, RecipeError, UnsupportedError) as error:
+        yield f"adaptive: {error}"
+
+
 def _finetunes(recipe: Recipe) -> dict[str, FinetuneSpec]:
     """All fine-tunings of a recipe, by where they stand in it."""
     steps = {
         f"variants.{row}.steps.{place}.{step.name}": step.settings
         for row, variant in enumerate(recipe.variants)
         for place, step in enumerate(variant.steps)
+    } | {
+        f"variants.{row}.adaptive.steps.{place}.{step.name}": step.settings
+        for row, variant in enumerate(recipe.variants)
+        for place, step in enumerate(variant.adaptive.steps if variant.adaptive else ())
     }
     whole = {} if recipe.finetune is None else {"finetune": recipe.finetune}
     return whole | {where: spec for where, spec in steps.items() if isinstance(spec, FinetuneSpec)}
@@ -132,8 +159,8 @@ def require_images(recipe: Recipe, source: Checkpoint, data: DataSpec, test: Ima
                 f"variants {first.name} and {variant.name} would have different classes, as only one is fine-tuned on "
                 f"{data.source}: fine-tune the model for all of them (`finetune`), or each in its `steps`"
             )
-        calibrations = [step.settings for step in variant.steps if step.kind.images == "calibration"]
-        for spec in [*calibrations, *([variant.calibration] if variant.calibration else [])]:
+        calibrations = [step.settings for step in variant.all_steps.values() if step.kind.images == "calibration"]
+        for spec in filter(None, [*calibrations, variant.calibration, variant.adaptive]):
             calibration = calibration_images(data, spec)
             require_disjoint(calibration, test)
             if isinstance(spec, FastestSpec):

@@ -142,9 +142,7 @@ class Latency(Section):
     device_p50_ms: float | None = Field(
         None, description="CUDA: time per call of a queue, median over rounds; null on the CPU"
     )
-    by_mean: bool = Field(
-        False, description="calls do not all do the same work: the next two figures are of means"
-    )
+    by_mean: bool = Field(False, description="calls do not all do the same work: the next two figures are of means")
     images_per_second: float = Field(description="batch size over the median, or the mean")
     speedup_vs_baseline: float | None = None
     speedup_ci95: tuple[float, float] | None = None
@@ -312,7 +310,7 @@ class Record(Section):
     accuracy: Accuracy | None = None
     versus_baseline: VersusBaseline | None = None
     metrics: dict[str, Metric] = Field(default_factory=dict, description="the user's own, by name")
-    routing: Routing | None = Field(None, description="of an adaptive model, whose work depends on the image; else null")
+    routing: Routing | None = Field(None, description="of an adaptive model, else null")
     latency: tuple[Latency, ...] = ()
     latency_failures: tuple[FailedLatency, ...] = ()
     end_to_end: tuple[EndToEnd, ...] = ()

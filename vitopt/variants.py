@@ -2,13 +2,16 @@
 
 import logging
 import pkgutil
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from vitopt import ownership, storage, threads
+from vitopt.adaptive.make import at_size, require_low
+from vitopt.adaptive.make import make as adapt
 from vitopt.checks import calibration_images, step_images
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
@@ -47,6 +50,7 @@ class Settled:
     purpose: Literal["skip list", "format", "int8 scales"] = "skip list"
     chosen: str | None = None
     failure: str | None = None
+    first: Checkpoint | None = None  # what the first pass of an adaptive variant is made of
 
 
 def choice_files(variant: RecipeVariant) -> list[str]:
@@ -83,15 +87,32 @@ class VariantMaker:
         Raises:
             VitoptError: of the choice, or of a step, unless that is a reason for one variant alone to fail.
         """
-        for name, step in zip(variant.step_names, variant.steps, strict=True):
+        after = self._after(base, variant.step_names, variant.steps)
+        if isinstance(after, str):
+            return Settled(variant, base, failure=after)
+        if variant.adaptive is None:
+            return self._chosen(variant, after)
+        source = open_checkpoint(variant.adaptive.draft) if variant.adaptive.draft else after
+        first = self._after(source, variant.first_step_names, variant.adaptive.steps)
+        if isinstance(first, str):
+            return Settled(variant, after, failure=first)
+        return replace(self._chosen(variant, after), first=first)
+
+    def _after(self, base: Checkpoint, names: Sequence[str], steps: Sequence[Step]) -> Checkpoint | str:
+        """What comes of a checkpoint, or why nothing does."""
+        for name, step in zip(names, steps, strict=True):
             if name not in self._steps:
                 stage = self._step_stage(f"steps/{name}", base, step, tolerated=_TOLERATED)
                 failure = self.run.carry_out(stage)
                 self._steps[name] = self._opened(stage) if failure is None else f"{stage.name}: {failure}"
             outcome = self._steps[name]
             if isinstance(outcome, str):
-                return Settled(variant, base, failure=outcome)
+                return outcome
             base = outcome
+        return base
+
+    def _chosen(self, variant: RecipeVariant, base: Checkpoint) -> Settled:
+        """With what its recipe leaves open chosen on `base`."""
         if variant.fixed_scales is not None:
             return Settled(variant, base, self._calibration(variant.fixed_scales)[0], "int8 scales")
         if variant.skips_automatically:
@@ -241,8 +262,7 @@ class VariantMaker:
                     storage.copy_folder(folder, output, leave_out=_MEASURED)
                     return f"the same weights as {other.name}"
             try:
-                make = quantize if variant.engine == "torch" else package.make
-                return make(base, variant, output, self.recipe.device, images=images, purpose=settled.purpose).summary()
+                return self._made(settled, output)
             except _TOLERATED:
                 self._remove_earlier(variant.name)
                 raise
@@ -253,6 +273,7 @@ class VariantMaker:
                 base.fingerprint(),
                 variant.model_dump(mode="json", include={"format", "half", "skip", "layers", "engine"}),
                 None if images is None else [images.sha256, settled.purpose],
+                *self._inputs_of_rule(settled),
             ],
             files=_checkpoint_files(output),
             work=work,
@@ -261,6 +282,35 @@ class VariantMaker:
             tolerated=_TOLERATED,
         )
         return stage
+
+    def _made(self, settled: Settled, output: Path) -> str:
+        """Make the variant's checkpoint, both of an adaptive one; in a few words what was made."""
+        variant, device, spec = settled.variant, self.recipe.device, settled.variant.adaptive
+        form = quantize if variant.engine == "torch" else package.make
+        options: dict[str, Any] = {"images": settled.images, "purpose": settled.purpose}
+        if spec is None or settled.first is None:
+            return form(settled.base, variant, output, device, **options).summary()
+        images, skip_bad = self._calibration(spec)
+        with storage.temporary_folder() as folder:
+            form(settled.base, variant, folder / "second", device, **options)
+            first = second = open_checkpoint(str(folder / "second"))
+            if spec.low is not None or settled.first is not settled.base:
+                small = settled.first
+                if spec.low is not None:
+                    require_low(small, spec.low, settled.base)
+                    small = at_size(small, spec.low, folder / "small")
+                form(small, variant, folder / "first", device, **options)
+                first = open_checkpoint(str(folder / "first"))
+            how: dict[str, Any] = {"run": variant.run, "asked": variant, "skip_bad": skip_bad}
+            return adapt(first, second, spec, output, device, images=images, **how).promise
+
+    def _inputs_of_rule(self, settled: Settled) -> list[Any]:
+        """What an adaptive variant depends on beside its checkpoint; nothing of another."""
+        spec = settled.variant.adaptive
+        if spec is None or settled.first is None:
+            return []
+        run = settled.variant.run.model_dump(mode="json")
+        return [spec.model_dump(mode="json"), settled.first.fingerprint(), self._calibration(spec)[0].sha256, run]
 
     def _remove_earlier(self, name: str) -> None:
         """Remove the checkpoint of an earlier recipe, which this variant no longer is."""

@@ -15,7 +15,6 @@ from vitopt.run_spec import RunSpec
 
 ADAPTIVE_FILE = "adaptive.json"
 FIRST_FOLDER = "first"  # of the first pass's checkpoint, in the folder of the second's
-_SCHEMA = "vitopt.adaptive/1"
 
 
 class Rule(Section):
@@ -48,7 +47,7 @@ class CurvePoint(Section):
 class Calibrated(Section):
     """Content of `adaptive.json`."""
 
-    schema_: Literal["vitopt.adaptive/1"] = Field(_SCHEMA, alias="schema")
+    schema_: Literal["vitopt.adaptive/1"] = Field("vitopt.adaptive/1", alias="schema")
     rule: Rule
     promise: str = Field(description="what the threshold was chosen for, and on how many images, in words")
     target: TargetSpec

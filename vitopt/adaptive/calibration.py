@@ -164,9 +164,10 @@ def calibrate(observed: Observed, target: TargetSpec) -> tuple[Rule, str]:
         assert target.escalation_rate is not None
         threshold = thresholds.at_rate(found, target.escalation_rate)
         interval = wilson_interval(int(np.sum(found < threshold)), len(found))
+        limits = f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %"
         promise = (
-            f"about {100 * target.escalation_rate:g} % of the images get the second pass: of {len(found):,} calibration "
-            f"images {100 * np.mean(found < threshold):.1f} % ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
+            f"about {100 * target.escalation_rate:g} % of the images get the second pass: of {len(found):,} for "
+            f"calibration {100 * np.mean(found < threshold):.1f} % ({limits})"
         )
         return Rule(proxy=proxy, threshold=threshold, temperature=temperature), promise
     tried = thresholds.candidates(choosing.scores(proxy, temperature))

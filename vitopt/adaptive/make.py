@@ -58,7 +58,8 @@ def at_size(checkpoint: Checkpoint, side: int, folder: Path) -> Checkpoint:
         )
     with storage.staged_folder(folder) as place:
         model = load_model(checkpoint)
-        save_checkpoint(at_resolution(model, side).to(model.dtype), for_resolution(load_processor(checkpoint), side), place)
+        processor = for_resolution(load_processor(checkpoint), side)
+        save_checkpoint(at_resolution(model, side).to(model.dtype), processor, place)
         save_uses(load_uses(checkpoint.folder), place)
     return open_checkpoint(str(folder))
 

@@ -68,7 +68,10 @@ def require_same_classes(first: Checkpoint, second: Checkpoint) -> None:
     """
     if len(first.label_names) != len(second.label_names):
         counts = len(first.label_names), len(second.label_names)
-        raise CheckpointError(f"{first.source} has {counts[0]} classes and {second.source} {counts[1]}: take one of the same")
+        raise CheckpointError(
+            f"{first.source} has {counts[0]} classes and {second.source} {counts[1]}: take a draft that was fine-tuned "
+            "on the same data"
+        )
     # A head without names of its own has the order of who trained it.
     named = [c.label_names for c in (first, second) if not all(name.startswith("LABEL_") for name in c.label_names)]
     if len(named) == 2 and (differ := [pair for pair in zip(*named, strict=True) if pair[0] != pair[1]]):

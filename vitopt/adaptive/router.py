@@ -31,8 +31,12 @@ class Router:
     name: str
     passes: Passes
     calibrated: Calibrated
+    device: torch.device = field(init=False)
     _escalated: torch.Tensor = field(init=False, default_factory=lambda: torch.empty(0, dtype=torch.bool))
     _warm: set[torch.Size] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.device = self.second.device
 
     @property
     def first(self) -> Prepared:
@@ -50,17 +54,12 @@ class Router:
         return self.second.checkpoint
 
     @property
-    def device(self) -> torch.device:
-        """Of both passes."""
-        return self.second.device
-
-    @property
     def preprocess(self) -> Callable[[Image.Image], torch.Tensor]:
         """That of the second pass; the first sees its pixels, resized."""
         return self.second.preprocess
 
     @preprocess.setter
-    def preprocess(self, other: object) -> None:
+    def preprocess(self, other: Callable[[Image.Image], torch.Tensor]) -> None:
         raise UnsupportedError(f"{self.name} was calibrated with its own preprocessor: leave `preprocess` out")
 
     @property

@@ -38,6 +38,15 @@ def prepare(
         require_same(first, calibrated.first_fingerprint, "first")
     run = run or RunSpec()
     of_first, watched = calibrated.run_of_first(run), calibrated.rule.proxy == "class_token"
-    held = {"asked": asked, "strict": strict, "watched": watched}
-    passes = prepare_passes(first, checkpoint, name=name, device=device, run_first=of_first, run=run, **held)
+    passes = prepare_passes(
+        first,
+        checkpoint,
+        name=name,
+        device=device,
+        run_first=of_first,
+        run=run,
+        watched=watched,
+        asked=asked,
+        strict=strict,
+    )
     return Router(name, passes, calibrated)

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from vitopt import __version__
+from vitopt.cli import adapting
 from vitopt.cli.benchmarking import benchmark
 from vitopt.cli.common import clear_errors
 from vitopt.cli.comparing import compare, plan
@@ -37,6 +38,7 @@ for _command in (
     init,
 ):  # fmt: skip
     app.command()(clear_errors(_command))
+app.add_typer(adapting.app, name="adaptive")
 
 
 def main() -> None:

@@ -119,7 +119,7 @@ def speed_ratio(baseline: Record, variant: Record, batch_size: int) -> SpeedRati
 
     Of records that were timed together it is the figure of the run's own table, see `paired_speedup`; so it is where
     `baseline` was measured again and the variant's row is of one of its earlier sessions (`Record.baseline_of`). Of
-    others it is the ratio of their medians (or means, as there), has no interval, and cautions in words, above all where devices differ.
+    others it is the ratio of medians or means, has no interval, and cautions in words, above all where devices differ.
     """
     before, after = (
         next((row for row in record.latency if row.batch_size == batch_size), None) for record in (baseline, variant)

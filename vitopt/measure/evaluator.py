@@ -188,7 +188,8 @@ def _first_figures(
     fields["warnings"] = (*fields["warnings"], *rows.warnings)
     predictions = outcome.predictions[runnable.name] if outcome else None
     if isinstance(runnable, Routes) and predictions is None:
-        fields["warnings"] = (*fields["warnings"], "timed on random pixels: which of them get more says nothing of images")
+        caution = "timed on random pixels, and how many of those get the second pass says nothing of images"
+        fields["warnings"] = (*fields["warnings"], caution)
     elif predictions is not None and predictions.escalated is not None and "routing" in fields:
         share = {"escalated_percent": 100 * float(predictions.escalated.mean())}
         fields["routing"] = fields["routing"].model_copy(update=share)

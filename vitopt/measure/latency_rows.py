@@ -98,7 +98,8 @@ def _rows(
     rows: dict[str, list[Latency]] = {name: [] for name in names}
     failures: dict[str, list[FailedLatency]] = {name: [] for name in names}
     for batch_size, found in timings.items():
-        timed = {name: _row(batch_size, timing, name in routed) for name, timing in found.items() if timing.failure is None}
+        whole = {name: timing for name, timing in found.items() if timing.failure is None}
+        timed = {name: _row(batch_size, timing, name in routed) for name, timing in whole.items()}
         reference = timed.get(baseline or "")
         for name, timing in found.items():
             if timing.failure is not None:
@@ -158,7 +159,8 @@ def _time_all(
     prepared: list[_Prepared] = []
     calls = {runnable.name: call_of(runnable, batch_size, images, prepared) for runnable in runnables}
     timings = time_interleaved(calls, spec, clock_for(runnables[0].device), f"latency at batch {batch_size}", so_far)
-    calls.clear(), prepared.clear()  # and with them pixels that may be what did not fit
+    calls.clear()  # and with them pixels that may be what did not fit
+    prepared.clear()
     for runnable in runnables:
         timing = timings[runnable.name]
         if timing.out_of_memory:

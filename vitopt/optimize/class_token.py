@@ -3,6 +3,7 @@
 One more output after the logits, so that it is compiled and captured with the model and costs no second call.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,6 @@ def relative_steps(tokens: Sequence[torch.Tensor]) -> torch.Tensor:
     """`tokens`: of each block (batch, width). Returns (batch,), float32."""
     steps = [
         (after.float() - before.float()).norm(dim=1) / before.float().norm(dim=1)
-        for before, after in zip(tokens, tokens[1:], strict=False)
+        for before, after in itertools.pairwise(tokens)
     ]
     return torch.stack(steps).mean(dim=0)

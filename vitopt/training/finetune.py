@@ -38,9 +38,9 @@ from vitopt.models.checkpoint import (
 from vitopt.models.classes import why_not_trained
 from vitopt.models.names import linear_layers, select
 from vitopt.models.origin import FINETUNE, note_origin
+from vitopt.optimize.resolution import at_resolution, for_resolution, why_not_resized
 from vitopt.recipe import FinetuneSpec
 from vitopt.tracking import Tracking
-from vitopt.training.resolution import at_resolution, for_resolution, why_not_resized
 from vitopt.transformation import note_images
 
 logger = logging.getLogger(__name__)
