@@ -20,7 +20,7 @@ from vitopt.run_spec import Attention as Attention
 from vitopt.run_spec import Engine as Engine
 from vitopt.run_spec import RunSpec as RunSpec
 from vitopt.run_spec import SdpaKernel as SdpaKernel
-from vitopt.spec import PATH_LENGTH, BatchSize, ImageCount, Patterns, as_list
+from vitopt.spec import PATH_LENGTH, BatchSize, ImageCount, Name, Patterns, as_list
 from vitopt.spec import CalibrationSpec as CalibrationSpec
 from vitopt.spec import Spec as Spec
 from vitopt.spec import suggest as suggest
