@@ -65,9 +65,8 @@ def _mistakes_of_first_pass(variant: RecipeVariant, checkpoint: Checkpoint) -> I
     assert spec is not None
     try:
         first = open_checkpoint(spec.draft, config_only=True) if spec.draft else checkpoint
-        if spec.low is not None and not any(
-            getattr(step.settings, "image_size", None) for step in variant.all_steps.values()
-        ):
+        resized = any(getattr(step.settings, "image_size", None) for step in variant.all_steps.values())
+        if spec.low is not None and not resized:
             require_low(first, spec.low, checkpoint)
         if spec.draft and not variant.trains:
             require_same_classes(first, checkpoint)

@@ -20,6 +20,7 @@ from vitopt.models.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
+from vitopt.models.names import block_names
 from vitopt.optimize import class_token
 from vitopt.optimize.resolution import at_resolution, for_resolution, why_not_resized
 from vitopt.recipe import HeldSpec, RunSpec
@@ -88,6 +89,7 @@ def make(
     """
     run, own, target = run or RunSpec(), first is not second, devices.resolve_device(device)
     off = {} if run.engine in ENGINES else {"compile": False, "autotune": False, "compile_whole": False}
+    empty = empty_model(first)
     passes = prepare_passes(
         first,
         second,
@@ -95,7 +97,7 @@ def make(
         device=target,
         run_first=spec.run_of_first(run).model_copy(update=off),
         run=run.model_copy(update=off),
-        watched=run.engine not in ENGINES and class_token.has(empty_model(first)),
+        watched=run.engine not in ENGINES and class_token.moves(empty, block_names(empty, first.config.model_type)),
         asked=asked,
     )
     with storage.reserved(output, first.folder, second.folder):
