@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vitopt import storage
-from vitopt.adaptive_spec import AdaptiveSpec
+from vitopt.adaptive_spec import AdaptiveSpec, TargetSpec
 from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, clear_errors, start
 from vitopt.cli.options import Fields, from_fields
 from vitopt.cli.printing import out, print_json, say
@@ -36,10 +36,11 @@ def calibrate(
             help={"source": "calibration images: the train split, or DATA:SPLIT; never your test images"},
         ),
     ],
-    adaptive: Annotated[
-        AdaptiveSpec,
-        Fields(("low", "draft", "max_top1_loss", "escalation_rate", "confidence", "proxy", "images")),
-    ],
+    low: Annotated[int | None, typer.Option(help="Side in pixels of the first pass's images.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Checkpoint of the first pass; without it CHECKPOINT at a lower resolution.")
+    ] = None,
+    target: Annotated[TargetSpec, Fields(("max_top1_loss", "escalation_rate", "confidence", "proxy", "images"))],
     high: Annotated[int | None, typer.Option(help="Side in pixels of the second pass: what CHECKPOINT takes.")] = None,
     first: Annotated[
         list[str] | None,
@@ -54,7 +55,7 @@ def calibrate(
 
     The output is evaluated, timed and called like any checkpoint.
     """
-    content = adaptive.model_dump(exclude_unset=True) | {"first": _options(first or [])}
+    content = target.model_dump(exclude_unset=True) | {"low": low, "draft": draft, "first": _options(first or [])}
     spec = validate(AdaptiveSpec, content, where="arguments")
     validate(RunSpec, run.model_dump() | spec.first, where="--first")
     start(as_json)
