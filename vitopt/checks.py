@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vitopt.adaptive.make import require_low
+from vitopt.adaptive.make import require_low, require_untrained
 from vitopt.adaptive.passes import require_same_classes
 from vitopt.data.images import ALL, ImageSet, open_images
 from vitopt.data.labels import fit_labels
@@ -162,6 +162,8 @@ def require_images(recipe: Recipe, source: Checkpoint, data: DataSpec, test: Ima
         for spec in filter(None, [*calibrations, variant.calibration, variant.adaptive]):
             calibration = calibration_images(data, spec)
             require_disjoint(calibration, test)
+            if spec is variant.adaptive and (recipe.finetune is not None or variant.trains):
+                require_untrained(set(training_images(data).image_hashes), calibration, variant.adaptive)
             if isinstance(spec, FastestSpec):
                 require_enough_images(len(calibration), spec.min_agreement)
 

@@ -33,6 +33,7 @@ Tracker = Literal["mlflow", "tensorboard", "wandb"]
 Prefer = Literal["latency", "size", "throughput", "cost"]
 
 AUTO = "auto"
+HELD_OUT = "held-out"
 BEST = "best"
 # One calibration image in this many chooses a skip list, the others confirm it. Choosing ranks by KL, about which every
 # image tells something, and runs a model of L blocks about L times for each; confirming counts the few images that
@@ -50,6 +51,9 @@ class DataSpec(Spec):
     )
     train: str = Field("train", description="split to fine-tune on")
     test: str | None = Field(None, description="split to evaluate on; null takes test, else validation")
+    held_out: float | None = Field(
+        None, gt=0, lt=1, description=f"share of the training images that nothing trains on: the split `{HELD_OUT}`"
+    )
     root: str | None = Field(
         None,
         max_length=PATH_LENGTH,

@@ -1,5 +1,6 @@
 """An adaptive checkpoint: the folder of the second pass's, with the first pass's and the calibrated rule in it."""
 
+import logging
 from pathlib import Path
 
 from vitopt import storage
@@ -10,8 +11,8 @@ from vitopt.adaptive_spec import AdaptiveSpec, TargetSpec
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.environment import devices
-from vitopt.errors import CheckpointError
-from vitopt.models.calibration import CALIBRATION_FILE, load_uses, save_uses
+from vitopt.errors import CheckpointError, DataError
+from vitopt.models.calibration import CALIBRATION_FILE, TRAINING, load_uses, save_uses
 from vitopt.models.checkpoint import (
     Checkpoint,
     empty_model,
@@ -27,6 +28,8 @@ from vitopt.recipe import HeldSpec, RunSpec
 from vitopt.run_spec import ENGINES
 from vitopt.transformation import seen
 
+logger = logging.getLogger(__name__)
+
 PURPOSE = "threshold"
 
 
@@ -41,6 +44,25 @@ def require_low(checkpoint: Checkpoint, low: int, second: Checkpoint) -> None:
         raise CheckpointError(f"low {low} is not below the {height} x {width} pixels of {second.source}: take fewer")
     if checkpoint.image_size != (low, low) and (reason := why_not_resized(checkpoint.config, low)):
         raise CheckpointError(f"low {low}: {reason}")
+
+
+def require_untrained(trained: set[str], images: ImageSet, spec: AdaptiveSpec) -> None:
+    """Refuse a promise on images that trained one of the passes, of which it is surer than of others; warn of a rate.
+
+    `trained`: hashes of images.
+
+    Raises:
+        DataError: at least one image trained them, and `max_top1_loss` is to be promised.
+    """
+    if not (shared := trained & set(images.image_hashes)):
+        return
+    line = (
+        f"{len(shared)} of {len(images)} calibration images are training images, of which a model is surer than of "
+        "others: calibrate on other ones (in a recipe `data.held_out: 0.2` and `adaptive.split: held-out`)"
+    )
+    if spec.max_top1_loss is not None:
+        raise DataError(line)
+    logger.warning("%s", line)
 
 
 def at_size(checkpoint: Checkpoint, side: int, folder: Path) -> Checkpoint:
@@ -89,6 +111,8 @@ def make(
     """
     run, own, target = run or RunSpec(), first is not second, devices.resolve_device(device)
     off = {} if run.engine in ENGINES else {"compile": False, "autotune": False, "compile_whole": False}
+    uses = [use for checkpoint in (first, second) for use in load_uses(checkpoint.folder) if use.purpose == TRAINING]
+    require_untrained({sha256 for use in uses for sha256 in use.image_sha256}, images, spec)
     empty = empty_model(first)
     passes = prepare_passes(
         first,
