@@ -339,7 +339,7 @@ CLAIMS["kl-goal"] = Claim(
 
 
 CLAIMS |= {
-    f"promise-{images}": Claim(
+    f"promise-{limit}-{images}": Claim(
         "loss promised of an adaptive model's threshold",
         f"{100 * limit:g} points, {images:,} calibration images",
         5,
