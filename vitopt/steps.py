@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
-from vitopt.spec import BatchSize, CalibrationSpec, ImageCount, Patterns, Spec, Workers
+from vitopt.spec import PATH_LENGTH, BatchSize, CalibrationSpec, ImageCount, Patterns, Spec, Workers
+
+BASE = "base"  # the checkpoint that steps start from
 
 
 class FinetuneSpec(Spec):
@@ -29,6 +31,16 @@ class FinetuneSpec(Spec):
     learning_rate: float = Field(1e-3, gt=0, le=1e3, description="highest learning rate of AdamW")
     weight_decay: float = Field(0.01, ge=0, le=1e3, description="weight decay of AdamW")
     warmup_fraction: float = Field(0.1, ge=0, lt=1, description="share of all steps in which the learning rate rises")
+    teacher: str | None = Field(
+        None,
+        min_length=1,
+        max_length=PATH_LENGTH,
+        description="checkpoint whose logits are learned; base is the one that the steps start from",
+    )
+    temperature: float = Field(2, gt=0, le=1e3, description="what the logits of teacher and model are divided by")
+    teacher_weight: float = Field(
+        0.5, gt=0, le=1, description="share of the loss that is the teacher's; 1 learns without labels"
+    )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of each target spread over all classes")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="precision of the training; auto is bf16 where the device computes in it"
@@ -44,10 +56,24 @@ class FinetuneSpec(Spec):
             raise ValueError(f"`method: full` trains every weight, so {without_effect} would do nothing: leave it out")
         return self
 
+    @model_validator(mode="after")
+    def _teaching_keys_need_a_teacher(self) -> "FinetuneSpec":
+        without_effect = self.changed("temperature", "teacher_weight") if self.teacher is None else ""
+        if without_effect:
+            raise ValueError(f"{without_effect} would do nothing without a `teacher`: name one, or leave it out")
+        if self.label_smoothing and not self.uses_labels:
+            raise ValueError("`teacher_weight: 1` learns without labels: leave `label_smoothing` out")
+        return self
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether the labels of the images have any effect."""
+        return self.teacher is None or self.teacher_weight < 1
+
     @property
     def words(self) -> str:
         """What it does, for the line that a run prints."""
-        return self.method
+        return self.method if self.teacher is None else f"{self.method}, distilled"
 
 
 class CalibrateSpec(CalibrationSpec):

@@ -25,7 +25,7 @@ def finetune(
         DataSpec, Fields(("source", "root", "labels", "group_column"), named={"source": "data", "root": "data_root"})
     ],
     output: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
-    finetune: Annotated[FinetuneSpec, Fields(named={"targets": "target"})],
+    finetune: Annotated[FinetuneSpec, Fields(named={"targets": "target", "teacher": "distill_from"})],
     seed: Annotated[int, typer.Option(help="Seed of the order of images, of augmentation and of LoRA's start.")] = 0,
     log_to: LogToOption = None,
     device: DeviceOption = "auto",
