@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
                 open_checkpoint(str(spec.teacher), config_only=True)
             except CheckpointError as error:
                 mistakes.append(f"{where}.teacher: {error}")
-        if spec.method == "lora":
+        if spec.method != "full":
             try:
                 select(spec.targets, linear_layers(empty_model(checkpoint), checkpoint.config.model_type))
             except PatternError as error:
@@ -144,15 +145,15 @@ def _classes(recipe: Recipe, source: Checkpoint, train: ImageSet) -> dict[str, l
     """Names of the head's outputs of each variant."""
     from vitopt.training.finetune import head_labels
 
-    def after(specs: Sequence[FinetuneSpec | None], start: list[str]) -> list[str]:
+    def after(steps: Sequence[Any], start: list[str]) -> list[str]:
         labels = start
-        for spec in filter(None, specs):
+        for spec in (step for step in steps if isinstance(step, FinetuneSpec)):
             other = None if spec.teacher in (None, BASE) else open_checkpoint(str(spec.teacher), config_only=True)
             labels = head_labels(labels, train, spec, start if other is None else other.label_names)
         return labels
 
     trained = after([recipe.finetune], source.label_names)
-    return {variant.name: after([step.finetune for step in variant.steps], trained) for variant in recipe.variants}
+    return {variant.name: after([step.settings for step in variant.steps], trained) for variant in recipe.variants}
 
 
 def require_attention(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> None:

@@ -186,6 +186,10 @@ class RecipeVariant(VariantSpec):
                 f"`format: auto` compares whole formats and chooses how they run: leave {without_effect} out, or name "
                 "a format"
             )
+        for step in self.steps:
+            trained = step.settings.format if isinstance(step.settings, FinetuneSpec) else None
+            if trained and self.format in QUANTIZED_FORMATS and self.format != trained:
+                raise ValueError(f"a step trains for {trained}, and `format` is {self.format}: take the same")
         if self.fixed_scales is not None and (self.engine not in ENGINES or self.format not in QUANTIZED_FORMATS):
             raise ValueError("`fixed_scales` is for a quantized format of another engine than torch: leave it out")
         return self

@@ -8,17 +8,23 @@ from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
+from vitopt.formats import Format
 from vitopt.spec import PATH_LENGTH, BatchSize, CalibrationSpec, ImageCount, Patterns, Spec, Workers
 
+TRAINABLE: tuple[Format, ...] = ("w8a8", "int4", "nf4")  # formats whose rounding a training can know
+_OF_LORA = ("rank", "alpha", "dropout")
 BASE = "base"  # the checkpoint that steps start from
 
 
 class FinetuneSpec(Spec):
     """One fine-tuning run. LoRA: Hu et al., arXiv 2106.09685; its update is scaled by alpha / rank."""
 
-    method: Literal["lora", "full"] = Field(
-        "lora", description="LoRA updates beside the weights, or full: every weight is trained"
+    method: Literal["lora", "full", "qat"] = Field(
+        "lora",
+        description="LoRA updates beside the weights, or full: every weight is trained; qat: as full, with layers that "
+        "compute with what `format` will hold",
     )
+    format: Format | None = Field(None, description=f"what qat trains for: {', '.join(TRAINABLE)}")
     rank: int = Field(8, ge=1, le=1024, description="rank of the LoRA updates")
     alpha: float = Field(32, gt=0, le=1e6, description="LoRA scale; updates count alpha / rank")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the LoRA updates")
@@ -50,10 +56,13 @@ class FinetuneSpec(Spec):
     workers: Workers = Field(0, description="processes that decode images; 0 decodes in the training process")
 
     @model_validator(mode="after")
-    def _lora_keys_need_lora(self) -> "FinetuneSpec":
-        without_effect = self.changed("rank", "alpha", "dropout", "targets") if self.method == "full" else ""
-        if without_effect:
-            raise ValueError(f"`method: full` trains every weight, so {without_effect} would do nothing: leave it out")
+    def _keys_fit_the_method(self) -> "FinetuneSpec":
+        useless = {"lora": ("format",), "full": (*_OF_LORA, "targets", "format"), "qat": _OF_LORA}
+        if without_effect := self.changed(*useless[self.method]):
+            raise ValueError(f"with `method: {self.method}`, {without_effect} would do nothing: leave it out")
+        if self.method == "qat" and self.format not in TRAINABLE:
+            missing = "needs a `format`" if self.format is None else f"cannot train for {self.format}"
+            raise ValueError(f"`method: qat` {missing}: take one of {', '.join(TRAINABLE)}")
         return self
 
     @model_validator(mode="after")
@@ -73,7 +82,8 @@ class FinetuneSpec(Spec):
     @property
     def words(self) -> str:
         """What it does, for the line that a run prints."""
-        return self.method if self.teacher is None else f"{self.method}, distilled"
+        words = self.method if self.format is None else f"{self.method} for {self.format}"
+        return words if self.teacher is None else f"{words}, distilled"
 
 
 class CalibrateSpec(CalibrationSpec):

@@ -12,9 +12,9 @@ from vitopt.recipe import DataSpec, FinetuneSpec
 
 
 def _refuse_without_effect(context: typer.Context) -> None:
-    if context.params["method"] == "full":
-        because = "--method full trains every weight and has no LoRA updates"
-        refuse(context, "rank", "alpha", "dropout", "target", because=because)
+    if (method := context.params["method"]) != "lora":
+        because = f"--method {method} trains every weight and has no LoRA updates"
+        refuse(context, "rank", "alpha", "dropout", *(["target"] if method == "full" else []), because=because)
 
 
 @from_fields(_refuse_without_effect)

@@ -34,6 +34,7 @@ from vitopt.models.names import linear_layers, select
 from vitopt.models.origin import FINETUNE, note_origin
 from vitopt.recipe import FinetuneSpec
 from vitopt.tracking import Tracking
+from vitopt.training.qat import train_rounded
 from vitopt.training.resolution import at_resolution, for_resolution, why_not_resized
 from vitopt.training.teacher import load_teacher
 from vitopt.training.trainer import (
@@ -92,14 +93,15 @@ def finetune(
 ) -> TrainingReport:
     """Fine-tune `checkpoint` on `images` and write a merged fp32 checkpoint to `output`.
 
-    LoRA's low-rank updates are merged into the weights, so the result has the modules of the original. The
+    LoRA's low-rank updates are merged into the weights, so the result has the modules of the original. The weights of a
+    quantization-aware training are not rounded yet: `quantize` rounds them as the training did. The
     trainer's state lies beside `output` until the training is complete; the same call goes on from there.
     Images with sets of labels train independent labels (binary cross-entropy). `preprocess` prepares the images
     instead of the checkpoint's own processor, which goes with the result nevertheless; a teacher always takes those
     of its own.
 
     Raises:
-        PatternError: a LoRA target matches no layer.
+        PatternError: a target matches no layer.
         CheckpointError: the checkpoint is quantized, and merging into packed weights would lose accuracy; or
             transformers cannot train its class; or the teacher is not there or has other classes.
         DataError: there are no images, or the classes of `test` are not those of `images`.
@@ -109,7 +111,7 @@ def finetune(
         MeasurementError: the GPU's memory is full; or the loss or a weight is no longer a number, and then
             nothing is kept of such a training.
         StorageError: the output would replace something else, is in use, or cannot be written.
-        UnsupportedError: a tracker opens no run.
+        UnsupportedError: a tracker opens no run; or the format of a quantization-aware training holds no layer.
     """
     if images is None:
         raise DataError(f"{checkpoint.source} cannot be fine-tuned without images: give some to train on")
@@ -186,6 +188,8 @@ def _finetune(
         # The trainer looks for the modules' names, but a whole model is stored under the names of older versions:
         # it would find no weight and go on from the original ones without a word.
         model = load_model(open_checkpoint(str(state / f"checkpoint-{resumed_from}")), dtype=torch.float32)
+    if spec.method == "qat":
+        train_rounded(model, spec)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     augment = Augmentation(flip=spec.flip) if spec.augment else None
@@ -239,6 +243,7 @@ def _finetune(
 def _facts(spec: FinetuneSpec, train: ImageSet, report: TrainingReport, teaching: Checkpoint | None) -> dict[str, Any]:
     """What the note of origin tells of a training."""
     told = {"method", "learning_rate", "batch_size", *(("rank", "alpha") if spec.method == "lora" else ())}
+    told |= {"format"} if spec.format else set()
     told |= {"image_size"} if spec.image_size else set()
     told |= {"temperature", "teacher_weight"} if teaching else set()
     data = {"dataset": public_name(train.name), "dataset_hub_id": hub_id(train.name), "split": train.split}
