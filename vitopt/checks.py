@@ -15,11 +15,12 @@ from vitopt.models.checkpoint import Checkpoint, empty_model, open_checkpoint
 from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel, why_not_trained
 from vitopt.models.names import linear_layers, select
 from vitopt.optimize.plan import LayerPlan
+from vitopt.optimize.prune import pruned_config
 from vitopt.optimize.quantize import plan_for
 from vitopt.recipe import CalibrationSpec, DataSpec, FastestSpec, FinetuneSpec, Recipe, Step
 from vitopt.search.analysis import require_disjoint
 from vitopt.search.fastest import require_enough_images
-from vitopt.steps import BASE
+from vitopt.steps import BASE, PruneSpec
 from vitopt.training.resolution import why_not_resized
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,13 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
             resolved[variant.name] = plan_for(checkpoint, known)
         except (PatternError, RecipeError, UnsupportedError) as error:
             mistakes.append(f"variant {variant.name}: {error}")
+    for variant in recipe.variants:
+        config = checkpoint.config
+        for step in variant.steps:
+            try:
+                config = pruned_config(config, step.settings) if isinstance(step.settings, PruneSpec) else config
+            except RecipeError as error:
+                mistakes.append(f"variant {variant.name}: {error}")
     for where, spec in _finetunes(recipe).items():
         if reason := why_not_trained(checkpoint.config):
             mistakes.append(f"{where}: {reason}")

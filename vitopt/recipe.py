@@ -171,7 +171,9 @@ class RecipeVariant(VariantSpec):
 
     format: Literal["auto", Format]  # type: ignore[assignment]  # wider, until `with_choice` says which
     fastest: FastestSpec = Field(FastestSpec(), description="how `format: auto` chooses")
-    steps: tuple[Step, ...] = Field((), description="what is done to the checkpoint first, in order: finetune")
+    steps: tuple[Step, ...] = Field(
+        (), description="what is done to the checkpoint first, in order: finetune, prune, calibrate"
+    )
     fixed_scales: CalibrationSpec | None = Field(
         None, description="images that fix the scales of int8 activations; without, an engine finds them in each call"
     )

@@ -97,6 +97,25 @@ class CalibrateSpec(CalibrationSpec):
         return "observing layers"
 
 
+class PruneSpec(CalibrationSpec):
+    """What is removed of a model: whole blocks, units of its feed-forward layers, or both."""
+
+    images: ImageCount = Field(128, description="calibration images, spread over the classes")
+    depth: int = Field(0, ge=0, le=256, description="how many blocks are removed")
+    mlp: float = Field(0.0, ge=0, lt=1, description="share of the units of each feed-forward layer that is removed")
+
+    @model_validator(mode="after")
+    def _removes_something(self) -> "PruneSpec":
+        if not self.depth and not self.mlp:
+            raise ValueError("nothing is removed: give `depth`, a number of blocks, or `mlp`, a share of the units")
+        return self
+
+    @property
+    def words(self) -> str:
+        """What it does, for the line that a run prints."""
+        return "pruning"
+
+
 @dataclass(frozen=True)
 class StepKind:
     """A kind of step.
@@ -114,6 +133,7 @@ class StepKind:
 
 STEPS: dict[str, StepKind] = {
     "finetune": StepKind(FinetuneSpec, "vitopt.training.finetune:finetune", "training"),
+    "prune": StepKind(PruneSpec, "vitopt.optimize.prune:prune", "calibration"),
     "calibrate": StepKind(CalibrateSpec, "vitopt.optimize.calibrate:calibrate", "calibration"),
 }
 
