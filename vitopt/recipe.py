@@ -176,7 +176,9 @@ class RecipeVariant(VariantSpec):
 
     format: Literal["auto", Format]  # type: ignore[assignment]  # wider, until `with_choice` says which
     fastest: FastestSpec = Field(FastestSpec(), description="how `format: auto` chooses")
-    steps: tuple[Step, ...] = Field((), description="what is done to the checkpoint first, in order: finetune")
+    steps: tuple[Step, ...] = Field(
+        (), description="what is done to the checkpoint first, in order: finetune, prune, calibrate"
+    )
     adaptive: AdaptiveSpec | None = Field(None, description="a cheaper first pass that answers what it is sure of")
     fixed_scales: CalibrationSpec | None = Field(
         None, description="images that fix the scales of int8 activations; without, an engine finds them in each call"
@@ -192,6 +194,10 @@ class RecipeVariant(VariantSpec):
                 f"`format: auto` compares whole formats and chooses how they run: leave {without_effect} out, or name "
                 "a format"
             )
+        for step in self.steps:
+            trained = step.settings.format if isinstance(step.settings, FinetuneSpec) else None
+            if trained and self.format in QUANTIZED_FORMATS and self.format != trained:
+                raise ValueError(f"a step trains for {trained}, and `format` is {self.format}: take the same")
         if self.fixed_scales is not None and (self.engine not in ENGINES or self.format not in QUANTIZED_FORMATS):
             raise ValueError("`fixed_scales` is for a quantized format of another engine than torch: leave it out")
         return self
@@ -239,7 +245,10 @@ class RecipeVariant(VariantSpec):
         if self.adaptive is None:
             return []
         before = [step.model_dump(mode="json") for step in self.steps]
-        return step_names(self.adaptive.steps, [self.adaptive.draft] if self.adaptive.draft else before)
+        # A list in the list: what steps call their base is not the same as in one row of steps.
+        return step_names(
+            self.adaptive.steps, [self.adaptive.draft] if self.adaptive.draft else [before] if before else []
+        )
 
     @property
     def all_steps(self) -> dict[str, Step]:

@@ -21,13 +21,14 @@ from vitopt.errors import CheckpointError, MeasurementError, RecordError, Unsupp
 from vitopt.measure.predictions import PREDICTIONS_FILE
 from vitopt.models.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
 from vitopt.optimize.quantize import quantize
-from vitopt.recipe import CalibrationSpec, Recipe, RecipeVariant, Step
+from vitopt.recipe import CalibrationSpec, FinetuneSpec, Recipe, RecipeVariant, Step
 from vitopt.records import RECORD_FILE
 from vitopt.search.analysis import analyse_for
 from vitopt.search.fastest import Choice, find_fastest, how_measured, load_choice, save_choice
 from vitopt.search.results import SENSITIVITY_SCHEMA, Sensitivity, load_sensitivity
 from vitopt.stages import RunFolder, Stage
 from vitopt.tracking import Tracking
+from vitopt.transformation import teacher_of
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class VariantMaker:
         """
         if self.recipe.finetune is None:
             return source
-        stage = self._step_stage("finetune", source, Step.model_validate({"finetune": self.recipe.finetune}))
+        stage = self._step_stage("finetune", source, source, Step.model_validate({"finetune": self.recipe.finetune}))
         self.run.carry_out(stage)
         return self._opened(stage)
 
@@ -100,9 +101,10 @@ class VariantMaker:
 
     def _after(self, base: Checkpoint, names: Sequence[str], steps: Sequence[Step]) -> Checkpoint | str:
         """What comes of a checkpoint, or why nothing does."""
+        start = base
         for name, step in zip(names, steps, strict=True):
             if name not in self._steps:
-                stage = self._step_stage(f"steps/{name}", base, step, tolerated=_TOLERATED)
+                stage = self._step_stage(f"steps/{name}", start, base, step, tolerated=_TOLERATED)
                 failure = self.run.carry_out(stage)
                 self._steps[name] = self._opened(stage) if failure is None else f"{stage.name}: {failure}"
             outcome = self._steps[name]
@@ -129,10 +131,18 @@ class VariantMaker:
         return settled.failure
 
     def _step_stage(
-        self, name: str, checkpoint: Checkpoint, step: Step, tolerated: tuple[type[VitoptError], ...] = ()
+        self,
+        name: str,
+        start: Checkpoint,
+        checkpoint: Checkpoint,
+        step: Step,
+        tolerated: tuple[type[VitoptError], ...] = (),
     ) -> Stage[Checkpoint]:
-        """One step: `name` is also the folder that it fills."""
-        recipe, output = self.recipe, self.run.path / name
+        """One step of those that begin at `start`: `name` is also the folder that it fills."""
+        recipe, output, settings = self.recipe, self.run.path / name, step.settings
+        teacher = teacher_of(settings, start) if isinstance(settings, FinetuneSpec) else None
+        if teacher is not None:
+            settings = settings.model_copy(update={"teacher": teacher.source})
         images = None if recipe.data is None else step_images(recipe.data, step)
 
         def work() -> str:
@@ -140,7 +150,7 @@ class VariantMaker:
             options: dict[str, Any] = {"images": images, "seed": recipe.seed}
             if step.kind.images == "training":
                 options["tracking"] = Tracking(recipe.log_to, recipe.name, self.run.path / "log" / name)
-            made = transform(checkpoint, step.settings, output, recipe.device, **options)
+            made = transform(checkpoint, settings, output, recipe.device, **options)
             return str(made.summary())
 
         on = "" if images is None else f" on {len(images)} images of {images.name}"
@@ -151,6 +161,7 @@ class VariantMaker:
                 None if images is None else [images.sha256, images.class_names],
                 step.model_dump(mode="json"),
                 recipe.seed,
+                *([] if teacher is None else [teacher.fingerprint()]),
             ],
             files=_checkpoint_files(output),
             task=f"{step.settings.words}{on}",
