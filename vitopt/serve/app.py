@@ -179,7 +179,7 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, token: str | None 
     def models() -> list[dict[str, Any]]:
         """The models here and how they run."""
         return [
-            {"name": name, "ready": one.model.is_ready, "runs": one.model.ran, "classes": len(one.labels)}
+            {"name": name, "ready": one.model.is_ready, "runs": one.model.ran, "labels": one.labels}
             for name, one in served.items()
         ]
 

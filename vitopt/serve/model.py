@@ -26,8 +26,8 @@ _PAUSE_S = 1.0  # between attempts to start a model that ends while it loads
 class Busy(Exception):
     """There is no room for a request, or no answer in time; `retry_after_s`: when there may be."""
 
-    def __init__(self, retry_after_s: int) -> None:
-        super().__init__(f"too many requests wait: try again in {retry_after_s} s")
+    def __init__(self, why: str, retry_after_s: int) -> None:
+        super().__init__(f"{why}: try again in {retry_after_s} s")
         self.retry_after_s = retry_after_s
 
 
@@ -183,12 +183,12 @@ class ServedModel:
         now = time.perf_counter()
         if self._times is None or self._stopping:
             self.counts.refused += 1
-            raise Busy(max(1, round(self._load_s)))
+            raise Busy("the model is not loaded", max(1, round(self._load_s)))
         wait = expected_wait(self.waiting, self._running_until - now, self._times) + self._decode_s
         too_late = self._target_s is not None and wait > self._target_s and self.waiting > 0
         if not self._free or too_late:
             self.counts.refused += 1
-            raise Busy(retry_after(wait, self._target_s))
+            raise Busy("too many requests wait", retry_after(wait, self._target_s))
         return _Request(self._free.popleft(), now, asyncio.get_running_loop().create_future())
 
     async def _decode(self, request: _Request, fill: Callable[[np.ndarray], None]) -> None:

@@ -126,9 +126,8 @@ class ModelProcess:
 
 def _work(loading: Loading, memory: str, shape: tuple[int, ...], connection: Connection) -> None:
     """Load the model, then answer until the pipe is closed."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all; the server ends this process when it has answered
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group, and the server still answers
+        signal.signal(number, signal.SIG_IGN)
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         try:
             runnable, ready = _load(loading)
@@ -153,13 +152,14 @@ def _load(loading: Loading) -> tuple[Any, Ready]:
         bind(loading.threads)
     else:
         wait_briefly()
+    from vitopt.environment import devices, libraries
+
+    libraries.quiet_libraries()
     from vitopt.data.pixels import random_pixels
     from vitopt.engines.runtime import prepare
-    from vitopt.environment import devices, libraries
     from vitopt.models.checkpoint import open_checkpoint
     from vitopt.recipe import RunSpec
 
-    libraries.quiet_libraries()
     checkpoint = open_checkpoint(loading.source)
     device = devices.resolve_device(loading.device)
     runnable = prepare(checkpoint, name=loading.source, device=device, run=RunSpec(**loading.run))

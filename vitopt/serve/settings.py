@@ -12,16 +12,14 @@ Positive = Annotated[float, Field(gt=0)]
 class ServeSpec(Spec):
     """How requests are taken, gathered and refused."""
 
-    host: str = Field(
-        "127.0.0.1", description="address to listen at; another than this machine's own is reached by all"
-    )
+    host: str = Field("127.0.0.1", description="address to listen at; 0.0.0.0 is reached from other machines")
     port: int = Field(8000, ge=0, le=65535, description="port; 0 takes a free one")
     batch_sizes: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         (1, 2, 4, 8), min_length=1, description="batches that are built at the start; requests are gathered into them"
     )
     target_p99_ms: Positive | None = Field(
         None,
-        description="requests that would wait longer than this are refused at once; without it the queue alone limits",
+        description="refuse at once what would wait longer; without it `queue` alone limits",
     )
     queue: int = Field(64, ge=1, le=100_000, description="requests that may wait; more are refused with 503")
     decoders: int = Field(2, ge=1, le=1024, description="threads that decode and resize images beside the model")
