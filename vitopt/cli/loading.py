@@ -16,6 +16,7 @@ from vitopt.errors import RecipeError, StorageError, UnsupportedError
 from vitopt.recipe import DataSpec
 
 if TYPE_CHECKING:
+    from vitopt.measure.latency_statistics import LatencySummary
     from vitopt.serve.load import Step
 
 
@@ -76,13 +77,11 @@ def load(
     if as_json:
         print_json(result)
         return
-    print_columns(
-        out, f"{client.model} at {url}", _columns(steps), ["p50 ms", "p99 ms", "refused", "top-1 %"], wide=wide
-    )
-    for error in sorted(
-        {f"{step.rate:g}/s: {count} x {what}" for step in steps for what, count in step.errors.items()}
-    ):
-        err.print(error)
+    important = ["p50 ms", "p99 ms", "refused", "top-1 %"]
+    print_columns(out, f"{client.model} at {url}", _columns(steps), important, wide=wide)
+    for step in steps:
+        for what, count in step.errors.items():
+            err.print(f"{step.rate:.1f} requests/s: {count} x {what}")
     if target_p99_ms is not None:
         kept = f"{best.rate:.1f} requests/s keep" if best else "no rate kept"
         price = f"; a million cost {cost:.2f} at {price_per_hour:g} an hour" if cost is not None else ""
@@ -103,16 +102,18 @@ def _columns(steps: "list[Step]") -> list[Column]:
     def figure(value: float | None, digits: int = 1) -> str:
         return "–" if value is None else f"{value:.{digits}f}"
 
-    def limited(value: float | None, limit: float | None) -> str:
-        return figure(value) if value is None or limit is None else f"{value:.1f} (≤ {limit:.1f})"
+    def p99(latency: "LatencySummary | None") -> str:
+        if latency is None or latency.p99_ms is None:
+            return "–"
+        limit = latency.p99_ci95_ms[1]
+        return figure(latency.p99_ms) + (f" (≤ {limit:.1f})" if limit is not None else "")
 
-    known = [step.latency for step in steps]
     top1 = [f"{100 * step.right / step.answered:.1f}" if step.answered else "–" for step in steps]
     return [
         Column("requests/s", [f"{step.rate:.1f}" for step in steps]),
         Column("answered/s", [f"{step.answered_rate:.1f}" for step in steps]),
-        Column("p50 ms", [figure(one and one.p50_ms) for one in known]),
-        Column("p99 ms", [limited(one and one.p99_ms, one and one.p99_ci95_ms[1]) for one in known]),
+        Column("p50 ms", [figure(step.latency.p50_ms if step.latency else None) for step in steps]),
+        Column("p99 ms", [p99(step.latency) for step in steps]),
         Column("refused", [str(step.refused) for step in steps]),
         Column("refused within ms", [figure(step.slowest_refusal_ms) for step in steps]),
         Column("errors", [str(sum(step.errors.values())) for step in steps]),

@@ -197,16 +197,14 @@ class ServedModel:
             fill(self._slots.pixels[request.slot])
             return time.perf_counter() - start
 
-        decoding = asyncio.get_running_loop().run_in_executor(self._decoders, timed)
+        job = self._decoders.submit(timed)
         try:
-            # A thread cannot be stopped: until it has ended, nobody else may have the slot.
-            seconds = await asyncio.shield(decoding)
+            seconds = await asyncio.wrap_future(job)
         except asyncio.CancelledError:
+            # A thread cannot be stopped: until it has ended, nobody else may have the slot.
             slot, request.slot = request.slot, -1
-            if decoding.cancel():
-                self._free.append(slot)
-            else:
-                decoding.add_done_callback(lambda done: (done.cancelled() or done.exception(), self._free.append(slot)))
+            loop = asyncio.get_running_loop()
+            job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._free.append, slot))
             raise
         request.decoded = time.perf_counter()
         self._decode_s += 0.1 * (seconds - self._decode_s)
