@@ -29,5 +29,5 @@ def serve(
         raise UnsupportedError(f"serving needs {', '.join(missing)}: pip install 'vitopt[serve]'")
     from vitopt.serve.server import serve
 
-    say(f"loading {', '.join(checkpoints)}; http://{settings.host}:{settings.port} answers when all are warm")
-    serve(checkpoints, run, settings, device, threads)
+    say(f"loading {', '.join(checkpoints)}")
+    serve(checkpoints, run, settings, device, threads, announce=lambda url: say(f"answering at {url} (see {url}/docs)"))

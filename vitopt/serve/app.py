@@ -59,20 +59,23 @@ class Served:
         return [{"label": self.labels[i], "index": int(i), "percent": 100 * float(shares[i])} for i in best]
 
 
-def create_app(served: Mapping[str, Served], spec: ServeSpec, token: str | None = None) -> FastAPI:
-    """The application; models are started with it and stopped when what they accepted is answered."""
-    turns = itertools.cycle(served)
+@contextlib.asynccontextmanager
+async def running(served: Mapping[str, Served]) -> AsyncIterator[None]:
+    """While this is entered the models answer; at its end those requests that they accepted are answered.
 
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        started: list[ServedModel] = []
-        try:
-            for one in served.values():
-                await one.model.start()
-                started.append(one.model)
-            yield
-        finally:
-            await asyncio.gather(*(model.stop() for model in started))
+    Raises:
+        VitoptError: a model cannot be loaded.
+    """
+    async with contextlib.AsyncExitStack() as started:
+        for one in served.values():
+            started.push_async_callback(one.model.stop)
+            await one.model.start()
+        yield
+
+
+def create_app(served: Mapping[str, Served], spec: ServeSpec, token: str | None = None) -> FastAPI:
+    """The application, whose life is that of its models (`running`)."""
+    turns = itertools.cycle(served)
 
     bearer = HTTPBearer(auto_error=False)
 
@@ -80,7 +83,7 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, token: str | None 
         if token is not None and (given is None or not secrets.compare_digest(given.credentials, token)):
             raise HTTPException(401, "this server wants its bearer token", {"WWW-Authenticate": "Bearer"})
 
-    app = FastAPI(title="vitopt", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="vitopt", version=__version__, lifespan=lambda _: running(served))
     protected = [Depends(authorised)]
 
     def named(name: str | None) -> Served:
@@ -179,7 +182,13 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, token: str | None 
     def models() -> list[dict[str, Any]]:
         """The models here and how they run."""
         return [
-            {"name": name, "ready": one.model.is_ready, "runs": one.model.ran, "labels": one.labels}
+            {
+                "name": name,
+                "ready": one.model.is_ready,
+                "process": one.model.process_id,
+                "runs": one.model.ran,
+                "labels": one.labels,
+            }
             for name, one in served.items()
         ]
 
