@@ -67,11 +67,9 @@ async def _serve(served: dict[str, Served], app: FastAPI, spec: ServeSpec, annou
 
 def _socket(spec: ServeSpec) -> socket.socket:
     """Bound before the models are loaded, which takes minutes: a port that is taken is told at once."""
+    family = socket.AF_INET6 if ":" in spec.host else socket.AF_INET
     try:
-        return socket.create_server(
-            (spec.host, spec.port), family=socket.AF_INET6 if ":" in spec.host else socket.AF_INET
-        )
+        return socket.create_server((spec.host, spec.port), family=family)
     except OSError as error:
-        raise UnsupportedError(
-            f"cannot listen at {spec.host}:{spec.port} ({error.strerror}): choose another --port"
-        ) from error
+        place = f"{spec.host}:{spec.port}"
+        raise UnsupportedError(f"cannot listen at {place} ({error.strerror}): choose another --port") from error
