@@ -224,6 +224,10 @@ RUN = {
     "carry_residual": True,
     "gelu_epilogue": True,
     "static_scales": True,
+    "merge_tokens": "16..0",
+    "size_bias": False,
+    "prune_tokens": None,  # those two go with no merge_tokens
+    "fuse_pruned": False,
     "patch_product": False,  # the one that goes with no channels_last
     "channels_last": True,
     "compile": True,
@@ -245,6 +249,10 @@ def test_a_variant_by_default_runs_as_it_is():
         "carry_residual": False,
         "gelu_epilogue": False,
         "static_scales": False,
+        "merge_tokens": None,
+        "size_bias": True,
+        "prune_tokens": None,
+        "fuse_pruned": False,
         "patch_product": False,
         "channels_last": False,
         "compile": False,
