@@ -11,12 +11,12 @@ from transformers import AutoModelForImageClassification
 
 from vitopt.adaptive.alone import main as alone
 from vitopt.adaptive.calibrated import ADAPTIVE_FILE, load_calibrated
-from vitopt.adaptive.make import at_size, make, require_low
+from vitopt.adaptive.make import at_size, make, require_low, require_untrained
 from vitopt.adaptive.router import Router
 from vitopt.adaptive.runtime import prepare
 from vitopt.adaptive_spec import AdaptiveSpec
 from vitopt.data.images import ImageSet, open_images
-from vitopt.errors import CheckpointError
+from vitopt.errors import CheckpointError, DataError
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
 from vitopt.optimize.quantize import quantize
 from vitopt.recipe import DataSpec, RunSpec, VariantSpec
@@ -145,3 +145,16 @@ def test_memory_is_that_of_both_passes(made: Path, capsys: pytest.CaptureFixture
     *_, source, run, batch_size = opened(made).alone(2)
     alone(source, run, batch_size)
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["peak_bytes"] > 10**6
+
+
+def test_a_promise_on_images_that_trained_a_pass_is_refused_and_a_rate_warned_of(
+    images: ImageSet, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = set(images.image_hashes[:3])
+    with pytest.raises(DataError, match=r"3 of 32 calibration images .*held_out"):
+        require_untrained(trained, images, AdaptiveSpec(low=16, max_top1_loss=1))
+    require_untrained(trained, images, AdaptiveSpec(low=16, escalation_rate=0.1))
+    assert "3 of 32" in caplog.text
+    caplog.clear()
+    require_untrained({"other"}, images, AdaptiveSpec(low=16, max_top1_loss=1))
+    assert not caplog.text

@@ -36,6 +36,17 @@ def test_steps_follow_the_logits(tiny_checkpoint: Path, run: RunSpec) -> None:
     assert runnable.reasons == {}
 
 
+def test_blocks_that_hand_on_more_than_tokens_are_watched_too(tiny_checkpoint: Path) -> None:
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.manual_seed(0))
+    checkpoint = open_checkpoint(str(tiny_checkpoint))
+    run = RunSpec(merge_tokens="2", carry_residual=True)
+    watched, plain = (
+        prepare(checkpoint, name="tiny", device=CPU, run=run, watch_class_token=wanted)(pixels)
+        for wanted in (True, False)
+    )
+    assert torch.equal(watched[:, :-1], plain) and bool((watched[:, -1] > 0).all())
+
+
 def test_families_with_a_class_token_are_known(make_family) -> None:
     models = {name: load_model(make_family(name)) for name in ("vit", "clip", "swin")}
     found = {name: class_token.moves(model, block_names(model, name)) for name, model in models.items()}

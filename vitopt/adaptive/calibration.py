@@ -143,7 +143,8 @@ def _distances(first: list[torch.Tensor], second: list[torch.Tensor]) -> list[to
 def calibrate(observed: Observed, target: TargetSpec) -> tuple[Rule, str]:
     """The rule that `target` asks for, and in words what it promises.
 
-    One image in four chooses the proxy and the temperature, the others the threshold.
+    One image in four chooses the proxy and the temperature, the others the threshold; a rate, of which nothing is
+    promised, is that of all.
 
     Raises:
         DataError: there are fewer than eight images.
@@ -159,7 +160,7 @@ def calibrate(observed: Observed, target: TargetSpec) -> tuple[Rule, str]:
     choosing, fitting = observed.part(by_class[::CHOOSING]), observed.part(np.delete(by_class, np.s_[::CHOOSING]))
     temperature = thresholds.temperature(choosing.first, choosing.labels)
     proxy = target.proxy if target.proxy != "auto" else _best(choosing, temperature)
-    found = fitting.scores(proxy, temperature)
+    found = (fitting if target.max_top1_loss else observed).scores(proxy, temperature)
     if target.max_top1_loss is None:
         assert target.escalation_rate is not None
         threshold = thresholds.at_rate(found, target.escalation_rate)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitopt.optimize.blocks import Carried
+
 _TOKENS = ("cls_token", "class_embedding")
 
 
@@ -41,6 +43,6 @@ def watch(model: nn.Module, blocks: Sequence[str]) -> None:
 
 
 def _keep(block: nn.Module, _: Any, outputs: Any) -> None:
-    # The same code for all blocks, as one that is compiled serves all of them. An unfinished sum is a pair.
-    parts = outputs if isinstance(outputs, tuple) else (outputs,)
-    block.__dict__["class_token"] = sum(part[:, 0] for part in parts)
+    # The same code for all blocks, as one that is compiled serves all of them.
+    hidden, delta, _ = outputs if isinstance(outputs, Carried) else Carried(outputs)
+    block.__dict__["class_token"] = hidden[:, 0] if delta is None else hidden[:, 0] + delta[:, 0]
