@@ -71,7 +71,7 @@ def predict_parts(
         launch.wait_for_all()  # each has looked before one writes
         left = [name for name in parts if name not in there]
         if there and launch.is_main_process():
-            logger.warning("%s: %d of %d parts stand; going on with the others", output, len(there), len(parts))
+            logger.warning("%s: %d of %d parts stand", output, len(there), len(parts))
         images = left_out = 0
         if left:
             runnable = prepare(checkpoint, name=source, device=devices.resolve_device(device), run=run)
