@@ -14,6 +14,7 @@ from vitopt.models.classes import best_attention, why_not_attention, why_not_ker
 from vitopt.models.names import linear_layers, select
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import plan_for
+from vitopt.optimize.reduction import token_counts
 from vitopt.recipe import CalibrationSpec, DataSpec, FastestSpec, FinetuneSpec, Recipe, Step
 from vitopt.search.analysis import require_disjoint
 from vitopt.search.fastest import require_enough_images
@@ -25,7 +26,8 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
     """Layer plan of every variant whose format is known, from shapes alone.
 
     Raises:
-        RecipeError: patterns match nothing or targets do not exist; all mistakes at once.
+        RecipeError: patterns match nothing, targets do not exist, or more tokens leave a block than can; all mistakes
+            at once.
         CheckpointError: the model cannot be found.
     """
     checkpoint = open_checkpoint(recipe.model, config_only=True)
@@ -36,6 +38,8 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
         try:
             known = variant.skipping(()) if variant.skips_automatically else variant
             resolved[variant.name] = plan_for(checkpoint, known)
+            if variant.schedule is not None:
+                token_counts(checkpoint.config, variant)
         except (PatternError, RecipeError, UnsupportedError) as error:
             mistakes.append(f"variant {variant.name}: {error}")
     for where, spec in _finetunes(recipe).items():

@@ -213,7 +213,9 @@ def _search(
     first = [proposed(costs, damage, target_flops, most, grid) for most in limits]
     allowed = [one for one in (*first, *simple) if one and (steps is None or sum(map(bool, one)) <= steps)]
     if not allowed:
-        raise RecipeError(f"no schedule of so few steps leaves {target_flops:g} of the FLOPs: allow more of either")
+        raise RecipeError(
+            f"no schedule leaves {target_flops:g} of the FLOPs: allow more{' or more steps' if steps else ''}"
+        )
     best = min(dict.fromkeys(allowed), key=looks.kl)
     with progress.task("measuring schedules", _LOOKS) as bar:
         better = True
