@@ -106,14 +106,14 @@ def test_pruning_leaves_as_many_tokens_as_it_says(fuse: bool, tiny: Checkpoint) 
             module.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[1]))
     runnable(PIXELS)
     assert rows == [10, 7, 7]
-    assert runnable.describe()["variant"].ran["prune_tokens"] == "17 tokens, 10 after block 0, 7 after block 1"
+    assert runnable.describe()["variant"].tokens == (17, 10, 7, 7)
 
 
 def test_the_record_tells_tokens_and_counts_what_is_computed(tiny: Checkpoint) -> None:
     runnable, plain = prepared(tiny, merge_tokens="5@0"), prepared(tiny)
-    ran = runnable.describe()["variant"].ran
-    assert ran["merge_tokens"] == "17 tokens, 12 after block 0" and ran["size_bias"] is True
-    assert plain.describe()["variant"].ran["merge_tokens"] is False
+    told, whole = runnable.describe()["variant"], plain.describe()["variant"]
+    assert told.tokens == (17, 12, 12, 12) and told.ran["merge_tokens"] == "5@0" and told.ran["size_bias"] is True
+    assert whole.tokens is None and whole.ran["merge_tokens"] is whole.ran["size_bias"] is False
     width, mlp, head_width = 64, 128, 32
 
     def block(given: int, left: int) -> int:

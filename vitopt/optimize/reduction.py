@@ -88,12 +88,6 @@ def token_counts(config: PretrainedConfig, run: RunSpec) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def words(counts: Sequence[int]) -> str:
-    """Tokens of each block in words, as `197 tokens, 149 after block 4`."""
-    fewer = (f"{new} after block {b}" for b, (old, new) in enumerate(itertools.pairwise(counts)) if new < old)
-    return ", ".join([f"{counts[0]} tokens", *fewer])
-
-
 def reduce_tokens(model: nn.Module, names: Sequence[str], run: RunSpec) -> int:
     """Let blocks reduce their tokens, in place, as `run` says; how many blocks there are. What is not told keeps all.
 

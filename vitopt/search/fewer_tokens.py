@@ -34,7 +34,7 @@ TOKENS_SCHEMA = "vitopt.tokens/1"
 _SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2)  # of a block's patches that leave it when it is scored
 _STEPS = (1, 2, 3, 4, 6)  # most blocks that merge, for schedules that are proposed beside one without such a limit
 _AMOUNTS = 48  # into so many parts patches are divided: tokens that leave a block are multiples of one
-_LOOKS = 60  # schedules that are measured at most
+_LOOKS = 40  # schedules that are measured at most
 _MERGING = RunSpec(merge_tokens="1@0")
 
 
