@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from vitopt import storage
-from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, ThreadsOption, start
+from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, start
 from vitopt.cli.options import Fields, from_fields
-from vitopt.cli.printing import print_json, say
+from vitopt.cli.printing import out, print_json, say
 from vitopt.errors import StorageError
 from vitopt.recipe import DataSpec
 
@@ -33,14 +33,13 @@ def tokens(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="New JSON file for the result.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 32,
-    threads: ThreadsOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Find which blocks should merge how many tokens: the lowest KL for a share of the FLOPs."""
     if output is not None and output.exists():
         raise StorageError(f"{output} exists already: choose another --output")
-    start(as_json, threads)
+    start(as_json)
     from vitopt.data.images import open_images
     from vitopt.models.checkpoint import open_checkpoint
     from vitopt.search.fewer_tokens import find_schedule
@@ -65,4 +64,4 @@ def tokens(
             f"{one.kind}: {one.flops_share:.3f} of the FLOPs, KL {one.kl:.4f}{interval} and agreement "
             f"{one.agreement_percent:.1f} % on {result.confirming_images:,} other images: {one.schedule}"
         )
-    say(f"--merge-tokens {result.chosen}")
+    out.print(f"--merge-tokens {result.chosen}", soft_wrap=True)
