@@ -1,10 +1,12 @@
 """What a recipe asks, held against its model, its images and this device, before anything is done."""
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from vitopt.adaptive.make import require_low, require_untrained
 from vitopt.adaptive.passes import require_same_classes
@@ -19,6 +21,7 @@ from vitopt.models.names import linear_layers, select
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.prune import pruned_config
 from vitopt.optimize.quantize import plan_for
+from vitopt.optimize.reduction import token_counts
 from vitopt.optimize.resolution import why_not_resized
 from vitopt.recipe import CalibrationSpec, DataSpec, FastestSpec, FinetuneSpec, Recipe, RecipeVariant, Step
 from vitopt.search.analysis import require_disjoint
@@ -32,7 +35,8 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
     """Layer plan of every variant whose format is known, from shapes alone.
 
     Raises:
-        RecipeError: patterns match nothing or targets do not exist; all mistakes at once.
+        RecipeError: patterns match nothing, targets do not exist, or more tokens leave a block than can; all mistakes
+            at once.
         CheckpointError: the model cannot be found.
     """
     checkpoint = open_checkpoint(recipe.model, config_only=True)
@@ -43,6 +47,8 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
         try:
             known = variant.skipping(()) if variant.skips_automatically else variant
             resolved[variant.name] = plan_for(checkpoint, known)
+            if variant.schedule is not None:
+                token_counts(checkpoint.config, variant)
         except (PatternError, RecipeError, UnsupportedError) as error:
             mistakes.append(f"variant {variant.name}: {error}")
         if variant.adaptive is not None:
@@ -83,12 +89,23 @@ def _mistakes_of_first_pass(variant: RecipeVariant, checkpoint: Checkpoint) -> I
         resized = any(getattr(step.settings, "image_size", None) for step in variant.all_steps.values())
         if spec.low is not None and not resized:
             require_low(first, spec.low, checkpoint)
+        if (run := spec.run_of_first(variant.run)).schedule is not None:
+            sizes = [getattr(step.settings, "image_size", None) for step in reversed(spec.steps)]
+            token_counts(_of_size(first.config, next(filter(None, [spec.low, *sizes]), None)), run)
         if spec.draft and not variant.trains:
             require_same_classes(first, checkpoint)
         if spec.draft and not variant.chooses_format:
             plan_for(first, variant.skipping(()) if variant.skips_automatically else variant)
     except (CheckpointError, PatternError, RecipeError, UnsupportedError) as error:
         yield f"adaptive: {error}"
+
+
+def _of_size(config: PretrainedConfig, side: int | None) -> PretrainedConfig:
+    """The same for images of `side` x `side` pixels."""
+    config = copy.deepcopy(config)
+    if side is not None:
+        getattr(config, "vision_config", config).image_size = side
+    return config
 
 
 def _finetunes(recipe: Recipe) -> dict[str, FinetuneSpec]:

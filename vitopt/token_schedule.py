@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
@@ -52,6 +52,11 @@ def removed_in(schedule: str, blocks: int) -> tuple[int, ...]:
     first, _, last = schedule.partition("..")
     start, end, span = int(first), int(last or first), max(blocks - 2, 1)
     return (*(round(start + (end - start) * block / span) for block in range(blocks - 1)), 0)
+
+
+def written(removed: Sequence[int]) -> str:
+    """A schedule by its blocks, from the tokens that leave each."""
+    return "_".join(f"{gone}@{block}" for block, gone in enumerate(removed) if gone)
 
 
 def _steps(schedule: str) -> list[tuple[int, int]]:

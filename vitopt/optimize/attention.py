@@ -6,6 +6,7 @@ attention, arXiv 2112.05682), `math` (plain matrix products and a softmax).
 
 import functools
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,9 +77,19 @@ def noting(implementation: str) -> str:
     name = f"noting_{len(_NOTING)}"  # without "flash", see above
     if implementation in _NOTING.values():
         return next(name for name, known in _NOTING.items() if known == implementation)
-    AttentionInterface.register(name, functools.partial(_noting, ALL_ATTENTION_FUNCTIONS[implementation]))
+    attend = functools.partial(ALL_ATTENTION_FUNCTIONS[implementation], _As(implementation))
+    AttentionInterface.register(name, functools.partial(_noting, attend))
     _NOTING[name] = implementation
     return name
+
+
+class _As(torch.nn.Module):
+    """Self-attention of an encoder as an attention function sees it: flash_attention_2 asks its module for the name."""
+
+    def __init__(self, implementation: str):
+        super().__init__()
+        self.config, self.is_causal = SimpleNamespace(_attn_implementation=implementation), False
+        self.eval()
 
 
 def _noting(
@@ -91,7 +102,7 @@ def _noting(
     bias: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    attended, _ = attend(module, query, key, value, attention_mask if bias is None else bias, **options)
+    attended, _ = attend(query, key, value, attention_mask if bias is None else bias, **options)
     note = getattr(module, "note", None)
     return attended, None if note is None else note(query, key)
 

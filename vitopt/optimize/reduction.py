@@ -16,7 +16,7 @@ from vitopt.models.checkpoint import image_size
 from vitopt.models.classes import model_class
 from vitopt.optimize import tokens
 from vitopt.optimize.attention import noting
-from vitopt.optimize.blocks import Block, as_block, is_plain
+from vitopt.optimize.blocks import as_block, is_plain
 from vitopt.recipe import RunSpec
 from vitopt.token_schedule import removed_in
 
@@ -32,9 +32,9 @@ _PROTECTED = {
 class Reduction(nn.Module):
     """What one block does with its tokens: `removed` of them leave, by merging or, with `prunes`, by pruning."""
 
-    def __init__(self, run: RunSpec, removed: int, protected: int, scaling: float):
+    def __init__(self, run: RunSpec, protected: int, scaling: float):
         super().__init__()
-        self.removed, self.protected, self.scaling = removed, protected, scaling
+        self.removed, self.protected, self.scaling = 0, protected, scaling
         self.prunes, self.fuses, self.biases = run.prune_tokens is not None, run.fuse_pruned, run.size_bias
 
     def note(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
@@ -88,14 +88,8 @@ def token_counts(config: PretrainedConfig, run: RunSpec) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def words(counts: Sequence[int]) -> str:
-    """Tokens of each block in words, as `197 tokens, 149 after block 4`."""
-    fewer = (f"{new} after block {b}" for b, (old, new) in enumerate(itertools.pairwise(counts)) if new < old)
-    return ", ".join([f"{counts[0]} tokens", *fewer])
-
-
 def reduce_tokens(model: nn.Module, names: Sequence[str], run: RunSpec) -> int:
-    """Let blocks reduce their tokens, in place, as `run` says; how many do. Without steps answers are the same.
+    """Let blocks reduce their tokens, in place, as `run` says; how many blocks there are. What is not told keeps all.
 
     Raises:
         UnsupportedError: the family or its attention (eager) cannot.
@@ -106,14 +100,21 @@ def reduce_tokens(model: nn.Module, names: Sequence[str], run: RunSpec) -> int:
     if attention == "eager" or not all(is_plain(model.get_submodule(name)) for name in names):
         raise UnsupportedError("fewer tokens need sdpa or flash_attention_2, and blocks as ViT and DeiT have them")
     model.config._attn_implementation = noting(attention)
-    protected = _PROTECTED[model_class(model.config).__name__]
-    for name, (given, left) in zip(names, itertools.pairwise(counts), strict=True):
-        set_reduction(as_block(model, name), given - left, run, protected)
-    as_block(model, names[-1]).last = True
+    for name in names:
+        block = as_block(model, name)
+        block.reduce = Reduction(run, protected_tokens(model.config), float(block.attention.scaling))
+        block.attention.note = block.reduce.note
+    block.last = True
+    set_removed(model, names, [given - left for given, left in itertools.pairwise(counts)])
     return len(names)
 
 
-def set_reduction(block: Block, removed: int, run: RunSpec, protected: int) -> None:
-    """Let a block remove so many tokens; it may have been another number before."""
-    block.reduce = Reduction(run, removed, protected, float(block.attention.scaling))
-    block.attention.note = block.reduce.note
+def set_removed(model: nn.Module, names: Sequence[str], removed: Sequence[int]) -> None:
+    """Let so many tokens leave each block, which `reduce_tokens` has made able to."""
+    for name, gone in zip(names, removed, strict=True):
+        model.get_submodule(name).reduce.removed = gone
+
+
+def protected_tokens(config: PretrainedConfig) -> int:
+    """How many of a model's tokens are no patches and stay: the class token, and that of DeiT's teacher."""
+    return _PROTECTED[model_class(config).__name__]

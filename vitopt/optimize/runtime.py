@@ -31,7 +31,7 @@ from vitopt.optimize.expand import EXPANDABLE, expand
 from vitopt.optimize.formats import live_formats, stored_formats
 from vitopt.optimize.fuse import FusedAttention, fuse_projections
 from vitopt.optimize.patches import multiply_patches
-from vitopt.optimize.reduction import reduce_tokens, token_counts, words
+from vitopt.optimize.reduction import reduce_tokens, token_counts
 from vitopt.optimize.runnable import CheckpointRunnable
 from vitopt.optimize.static import StaticLinear, use_static_scales
 from vitopt.recipe import HeldSpec, RunSpec
@@ -131,6 +131,7 @@ class TorchRunnable(CheckpointRunnable):
                 stored_format=self.stored_format if self.run.run_as else None,
                 asked=self.run.options,
                 ran=self._ran,
+                tokens=token_counts(self.checkpoint.config, self.run) if self.run.schedule else None,
                 reasons=self.reasons,
             ),
             "model": self.describe_model(),
@@ -153,21 +154,16 @@ class TorchRunnable(CheckpointRunnable):
         return {
             "attention": self.attention_used,
             "sdpa_kernel": None,  # a profiled call tells
-            **{option: bool(getattr(self.run, option)) and option not in self.reasons for option in _REWRITES},
-            **self._reduced,
+            **{option: getattr(self.run, option) or False for option in _REWRITES if option not in self.reasons},
+            **{option: False for option in _REWRITES if option in self.reasons},
+            "size_bias": self.run.size_bias and self.run.merge_tokens is not None,
+            "fuse_pruned": self.run.fuse_pruned,
             "static_scales": f"{self._static_layers} layers" if self._static_layers else False,
             "channels_last": self.run.channels_last,
             "compile": self.fixed_shapes,
             "autotune": self.run.autotune and self.fixed_shapes,
             "compile_whole": self.run.compile_whole and self.fixed_shapes,
         } | ({"format": f"{self._format} with some layers in bf16"} if refused.half_layers(self.model) else {})
-
-    @property
-    def _reduced(self) -> dict[str, Option]:
-        """How many tokens the blocks get, where some leave, and how they leave."""
-        run, option = self.run, "merge_tokens" if self.run.merge_tokens else "prune_tokens"
-        told = words(token_counts(self.checkpoint.config, run)) if getattr(run, option) else False
-        return {option: told, "size_bias": run.size_bias and bool(run.merge_tokens), "fuse_pruned": run.fuse_pruned}
 
     def flops_per_image(self) -> int:
         """Arithmetic of one image, of what runs."""
