@@ -17,11 +17,11 @@ from vitopt.models.names import linear_layers, select
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.prune import pruned_config
 from vitopt.optimize.quantize import plan_for
+from vitopt.optimize.resolution import why_not_resized
 from vitopt.recipe import CalibrationSpec, DataSpec, FastestSpec, FinetuneSpec, Recipe, Step
 from vitopt.search.analysis import require_disjoint
 from vitopt.search.fastest import require_enough_images
 from vitopt.steps import BASE, PruneSpec
-from vitopt.training.resolution import why_not_resized
 
 logger = logging.getLogger(__name__)
 

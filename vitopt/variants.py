@@ -2,6 +2,7 @@
 
 import logging
 import pkgutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -84,16 +85,27 @@ class VariantMaker:
         Raises:
             VitoptError: of the choice, or of a step, unless that is a reason for one variant alone to fail.
         """
+        after = self._after(base, variant.step_names, variant.steps)
+        if isinstance(after, str):
+            return Settled(variant, base, failure=after)
+        return self._chosen(variant, after)
+
+    def _after(self, base: Checkpoint, names: Sequence[str], steps: Sequence[Step]) -> Checkpoint | str:
+        """What comes of a checkpoint, or why nothing does."""
         start = base
-        for name, step in zip(variant.step_names, variant.steps, strict=True):
+        for name, step in zip(names, steps, strict=True):
             if name not in self._steps:
                 stage = self._step_stage(f"steps/{name}", start, base, step, tolerated=_TOLERATED)
                 failure = self.run.carry_out(stage)
                 self._steps[name] = self._opened(stage) if failure is None else f"{stage.name}: {failure}"
             outcome = self._steps[name]
             if isinstance(outcome, str):
-                return Settled(variant, base, failure=outcome)
+                return outcome
             base = outcome
+        return base
+
+    def _chosen(self, variant: RecipeVariant, base: Checkpoint) -> Settled:
+        """With what its recipe leaves open chosen on `base`."""
         if variant.fixed_scales is not None:
             return Settled(variant, base, self._calibration(variant.fixed_scales)[0], "int8 scales")
         if variant.skips_automatically:

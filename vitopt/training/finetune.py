@@ -32,10 +32,10 @@ from vitopt.models.checkpoint import (
 from vitopt.models.classes import why_not_trained
 from vitopt.models.names import linear_layers, select
 from vitopt.models.origin import FINETUNE, note_origin
+from vitopt.optimize.resolution import at_resolution, for_resolution, why_not_resized
 from vitopt.recipe import FinetuneSpec
 from vitopt.tracking import Tracking
 from vitopt.training.qat import train_rounded
-from vitopt.training.resolution import at_resolution, for_resolution, why_not_resized
 from vitopt.training.teacher import load_teacher
 from vitopt.training.trainer import (
     Advance,

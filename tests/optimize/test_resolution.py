@@ -12,9 +12,9 @@ from vitopt.data.pixels import Preprocessor, random_pixels
 from vitopt.errors import DataError, RecipeError
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.models.families import FAMILIES
+from vitopt.optimize.resolution import at_resolution, for_resolution, why_not_resized
 from vitopt.recipe import DataSpec, FinetuneSpec
 from vitopt.training.finetune import finetune
-from vitopt.training.resolution import at_resolution, for_resolution, why_not_resized
 
 
 @pytest.mark.parametrize("model_type", [name for name, family in FAMILIES.items() if not family.fixed_size])
