@@ -124,7 +124,7 @@ def test_what_is_told_is_what_the_written_checkpoint_does(tiny: Checkpoint, imag
     assert outcome.parameters[1] == sum(parameter.numel() for parameter in model.parameters())
     assert model.vit.layers[0].mlp.fc1.out_features == 64
     noted = load_origin(tmp_path / "out").last("prune")
-    assert noted is not None and noted["removed"] == list(outcome.removed) and noted["units"] == 64
+    assert noted is not None and noted["removed_blocks"] == list(outcome.removed) and noted["units"] == 64
     (use,) = load_uses(tmp_path / "out")
     assert (use.purpose, set(use.image_sha256)) == ("pruning", set(images.image_hashes))
     quantize(written, VariantSpec(name="v", format="nf4"), tmp_path / "nf4", "cpu")

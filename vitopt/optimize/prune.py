@@ -6,6 +6,7 @@ configurations of transformers declare no width of a head, which would be needed
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +138,9 @@ def prune(
         with storage.staged_folder(output) as folder:
             save_checkpoint(model, processor, folder)
             note_images(checkpoint, images, "pruning", folder)
-            note_origin(checkpoint, folder, "prune", removed=removed, units=width, images=len(images), kl=kl)
+            note_origin(
+                checkpoint, folder, "prune", removed_blocks=removed, units=width, images=len(images), kl=round(kl, 4)
+            )
     return result
 
 
@@ -193,6 +196,10 @@ def _narrow(model: PreTrainedModel, pixels: Sequence[torch.Tensor], width: int) 
     return before, width
 
 
+class _Seen(Exception):
+    """A layer has got its inputs."""
+
+
 def _moments(model: PreTrainedModel, layer: nn.Linear, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
     """Mean of x xᵀ over all inputs x of `layer`, each with a 1 at its end; (inputs + 1, inputs + 1), float64.
 
@@ -207,11 +214,13 @@ def _moments(model: PreTrainedModel, layer: nn.Linear, pixels: Sequence[torch.Te
         inputs = functional.pad(given[0].flatten(0, -2), (0, 1), value=1.0)
         total.add_((inputs.T @ inputs).double())
         rows += len(inputs)
+        raise _Seen  # nothing behind this layer matters
 
     hook = layer.register_forward_pre_hook(add)
     try:
         for batch in pixels:
-            logits(model, batch)
+            with suppress(_Seen):
+                logits(model, batch)
     finally:
         hook.remove()
     if not torch.isfinite(total).all():
