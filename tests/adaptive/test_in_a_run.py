@@ -189,3 +189,10 @@ def test_a_first_pass_shares_its_training_with_a_variant(tiny_checkpoint: Path, 
     assert [*low.all_steps] == [*both.all_steps] == both.first_step_names and both.step_names == []
     other = recipe(tiny_checkpoint, shapes, adaptive("a", steps=steps, draft=str(tiny_checkpoint))).variants[1]
     assert other.first_step_names != both.first_step_names and other.trains
+
+
+def test_a_first_pass_cannot_merge_more_tokens_than_it_has(tiny_checkpoint: Path, shapes: Path) -> None:
+    for changes in ({"low": 16}, {"steps": [{"finetune": {"image_size": 16}}]}):
+        with pytest.raises(RecipeError, match="adaptive: .*tokens"):
+            checks.plans(recipe(tiny_checkpoint, shapes, adaptive("a", first={"merge_tokens": "3"}, **changes)))
+    checks.plans(recipe(tiny_checkpoint, shapes, adaptive("a", first={"merge_tokens": "3"})))
