@@ -16,7 +16,6 @@ def test_the_kernels_are_right_in_tritons_interpreter() -> None:
         sys.executable,
         "-m",
         "pytest",
-        "-q",
         "-p",
         "no:cacheprovider",
         str(Path(__file__).with_name("interpreted.py")),
