@@ -224,10 +224,12 @@ RUN = {
     "carry_residual": True,
     "gelu_epilogue": True,
     "static_scales": True,
-    "patch_product": False,  # the one that goes with no channels_last
+    "fused_kernels": False,  # goes with no carry_residual
+    "patch_product": False,  # goes with no channels_last
     "channels_last": True,
     "compile": True,
     "autotune": True,
+    "dependent_launch": True,
     "compile_whole": True,
 }
 
@@ -245,10 +247,12 @@ def test_a_variant_by_default_runs_as_it_is():
         "carry_residual": False,
         "gelu_epilogue": False,
         "static_scales": False,
+        "fused_kernels": False,
         "patch_product": False,
         "channels_last": False,
         "compile": False,
         "autotune": False,
+        "dependent_launch": False,
         "compile_whole": False,
     }
 
@@ -270,6 +274,12 @@ def variant(**run: object) -> dict[str, object]:
     [
         ({"autotune": True}, "variants.0: `autotune` is a way to compile: set `compile` too"),
         ({"compile_whole": True}, "variants.0: `compile_whole` is a way to compile: set `compile` too"),
+        ({"fused_kernels": True}, "variants.0: `fused_kernels` is a way to compile: set `compile` too"),
+        ({"dependent_launch": True}, "variants.0: `dependent_launch` is a way to compile: set `compile` too"),
+        (
+            {"compile": True, "fused_kernels": True, "carry_residual": True},
+            "variants.0: `fused_kernels` adds within products, `carry_residual` before norms: take one of them",
+        ),
         (
             {"patch_product": True, "channels_last": True},
             "variants.0: `channels_last` is for a convolution, and `patch_product` replaces it: take one of them",
