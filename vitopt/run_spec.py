@@ -30,8 +30,11 @@ class EngineFacts:
 
 ENGINES: dict[str, EngineFacts] = {
     "openvino": EngineFacts("vitopt.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "w8a8")),
-    "onnxruntime": EngineFacts("vitopt.engines.onnxruntime", "onnxruntime", "onnx", ("fp32",)),
+    "onnxruntime": EngineFacts("vitopt.engines.onnxruntime", "onnxruntime", "onnx", ("fp32", "fp16", "w8a8")),
 }
+
+
+_OF_ENGINES = {"engine", "static_scales"}  # what an engine beside torch takes of the options
 
 
 class RunSpec(Spec):
@@ -54,7 +57,7 @@ class RunSpec(Spec):
         False, description="GELU within the product before it, by tanh: answers change, accuracy must be measured"
     )
     static_scales: bool = Field(
-        False, description="inputs of w8a8 and fp8 layers by scales that the step `calibrate` observed: answers change"
+        False, description="inputs of w8a8 and fp8 layers by scales that the images of the step `calibrate` gave"
     )
     patch_product: bool = Field(False, description="patch embedding as a matrix product, no convolution; exact")
     channels_last: bool = Field(False, description="pixels and patch embedding in NHWC memory order")
@@ -71,7 +74,7 @@ class RunSpec(Spec):
 
     @model_validator(mode="after")
     def _options_fit(self) -> "RunSpec":
-        if self.engine in ENGINES and (useless := self.changed(*(set(RunSpec.model_fields) - {"engine"}))):
+        if self.engine in ENGINES and (useless := self.changed(*(set(RunSpec.model_fields) - _OF_ENGINES))):
             raise ValueError(f"`engine: {self.engine}` computes in its own way, so leave {useless} out")
         for way in ("autotune", "compile_whole"):
             if getattr(self, way) and not self.compile:
