@@ -16,6 +16,7 @@ from vitopt.errors import UnsupportedError
 from vitopt.measure.logit_statistics import mean_kl_divergence
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint
 from vitopt.recipe import DataSpec, LatencySpec, RunSpec, VariantSpec
+from vitopt.report.sensitivity import write_sensitivity_page
 from vitopt.search import rebuilt
 from vitopt.search.analysis import analyse, analyse_for
 from vitopt.search.confirmation import divide
@@ -117,6 +118,8 @@ def test_the_kind_that_carries_the_damage_is_kept(engine, checkpoint, images, tm
     parameters = sum(p.numel() for n, p in load_model(checkpoint).named_parameters() if "fc2.weight" in n)
     assert points[("fc2",)].extra_bytes == 3 * parameters  # 4 bytes instead of 1
     assert sorted(file.name for file in tmp_path.iterdir() if not file.name.startswith(".")) == ["made", "s.json"]
+    page = write_sensitivity_page(tmp_path / "s.json").read_text()
+    assert "kinds of layer" in page and f"skip: [{', '.join(result.search.chosen)}]" in page
 
 
 def test_scales_come_from_their_images_and_are_an_input(engine, checkpoint, images, tmp_path):

@@ -38,5 +38,7 @@ def by_name(result: Sensitivity) -> dict[str, UnitScores]:
 
 def kind(result: Sensitivity, count: int = 2) -> str:
     """What the units are called, in the singular for a count of one."""
-    word = {"linear": "layer", "kind": "kind of layer"}.get(result.granularity, "block")
-    return word if count == 1 else f"{word}s"
+    one, more = {"linear": ("layer", "layers"), "kind": ("kind of layer", "kinds of layer")}.get(
+        result.granularity, ("block", "blocks")
+    )
+    return one if count == 1 else more
