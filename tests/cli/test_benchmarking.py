@@ -83,10 +83,10 @@ def test_a_row_that_fails_tells_why_in_the_csv(
 ) -> None:
     make = inference.make
 
-    def fails(checkpoint, variant, *rest):
+    def fails(checkpoint, variant, *rest, **options):
         if variant.format == "bf16":
             raise UnsupportedError("no bf16 today")
-        return make(checkpoint, variant, *rest)
+        return make(checkpoint, variant, *rest, **options)
 
     monkeypatch.setattr(inference, "make", fails)
     result = vitopt("benchmark", tiny_checkpoint, "--format", "fp32,bf16", *QUICK, "--csv", tmp_path / "rows.csv")

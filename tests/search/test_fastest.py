@@ -190,10 +190,10 @@ def test_a_candidate_that_cannot_be_made_is_left_out(
 ) -> None:
     real: Callable[..., object] = inference.make
 
-    def no_w8a8(source: Checkpoint, variant: object, *rest: object) -> object:
+    def no_w8a8(source: Checkpoint, variant: object, *rest: object, **options: object) -> object:
         if variant.format == "w8a8":  # type: ignore[attr-defined]
             raise CheckpointError("no such luck")
-        return real(source, variant, *rest)
+        return real(source, variant, *rest, **options)
 
     monkeypatch.setattr(inference, "make", no_w8a8)
     images = open_images(DataSpec(source=str(shapes)), "train")
