@@ -111,16 +111,6 @@ class AutoSkipSpec(CalibrationSpec):
         return self
 
 
-def objective_of(engine: str) -> Literal["size", "latency"]:
-    """What a kept layer costs where a recipe does not say."""
-    return "latency" if engine in ENGINES else "size"
-
-
-def granularity_of(engine: str) -> Literal["block", "kind"]:
-    """The units of a sensitivity where a recipe does not say: a file of an engine takes long to make."""
-    return "kind" if engine in ENGINES else "block"
-
-
 class FastestSpec(CalibrationSpec):
     """How `format: auto` chooses: the fastest format here that is shown to agree with fp32 on calibration images."""
 

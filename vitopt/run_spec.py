@@ -34,6 +34,16 @@ ENGINES: dict[str, EngineFacts] = {
 }
 
 
+def objective_of(engine: str) -> Literal["size", "latency"]:
+    """What a kept layer costs where a recipe does not say."""
+    return "latency" if engine in ENGINES else "size"
+
+
+def granularity_of(engine: str) -> Literal["block", "kind"]:
+    """The units of a sensitivity where a recipe does not say: a file of an engine takes long to make."""
+    return "kind" if engine in ENGINES else "block"
+
+
 _OF_ENGINES = {"engine", "static_scales"}  # what an engine beside torch takes of the options
 
 

@@ -13,7 +13,8 @@ from vitopt.measure import end_to_end
 from vitopt.measure.latency import clock_for
 from vitopt.models.checkpoint import Checkpoint, empty_model
 from vitopt.models.names import linear_layers
-from vitopt.recipe import CHOOSING, FinetuneSpec, Recipe, VariantSpec, granularity_of
+from vitopt.recipe import CHOOSING, FinetuneSpec, Recipe, VariantSpec
+from vitopt.run_spec import granularity_of
 
 _SECONDS = 2.0  # for each type of number
 _MOST_CALLS = 20

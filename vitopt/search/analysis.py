@@ -24,7 +24,8 @@ from vitopt.models.checkpoint import Checkpoint, load_model, load_processor
 from vitopt.models.names import Layer, block_names
 from vitopt.optimize.formats import quantization_config
 from vitopt.optimize.quantize import plan_for
-from vitopt.recipe import ENGINES, Engine, VariantSpec, granularity_of, objective_of
+from vitopt.recipe import ENGINES, Engine, VariantSpec
+from vitopt.run_spec import granularity_of, objective_of
 from vitopt.search.confirmation import divide, loss, loss_with_share
 from vitopt.search.costs import extra_bytes, extra_ms
 from vitopt.search.goal import Goal, power_note
