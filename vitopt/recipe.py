@@ -87,8 +87,7 @@ class AutoSkipSpec(CalibrationSpec):
     )
     granularity: Literal["block", "linear", "kind"] | None = Field(
         None,
-        description="blocks, single linear layers, or kinds of layer in all blocks; null is block, and kind for an "
-        "engine, which makes a file for each",
+        description="blocks, linear layers, or kinds of layer in all blocks; null is block, and kind for an engine",
     )
     # 512 choose and 1,536 confirm. That shows the floor of one point where up to 1.3 % of the images change sides, and
     # half a point where hardly any does: 0.5 points take 1,020 images if none changes, and 5,000 if 1 % do.
