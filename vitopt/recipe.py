@@ -86,8 +86,7 @@ class AutoSkipSpec(CalibrationSpec):
         None, description="what a kept layer costs; null is size, and latency for an engine"
     )
     granularity: Literal["block", "linear", "kind"] | None = Field(
-        None,
-        description="blocks, linear layers, or kinds of layer in all blocks; null is block, and kind for an engine",
+        None, description="blocks, linear layers, or kinds of these in all blocks; null is block, for an engine kind"
     )
     # 512 choose and 1,536 confirm. That shows the floor of one point where up to 1.3 % of the images change sides, and
     # half a point where hardly any does: 0.5 points take 1,020 images if none changes, and 5,000 if 1 % do.
