@@ -559,7 +559,6 @@ def test_a_dumped_variant_starts_with_its_name_and_how_it_is_held(recipe_file):
         *RUN,
         "fastest",
         "steps",
-        "fixed_scales",
     ]
     assert "data: null\n" in dumped and "\n- name: a\n" in dumped
     assert load_recipe(recipe_file(dumped)) == recipe
@@ -698,12 +697,15 @@ def test_a_file_of_mistakes_alone_is_answered_soon_and_shortly(tmp_path):
     [
         ({"format": "fp32", "engine": "openvino", "compile": True}, ["openvino", "`compile`"]),
         ({"format": "nf4", "engine": "openvino"}, ["openvino", "nf4", "fp32, bf16, w8a8"]),
-        ({"format": "w8a8", "engine": "onnxruntime"}, ["onnxruntime", "w8a8"]),
+        ({"format": "bf16", "engine": "onnxruntime"}, ["onnxruntime", "bf16"]),
         ({"format": "w8a8", "engine": "openvino", "layers": {"fc1": "fp8"}}, ["openvino", "fp8"]),
-        ({"format": "w8a8", "engine": "openvino", "skip": "auto"}, ["`skip: auto`", "torch"]),
         ({"format": "w8a8", "engine": "openvino", "half": "fp16"}, ["openvino", "`half`"]),
-        ({"format": "w8a8", "fixed_scales": {"images": 9}}, ["`fixed_scales`"]),
-        ({"format": "fp32", "engine": "openvino", "fixed_scales": {}}, ["`fixed_scales`"]),
+        ({"format": "w8a8", "engine": "openvino", "fixed_scales": {"images": 9}}, ["fixed_scales", "static_scales"]),
+        ({"format": "fp32", "engine": "openvino", "static_scales": True}, ["`static_scales`", "fp32"]),
+        (
+            {"format": "w8a8", "engine": "openvino", "static_scales": True},
+            ["of a needs images", "steps: [calibrate]"],
+        ),
         ({"format": "fp32", "engine": "tensorflow"}, ["engine", "'torch', 'openvino' or 'onnxruntime'"]),
     ],
 )
@@ -713,8 +715,11 @@ def test_what_an_engine_does_not_do_is_refused(content, words):
 
 
 def test_calibration_of_an_engine_needs_data_and_names_its_images():
-    content = {"name": "a", "format": "w8a8", "engine": "openvino", "fixed_scales": {"images": 9, "split": "other"}}
+    content = {"name": "a", "format": "w8a8", "engine": "openvino", "static_scales": True}
+    content["steps"] = [{"calibrate": {"images": 5}}, {"calibrate": {"images": 9, "split": "other"}}]
     recipe = validate(Recipe, changed(data="digits", variants=[content]), where="r")
-    assert recipe.variants[0].calibration.images == 9 and recipe.variants[0].wants_images == ["`fixed_scales`"]
+    assert recipe.variants[0].scaling_step.settings.images == 9
     (line,) = mistakes({key: value for key, value in changed(variants=[content]).items() if key != "data"})
-    assert "`fixed_scales` of a needs `data`" in line
+    assert "step calibrate of a needs `data`" in line
+    of_random_weights = {"name": "r", "model": "random:vit-tiny-patch16-224", "variants": [{**content, "steps": []}]}
+    assert validate(Recipe, of_random_weights, where="r").variants[0].scaling_step is None

@@ -30,8 +30,21 @@ class EngineFacts:
 
 ENGINES: dict[str, EngineFacts] = {
     "openvino": EngineFacts("vitopt.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "w8a8")),
-    "onnxruntime": EngineFacts("vitopt.engines.onnxruntime", "onnxruntime", "onnx", ("fp32",)),
+    "onnxruntime": EngineFacts("vitopt.engines.onnxruntime", "onnxruntime", "onnx", ("fp32", "fp16", "w8a8")),
 }
+
+
+def objective_of(engine: str) -> Literal["size", "latency"]:
+    """What a kept layer costs where a recipe does not say."""
+    return "latency" if engine in ENGINES else "size"
+
+
+def granularity_of(engine: str) -> Literal["block", "kind"]:
+    """The units of a sensitivity where a recipe does not say: a file of an engine takes long to make."""
+    return "kind" if engine in ENGINES else "block"
+
+
+_OF_ENGINES = {"engine", "static_scales"}  # what an engine beside torch takes of the options
 
 
 class RunSpec(Spec):
@@ -54,7 +67,7 @@ class RunSpec(Spec):
         False, description="GELU within the product before it, by tanh: answers change, accuracy must be measured"
     )
     static_scales: bool = Field(
-        False, description="inputs of w8a8 and fp8 layers by scales that the step `calibrate` observed: answers change"
+        False, description="inputs of w8a8 and fp8 layers by scales that the images of the step `calibrate` gave"
     )
     fused_kernels: bool = Field(
         False,
@@ -78,7 +91,7 @@ class RunSpec(Spec):
 
     @model_validator(mode="after")
     def _options_fit(self) -> "RunSpec":
-        if self.engine in ENGINES and (useless := self.changed(*(set(RunSpec.model_fields) - {"engine"}))):
+        if self.engine in ENGINES and (useless := self.changed(*(set(RunSpec.model_fields) - _OF_ENGINES))):
             raise ValueError(f"`engine: {self.engine}` computes in its own way, so leave {useless} out")
         for way in ("autotune", "compile_whole", "fused_kernels", "dependent_launch"):
             if getattr(self, way) and not self.compile:
