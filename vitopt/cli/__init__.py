@@ -20,6 +20,7 @@ from vitopt.cli.quantizing import quantize, sensitivity
 from vitopt.cli.recipes import report, run
 from vitopt.cli.running import evaluate
 from vitopt.cli.starting import doctor, init
+from vitopt.cli.stepping import step_commands
 from vitopt.cli.training import finetune
 
 app = typer.Typer(
@@ -33,8 +34,8 @@ app = typer.Typer(
 
 # In the order of the help.
 for _command in (
-    run, finetune, quantize, sensitivity, evaluate, benchmark, compare, plan, predict, report, export, push, doctor,
-    init,
+    run, finetune, *step_commands(), quantize, sensitivity, evaluate, benchmark, compare, plan, predict, report, export,
+    push, doctor, init,
 ):  # fmt: skip
     app.command()(clear_errors(_command))
 
