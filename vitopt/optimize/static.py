@@ -27,7 +27,7 @@ class _Kind:
     most_noise: float
 
 
-KINDS = {"w8a8": _Kind(torch.int8, 127.0, 3e-3), "fp8": _Kind(torch.float8_e4m3fn, 448.0, 1e-2)}
+KINDS = {"w8a8": _Kind(torch.int8, 127.0, 1e-3), "fp8": _Kind(torch.float8_e4m3fn, 448.0, 1e-2)}
 _OF_TENSOR = {"Int8Tensor": "w8a8", "Float8Tensor": "fp8"}  # torchao's
 
 
