@@ -4,6 +4,7 @@ Nothing heavy is imported before a command needs it, so that help and refused re
 """
 
 import signal
+from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 import typer
@@ -35,10 +36,11 @@ app = typer.Typer(
 )
 
 # In the order of the help.
-for _command in (
+_commands: tuple[Callable[..., None], ...] = (
     run, finetune, *step_commands(), quantize, sensitivity, evaluate, benchmark, compare, plan, predict, serve, load,
     report, export, push, doctor, init,
-):  # fmt: skip
+)  # fmt: skip
+for _command in _commands:
     app.command()(clear_errors(_command))
 
 
