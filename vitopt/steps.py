@@ -89,7 +89,7 @@ class FinetuneSpec(Spec):
 
 
 class CalibrateSpec(CalibrationSpec):
-    """How large the inputs of each layer are, over calibration images: what `static_scales` runs with."""
+    """Observe what each layer takes over calibration images: `static_scales` runs with it."""
 
     images: ImageCount = Field(128, description="calibration images, spread over the classes")
 
@@ -99,8 +99,19 @@ class CalibrateSpec(CalibrationSpec):
         return "observing layers"
 
 
+class SmoothSpec(CalibrationSpec):
+    """Make the columns of what layers take alike, answers unchanged: 8 bits then lose less (SmoothQuant)."""
+
+    images: ImageCount = Field(128, description="calibration images, spread over the classes")
+
+    @property
+    def words(self) -> str:
+        """What it does, for the line that a run prints."""
+        return "smoothing layers"
+
+
 class PruneSpec(CalibrationSpec):
-    """What is removed of a model: whole blocks, units of its feed-forward layers, or both."""
+    """Remove whole blocks, units of the feed-forward layers, or both: an ordinary, smaller model; then fine-tune it."""
 
     images: ImageCount = Field(128, description="calibration images, spread over the classes")
     depth: int = Field(0, ge=0, le=256, description="how many blocks are removed")
@@ -136,6 +147,7 @@ class StepKind:
 STEPS: dict[str, StepKind] = {
     "finetune": StepKind(FinetuneSpec, "vitopt.training.finetune:finetune", "training"),
     "prune": StepKind(PruneSpec, "vitopt.optimize.prune:prune", "calibration"),
+    "smooth": StepKind(SmoothSpec, "vitopt.optimize.smooth:smooth", "calibration"),
     "calibrate": StepKind(CalibrateSpec, "vitopt.optimize.calibrate:calibrate", "calibration"),
 }
 

@@ -15,13 +15,12 @@ from vitopt.adaptive.make import make as adapt
 from vitopt.checks import calibration_images, step_images
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
-from vitopt.engines import package
+from vitopt.engines.runtime import make
 from vitopt.environment import devices, launch, machine
 from vitopt.errors import CheckpointError, MeasurementError, RecordError, UnsupportedError, VitoptError
 from vitopt.measure.predictions import PREDICTIONS_FILE
 from vitopt.models.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
-from vitopt.optimize.quantize import quantize
-from vitopt.recipe import CalibrationSpec, FinetuneSpec, Recipe, RecipeVariant, Step
+from vitopt.recipe import ENGINES, CalibrationSpec, FinetuneSpec, Recipe, RecipeVariant, Step
 from vitopt.records import RECORD_FILE
 from vitopt.search.analysis import analyse_for
 from vitopt.search.fastest import Choice, find_fastest, how_measured, load_choice, save_choice
@@ -41,14 +40,16 @@ _TOLERATED = (CheckpointError, MeasurementError, UnsupportedError)
 class Settled:
     """A variant of which nothing is open: in which format it is made, and of which checkpoint.
 
-    `images`: those on which its skip list or format was chosen, and the `purpose`, what was chosen. `chosen`: why it
-    has this format, where that was left open. `failure`: why its steps could not be done.
+    `images`: those on which its skip list or format was chosen, and the `purpose`, what was chosen. `scales`: those
+    that give an engine its static scales. `chosen`: why it has this format, where that was left open. `failure`: why
+    its steps could not be done.
     """
 
     variant: RecipeVariant
     base: Checkpoint
     images: ImageSet | None = None
-    purpose: Literal["skip list", "format", "int8 scales"] = "skip list"
+    purpose: Literal["skip list", "format"] = "skip list"
+    scales: ImageSet | None = None
     chosen: str | None = None
     failure: str | None = None
     first: Checkpoint | None = None  # what the first pass of an adaptive variant is made of
@@ -115,11 +116,14 @@ class VariantMaker:
 
     def _chosen(self, variant: RecipeVariant, base: Checkpoint) -> Settled:
         """With what its recipe leaves open chosen on `base`."""
-        if variant.fixed_scales is not None:
-            return Settled(variant, base, self._calibration(variant.fixed_scales)[0], "int8 scales")
+        scales = None
+        if (scaling := variant.scaling_step) is not None and self.recipe.data is not None:
+            scales = step_images(self.recipe.data, scaling)
         if variant.skips_automatically:
-            return self._with_skip_list(variant, base)
-        return self._with_format(variant, base) if variant.chooses_format else Settled(variant, base)
+            return self._with_skip_list(variant, base, scales)
+        if variant.chooses_format:
+            return self._with_format(variant, base, scales)
+        return Settled(variant, base, scales=scales)
 
     def make(self, settled: Settled) -> str | None:
         """Make the variant's checkpoint; the reason where that fails, None where it is there."""
@@ -178,7 +182,7 @@ class VariantMaker:
             fit_labels(self.test, checkpoint.label_names)
         return checkpoint
 
-    def _with_skip_list(self, variant: RecipeVariant, base: Checkpoint) -> Settled:
+    def _with_skip_list(self, variant: RecipeVariant, base: Checkpoint, scales: ImageSet | None) -> Settled:
         device, output = self.recipe.device, self.run.path / choice_files(variant)[0]
         images, skip_bad = self._calibration(variant.auto)
 
@@ -187,9 +191,9 @@ class VariantMaker:
                 known = self.run.path / f"sensitivity/{other.name}.json"
                 same = self.run.completed.get(f"sensitivity {other.name}") == stage.fingerprint
                 if known != output and same and ownership.is_whole(known):
-                    analyse_for(base, images, variant, output, device, skip_bad=skip_bad, known=known)
+                    analyse_for(base, images, variant, output, device, scales=scales, skip_bad=skip_bad, known=known)
                     return f"the same as of {other.name}"
-            analyse_for(base, images, variant, output, device, skip_bad=skip_bad)
+            analyse_for(base, images, variant, output, device, scales=scales, skip_bad=skip_bad)
             return None
 
         stage: Stage[Sensitivity] = Stage(
@@ -200,6 +204,9 @@ class VariantMaker:
                 variant.format,
                 variant.half,
                 variant.auto.model_dump(mode="json"),
+                [variant.engine, variant.static_scales, scales and scales.sha256]
+                if variant.engine in ENGINES
+                else None,
                 skip_bad,
                 SENSITIVITY_SCHEMA,
             ],
@@ -217,16 +224,24 @@ class VariantMaker:
         self.run.say(f"{stage.name}: keeps {', '.join(search.chosen) or 'nothing'} in 16 bit")
         if search.advice:
             logger.warning("%s: %s", variant.name, search.advice)
-        return Settled(variant.skipping(search.chosen), base, images)
+        return Settled(variant.skipping(search.chosen), base, images, scales=scales)
 
-    def _with_format(self, variant: RecipeVariant, base: Checkpoint) -> Settled:
+    def _with_format(self, variant: RecipeVariant, base: Checkpoint, scales: ImageSet | None) -> Settled:
         device, output = self.recipe.device, self.run.path / choice_files(variant)[0]
         images, skip_bad = self._calibration(variant.fastest)
         evaluate = how_measured(self.recipe.evaluate)
 
         def work() -> None:
             choice = find_fastest(
-                base, images, variant.fastest, evaluate, half=variant.half, device=device, skip_bad=skip_bad
+                base,
+                images,
+                variant.fastest,
+                evaluate,
+                half=variant.half,
+                engine=variant.engine,
+                scales=scales,
+                device=device,
+                skip_bad=skip_bad,
             )
             if choice is not None:
                 save_choice(choice, output)
@@ -238,6 +253,7 @@ class VariantMaker:
                 images.sha256,
                 variant.half,
                 variant.fastest.model_dump(mode="json"),
+                _of_engine(variant, scales),
                 evaluate.model_dump(mode="json"),
                 skip_bad,
                 [torch.get_num_threads(), machine.threads_bound(), threads.waiting()],
@@ -253,7 +269,7 @@ class VariantMaker:
         self.run.say(f"{stage.name}: {choice.sentence()}")
         for line in choice.undecided():
             logger.warning("%s: %s", variant.name, line)
-        return Settled(variant.with_choice(choice.variant), base, images, "format", choice.sentence())
+        return Settled(variant.with_choice(choice.variant), base, images, "format", scales, choice.sentence())
 
     def _calibration(self, spec: CalibrationSpec) -> tuple[ImageSet, bool]:
         """The images on which something is chosen, and whether broken ones are left out."""
@@ -272,8 +288,9 @@ class VariantMaker:
                 if folder != output and same and all(map(ownership.is_whole, _checkpoint_files(folder))):
                     storage.copy_folder(folder, output, leave_out=_MEASURED)
                     return f"the same weights as {other.name}"
+            noted: dict[str, Any] = {"images": images, "purpose": settled.purpose, "scales": settled.scales}
             try:
-                return self._made(settled, output)
+                return self._made(settled, output, noted)
             except _TOLERATED:
                 self._remove_earlier(variant.name)
                 raise
@@ -282,8 +299,11 @@ class VariantMaker:
             f"variant {variant.name}",
             inputs=[
                 base.fingerprint(),
-                variant.model_dump(mode="json", include={"format", "half", "skip", "layers", "engine"}),
+                variant.model_dump(mode="json", include={"format", "half", "skip", "layers"}),
                 None if images is None else [images.sha256, settled.purpose],
+                [variant.static_scales, settled.scales and settled.scales.sha256]
+                if variant.engine in ENGINES
+                else None,
                 *self._inputs_of_rule(settled),
             ],
             files=_checkpoint_files(output),
@@ -294,23 +314,21 @@ class VariantMaker:
         )
         return stage
 
-    def _made(self, settled: Settled, output: Path) -> str:
+    def _made(self, settled: Settled, output: Path, noted: dict[str, Any]) -> str:
         """Make the variant's checkpoint, both of an adaptive one; in a few words what was made."""
         variant, device, spec = settled.variant, self.recipe.device, settled.variant.adaptive
-        form = quantize if variant.engine == "torch" else package.make
-        options: dict[str, Any] = {"images": settled.images, "purpose": settled.purpose}
         if spec is None or settled.first is None:
-            return form(settled.base, variant, output, device, **options).summary()
+            return make(settled.base, variant, output, device, **noted).summary()
         images, skip_bad = self._calibration(spec)
         with storage.temporary_folder() as folder:
-            form(settled.base, variant, folder / "second", device, **options)
+            make(settled.base, variant, folder / "second", device, **noted)
             first = second = open_checkpoint(str(folder / "second"))
             if spec.low is not None or settled.first is not settled.base:
                 small = settled.first
                 if spec.low is not None:
                     require_low(small, spec.low, settled.base)
                     small = at_size(small, spec.low, folder / "small")
-                form(small, variant, folder / "first", device, **options)
+                make(small, variant, folder / "first", device, **noted)
                 first = open_checkpoint(str(folder / "first"))
             how: dict[str, Any] = {"run": variant.run, "asked": variant, "skip_bad": skip_bad}
             return adapt(first, second, spec, output, device, images=images, **how).promise
@@ -328,6 +346,11 @@ class VariantMaker:
         folder = self.run.variant(name)
         if launch.is_main_process() and any(folder.glob("*.safetensors")):
             storage.remove(folder)
+
+
+def _of_engine(variant: RecipeVariant, scales: ImageSet | None) -> list[Any] | None:
+    """What the file of an engine depends on beside the format; None for torch."""
+    return [variant.engine, variant.static_scales, scales and scales.sha256] if variant.engine in ENGINES else None
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
