@@ -172,7 +172,7 @@ def _has_gelu(host: nn.Module) -> bool:
 
 
 def is_plain(host: nn.Module) -> bool:
-    """Whether a module is a pre-norm block whose parts are known."""
+    """Whether a block is one of those that this file knows, as its host made it or rewritten."""
     return isinstance(host, Block) or {name for name, _ in host.named_children()} == _PARTS
 
 
