@@ -224,11 +224,11 @@ RUN = {
     "carry_residual": True,
     "gelu_epilogue": True,
     "static_scales": True,
+    "fused_kernels": False,  # goes with no carry_residual and no merge_tokens
     "merge_tokens": "16..0",
     "size_bias": False,
     "prune_tokens": None,  # those two go with no merge_tokens
     "fuse_pruned": False,
-    "fused_kernels": False,  # goes with no carry_residual
     "patch_product": False,  # goes with no channels_last
     "channels_last": True,
     "compile": True,
