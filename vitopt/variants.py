@@ -232,6 +232,7 @@ class VariantMaker:
     def _variant_stage(self, settled: Settled) -> Stage[Path]:
         variant, base, images = settled.variant, settled.base, settled.images
         output = self.run.variant(variant.name)
+        rounding = None if variant.rounding is None else self._calibration(variant.rounding)[0]
 
         def work() -> str:
             for other in self.recipe.variants:
@@ -241,8 +242,10 @@ class VariantMaker:
                     storage.copy_folder(folder, output, leave_out=_MEASURED)
                     return f"the same weights as {other.name}"
             try:
-                make = quantize if variant.engine == "torch" else package.make
-                return make(base, variant, output, self.recipe.device, images=images, purpose=settled.purpose).summary()
+                options: dict[str, Any] = {"images": images, "purpose": settled.purpose}
+                if variant.engine != "torch":
+                    return package.make(base, variant, output, self.recipe.device, **options).summary()
+                return quantize(base, variant, output, self.recipe.device, **options, calibration=rounding).summary()
             except _TOLERATED:
                 self._remove_earlier(variant.name)
                 raise
@@ -251,8 +254,9 @@ class VariantMaker:
             f"variant {variant.name}",
             inputs=[
                 base.fingerprint(),
-                variant.model_dump(mode="json", include={"format", "half", "skip", "layers", "engine"}),
+                variant.model_dump(mode="json", include={"format", "half", "skip", "layers", "engine", "rounding"}),
                 None if images is None else [images.sha256, settled.purpose],
+                None if rounding is None else rounding.sha256,
             ],
             files=_checkpoint_files(output),
             work=work,

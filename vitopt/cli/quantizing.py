@@ -11,7 +11,7 @@ from vitopt.cli.options import Fields, from_fields, refuse
 from vitopt.cli.printing import out, print_json, print_sensitivity, print_table, say
 from vitopt.errors import RecipeError
 from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
-from vitopt.recipe import AUTO, AutoSkipSpec, DataSpec, EvaluateSpec, FastestSpec, VariantSpec
+from vitopt.recipe import AUTO, AutoSkipSpec, DataSpec, EvaluateSpec, FastestSpec, RoundingSpec, VariantSpec
 from vitopt.recipe_file import validate
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ def _with_its_goal(auto: AutoSkipSpec) -> AutoSkipSpec:
 def _refuse_without_effect(context: typer.Context) -> None:
     asked = context.params
     automatic = asked["skip"] == [AUTO]
+    if asked["rounding"] == "nearest":
+        because = "only --rounding gptq looks at calibration images"
+        refuse(context, "calibrate", *_ROUNDED.named.values(), *_ROUNDED.paths[2:], because=because)
     if not automatic:
         because = "only --skip auto searches for a skip list"
         searching = ("max_top1_drop", "max_kl_share", "objective", "granularity", "sample", "sensitivity")
@@ -66,6 +69,12 @@ def _refuse_without_effect(context: typer.Context) -> None:
     if asked["format"] not in QUANTIZED_FORMATS:
         because = f"format {asked['format']} quantizes nothing, so every layer is {asked['format']}"
         refuse(context, "half", because=because)
+
+
+_ROUNDED = Fields(
+    ("images", "batch_size", "search_scales", "damping", "tuning_steps", "learning_rate"),
+    named={"images": "calibration_images", "batch_size": "tuning_batch_size"},
+)
 
 
 @from_fields(_refuse_without_effect)
@@ -95,6 +104,19 @@ def quantize(
         ),
     ],
     auto: Annotated[AutoSkipSpec, _search_fields("sensitivity")],
+    rounding: Annotated[
+        Literal["nearest", "gptq"],
+        typer.Option(help="How weights are rounded: one by one, or by what their layers give on calibration images."),
+    ] = "nearest",
+    calibrate: Annotated[
+        DataSpec | None,
+        Fields(
+            ("source",),
+            named={"source": "calibrate"},
+            help={"source": "images for --rounding gptq: the train split, never your test images; labels are not used"},
+        ),
+    ],
+    rounded: Annotated[RoundingSpec, _ROUNDED],
     half: HalfOption = HALF,
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
@@ -107,15 +129,21 @@ def quantize(
             raise RecipeError("--format auto needs --data: images on which the formats are compared with fp32")
         if skip:
             raise RecipeError("--format auto compares whole formats: choose one, then --skip keeps layers in 16 bit")
+        if rounding != "nearest":
+            raise RecipeError("--format auto compares formats as they round: choose one, then add --rounding gptq")
         start(as_json, threads)
         _quantize_to_fastest(checkpoint, calibration, output, fastest, half, device, as_json)
         return
     content: dict[str, Any] = {"name": "variant", "format": format, "skip": skip or [], "half": half}
     if skip == [AUTO]:
         content["auto"] = _with_its_goal(auto)
+    if rounding == "gptq":
+        content["rounding"] = rounded
     variant = validate(VariantSpec, content, where="quantize")
     if variant.skips_automatically and calibration is None:
         raise RecipeError("--skip auto needs --data: calibration images on which the skip list is chosen")
+    if variant.rounding is not None and calibrate is None:
+        raise RecipeError("--rounding gptq needs --calibrate: images on which weights are rounded")
     start(as_json, threads)
     from vitopt.data.images import open_images
     from vitopt.models.checkpoint import disk_bytes, open_checkpoint
@@ -123,13 +151,15 @@ def quantize(
     from vitopt.report.table import human_bytes
 
     opened = open_checkpoint(checkpoint)
-    images = None
-    with storage.reserved(output, opened.folder, calibration.folder if calibration else None):
+    images = seen = None
+    with storage.reserved(output, opened.folder, *(data.folder for data in (calibration, calibrate) if data)):
+        if calibrate is not None and variant.rounding is not None:
+            seen = open_images(calibrate.model_copy(update={"limit": variant.rounding.images}), variant.rounding.split)
         if calibration is not None and variant.skips_automatically:
             images = open_images(calibration, "train")
             variant = _choose_skip_list(opened, variant, images, calibration, output, device)
         with progress.task(f"quantizing to {format}", None):
-            plan = write(opened, variant, output, device, images=images)
+            plan = write(opened, variant, output, device, images=images, calibration=seen)
         add_card(output)
     size = disk_bytes(output)
     if as_json:
