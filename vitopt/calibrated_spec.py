@@ -51,12 +51,13 @@ class FastestSpec(CalibrationSpec):
 class RoundingSpec(CalibrationSpec):
     """How `rounding: gptq` rounds weights: on calibration images, without their labels.
 
-    GPTQ: Frantar et al., arXiv 2210.17323. What stays in 16 bit is then tuned towards the float model's logits.
+    GPTQ: Frantar et al., arXiv 2210.17323. With `tuning_steps` what is not in codes, and the scales, then learn the
+    float model's logits.
     """
 
     images: ImageCount = Field(256, description="calibration images, spread over the classes")
     search_scales: bool = Field(
-        True, description="choose scales and codes by the error of the outputs; false: scales span the weights"
+        True, description="search scales and codes by what they change in the logits; false: plain GPTQ"
     )
     damping: float = Field(0.01, gt=0, le=10, description="added to the Hessian's diagonal, in shares of its mean")
     tuning_steps: int = Field(
@@ -66,7 +67,7 @@ class RoundingSpec(CalibrationSpec):
         description="steps in which what is not in codes learns the float model's logits",
     )
     batch_size: BatchSize = Field(16, description="images per step of the tuning")
-    learning_rate: float = Field(1e-3, gt=0, le=1, description="highest learning rate of the tuning")
+    learning_rate: float = Field(1e-4, gt=0, le=1, description="highest learning rate of the tuning")
 
     @property
     def words(self) -> str:

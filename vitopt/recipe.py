@@ -114,9 +114,10 @@ class VariantSpec(RunSpec, HeldSpec):
         if self.rounding is None:
             return self
         known = [name for name, facts in FORMATS.items() if facts.calibrated]
-        formats = [format for format in (self.format, *self.layers.values()) if format in (*QUANTIZED_FORMATS, AUTO)]
-        if not formats or not set(formats) <= set(known):
-            raise ValueError(f"`rounding: gptq` is for {', '.join(known)}, not {(*formats, self.format)[0]}")
+        formats = [format for format in (self.format, *self.layers.values()) if format in QUANTIZED_FORMATS]
+        others = [format for format in formats or [self.format] if format not in (*known, AUTO)]
+        if others:
+            raise ValueError(f"`rounding: gptq` is for {', '.join(known)}, not {others[0]}")
         if self.engine != "torch":
             raise ValueError(f"`engine: {self.engine}` rounds weights itself: leave `rounding` out")
         return self

@@ -1,4 +1,4 @@
-"""Codes and scales are in the library's tensors exactly as they were chosen: its own unpacking gives the same weights."""
+"""Codes and scales are in the tensors exactly as they were chosen: the library itself unpacks the same weights."""
 
 from pathlib import Path
 

@@ -145,3 +145,13 @@ def test_a_grid_with_zeros_holds_a_range_that_is_not_symmetric() -> None:
 def test_a_hessian_that_is_not_positive_definite_is_refused() -> None:
     with pytest.raises(torch.linalg.LinAlgError):
         compensated(torch.ones(2, 4), torch.zeros(4, 4), Grid(INTEGERS, 4))
+
+
+def test_moments_count_tokens_by_their_weights() -> None:
+    tokens = torch.randn(30, 4, generator=torch.Generator().manual_seed(5))
+    counts = torch.randint(1, 5, (30,), generator=torch.Generator().manual_seed(6))
+    weighted, repeated = Moments(4), Moments(4)
+    weighted.add(tokens.view(2, 15, 4), counts.float())
+    repeated.add(tokens.repeat_interleave(counts, 0))
+    torch.testing.assert_close(weighted.mean, repeated.mean)
+    torch.testing.assert_close(weighted.hessian(0.01), repeated.hessian(0.01))

@@ -1,7 +1,7 @@
 """Calibrated rounding of a whole model, block by block, on the inputs that its already rounded blocks give."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,7 +10,6 @@ from torch import nn
 
 from vitopt import progress, storage
 from vitopt.errors import MeasurementError
-from vitopt.layers import QKV
 from vitopt.models.names import Layer, block_names
 from vitopt.optimize.hybrid import Boundary, Hybrid
 from vitopt.optimize.rounding import Grid, Moments, Rounded, compensated, descended
@@ -19,7 +18,7 @@ from vitopt.recipe import RoundingSpec
 logger = logging.getLogger(__name__)
 
 _MEMORY_BYTES = 2_000_000_000  # of the hidden states of all images; what is more lies in files
-_SAME_INPUT = dict.fromkeys(("query", "key", "value"), QKV)
+_EVEN = 0.1  # share of a token's weight that all have alike; the rest is its importance
 
 
 @torch.no_grad()
@@ -30,12 +29,14 @@ def round_blocks(
     grids: Mapping[str, Grid],
     pixels: Iterable[torch.Tensor],
     spec: RoundingSpec,
+    importance: Mapping[str, Sequence[torch.Tensor]] | None = None,
 ) -> dict[str, Rounded]:
     """Round the weights of `layers` in place, in fp32, and let their biases keep the mean outputs.
 
-    `grids`: logical name -> what its weight can hold. `pixels`: batches (images, 3, height, width). Returns logical
-    name -> codes and scales. One pass over a block gathers the covariances of all its inputs, a second one moves the
-    hidden states on: beside the model, memory holds these of one block.
+    `grids`: logical name -> what its weight can hold. `pixels`: batches (images, 3, height, width). `importance`: of
+    the tokens of each batch, all alike without it. Returns logical name -> codes and scales. One pass over a block
+    gathers the covariances of all its inputs, a second one moves the hidden states on: beside the model, memory holds
+    these of one block.
 
     Raises:
         MeasurementError: an input of a layer is not all finite numbers.
@@ -47,10 +48,10 @@ def round_blocks(
         hidden, count = _first_inputs(hybrid, pixels, folder)
         for block in range(len(blocks)):
             inside = [layer for layer in chosen if layer.block == block]
-            moments = _gather(hybrid, block, inside, hidden, count) if inside else {}
+            moments = _gather(hybrid, block, inside, hidden, count, importance) if inside else {}
             for layer in inside:
-                linear, found = model.get_submodule(layer.module), moments[_input_of(layer)]
-                rounded[layer.logical] = _round(linear, found, grids[layer.logical], spec)
+                linear, grid = model.get_submodule(layer.module), grids[layer.logical]
+                rounded[layer.logical] = _round(linear, moments[layer.logical], grid, spec)
             for index in range(count if block + 1 < len(blocks) else 0):
                 hidden[index] = hybrid.advance(hidden[index], block)
             bar.advance()
@@ -61,45 +62,54 @@ def _first_inputs(hybrid: Hybrid, pixels: Iterable[torch.Tensor], folder: Path) 
     hidden, count = Boundary(folder, _MEMORY_BYTES), 0
     for count, batch in enumerate(pixels, start=1):
         hidden[count - 1] = hybrid.block_input(batch, 0)
+    hybrid.logits_from(hidden[0][:1], 0)  # the first such call runs the model once more, which no hook may see
     return hidden, count
 
 
-def _input_of(layer: Layer) -> str:
-    """A name that layers share where they are given the same."""
-    name = layer.logical.rpartition(".")[2]
-    return _SAME_INPUT.get(name, name)
-
-
-def _gather(hybrid: Hybrid, block: int, layers: list[Layer], hidden: Boundary, count: int) -> dict[str, Moments]:
+def _gather(
+    hybrid: Hybrid,
+    block: int,
+    layers: list[Layer],
+    hidden: Boundary,
+    count: int,
+    importance: Mapping[str, Sequence[torch.Tensor]] | None,
+) -> dict[str, Moments]:
+    """Logical name -> moments of the inputs of each of `layers`, all of `block`."""
     moments: dict[str, Moments] = {}
+    weights = {layer.logical: iter(_weights(importance[layer.logical])) for layer in layers} if importance else {}
     run = hybrid.logits_from if block + 1 == len(hybrid.blocks) else hybrid.advance
     with ExitStack() as hooks:
         for layer in layers:
-            if (name := _input_of(layer)) in moments:
-                continue
             linear = hybrid.base.get_submodule(layer.module)
-            moments[name] = Moments(linear.in_features, linear.weight.device)
+            moments[layer.logical] = Moments(linear.in_features, linear.weight.device)
 
-            def look(module: nn.Module, given: tuple[torch.Tensor], layer: Layer = layer) -> None:
+            def look(module: nn.Module, given: tuple[torch.Tensor], name: str = layer.logical) -> None:
                 if not torch.isfinite(given[0].sum()):
                     raise MeasurementError(
-                        f"the input of {layer.logical} is not all finite numbers: weights or images are broken, or the "
-                        "model overflows; keep the layers before it in 16 bit"
+                        f"the input of {name} is not all finite numbers: weights or images are broken, or the model "
+                        "overflows; keep the layers before it in 16 bit"
                     )
-                moments[_input_of(layer)].add(given[0])
+                moments[name].add(given[0], next(weights[name]) if weights else None)
 
             hooks.callback(linear.register_forward_pre_hook(look).remove)
         for index in range(count):
             run(hidden[index], block)
-    for layer in layers:
-        found = moments[_input_of(layer)]
+    for name, found in moments.items():
         if found.tokens <= len(found.mean):
             logger.warning(
                 "%s: %d tokens of calibration images do not determine how its %d inputs depend on each other; "
                 "damping fills the gap, more images round better",
-                *(layer.logical, found.tokens, len(found.mean)),
+                *(name, found.tokens, len(found.mean)),
             )
     return moments
+
+
+def _weights(importance: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Of the tokens of each batch, 1 on average; all alike where the importance is not known."""
+    mean = torch.cat(tuple(importance)).mean()
+    if not torch.isfinite(mean) or mean <= 0:
+        return [torch.ones_like(batch) for batch in importance]
+    return [(1 - _EVEN) * batch / mean + _EVEN for batch in importance]
 
 
 def _round(linear: nn.Linear, moments: Moments, grid: Grid, spec: RoundingSpec) -> Rounded:

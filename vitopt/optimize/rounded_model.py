@@ -12,6 +12,7 @@ from vitopt.errors import DataError
 from vitopt.formats import QUANTIZED_FORMATS
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor
 from vitopt.optimize.blockwise import round_blocks
+from vitopt.optimize.importance import token_importance
 from vitopt.optimize.packed import PACKINGS
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.tuning import tune
@@ -39,11 +40,16 @@ def round_on_images(
     model = load_model(checkpoint, dtype=torch.float32, device=device)
     preprocess = Preprocessor(load_processor(checkpoint))
     grids = {layer.logical: packing.grid(quantized.get_submodule(layer.module)) for layer, packing in planned.items()}
-    stream = (batch.pixel_values.to(device) for batch in batches(images, preprocess, _BATCH))
-    rounded = round_blocks(model, checkpoint.config.model_type, planned, grids, stream, spec)
+
+    def pixels() -> Iterator[torch.Tensor]:
+        return (batch.pixel_values.to(device) for batch in batches(images, preprocess, _BATCH))
+
+    importance = token_importance(model, planned, pixels(), -(-len(images) // _BATCH)) if spec.search_scales else None
+    rounded = round_blocks(model, checkpoint.config.model_type, planned, grids, pixels(), spec, importance)
     if spec.tuning_steps:
         exact = load_model(checkpoint, dtype=torch.float32, device=device)
         augmented = _augmented(images, preprocess, spec)
+        model.requires_grad_(True)
         rounded = tune(model, exact, planned, rounded, augmented, spec.tuning_steps, spec.learning_rate)
     with torch.no_grad():
         for layer, packing in planned.items():

@@ -1,7 +1,8 @@
 """Rounding a weight matrix to the values of a format so that the layer's outputs stay, and not the weights.
 
 Error-compensated rounding: GPTQ, arXiv 2210.17323. As biases stay in 16 bit they absorb what rounding changes in the
-mean output, so that the covariance of the inputs takes the place of their second moments. Scales are searched by the
+mean output, so that the covariance of the inputs takes the place of their second moments. Tokens count by how much the
+logits depend on them. Scales are searched by the
 loss that they cause; then each code and each scale is set to its best value given all others (coordinate descent, as
 in QuantEase, arXiv 2309.01885), which never raises the loss.
 
@@ -21,28 +22,32 @@ _SMALLEST = 1e-12
 
 
 class Moments:
-    """Mean and covariance of a layer's inputs: (columns, columns) numbers, however many tokens are added."""
+    """Weighted mean and covariance of a layer's inputs: (columns, columns) numbers, however many tokens are added."""
 
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         self.tokens = 0
-        self._squares = torch.zeros(columns, columns, device=device)
+        self._weights = torch.zeros((), device=device)
         self._sum = torch.zeros(columns, device=device)
+        self._squares = torch.zeros(columns, columns, device=device)
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """`inputs`: (..., columns)."""
+    def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """`inputs`: (..., columns); `weights`: a number for each of these tokens, 1 without."""
         inputs = inputs.reshape(-1, inputs.shape[-1]).float()
+        weights = inputs.new_ones(len(inputs)) if weights is None else weights
+        weighted = inputs * weights[:, None]
         self.tokens += len(inputs)
-        self._squares += inputs.T @ inputs
-        self._sum += inputs.sum(0)
+        self._weights += weights.sum()
+        self._sum += weighted.sum(0)
+        self._squares += weighted.T @ inputs
 
     @property
     def mean(self) -> torch.Tensor:
         """(columns,)"""
-        return self._sum / self.tokens
+        return self._sum / self._weights
 
     def hessian(self, damping: float) -> torch.Tensor:
         """The covariance, with `damping` times its mean diagonal on the diagonal, which makes it positive definite."""
-        found = self._squares / self.tokens - torch.outer(self.mean, self.mean)
+        found = self._squares / self._weights - torch.outer(self.mean, self.mean)
         least = max(float(found.diagonal().mean()), _SMALLEST)
         return found + damping * least * torch.eye(len(found), device=found.device)
 
