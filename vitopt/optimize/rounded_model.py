@@ -63,7 +63,7 @@ def round_on_images(
 def _augmented(images: ImageSet, preprocess: Preprocessor, spec: RoundingSpec) -> Iterator[torch.Tensor]:
     """A batch for each step of the tuning: random images, cropped and mirrored at random."""
     torch.manual_seed(_SEED)
-    sampler = RandomSampler(images, replacement=True, num_samples=spec.tuning_steps * spec.batch_size)  # type: ignore[arg-type]
+    sampler = RandomSampler(images, replacement=True, num_samples=spec.tuning_steps * spec.batch_size)
     pixels = PixelDataset(images, preprocess, Augmentation())
     yield from DataLoader(pixels, spec.batch_size, sampler=sampler, collate_fn=_pixels)
 
