@@ -727,7 +727,7 @@ def test_calibration_of_an_engine_needs_data_and_names_its_images():
         ({}, None),
         ({"rounding": "nearest"}, None),
         ({"rounding": "gptq"}, RoundingSpec()),
-        ({"rounding": {"images": 9, "tuning_steps": 0}}, RoundingSpec(images=9, tuning_steps=0)),
+        ({"rounding": {"images": 9}}, RoundingSpec(images=9)),
     ],
 )
 def test_rounding_is_a_word_or_its_settings(content, settings):
@@ -745,6 +745,7 @@ def test_rounding_is_a_word_or_its_settings(content, settings):
         ({"format": "w8a8", "engine": "openvino"}, ["openvino", "`rounding`"]),
         ({"format": "auto"}, ["`format: auto`", "`rounding`"]),
         ({"format": "nf4", "rounding": "awq"}, ["rounding", "'awq'"]),
+        ({"format": "nf4", "rounding": {"learning_rate": 1e-3}}, ["`tuning_steps`", "`learning_rate`"]),
     ],
 )
 def test_rounding_that_cannot_be_is_refused(content, words):

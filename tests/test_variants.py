@@ -179,7 +179,7 @@ def test_what_is_left_open_is_chosen_on_the_checkpoint_after_the_steps(
 def test_a_variant_is_rounded_on_calibration_images_and_no_other_variant_stands_for_it(
     tiny_checkpoint: Path, shapes: Path, tmp_path: Path
 ) -> None:
-    rounding = {"images": 12, "tuning_steps": 0}
+    rounding = {"images": 12}
     asked = recipe(tiny_checkpoint, shapes, variant("a", format="w8a8"), variant("b", format="w8a8", rounding=rounding))
     _, failures, said = make(asked, tmp_path / "run")
     assert failures == [None] * 3 and not any("the same weights" in line for line in said)

@@ -61,7 +61,7 @@ class RoundingSpec(CalibrationSpec):
     )
     damping: float = Field(0.01, gt=0, le=10, description="added to the Hessian's diagonal, in shares of its mean")
     tuning_steps: int = Field(
-        200,
+        0,
         ge=0,
         le=1_000_000,
         description="steps in which what is not in codes learns the float model's logits",
@@ -69,11 +69,11 @@ class RoundingSpec(CalibrationSpec):
     batch_size: BatchSize = Field(16, description="images per step of the tuning")
     learning_rate: float = Field(1e-4, gt=0, le=1, description="highest learning rate of the tuning")
 
-    @property
-    def words(self) -> str:
-        """What it does, for people."""
-        scales = ", searched scales" if self.search_scales else ""
-        return f"gptq{scales}" + (f", {self.tuning_steps:,} tuning steps" if self.tuning_steps else "")
+    @model_validator(mode="after")
+    def _tuning_keys_need_steps(self) -> "RoundingSpec":
+        if not self.tuning_steps and (without_effect := self.changed("batch_size", "learning_rate")):
+            raise ValueError(f"without `tuning_steps` nothing is tuned, so {without_effect} would do nothing")
+        return self
 
 
 def rounding_from_word(value: Any) -> Any:

@@ -71,7 +71,7 @@ def test_rounded_on_images_the_outputs_stay_nearer_at_the_same_size(
     variants = {
         "nearest": made("nearest", format="nf4"),
         "gptq": made("gptq", format="nf4", rounding={"tuning_steps": 0, "search_scales": False}),
-        "searched": made("searched", format="nf4", rounding={"tuning_steps": 0}),
+        "searched": made("searched", format="nf4", rounding="gptq"),
     }
     error = {name: float((outputs(folder, test) - exact).square().mean()) for name, folder in variants.items()}
     assert error["searched"] < error["gptq"] < error["nearest"]
@@ -82,7 +82,7 @@ def test_rounded_on_images_the_outputs_stay_nearer_at_the_same_size(
 
 def test_w8a8_is_rounded_too_and_skipped_layers_stay(made: Callable[..., Path], tiny_checkpoint: Path) -> None:
     nearest = AutoModelForImageClassification.from_pretrained(made("w8a8", format="w8a8", skip=["block.1"]))
-    folder = made("w8a8-gptq", format="w8a8", skip=["block.1"], rounding={"tuning_steps": 0})
+    folder = made("w8a8-gptq", format="w8a8", skip=["block.1"], rounding="gptq")
     rounded = AutoModelForImageClassification.from_pretrained(folder)
     first, kept = (f"vit.layers.{block}.mlp.fc1.weight" for block in (0, 1))
     assert not torch.equal(rounded.get_parameter(first).qdata, nearest.get_parameter(first).qdata)
@@ -114,12 +114,12 @@ def test_the_file_holds_exactly_the_codes_that_were_chosen(
 def test_the_same_images_and_settings_give_the_same_file(made: Callable[..., Path]) -> None:
     first, second = (made(name, format="nf4", rounding=LEARNING) for name in ("first", "second"))
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
-    untuned = made("searched", format="nf4", rounding={"tuning_steps": 0})
+    untuned = made("searched", format="nf4", rounding="gptq")
     assert (first / "model.safetensors").read_bytes() != (untuned / "model.safetensors").read_bytes()
 
 
 def test_images_and_settings_are_noted(made: Callable[..., Path], images: ImageSet) -> None:
-    folder = made("searched", format="nf4", rounding={"tuning_steps": 0})
+    folder = made("searched", format="nf4", rounding="gptq")
     (use,) = load_uses(folder)
     assert use.purpose == "rounding" and set(use.image_sha256) == set(images.image_hashes)
     step = load_origin(folder).last("quantize")
