@@ -18,8 +18,12 @@ class AutoSkipSpec(CalibrationSpec):
 
     max_top1_drop: float | None = Field(1.0, gt=0, le=100, description="largest loss of top-1 in points")
     max_kl_share: float | None = Field(None, gt=0, lt=1, description="largest KL, as a share of the quantized model's")
-    objective: Literal["size", "latency"] = Field("size", description="what a kept layer costs")
-    granularity: Literal["block", "linear"] = Field("block", description="whole blocks or single linear layers")
+    objective: Literal["size", "latency"] | None = Field(
+        None, description="what a kept layer costs; null is size, and latency for an engine"
+    )
+    granularity: Literal["block", "linear", "kind"] | None = Field(
+        None, description="blocks, linear layers, or kinds of these in all blocks; null is block, for an engine kind"
+    )
     # 512 choose and 1,536 confirm. That shows the floor of one point where up to 1.3 % of the images change sides, and
     # half a point where hardly any does: 0.5 points take 1,020 images if none changes, and 5,000 if 1 % do.
     images: ImageCount = Field(

@@ -30,8 +30,21 @@ class EngineFacts:
 
 ENGINES: dict[str, EngineFacts] = {
     "openvino": EngineFacts("vitopt.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "w8a8")),
-    "onnxruntime": EngineFacts("vitopt.engines.onnxruntime", "onnxruntime", "onnx", ("fp32",)),
+    "onnxruntime": EngineFacts("vitopt.engines.onnxruntime", "onnxruntime", "onnx", ("fp32", "fp16", "w8a8")),
 }
+
+
+def objective_of(engine: str) -> Literal["size", "latency"]:
+    """What a kept layer costs where a recipe does not say."""
+    return "latency" if engine in ENGINES else "size"
+
+
+def granularity_of(engine: str) -> Literal["block", "kind"]:
+    """The units of a sensitivity where a recipe does not say: a file of an engine takes long to make."""
+    return "kind" if engine in ENGINES else "block"
+
+
+_OF_ENGINES = {"engine", "static_scales"}  # what an engine beside torch takes of the options
 
 
 class RunSpec(Spec):
@@ -54,12 +67,19 @@ class RunSpec(Spec):
         False, description="GELU within the product before it, by tanh: answers change, accuracy must be measured"
     )
     static_scales: bool = Field(
-        False, description="inputs of w8a8 and fp8 layers by scales that the step `calibrate` observed: answers change"
+        False, description="inputs of w8a8 and fp8 layers by scales that the images of the step `calibrate` gave"
+    )
+    fused_kernels: bool = Field(
+        False,
+        description="with compile on a GPU: norm, GELU and addition within the product, where that is measured faster",
     )
     patch_product: bool = Field(False, description="patch embedding as a matrix product, no convolution; exact")
     channels_last: bool = Field(False, description="pixels and patch embedding in NHWC memory order")
     compile: bool = Field(False, description="compile for each batch size; on a GPU, replay it as one CUDA graph")
     autotune: bool = Field(False, description="with compile: time its kernels first, slower to start")
+    dependent_launch: bool = Field(
+        False, description="with compile on a GPU: a kernel is launched before the one before it has ended; exact"
+    )
     compile_whole: bool = Field(
         False, description="with compile on a GPU: all blocks as one program, slower to start; on a CPU it is always so"
     )
@@ -71,13 +91,15 @@ class RunSpec(Spec):
 
     @model_validator(mode="after")
     def _options_fit(self) -> "RunSpec":
-        if self.engine in ENGINES and (useless := self.changed(*(set(RunSpec.model_fields) - {"engine"}))):
+        if self.engine in ENGINES and (useless := self.changed(*(set(RunSpec.model_fields) - _OF_ENGINES))):
             raise ValueError(f"`engine: {self.engine}` computes in its own way, so leave {useless} out")
-        for way in ("autotune", "compile_whole"):
+        for way in ("autotune", "compile_whole", "fused_kernels", "dependent_launch"):
             if getattr(self, way) and not self.compile:
                 raise ValueError(f"`{way}` is a way to compile: set `compile` too")
         if self.patch_product and self.channels_last:
             raise ValueError("`channels_last` is for a convolution, and `patch_product` replaces it: take one of them")
+        if self.fused_kernels and self.carry_residual:
+            raise ValueError("`fused_kernels` adds within products, `carry_residual` before norms: take one of them")
         if self.sdpa_kernel != "auto" and self.attention != "sdpa":
             raise ValueError(f"`sdpa_kernel` chooses a kernel of sdpa, and `attention` is {self.attention}")
         return self

@@ -43,7 +43,12 @@ def export(
     if data is not None and format not in QUANTIZED_FORMATS:
         raise RecipeError("--data: only a quantized --format, as w8a8, is calibrated on images")
     content: dict[str, Any] = {"name": "export", "format": format or "fp32", "skip": skip or [], "engine": engine}
+    content["static_scales"] = data is not None
     variant = validate(VariantSpec, content, where="export")
+    if variant.skips_automatically:
+        raise RecipeError(
+            f"--skip auto: `vitopt quantize --skip auto --engine {engine}` chooses, then export takes that"
+        )
     start(as_json)
     from vitopt.data.images import open_images
     from vitopt.engines.package import export as write

@@ -26,6 +26,7 @@ from vitopt.environment import devices, support
 from vitopt.environment.devices import DTYPES
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.formats import QUANTIZED_FORMATS, Format
+from vitopt.models.calibration import Use, load_uses, save_uses
 from vitopt.models.checkpoint import (
     PREPROCESSOR_FILE,
     Checkpoint,
@@ -38,13 +39,13 @@ from vitopt.models.origin import QUANTIZE, note_origin
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import plan_for
 from vitopt.recipe import ENGINES, VariantSpec
-from vitopt.transformation import note_images
+from vitopt.transformation import seen
 
 logger = logging.getLogger(__name__)
 
 ENGINE_FILE = "engine.json"
 LABELS_FILE = "labels.json"
-CALIBRATED = "int8 scales"
+CALIBRATED = "activation scales"  # as the step `calibrate` notes its images
 _SCHEMA = "vitopt.engine/1"
 
 
@@ -157,9 +158,13 @@ def make(
     device: str = "auto",
     *,
     images: ImageSet | None = None,
-    purpose: str = CALIBRATED,
+    chosen_on: ImageSet | None = None,
+    purpose: str = "skip list",
 ) -> LayerPlan:
     """Write `checkpoint` in floating point and beside it what the variant's engine runs; a `Transformation`.
+
+    `images`: those that fix the scales of int8 activations. `chosen_on`: those on which `variant` was chosen, and the
+    `purpose`, what was chosen. Both are noted as seen.
 
     Raises:
         UnsupportedError: the engine is not installed, does not run on this device, or cannot hold this model.
@@ -168,12 +173,14 @@ def make(
         StorageError: the output would replace something else, is in use, or cannot be written.
     """
     require_runs(checkpoint, variant, devices.resolve_device(device))
+    calibration = calibration_pixels(checkpoint, variant, images)
     with storage.staged_folder(output) as folder:
         dtype = None if variant.format in QUANTIZED_FORMATS else DTYPES[variant.format]
         save_checkpoint(load_model(checkpoint, dtype=dtype), load_processor(checkpoint), folder)
-        note_made(checkpoint, variant, plan := plan_for(checkpoint, variant), folder, images, purpose)
+        plan, uses = plan_for(checkpoint, variant), [] if chosen_on is None else [seen(chosen_on, purpose)]
+        note_made(checkpoint, variant, plan, folder, images, uses)
         written = open_checkpoint(str(folder))
-        write_package(written, variant, folder / variant.engine, images)
+        write_package(written, variant, folder / variant.engine, calibration)
     return plan
 
 
@@ -202,8 +209,8 @@ def export(
         variant = variant.model_copy(update={"format": stored_format(checkpoint)})
     require_runs(checkpoint, variant, devices.resolve_device(device))
     with storage.staged_folder(output) as folder:
-        write_package(checkpoint, variant, folder, images)
-        note_made(checkpoint, variant, plan_for(checkpoint, variant), folder, images, CALIBRATED)
+        write_package(checkpoint, variant, folder, calibration_pixels(checkpoint, variant, images))
+        note_made(checkpoint, variant, plan_for(checkpoint, variant), folder, images)
     return read_package(output)
 
 
@@ -214,10 +221,18 @@ def stored_format(checkpoint: Checkpoint) -> Format:
 
 
 def note_made(
-    checkpoint: Checkpoint, variant: VariantSpec, plan: LayerPlan, folder: Path, images: ImageSet | None, purpose: str
+    checkpoint: Checkpoint,
+    variant: VariantSpec,
+    plan: LayerPlan,
+    folder: Path,
+    images: ImageSet | None,
+    uses: Sequence[Use] = (),
 ) -> None:
-    """Note in `folder` where it comes from and the images that it has seen."""
-    note_images(checkpoint, images, purpose, folder)
+    """Note in `folder` where it comes from and the images that it has seen: for its scales, and other `uses`."""
+    before = load_uses(checkpoint.folder)
+    if images is not None and (CALIBRATED, images.image_hashes) not in [(u.purpose, u.image_sha256) for u in before]:
+        uses = [*uses, seen(images, CALIBRATED)]
+    save_uses([*before, *uses], folder)
     held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
     note_origin(checkpoint, folder, QUANTIZE, **held, layer_plan=plan.counts(), engine=variant.engine)
 
@@ -243,7 +258,9 @@ def require_runs(checkpoint: Checkpoint, variant: VariantSpec, device: torch.dev
         raise UnsupportedError(f"{variant.format} cannot run in {variant.engine} here: {reason}")
 
 
-def write_package(checkpoint: Checkpoint, variant: VariantSpec, folder: Path, images: ImageSet | None) -> None:
+def write_package(
+    checkpoint: Checkpoint, variant: VariantSpec, folder: Path, calibration: Sequence[np.ndarray] | None
+) -> None:
     """Fill `folder` with what the variant's engine runs.
 
     Raises:
@@ -251,7 +268,7 @@ def write_package(checkpoint: Checkpoint, variant: VariantSpec, folder: Path, im
         MeasurementError: the written model does not compute what it should.
     """
     preprocess = Preprocessor(load_processor(checkpoint))
-    write_model(checkpoint, variant, folder, images)
+    write_model(checkpoint, variant, folder, calibration)
     storage.write_json(folder / LABELS_FILE, checkpoint.label_names)
     preprocess.processor.save_pretrained(folder)
     _require_same_pixels(preprocess, json.loads((folder / PREPROCESSOR_FILE).read_text(encoding="utf-8")))
@@ -259,8 +276,10 @@ def write_package(checkpoint: Checkpoint, variant: VariantSpec, folder: Path, im
     storage.write_text(folder / "example.py", example_text(ENGINES[variant.engine].package, engine.EXAMPLE))
 
 
-def write_model(checkpoint: Checkpoint, variant: VariantSpec, folder: Path, images: ImageSet | None) -> None:
-    """Write the model file and `engine.json`, and prove that it computes.
+def write_model(
+    checkpoint: Checkpoint, variant: VariantSpec, folder: Path, calibration: Sequence[np.ndarray] | None
+) -> None:
+    """Write the model file and `engine.json`, and prove that it computes; `calibration`: see `EngineModule.write`.
 
     Raises:
         UnsupportedError: the engine cannot hold this model.
@@ -269,22 +288,36 @@ def write_model(checkpoint: Checkpoint, variant: VariantSpec, folder: Path, imag
     folder.mkdir(parents=True, exist_ok=True)
     engine, plan = engine_module(variant.engine), plan_for(checkpoint, variant)
     model = Logits(load_model(checkpoint, dtype=torch.float32)).eval().requires_grad_(False)
-    settings = engine.write(model, checkpoint.image_size, plan, _calibration(checkpoint, images), folder)
+    settings = engine.write(model, checkpoint.image_size, plan, calibration, folder)
     package = Package(
         engine=variant.engine,
         version=installed_version(variant.engine),
         format=variant.format,
         checkpoint=checkpoint.fingerprint(),
-        calibrated=images is not None,
+        calibrated=calibration is not None,
         settings=settings,
     )
     storage.write_json(folder / ENGINE_FILE, {"schema": _SCHEMA, **asdict(package)})
     _require_same_logits(model, engine.load(folder, settings), checkpoint.image_size, variant)
 
 
-def _calibration(checkpoint: Checkpoint, images: ImageSet | None) -> list[np.ndarray] | None:
+def calibration_pixels(
+    checkpoint: Checkpoint, variant: VariantSpec, images: ImageSet | None
+) -> list[np.ndarray] | None:
+    """Pixels that fix the scales of activations, (1, 3, height, width) each; None leaves them to each call.
+
+    Raises:
+        UnsupportedError: the variant asks for static scales, and there are no images.
+    """
     if images is None:
-        return None
+        if not variant.static_scales:
+            return None
+        if checkpoint.is_random:  # measured for speed alone, for which random pixels are as good as images
+            return [random_pixels(1, checkpoint.image_size).numpy()]
+        raise UnsupportedError(
+            f"static scales of {variant.engine} take calibration images, and there are none: give a variant the step "
+            "`calibrate`, or a command --data"
+        )
     stream = batches(images, Preprocessor(load_processor(checkpoint)), 1)
     return [batch.pixel_values.numpy() for batch in stream]
 

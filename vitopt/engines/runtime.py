@@ -4,13 +4,15 @@ import functools
 import logging
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vitopt import storage
+from vitopt.data.images import ImageSet
+from vitopt.engines import package
 from vitopt.engines.example import memory_text
 from vitopt.engines.package import (
     Call,
@@ -27,6 +29,8 @@ from vitopt.formats import QUANTIZED_FORMATS
 from vitopt.models.checkpoint import Checkpoint, empty_model, parameter_count
 from vitopt.models.names import Layer, linear_layers
 from vitopt.optimize import runtime
+from vitopt.optimize.plan import LayerPlan
+from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runnable import CheckpointRunnable
 from vitopt.optimize.runtime import TorchRunnable
 from vitopt.recipe import ENGINES, HeldSpec, RunSpec, VariantSpec
@@ -75,6 +79,10 @@ class EngineRunnable(CheckpointRunnable):
     def describe(self) -> dict[str, Any]:
         """Its fields of a record; formats are read back from what runs."""
         asked, formats = self.asked, self._formats()
+        wanted, computed = self.package.format, set(formats.values())
+        if wanted not in QUANTIZED_FORMATS and wanted not in computed:
+            instead = " and ".join(sorted(computed))
+            self.reasons["format"] = f"no {wanted} arithmetic here: held in {wanted}, computed in {instead}"
         disk = sum(file.stat().st_size for file in self.folder.iterdir()) if self.folder else None
         return {
             "variant": Variant(
@@ -83,8 +91,8 @@ class EngineRunnable(CheckpointRunnable):
                 half=asked.half if asked else None,
                 skip=asked.skip if asked else (),
                 layers=dict(asked.layers) if asked else {},
-                asked={"engine": self.run.engine},
-                ran={"engine": self.run.engine},
+                asked={"engine": self.run.engine, "static_scales": self.run.static_scales},
+                ran={"engine": self.run.engine, "static_scales": self.package.calibrated},
                 reasons=self.reasons,
             ),
             "model": self.describe_model(),
@@ -125,6 +133,30 @@ class EngineRunnable(CheckpointRunnable):
 Prepared = TorchRunnable | EngineRunnable
 
 
+def make(
+    checkpoint: Checkpoint,
+    variant: VariantSpec,
+    output: Path,
+    device: str = "auto",
+    *,
+    images: ImageSet | None = None,
+    purpose: str = "skip list",
+    scales: ImageSet | None = None,
+    calibration: ImageSet | None = None,
+) -> LayerPlan:
+    """Write the folder of a variant, by `vitopt.optimize.quantize.quantize` or, for an engine, `package.make`.
+
+    `images`: those on which `variant` was chosen, and the `purpose`, what was chosen; `scales`: those that give an
+    engine its static scales; `calibration`: those on which torch's weights are rounded, if `variant` asks for that.
+
+    Raises:
+        VitoptError: as these.
+    """
+    if variant.engine in ENGINES:
+        return package.make(checkpoint, variant, output, device, images=scales, chosen_on=images, purpose=purpose)
+    return quantize(checkpoint, variant, output, device, images=images, purpose=purpose, calibration=calibration)
+
+
 def prepare(
     checkpoint: Checkpoint,
     *,
@@ -151,13 +183,14 @@ def prepare(
         format = read_package(place).format
     variant = VariantSpec(name="variant", format="fp32", engine=run.engine).model_copy(update={"format": format})
     require_runs(checkpoint, variant, device)
-    engine, made = engine_module(run.engine), {"name": name, "device": device, "run": run, "asked": asked}
+    made = {"name": name, "device": device, "run": run, "asked": asked}
     if place is not None and place.is_dir():
-        package = read_package(place)
-        reason = why_not_used(package, checkpoint)
+        beside = read_package(place)
+        reason = why_not_used(beside, checkpoint)
         if reason is None:
-            call = engine.load(place, package.settings)
-            return EngineRunnable(checkpoint=checkpoint, package=package, call=call, folder=place, **made)
+            if run.static_scales and not beside.calibrated:
+                raise UnsupportedError(f"{place} has no static scales: make it with calibration images (--data)")
+            return opened(checkpoint, place, **made)
         logger.warning("%s: the file of %s is not used, %s; it is made anew", name, run.engine, reason)
     if format in QUANTIZED_FORMATS:  # the images that calibrated it are not at hand, nor is it known how it was made
         raise UnsupportedError(
@@ -166,6 +199,11 @@ def prepare(
         )
     with storage.temporary_folder() as folder:
         write_model(checkpoint, variant, folder, None)
-        package = read_package(folder)
-        call = engine.load(folder, package.settings)
-    return EngineRunnable(checkpoint=checkpoint, package=package, call=call, **made)
+        return replace(opened(checkpoint, folder, **made), folder=None)
+
+
+def opened(checkpoint: Checkpoint, folder: Path, **made: Any) -> EngineRunnable:
+    """What `write_model` left in `folder`, ready to be called; `made`: other fields of `EngineRunnable`."""
+    package = read_package(folder)
+    call = engine_module(package.engine).load(folder, package.settings)
+    return EngineRunnable(checkpoint=checkpoint, package=package, call=call, folder=folder, **made)

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from vitopt import storage
 from vitopt.data.images import ImageSet
+from vitopt.engines.package import engine_module
 from vitopt.environment import devices, launch, support
 from vitopt.errors import RecipeError, RecordError, UnsupportedError
 from vitopt.formats import FORMATS, QUANTIZED_FORMATS, HalfFormat
@@ -24,7 +25,7 @@ from vitopt.measure.intervals import Interval, wilson_interval
 from vitopt.measure.latency_statistics import Speedup
 from vitopt.measure.power import trials_to_bound_share
 from vitopt.models.checkpoint import Checkpoint
-from vitopt.recipe import EvaluateSpec, FastestSpec, Spec, VariantSpec
+from vitopt.recipe import ENGINES, Engine, EvaluateSpec, FastestSpec, Spec, VariantSpec
 from vitopt.records import Record
 
 logger = logging.getLogger(__name__)
@@ -72,9 +73,25 @@ class Choice(Spec):
         return lines
 
 
-def candidates(device: torch.device, half: HalfFormat, compile: bool) -> list[VariantSpec]:
-    """Ways to run that may be the fastest on a device: fp32 as it is, then each format, plain and compiled."""
+def candidates(
+    device: torch.device, half: HalfFormat, compile: bool, engine: Engine = "torch", static_scales: bool = False
+) -> list[VariantSpec]:
+    """Ways to run that may be the fastest on a device: torch's fp32 as it is, then each format, plain and compiled.
+
+    Of another `engine` each of its formats; with `static_scales` int8 also with scales that images fix.
+    """
     variants = [VariantSpec(name=REFERENCE, format="fp32")]
+    if engine in ENGINES:
+        if support.why_not_engine(engine, device) is not None:
+            return variants
+        for format in ENGINES[engine].formats:
+            if engine_module(engine).why_not(format) is None and not (format == "fp16" and device.type == "cpu"):
+                variants.append(VariantSpec(name=f"{engine}-{format}", format=format, engine=engine))
+        if static_scales:
+            fixed = [one for one in variants if one.format in QUANTIZED_FORMATS]
+            static = {"static_scales": True}
+            variants += [one.model_copy(update={"name": f"{one.name}-static"} | static) for one in fixed]
+        return variants
     for format, facts in FORMATS.items():
         if (
             not facts.can_be_fast
@@ -161,10 +178,14 @@ def find_fastest(
     evaluate: EvaluateSpec,
     *,
     half: HalfFormat = "bf16",
+    engine: Engine = "torch",
+    scales: ImageSet | None = None,
     device: str = "auto",
     skip_bad: bool = False,
 ) -> Choice | None:
     """Measure all candidates of this device, as `evaluate` says, and choose; None in other processes than the main one.
+
+    `scales`: images that fix the scales of an `engine`'s int8; without them that is not a candidate.
 
     Raises:
         RecipeError: so few images could not show the agreement even if they all agreed.
@@ -173,10 +194,12 @@ def find_fastest(
     """
     require_enough_images(len(images), spec.min_agreement)
     target = devices.resolve_device(device)
-    variants = candidates(target, half, spec.compile)
+    if engine in ENGINES:
+        support.require_engine(engine, target)
+    variants = candidates(target, half, spec.compile, engine, scales is not None)
     with storage.temporary_folder() as folder:
         measured = measure(
-            list(made(checkpoint, variants, folder, str(target))),
+            list(made(checkpoint, variants, folder, str(target), scales)),
             how_measured(evaluate),
             images=images,
             skip_bad=skip_bad,
