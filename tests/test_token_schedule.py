@@ -49,6 +49,7 @@ def test_a_block_where_nothing_can_leave_is_named(block: int, word: str) -> None
         ({"prune_tokens": 8, "size_bias": False}, "size_bias"),
         ({"merge_tokens": 8, "fuse_pruned": True}, "fuse_pruned"),
         ({"prune_tokens": 8, "attention": "eager"}, "eager"),
+        ({"merge_tokens": 8, "fused_kernels": True, "compile": True}, "fused_kernels"),
         ({"merge_tokens": 8, "attention": "flash_attention_2"}, "size_bias: false"),
         ({"merge_tokens": 8, "sdpa_kernel": "flash"}, "size_bias: false"),
     ],

@@ -184,7 +184,7 @@ def require_images(recipe: Recipe, source: Checkpoint, data: DataSpec, test: Ima
                 f"{data.source}: fine-tune the model for all of them (`finetune`), or each in its `steps`"
             )
         calibrations = [step.settings for step in variant.all_steps.values() if step.kind.images == "calibration"]
-        for spec in filter(None, [*calibrations, variant.calibration, variant.adaptive]):
+        for spec in filter(None, [*calibrations, variant.calibration, variant.rounding, variant.adaptive]):
             calibration = calibration_images(data, spec)
             require_disjoint(calibration, test)
             if spec is variant.adaptive and (recipe.finetune is not None or variant.trains):

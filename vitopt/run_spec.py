@@ -127,6 +127,8 @@ class RunSpec(Spec):
             raise ValueError("`fuse_pruned` is of pruned tokens: set `prune_tokens` too")
         if self.schedule and self.attention == "eager":
             raise ValueError("fewer tokens need `attention: sdpa` or flash_attention_2, not eager")
+        if self.schedule and self.fused_kernels:
+            raise ValueError("`fused_kernels` has blocks of its own, which keep all tokens: take one of them")
         masked = self.merge_tokens and self.size_bias
         if masked and (self.attention == "flash_attention_2" or self.sdpa_kernel == "flash"):
             raise ValueError("the size bias of `merge_tokens` is a mask, and flash takes none: set `size_bias: false`")

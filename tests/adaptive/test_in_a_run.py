@@ -193,6 +193,6 @@ def test_a_first_pass_shares_its_training_with_a_variant(tiny_checkpoint: Path, 
 
 def test_a_first_pass_cannot_merge_more_tokens_than_it_has(tiny_checkpoint: Path, shapes: Path) -> None:
     for changes in ({"low": 16}, {"steps": [{"finetune": {"image_size": 16}}]}):
-        with pytest.raises(RecipeError, match="adaptive: .*tokens"):
+        with pytest.raises(RecipeError, match=r"adaptive: .*tokens"):
             checks.plans(recipe(tiny_checkpoint, shapes, adaptive("a", first={"merge_tokens": "3"}, **changes)))
     checks.plans(recipe(tiny_checkpoint, shapes, adaptive("a", first={"merge_tokens": "3"})))
