@@ -110,7 +110,6 @@ def make(
         StorageError: the output would replace something else, is in use, or cannot be written.
     """
     run, own, target = run or RunSpec(), first is not second, devices.resolve_device(device)
-    off = {} if run.engine in ENGINES else {"compile": False, "autotune": False, "compile_whole": False}
     uses = [use for checkpoint in (first, second) for use in load_uses(checkpoint.folder) if use.purpose == TRAINING]
     require_untrained({sha256 for use in uses for sha256 in use.image_sha256}, images, spec)
     empty = empty_model(first)
@@ -119,8 +118,8 @@ def make(
         second,
         name="calibration",
         device=target,
-        run_first=spec.run_of_first(run).model_copy(update=off),
-        run=run.model_copy(update=off),
+        run_first=spec.run_of_first(run).uncompiled,
+        run=run.uncompiled,
         watched=run.engine not in ENGINES and class_token.moves(empty, block_names(empty, first.config.model_type)),
         asked=asked,
     )

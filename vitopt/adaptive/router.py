@@ -139,8 +139,7 @@ class Router:
 
     def alone(self, batch_size: int) -> list[str]:
         """Command of a process that runs only this, uncompiled, both passes for all images."""
-        off = {"compile": False, "autotune": False, "compile_whole": False}
-        run = self.second.run.model_copy(update=off).model_dump_json()
+        run = self.second.run.uncompiled.model_dump_json()
         return [sys.executable, "-m", "vitopt.adaptive.alone", self.checkpoint.source, run, str(batch_size)]
 
     def describe(self) -> dict[str, Any]:

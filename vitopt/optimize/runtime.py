@@ -231,9 +231,7 @@ class TorchRunnable(CheckpointRunnable):
 
     def alone(self, batch_size: int) -> list[str]:
         """Command of a process that runs only this, uncompiled."""
-        run = self.run.model_copy(
-            update={"compile": False, **dict.fromkeys(("autotune", "compile_whole", *_NEEDS), False)}
-        ).model_dump_json()
+        run = self.run.uncompiled.model_dump_json()
         return [sys.executable, "-m", "vitopt.optimize.alone", self.checkpoint.source, run, str(batch_size)]
 
     def _eager(self, pixel_values: torch.Tensor) -> torch.Tensor:
