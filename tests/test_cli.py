@@ -330,6 +330,17 @@ def test_what_is_calibrated_takes_the_train_split_and_keeps_its_hashes(
     assert calibration_hashes(tmp_path / "plain") == set()
 
 
+def test_weights_are_rounded_on_images_that_are_noted(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    rounding = ["--rounding", "gptq", "--calibration-images", 12, "--tuning-steps", 1, "--tuning-batch-size", 2]
+    made = [tiny_checkpoint, "--format", "nf4", "--skip", "block.0", *rounding, "--output", tmp_path / "out"]
+    assert "--rounding gptq needs --calibrate" in refusal("quantize", *made)
+    auto = ["quantize", tiny_checkpoint, "--format", "auto", "--data", shapes, *rounding, "--calibrate", shapes]
+    assert "--rounding gptq" in refusal(*auto, "--output", tmp_path / "auto")
+    done("quantize", *made, "--calibrate", shapes)
+    train = open_images(DataSpec(source=str(shapes)), "train")
+    assert calibration_hashes(tmp_path / "out") == set(train.limited(12).image_hashes)
+
+
 def test_automatic_skip_lists_that_cannot_be_chosen(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
     auto = ["quantize", tiny_checkpoint, "--format", "nf4", "--skip", "auto", "--output", tmp_path / "out"]
     assert refusal(*auto).startswith("--skip auto needs --data: calibration images")
@@ -923,6 +934,8 @@ def test_a_wrong_number(arguments: list[str], expected: str, tiny_checkpoint: Pa
         (["quantize", "--format", "nf4", "--no-compile"], ["--no-compile"], "--format auto"),
         (["quantize", "--format", "nf4", "--data", "digits"], ["--data"], "--skip auto"),
         (["quantize", "--format", "nf4", "--limit", 9], ["--limit"], "--skip auto"),
+        (["quantize", "--format", "nf4", "--calibrate", "d", "--damping", 1], ["--calibrate", "--damping"], "gptq"),
+        (["quantize", "--format", "nf4", "--calibration-images", 1], ["--calibration-images"], "gptq"),
         (["quantize", "--format", "bf16", "--half", "bf16"], ["--half"], "bf16"),
         (["finetune", "--method", "full", "--rank", 8, "--target", "query"], ["--rank", "--target"], "--method full"),
         (["finetune", "--method", "full", "--alpha", 8, "--dropout", 0], ["--alpha", "--dropout"], "--method full"),

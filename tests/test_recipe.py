@@ -7,7 +7,17 @@ import pytest
 import yaml
 
 from vitopt.errors import RecipeError
-from vitopt.recipe import DataSpec, EvaluateSpec, FinetuneSpec, LatencySpec, Recipe, RecipeVariant, RunSpec, VariantSpec
+from vitopt.recipe import (
+    DataSpec,
+    EvaluateSpec,
+    FinetuneSpec,
+    LatencySpec,
+    Recipe,
+    RecipeVariant,
+    RoundingSpec,
+    RunSpec,
+    VariantSpec,
+)
 from vitopt.recipe_file import dump_yaml, load_recipe, validate
 
 MINIMAL = """
@@ -556,6 +566,7 @@ def test_a_dumped_variant_starts_with_its_name_and_how_it_is_held(recipe_file):
         "skip",
         "auto",
         "layers",
+        "rounding",
         *RUN,
         "fastest",
         "steps",
@@ -723,3 +734,35 @@ def test_calibration_of_an_engine_needs_data_and_names_its_images():
     assert "step calibrate of a needs `data`" in line
     of_random_weights = {"name": "r", "model": "random:vit-tiny-patch16-224", "variants": [{**content, "steps": []}]}
     assert validate(Recipe, of_random_weights, where="r").variants[0].scaling_step is None
+
+
+@pytest.mark.parametrize(
+    ("content", "settings"),
+    [
+        ({}, None),
+        ({"rounding": "nearest"}, None),
+        ({"rounding": "gptq"}, RoundingSpec()),
+        ({"rounding": {"images": 9}}, RoundingSpec(images=9)),
+    ],
+)
+def test_rounding_is_a_word_or_its_settings(content, settings):
+    recipe = validate(Recipe, changed(data="digits", variants=[{"name": "a", "format": "nf4", **content}]), where="r")
+    assert recipe.variants[0].rounding == settings
+    assert recipe.variants[0].wants_images == (["`rounding`"] if settings else [])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"format": "int8"}, ["`rounding: gptq`", "nf4, int4, w8a8", "int8"]),
+        ({"format": "bf16"}, ["nf4, int4, w8a8", "bf16"]),
+        ({"format": "w8a8", "layers": {"fc2": "fp8"}}, ["fp8"]),
+        ({"format": "w8a8", "engine": "openvino"}, ["openvino", "`rounding`"]),
+        ({"format": "auto"}, ["`format: auto`", "`rounding`"]),
+        ({"format": "nf4", "rounding": "awq"}, ["rounding", "'awq'"]),
+        ({"format": "nf4", "rounding": {"learning_rate": 1e-3}}, ["`tuning_steps`", "`learning_rate`"]),
+    ],
+)
+def test_rounding_that_cannot_be_is_refused(content, words):
+    (line,) = mistakes(changed(data="digits", variants=[{"name": "a", "rounding": "gptq", **content}]))
+    assert all(word in line for word in words)

@@ -206,6 +206,21 @@ def test_what_is_left_open_is_chosen_on_the_checkpoint_after_the_steps(
     assert scores["checkpoint"] == str(tmp_path / "run" / "steps" / asked.variants[1].step_names[0])
 
 
+def test_a_variant_is_rounded_on_calibration_images_and_no_other_variant_stands_for_it(
+    tiny_checkpoint: Path, shapes: Path, tmp_path: Path
+) -> None:
+    rounding = {"images": 12}
+    asked = recipe(tiny_checkpoint, shapes, variant("a", format="w8a8"), variant("b", format="w8a8", rounding=rounding))
+    _, failures, said = make(asked, tmp_path / "run")
+    assert failures == [None] * 3 and not any("the same weights" in line for line in said)
+    train = open_images(DataSpec(source=str(shapes)), "train")
+    assert calibration_hashes(tmp_path / "run" / "variants" / "b") == set(train.limited(12).image_hashes)
+    weights = [(tmp_path / "run" / "variants" / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] != weights[1]
+    _, _, again = make(asked, tmp_path / "run")
+    assert all("up to date" in line for line in again), again
+
+
 # A whole run
 
 

@@ -142,7 +142,7 @@ def require_images(recipe: Recipe, source: Checkpoint, data: DataSpec, test: Ima
                 f"{data.source}: fine-tune the model for all of them (`finetune`), or each in its `steps`"
             )
         calibrations = [step.settings for step in variant.steps if step.kind.images == "calibration"]
-        for spec in [*calibrations, *([variant.calibration] if variant.calibration else [])]:
+        for spec in [*calibrations, *filter(None, (variant.calibration, variant.rounding))]:
             calibration = calibration_images(data, spec)
             require_disjoint(calibration, test)
             if isinstance(spec, FastestSpec):

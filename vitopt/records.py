@@ -40,6 +40,9 @@ class Variant(Section):
     half: str | None = Field(None, description="16-bit type of the layers that are not quantized")
     skip: tuple[str, ...] = Field((), description="patterns that were kept in 16 bit")
     layers: dict[str, str] = Field(default_factory=dict, description="patterns that got another format")
+    rounding: dict[str, Any] | None = Field(
+        None, description="settings of weights rounded on calibration images; null: each to its nearest, or not known"
+    )
     stored_format: str | None = Field(None, description="format on disk where the layers were expanded at load")
     steps: tuple[dict[str, Any], ...] = Field(
         (), description="what was done to the checkpoint before its format was made, in order: name -> settings"

@@ -97,17 +97,6 @@ class CalibrateSpec(CalibrationSpec):
         return "observing layers"
 
 
-class SmoothSpec(CalibrationSpec):
-    """Make the columns of what layers take alike, answers unchanged: 8 bits then lose less (SmoothQuant)."""
-
-    images: ImageCount = Field(128, description="calibration images, spread over the classes")
-
-    @property
-    def words(self) -> str:
-        """What it does, for the line that a run prints."""
-        return "smoothing layers"
-
-
 class PruneSpec(CalibrationSpec):
     """Remove whole blocks, units of the feed-forward layers, or both: an ordinary, smaller model; then fine-tune it."""
 
@@ -125,6 +114,17 @@ class PruneSpec(CalibrationSpec):
     def words(self) -> str:
         """What it does, for the line that a run prints."""
         return "pruning"
+
+
+class SmoothSpec(CalibrationSpec):
+    """Make the columns of what layers take alike, answers unchanged: 8 bits then lose less (SmoothQuant)."""
+
+    images: ImageCount = Field(128, description="calibration images, spread over the classes")
+
+    @property
+    def words(self) -> str:
+        """What it does, for the line that a run prints."""
+        return "smoothing layers"
 
 
 @dataclass(frozen=True)

@@ -271,6 +271,7 @@ class VariantMaker:
     def _variant_stage(self, settled: Settled) -> Stage[Path]:
         variant, base, images = settled.variant, settled.base, settled.images
         output = self.run.variant(variant.name)
+        rounding = None if variant.rounding is None else self._calibration(variant.rounding)[0]
 
         def work() -> str:
             for other in self.recipe.variants:
@@ -281,7 +282,7 @@ class VariantMaker:
                     return f"the same weights as {other.name}"
             noted: dict[str, Any] = {"images": images, "purpose": settled.purpose, "scales": settled.scales}
             try:
-                return make(base, variant, output, self.recipe.device, **noted).summary()
+                return make(base, variant, output, self.recipe.device, **noted, calibration=rounding).summary()
             except _TOLERATED:
                 self._remove_earlier(variant.name)
                 raise
@@ -290,8 +291,9 @@ class VariantMaker:
             f"variant {variant.name}",
             inputs=[
                 base.fingerprint(),
-                variant.model_dump(mode="json", include={"format", "half", "skip", "layers"}),
+                variant.model_dump(mode="json", include={"format", "half", "skip", "layers", "rounding"}),
                 None if images is None else [images.sha256, settled.purpose],
+                None if rounding is None else rounding.sha256,
                 [variant.static_scales, settled.scales and settled.scales.sha256]
                 if variant.engine in ENGINES
                 else None,

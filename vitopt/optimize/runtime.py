@@ -147,6 +147,7 @@ class TorchRunnable(CheckpointRunnable):
                 half=asked.half if asked else None,
                 skip=asked.skip if asked else (),
                 layers=dict(asked.layers) if asked else {},
+                rounding=asked.rounding.model_dump(mode="json") if asked and asked.rounding else None,
                 stored_format=self.stored_format if self.run.run_as else None,
                 asked=self.run.options,
                 ran=self._ran,
