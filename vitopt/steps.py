@@ -98,7 +98,7 @@ class CalibrateSpec(CalibrationSpec):
 
 
 class PruneSpec(CalibrationSpec):
-    """What is removed of a model: whole blocks, units of its feed-forward layers, or both."""
+    """Remove whole blocks, units of the feed-forward layers, or both: an ordinary, smaller model; then fine-tune it."""
 
     images: ImageCount = Field(128, description="calibration images, spread over the classes")
     depth: int = Field(0, ge=0, le=256, description="how many blocks are removed")
