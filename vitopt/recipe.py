@@ -179,6 +179,8 @@ class RecipeVariant(VariantSpec):
             trained = step.settings.format if isinstance(step.settings, FinetuneSpec) else None
             if trained and self.format in QUANTIZED_FORMATS and self.format != trained:
                 raise ValueError(f"a step trains for {trained}, and `format` is {self.format}: take the same")
+            if trained and self.rounding is not None:
+                raise ValueError(f"a step trains for {trained} as it rounds by itself: leave `rounding` out")
         return self
 
     @model_validator(mode="after")

@@ -152,11 +152,13 @@ def test_keys_that_the_method_has_no_use_for_are_refused(keys: dict[str, Any], n
 
 
 def test_a_variant_is_held_in_the_format_that_its_step_trains_for() -> None:
-    def recipe(format: str) -> Recipe:
+    def recipe(format: str, **keys: Any) -> Recipe:
         steps = [{"finetune": {"method": "qat", "format": "nf4"}}]
-        variant = {"name": "a", "format": format, "steps": steps}
+        variant = {"name": "a", "format": format, "steps": steps} | keys
         return Recipe.model_validate({"name": "r", "model": "m", "data": "d", "variants": [variant]})
 
     assert recipe("nf4") and recipe("bf16")
     with pytest.raises(ValidationError, match="trains for nf4, and `format` is w8a8"):
         recipe("w8a8")
+    with pytest.raises(ValidationError, match="leave `rounding` out"):
+        recipe("nf4", rounding="gptq")
