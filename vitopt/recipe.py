@@ -50,6 +50,9 @@ class DataSpec(Spec):
     )
     train: str = Field("train", description="split to fine-tune on")
     test: str | None = Field(None, description="split to evaluate on; null takes test, else validation")
+    test_share: float = Field(
+        0.2, gt=0, lt=1, description="share that is held out for testing where the data has no splits of its own"
+    )
     root: str | None = Field(
         None,
         max_length=PATH_LENGTH,
