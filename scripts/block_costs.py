@@ -102,7 +102,7 @@ def block_cost(config: ViTConfig, batch_size: int, options: tuple[str, ...], blo
     model = ViTForImageClassification(config).eval().to(torch.bfloat16).requires_grad_(False)
     names = block_names(model, "vit")
     count = 1 + (config.image_size // config.patch_size) ** 2
-    observed = {layer.logical: LayerInputs(1.0, {"w8a8": 0.0}) for layer in linear_layers(model, "vit")}
+    observed = {layer.logical: _any_inputs(model.get_submodule(layer.module)) for layer in linear_layers(model, "vit")}
     rewrites: dict[str, Callable[[nn.Module], int]] = {
         "class_token_last": lambda model: narrow_last_block(model, names),
         "carry_residual": lambda model: carry_residuals(model, names),
@@ -118,6 +118,11 @@ def block_cost(config: ViTConfig, batch_size: int, options: tuple[str, ...], blo
     tokens = torch.zeros(batch_size, count, config.hidden_size, dtype=torch.bfloat16)
     hidden = (tokens, tokens.clone()) if "carry_residual" in options else tokens
     return cost(model.get_submodule(names[block]), hidden)
+
+
+def _any_inputs(linear: nn.Module) -> LayerInputs:
+    largest = torch.ones(2, linear.in_features)  # of the class token and of patches
+    return LayerInputs(-largest, largest, {"w8a8": 0.0})
 
 
 def _quantize(model: nn.Module) -> int:

@@ -31,7 +31,8 @@ from vitopt.cli import app
 from vitopt.data.images import open_images
 from vitopt.measure import evaluator, forecast, rates, throughput
 from vitopt.measure.predictions import load_predictions
-from vitopt.models.checkpoint import Checkpoint
+from vitopt.models.checkpoint import Checkpoint, open_checkpoint
+from vitopt.models.origin import load_origin
 from vitopt.recipe import DataSpec
 from vitopt.recipe_file import load_recipe
 from vitopt.records import Memory, load_record
@@ -490,9 +491,12 @@ def test_benchmark_of_folders_of_one_name_keeps_records_below_output(tiny_checkp
 def test_finetune_prints_its_report(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
     report = printed(
         "finetune", tiny_checkpoint, "--data", shapes, "--output", tmp_path / "out", "--epochs", 1, "--target", "query",
-        "--rank", 2, "--no-augment",
+        "--rank", 2, "--no-augment", "--image-size", 16, "--distill-from", tiny_checkpoint, "--teacher-weight", 1,
     )  # fmt: skip
     assert report["checkpoint"] == str(tmp_path / "out")
+    assert open_checkpoint(str(tmp_path / "out")).image_size == (16, 16)
+    (trained,) = load_origin(tmp_path / "out").steps
+    assert (trained["teacher"], trained["teacher_weight"]) == (tiny_checkpoint.name, 1)
     stored = json.loads((tmp_path / "out" / "training.json").read_text())
     assert {key: value for key, value in report.items() if key != "checkpoint"} == stored
     assert stored["steps"] == 2 and stored["test_top1_percent"] is not None

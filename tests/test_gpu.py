@@ -159,7 +159,7 @@ def test_a_graph_with_static_scales_gives_the_logits_of_the_eager_model(half: Ch
     if reason := support.why_not_format(run_as, CUDA):
         pytest.skip(reason)
     model = load_model(half, device=CUDA)
-    save_activations(observe(model, half.config.model_type, lambda: [pixels_of(8)]), Path(str(half.folder)))
+    save_activations(observe(model, half.config.model_type, [pixels_of(8)]), Path(str(half.folder)))
     run = RunSpec(run_as=run_as, static_scales=True)
     eager = prepare(half, name="eager", device=CUDA, run=run)
     fast = {"compile": True, "fuse_qkv": True, "class_token_last": True}

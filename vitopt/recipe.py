@@ -154,7 +154,9 @@ class RecipeVariant(VariantSpec):
 
     format: Literal["auto", Format]  # type: ignore[assignment]  # wider, until `with_choice` says which
     fastest: FastestSpec = Field(FastestSpec(), description="how `format: auto` chooses")
-    steps: tuple[Step, ...] = Field((), description="what is done to the checkpoint first, in order: finetune")
+    steps: tuple[Step, ...] = Field(
+        (), description="what is done to the checkpoint first, in order: finetune, prune, calibrate"
+    )
 
     @model_validator(mode="after")
     def _choice_is_whole(self) -> "RecipeVariant":
@@ -167,6 +169,10 @@ class RecipeVariant(VariantSpec):
                 f"`format: auto` compares whole formats and chooses how they run: leave {without_effect} out, or name "
                 "a format"
             )
+        for step in self.steps:
+            trained = step.settings.format if isinstance(step.settings, FinetuneSpec) else None
+            if trained and self.format in QUANTIZED_FORMATS and self.format != trained:
+                raise ValueError(f"a step trains for {trained}, and `format` is {self.format}: take the same")
         return self
 
     @property

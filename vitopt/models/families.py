@@ -66,12 +66,17 @@ class Family:
     shape: Literal["plain", "vision", "stages", "timm"] = "plain"
     # Its attention is its own: always scaled dot product, with the kernel that torch chooses.
     own_attention: bool = False
+    # In a block, the LayerNorms whose outputs alone query, key and value, and fc1, take; None where it has no such.
+    norms: tuple[str, str] | None = ("layernorm_before", "layernorm_after")
     # Module of the input embeddings, where transformers' own class does not know it.
     input_embeddings: str | None = None
+    # Why its models cannot be made for another image size, where they cannot.
+    fixed_size: str = ""
     note: str = ""  # what a user should know, for README
 
 
 _TWO_HEADS = {"cls_classifier": f"{HEAD}.class", "distillation_classifier": f"{HEAD}.distillation"}
+_WINDOWS = "the windows of its attention are made for one size"
 _NARROW = "layers too narrow for NF4 (its first stage) stay in 16 bit"
 
 FAMILIES: Mapping[str, Family] = {
@@ -88,23 +93,31 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "vit_msn": Family("ViT-MSN", {"vit-msn-SIZE": "ViTMSNForImageClassification"}, rf"vit\.{_PLAIN}"),
     "ijepa": Family("I-JEPA", {"ijepa-SIZE": "IJepaForImageClassification"}, rf"ijepa\.{_PLAIN}"),
-    "beit": Family("BEiT", {"beit-SIZE": "BeitForImageClassification"}, rf"beit\.{_PLAIN}"),
+    "beit": Family(
+        "BEiT",
+        {"beit-SIZE": "BeitForImageClassification"},
+        rf"beit\.{_PLAIN}",
+        fixed_size="its relative position biases are made for one size",
+    ),
     "dinov2": Family(
         "DINOv2",
         {"dinov2-SIZE": "Dinov2ForImageClassification"},
         rf"dinov2\.{_ENCODER}",
+        norms=("norm1", "norm2"),
         note="not the giant, whose MLP is gated",
     ),
     "dinov2_with_registers": Family(
         "DINOv2 with registers",
         {"dinov2-with-registers-SIZE": "Dinov2WithRegistersForImageClassification"},
         rf"dinov2_with_registers\.{_ENCODER}",
+        norms=("norm1", "norm2"),
         note="not the giant, whose MLP is gated",
     ),
     "siglip": Family(
         "SigLIP, SigLIP 2 of fixed resolution",
         {"siglip-SIZE": "SiglipForImageClassification"},
         rf"vision_model\.{_ENCODER}",
+        norms=("layer_norm1", "layer_norm2"),
         shape="vision",
         note="its pooling head stays in 16 bit",
     ),
@@ -112,6 +125,7 @@ FAMILIES: Mapping[str, Family] = {
         "CLIP",
         {"clip-SIZE": "CLIPForImageClassification"},
         rf"vision_model\.{_ENCODER}",
+        norms=("layer_norm1", "layer_norm2"),
         shape="vision",
         input_embeddings="vision_model",
     ),
@@ -120,6 +134,7 @@ FAMILIES: Mapping[str, Family] = {
         {"swin-SIZE": "SwinForImageClassification"},
         r"swin\.encoder\.layers\.\d+\.blocks\.\d+",
         shape="stages",
+        fixed_size=_WINDOWS,
         note=_NARROW,
     ),
     "swinv2": Family(
@@ -127,7 +142,9 @@ FAMILIES: Mapping[str, Family] = {
         {"swinv2-SIZE": "Swinv2ForImageClassification"},
         r"swinv2\.encoder\.layers\.\d+\.blocks\.\d+",
         unnamed=("continuous_position_bias_mlp.0", "continuous_position_bias_mlp.2"),
+        norms=None,  # they come after attention and MLP
         shape="stages",
+        fixed_size=_WINDOWS,
         note=f"{_NARROW}; eager attention, transformers has no other for it",
     ),
     TIMM: Family(
@@ -142,8 +159,10 @@ FAMILIES: Mapping[str, Family] = {
             "timm_model.head": HEAD,
             "timm_model.head_dist": f"{HEAD}.distillation",
         },
+        norms=("norm1", "norm2"),
         shape="timm",
         own_attention=True,
+        fixed_size="timm's models are made for the size that `model_args` names",
         note="needs `pip install 'vitopt[timm]'`; query, key and value are one layer `qkv`; sdpa without a choice of "
         "its kernel",
     ),
