@@ -134,3 +134,15 @@ def test_a_step_gets_the_images_that_its_kind_wants(shapes: Path) -> None:
     assert images(None) is None
     assert (len(images("calibration")), images("calibration").split) == (8, "train")
     assert len(images("training")) == 32
+
+
+def test_tokens_that_cannot_leave_are_told_with_all_other_mistakes(tiny_checkpoint: Path, shapes: Path) -> None:
+    variants = [
+        {"name": "many", "format": "bf16", "merge_tokens": "9@0"},
+        {"name": "last", "format": "bf16", "prune_tokens": "4@2"},
+        {"name": "fits", "format": "bf16", "merge_tokens": "8@0"},
+    ]
+    with pytest.raises(RecipeError) as caught:
+        plans(recipe(tiny_checkpoint, shapes, *variants))
+    many, last = str(caught.value).splitlines()
+    assert "variant many" in many and "block 0" in many and "variant last" in last and "block 2" in last

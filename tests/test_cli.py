@@ -106,6 +106,7 @@ OPTIONS = {
     "sensitivity": [
         "CHECKPOINT", "--data", "--format", "--output", "--granularity", "--half", "--limit", "--device", "--json",
     ],
+    "tokens": ["CHECKPOINT", "--data", "--target-flops", "--max-steps", "--limit", "--output", "--device", "--json"],
     "evaluate": [
         "CHECKPOINT", "--data", "--baseline", "--attention", "--sdpa-kernel", "--run-as", "--fuse-qkv",
         "--channels-last", "--compile", "--autotune", "--threads", "--batch-size", "--latency-batch-size",
@@ -266,6 +267,18 @@ def test_sensitivity_prints_its_scores_and_its_choice(tiny_checkpoint: Path, sha
     found = result["search"]
     assert result["images"] == found["choosing_images"] == 2 and found["confirming_images"] == 6 and found["chosen"]
     assert json.loads((tmp_path / "sensitivity.json").read_text()) == result
+
+
+def test_tokens_prints_a_schedule_that_evaluate_takes(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    data, result = ("--data", f"{shapes}:train"), tmp_path / "tokens.json"
+    said = done("tokens", tiny_checkpoint, *data, "--target-flops", 0.85, "--max-steps", 1, "--output", result).stdout
+    found = json.loads(result.read_text())
+    assert said.splitlines()[-1] == f"--merge-tokens {found['chosen']}"
+    assert "exists" in refusal("tokens", tiny_checkpoint, *data, "--target-flops", 0.85, "--output", result)
+    options = ("--merge-tokens", found["chosen"], "--no-size-bias", *QUICK)
+    record = printed("evaluate", tiny_checkpoint, *data, *options, "--no-look-alikes")
+    assert record["variant"]["ran"]["merge_tokens"] == found["chosen"] and record["variant"]["tokens"][0] == 17
+    assert record["variant"]["ran"]["size_bias"] is False
 
 
 def test_quantize_chooses_its_skip_list(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:

@@ -154,6 +154,26 @@ def test_a_rewritten_model_gives_the_logits_of_the_eager_one(half: Checkpoint, o
     assert graph.reasons == {}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"merge_tokens": "5"},
+        {"merge_tokens": "5", "size_bias": False, "sdpa_kernel": "flash"},
+        {"prune_tokens": "5", "fuse_pruned": True, "compile_whole": True},
+    ],
+)
+def test_a_graph_with_fewer_tokens_gives_the_logits_of_the_eager_model(
+    half: Checkpoint, options: dict[str, object]
+) -> None:
+    eager_options = {name: value for name, value in options.items() if name != "compile_whole"}
+    eager = prepare(half, name="eager", device=CUDA, run=RunSpec(**eager_options))
+    graph = prepare(half, name="graph", device=CUDA, run=RunSpec(compile=True, fuse_qkv=True, **options))
+    for batch_size in (8, 1):
+        assert relative_error(graph(pixels_of(batch_size)), eager(pixels_of(batch_size))) < 2 * COMPILED_ERROR[None]
+        assert graph.graph_bytes(pixels_of(batch_size).shape) > 0
+    assert graph.reasons == {}
+
+
 @pytest.mark.parametrize("run_as", ["w8a8", "fp8"])
 def test_a_graph_with_static_scales_gives_the_logits_of_the_eager_model(half: Checkpoint, run_as: str) -> None:
     if reason := support.why_not_format(run_as, CUDA):

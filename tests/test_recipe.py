@@ -234,7 +234,11 @@ RUN = {
     "carry_residual": True,
     "gelu_epilogue": True,
     "static_scales": True,
-    "fused_kernels": False,  # goes with no carry_residual
+    "fused_kernels": False,  # goes with no carry_residual and no merge_tokens
+    "merge_tokens": "16..0",
+    "size_bias": False,
+    "prune_tokens": None,  # those two go with no merge_tokens
+    "fuse_pruned": False,
     "patch_product": False,  # goes with no channels_last
     "channels_last": True,
     "compile": True,
@@ -257,6 +261,10 @@ def test_a_variant_by_default_runs_as_it_is():
         "carry_residual": False,
         "gelu_epilogue": False,
         "static_scales": False,
+        "merge_tokens": None,
+        "size_bias": True,
+        "prune_tokens": None,
+        "fuse_pruned": False,
         "fused_kernels": False,
         "patch_product": False,
         "channels_last": False,

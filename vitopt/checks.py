@@ -17,6 +17,7 @@ from vitopt.models.names import linear_layers, select
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.prune import pruned_config
 from vitopt.optimize.quantize import plan_for
+from vitopt.optimize.reduction import token_counts
 from vitopt.optimize.resolution import why_not_resized
 from vitopt.recipe import CalibrationSpec, DataSpec, FastestSpec, FinetuneSpec, Recipe, Step
 from vitopt.search.analysis import require_disjoint
@@ -30,7 +31,8 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
     """Layer plan of every variant whose format is known, from shapes alone.
 
     Raises:
-        RecipeError: patterns match nothing or targets do not exist; all mistakes at once.
+        RecipeError: patterns match nothing, targets do not exist, or more tokens leave a block than can; all mistakes
+            at once.
         CheckpointError: the model cannot be found.
     """
     checkpoint = open_checkpoint(recipe.model, config_only=True)
@@ -41,6 +43,8 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
         try:
             known = variant.skipping(()) if variant.skips_automatically else variant
             resolved[variant.name] = plan_for(checkpoint, known)
+            if variant.schedule is not None:
+                token_counts(checkpoint.config, variant)
         except (PatternError, RecipeError, UnsupportedError) as error:
             mistakes.append(f"variant {variant.name}: {error}")
     for variant in recipe.variants:

@@ -54,6 +54,9 @@ class Variant(Section):
     ran: dict[str, Option] = Field(
         default_factory=dict, description="how it ran, by option, read back from what ran; empty if nothing did"
     )
+    tokens: tuple[int, ...] | None = Field(
+        None, description="tokens that each block is given, then those that the last one leaves; null where all stay"
+    )
     reasons: dict[str, str] = Field(default_factory=dict, description="option -> why it ran otherwise than asked")
 
 
