@@ -55,6 +55,9 @@ class DataSpec(Spec):
     held_out: float | None = Field(
         None, gt=0, lt=1, description=f"share of the training images that nothing trains on: the split `{HELD_OUT}`"
     )
+    test_share: float = Field(
+        0.2, gt=0, lt=1, description="share that is held out for testing where the data has no splits of its own"
+    )
     root: str | None = Field(
         None,
         max_length=PATH_LENGTH,
