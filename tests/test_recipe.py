@@ -694,7 +694,12 @@ def test_a_file_of_mistakes_alone_is_answered_soon_and_shortly(tmp_path):
         ({"format": "w8a8", "engine": "openvino", "half": "fp16"}, ["openvino", "`half`"]),
         ({"format": "w8a8", "fixed_scales": {"images": 9}}, ["`fixed_scales`"]),
         ({"format": "fp32", "engine": "openvino", "fixed_scales": {}}, ["`fixed_scales`"]),
-        ({"format": "fp32", "engine": "tensorflow"}, ["engine", "'torch', 'openvino' or 'onnxruntime'"]),
+        ({"format": "fp32", "engine": "tensorrt", "fuse_qkv": True}, ["tensorrt", "`fuse_qkv`"]),
+        ({"format": "w8a8", "engine": "aoti", "fixed_scales": {}}, ["`fixed_scales`"]),
+        (
+            {"format": "fp32", "engine": "tensorflow"},
+            ["engine", "'torch', 'openvino', 'onnxruntime', 'tensorrt' or 'aoti'"],
+        ),
     ],
 )
 def test_what_an_engine_does_not_do_is_refused(content, words):

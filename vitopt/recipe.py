@@ -147,7 +147,7 @@ class VariantSpec(RunSpec, HeldSpec):
                 raise ValueError(f"`engine: {self.engine}` has no {lacking[0]}; it has {', '.join(known)}")
             if self.skips_automatically:
                 raise ValueError("`skip: auto` measures torch's formats: name the layers, or leave `engine` out")
-            if self.half != "bf16":
+            if self.half != "bf16" and not ENGINES[self.engine].torch_model:
                 raise ValueError(f"`engine: {self.engine}` computes the other layers in bf16: leave `half` out")
         return self
 
@@ -186,8 +186,11 @@ class RecipeVariant(VariantSpec):
                 f"`format: auto` compares whole formats and chooses how they run: leave {without_effect} out, or name "
                 "a format"
             )
-        if self.fixed_scales is not None and (self.engine not in ENGINES or self.format not in QUANTIZED_FORMATS):
-            raise ValueError("`fixed_scales` is for a quantized format of another engine than torch: leave it out")
+        runs_torch = self.engine not in ENGINES or ENGINES[self.engine].torch_model
+        if self.fixed_scales is not None and (runs_torch or self.format not in QUANTIZED_FORMATS):
+            raise ValueError(
+                "`fixed_scales` is for a quantized format of an engine that computes in its own way: leave it out"
+            )
         return self
 
     @property

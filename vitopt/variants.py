@@ -18,7 +18,7 @@ from vitopt.errors import CheckpointError, MeasurementError, RecordError, Unsupp
 from vitopt.measure.predictions import PREDICTIONS_FILE
 from vitopt.models.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
 from vitopt.optimize.quantize import quantize
-from vitopt.recipe import CalibrationSpec, Recipe, RecipeVariant, Step
+from vitopt.recipe import ENGINES, CalibrationSpec, Recipe, RecipeVariant, Step
 from vitopt.records import RECORD_FILE
 from vitopt.search.analysis import analyse_for
 from vitopt.search.fastest import Choice, find_fastest, how_measured, load_choice, save_choice
@@ -232,6 +232,7 @@ class VariantMaker:
     def _variant_stage(self, settled: Settled) -> Stage[Path]:
         variant, base, images = settled.variant, settled.base, settled.images
         output = self.run.variant(variant.name)
+        compiled_in = ENGINES[variant.engine].options if variant.engine in ENGINES else ()
 
         def work() -> str:
             for other in self.recipe.variants:
@@ -251,7 +252,7 @@ class VariantMaker:
             f"variant {variant.name}",
             inputs=[
                 base.fingerprint(),
-                variant.model_dump(mode="json", include={"format", "half", "skip", "layers", "engine"}),
+                variant.model_dump(mode="json", include={"format", "half", "skip", "layers", "engine", *compiled_in}),
                 None if images is None else [images.sha256, settled.purpose],
             ],
             files=_checkpoint_files(output),

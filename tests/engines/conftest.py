@@ -1,5 +1,7 @@
 """A checkpoint whose int8 is far from its fp32, and images to calibrate on."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import torch
 from conftest import make_checkpoint
 
 from vitopt.data.images import ImageSet, open_images
-from vitopt.engines import package
+from vitopt.engines import note, package
 from vitopt.engines.runtime import Prepared, prepare
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.recipe import DataSpec, VariantSpec
@@ -37,6 +39,28 @@ def run_with() -> Callable[..., Prepared]:
 @pytest.fixture(scope="session")
 def pixel_values() -> torch.Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+# No module of these can be imported, wherever the interpreter finds them.
+ALONE = """
+import runpy, sys
+for name in sys.argv.pop(1).split(","):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="session")
+def classes_of() -> Callable[..., list[tuple[str, float]]]:
+    """What an example prints of a photo where some packages are not installed: classes with their percentages."""
+
+    def run(script: Path, photo: Path, without: str) -> list[tuple[str, float]]:
+        done = subprocess.run([sys.executable, "-c", ALONE, without, script, photo], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [(line.split(" %  ")[1], float(line.split(" %")[0])) for line in done.stdout.splitlines()]
+
+    return run
 
 
 class FakeEngine:
@@ -71,7 +95,8 @@ def engine(checkpoint, monkeypatch):
     fake, version = FakeEngine(checkpoint), ["1"]
     monkeypatch.setattr(package, "engine_module", lambda name: fake)
     monkeypatch.setattr("vitopt.engines.runtime.engine_module", lambda name: fake)
-    monkeypatch.setattr(package, "installed_version", lambda name: version[0])
+    for room in (package, note):
+        monkeypatch.setattr(room, "installed_version", lambda name: version[0])
     monkeypatch.setattr("vitopt.environment.support.installed", lambda name: True)
     fake.version = version
     return fake

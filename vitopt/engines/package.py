@@ -4,12 +4,11 @@ It needs the engine's own package, numpy and Pillow; `example.py` in it shows ho
 the checkpoint, under the engine's name.
 """
 
+import contextlib
 import importlib
-import importlib.metadata
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -22,6 +21,15 @@ from vitopt import storage
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor, batches, random_pixels
 from vitopt.engines.example import example_text, pixels
+from vitopt.engines.note import (
+    Package,
+    installed_version,
+    kind_of_device,
+    options_of,
+    read_package,
+    why_not_used,
+    write_note,
+)
 from vitopt.environment import devices, support
 from vitopt.environment.devices import DTYPES
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
@@ -35,17 +43,17 @@ from vitopt.models.checkpoint import (
     save_checkpoint,
 )
 from vitopt.models.origin import QUANTIZE, note_origin
+from vitopt.optimize.formats import stored_formats
 from vitopt.optimize.plan import LayerPlan
-from vitopt.optimize.quantize import plan_for
+from vitopt.optimize.quantize import plan_for, quantize
+from vitopt.optimize.runtime import prepare
 from vitopt.recipe import ENGINES, VariantSpec
 from vitopt.transformation import note_images
 
 logger = logging.getLogger(__name__)
 
-ENGINE_FILE = "engine.json"
 LABELS_FILE = "labels.json"
 CALIBRATED = "int8 scales"
-_SCHEMA = "vitopt.engine/1"
 
 
 class Call(Protocol):
@@ -53,8 +61,9 @@ class Call(Protocol):
 
     fixed_shapes: bool  # whether each batch size is built on its own
 
-    def __call__(self, pixel_values: np.ndarray) -> np.ndarray:
-        """`pixel_values`: (batch, 3, height, width), float32. Returns logits (batch, classes), float32."""
+    def __call__(self, pixel_values: Any) -> Any:
+        """`pixel_values`: (batch, 3, height, width), float32; a torch tensor on its device where the engine
+        `takes_tensors`, else an array. Returns logits (batch, classes) of the same kind."""
         ...
 
     def formats(self, modules: Iterable[str]) -> dict[str, str]:
@@ -73,7 +82,7 @@ class EngineModule(Protocol):
 
     def write(
         self,
-        model: nn.Module,
+        model: Any,
         size: tuple[int, int],
         plan: LayerPlan,
         images: Sequence[np.ndarray] | None,
@@ -81,8 +90,9 @@ class EngineModule(Protocol):
     ) -> dict[str, Any]:
         """Write the model file and return the settings that `load` takes, plain data.
 
-        `model`: `Logits`. `images`: those that fix the scales of int8 activations, (1, 3, height, width) each; None
-        leaves them to each call.
+        `model`: `Logits` in fp32, or for an engine with `torch_model` the `TorchRunnable` that it compiles. `images`:
+        those that fix the scales of 8-bit activations, (1, 3, height, width) each; None leaves them to each call.
+        Settings that a record tells: `weight_bytes`, `ran`, `reasons`.
         """
         ...
 
@@ -104,50 +114,16 @@ class Logits(nn.Module):
         return logits
 
 
-@dataclass(frozen=True)
-class Package:
-    """What `engine.json` says: `version` of the engine that the file was made with, `checkpoint`: the fingerprint of
-    what it was made of, `calibrated`: whether images fixed its scales, `settings`: how the engine is to run it."""
-
-    engine: str
-    version: str | None
-    format: Format
-    checkpoint: str
-    calibrated: bool
-    settings: Mapping[str, Any]
-
-
 def engine_module(engine: str) -> EngineModule:
     """The file that implements an engine."""
     return cast(EngineModule, importlib.import_module(ENGINES[engine].module))
 
 
-def installed_version(engine: str) -> str | None:
-    """Version of the engine's package."""
-    return importlib.metadata.version(ENGINES[engine].package)
-
-
-def read_package(folder: Path) -> Package:
-    """What the folder of an engine holds.
-
-    Raises:
-        CheckpointError: `engine.json` cannot be read.
-    """
-    try:
-        content = json.loads((folder / ENGINE_FILE).read_text(encoding="utf-8"))
-        if content.pop("schema") != _SCHEMA:
-            raise ValueError(f"its schema is not {_SCHEMA}")
-        return Package(**content)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"{folder / ENGINE_FILE} cannot be read ({error}): make it again") from error
-
-
-def why_not_used(package: Package, checkpoint: Checkpoint) -> str | None:
-    """Why a file that lies beside a checkpoint is not that of this checkpoint and engine, or None when it is."""
-    if package.checkpoint != checkpoint.fingerprint():
-        return "the checkpoint beside it has changed since"
-    version = installed_version(package.engine)
-    return None if package.version == version else f"{package.engine} {package.version} made it, this is {version}"
+def answers(engine: str, call: Call, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Logits (batch, classes) of `pixel_values`, (batch, 3, height, width) on the engine's device."""
+    if ENGINES[engine].takes_tensors:
+        return cast(torch.Tensor, call(pixel_values))
+    return torch.from_numpy(call(pixel_values.numpy()))
 
 
 def make(
@@ -167,13 +143,22 @@ def make(
         MeasurementError: what was made gives logits that are not finite, or a float file others than torch.
         StorageError: the output would replace something else, is in use, or cannot be written.
     """
-    require_runs(checkpoint, variant, devices.resolve_device(device))
+    target = devices.resolve_device(device)
+    require_runs(checkpoint, variant, target)
+    calibration = calibration_pixels(checkpoint, variant, images)
+    if ENGINES[variant.engine].torch_model:
+        with storage.temporary_folder() as place:
+            plan = quantize(checkpoint, variant, place / "made", device, images=images, purpose=purpose)
+            made = place / "made"
+            write_package(open_checkpoint(str(made)), variant, made / variant.engine, None, target)
+            storage.copy_folder(made, output)
+        return plan
     with storage.staged_folder(output) as folder:
         dtype = None if variant.format in QUANTIZED_FORMATS else DTYPES[variant.format]
         save_checkpoint(load_model(checkpoint, dtype=dtype), load_processor(checkpoint), folder)
         note_made(checkpoint, variant, plan := plan_for(checkpoint, variant), folder, images, purpose)
         written = open_checkpoint(str(folder))
-        write_package(written, variant, folder / variant.engine, images)
+        write_package(written, variant, folder / variant.engine, calibration, target)
     return plan
 
 
@@ -194,21 +179,35 @@ def export(
     Raises:
         VitoptError: as `make`.
     """
+    target = devices.resolve_device(device)
     if as_it_is:
         beside = checkpoint.folder / variant.engine if checkpoint.folder else None
-        if beside is not None and beside.is_dir() and why_not_used(read_package(beside), checkpoint) is None:
+        if beside is not None and beside.is_dir() and why_not_used(read_package(beside), checkpoint, target) is None:
             storage.copy_folder(beside, output)
             return read_package(output)
         variant = variant.model_copy(update={"format": stored_format(checkpoint)})
-    require_runs(checkpoint, variant, devices.resolve_device(device))
-    with storage.staged_folder(output) as folder:
-        write_package(checkpoint, variant, folder, images)
+    require_runs(checkpoint, variant, target)
+    with _held_as_asked(checkpoint, variant, device) as held, storage.staged_folder(output) as folder:
+        write_package(held, variant, folder, calibration_pixels(checkpoint, variant, images), target)
         note_made(checkpoint, variant, plan_for(checkpoint, variant), folder, images, CALIBRATED)
     return read_package(output)
 
 
+@contextlib.contextmanager
+def _held_as_asked(checkpoint: Checkpoint, variant: VariantSpec, device: str) -> Iterator[Checkpoint]:
+    """The checkpoint itself; for an engine that runs torch's formats it is held in that of the variant."""
+    if not ENGINES[variant.engine].torch_model or variant.format == stored_format(checkpoint):
+        yield checkpoint
+        return
+    with storage.temporary_folder() as place:
+        quantize(checkpoint, variant, place / "made", device)
+        yield open_checkpoint(str(place / "made"))
+
+
 def stored_format(checkpoint: Checkpoint) -> Format:
-    """Number format of a checkpoint's weights; the type that is named in its configuration."""
+    """Number format of a checkpoint's weights: the quantized one, else the type that is named in its configuration."""
+    if checkpoint.is_quantized and (stored := stored_formats(checkpoint.config)):
+        return stored[0]
     dtype = checkpoint.config.dtype or torch.float32
     return cast(Format, next((format for format, known in DTYPES.items() if known == dtype), "fp32"))
 
@@ -230,7 +229,7 @@ def require_runs(checkpoint: Checkpoint, variant: VariantSpec, device: torch.dev
         CheckpointError: the checkpoint is quantized.
     """
     support.require_engine(variant.engine, device)
-    if checkpoint.is_quantized:
+    if checkpoint.is_quantized and not ENGINES[variant.engine].torch_model:
         raise CheckpointError(
             f"{checkpoint.source} is quantized, and {variant.engine} makes its own int8: give the 16- or 32-bit one"
         )
@@ -243,7 +242,13 @@ def require_runs(checkpoint: Checkpoint, variant: VariantSpec, device: torch.dev
         raise UnsupportedError(f"{variant.format} cannot run in {variant.engine} here: {reason}")
 
 
-def write_package(checkpoint: Checkpoint, variant: VariantSpec, folder: Path, images: ImageSet | None) -> None:
+def write_package(
+    checkpoint: Checkpoint,
+    variant: VariantSpec,
+    folder: Path,
+    calibration: Sequence[np.ndarray] | None,
+    device: torch.device,
+) -> None:
     """Fill `folder` with what the variant's engine runs.
 
     Raises:
@@ -251,15 +256,21 @@ def write_package(checkpoint: Checkpoint, variant: VariantSpec, folder: Path, im
         MeasurementError: the written model does not compute what it should.
     """
     preprocess = Preprocessor(load_processor(checkpoint))
-    write_model(checkpoint, variant, folder, images)
+    write_model(checkpoint, variant, folder, calibration, device)
     storage.write_json(folder / LABELS_FILE, checkpoint.label_names)
     preprocess.processor.save_pretrained(folder)
     _require_same_pixels(preprocess, json.loads((folder / PREPROCESSOR_FILE).read_text(encoding="utf-8")))
     engine = engine_module(variant.engine)
-    storage.write_text(folder / "example.py", example_text(ENGINES[variant.engine].package, engine.EXAMPLE))
+    storage.write_text(folder / "example.py", example_text(ENGINES[variant.engine].example_packages, engine.EXAMPLE))
 
 
-def write_model(checkpoint: Checkpoint, variant: VariantSpec, folder: Path, images: ImageSet | None) -> None:
+def write_model(
+    checkpoint: Checkpoint,
+    variant: VariantSpec,
+    folder: Path,
+    calibration: Sequence[np.ndarray] | None,
+    device: torch.device,
+) -> None:
     """Write the model file and `engine.json`, and prove that it computes.
 
     Raises:
@@ -268,32 +279,47 @@ def write_model(checkpoint: Checkpoint, variant: VariantSpec, folder: Path, imag
     """
     folder.mkdir(parents=True, exist_ok=True)
     engine, plan = engine_module(variant.engine), plan_for(checkpoint, variant)
-    model = Logits(load_model(checkpoint, dtype=torch.float32)).eval().requires_grad_(False)
-    settings = engine.write(model, checkpoint.image_size, plan, _calibration(checkpoint, images), folder)
+    model: Any
+    if ENGINES[variant.engine].torch_model:
+        model = prepare(checkpoint, name=variant.name, device=device, run=variant.run)
+    else:
+        model = Logits(load_model(checkpoint, dtype=torch.float32)).eval().requires_grad_(False)
+    settings = engine.write(model, checkpoint.image_size, plan, calibration, folder)
     package = Package(
         engine=variant.engine,
         version=installed_version(variant.engine),
         format=variant.format,
         checkpoint=checkpoint.fingerprint(),
-        calibrated=images is not None,
+        calibrated=calibration is not None,
         settings=settings,
+        device=kind_of_device(variant.engine, device),
+        options=options_of(variant.run),
     )
-    storage.write_json(folder / ENGINE_FILE, {"schema": _SCHEMA, **asdict(package)})
-    _require_same_logits(model, engine.load(folder, settings), checkpoint.image_size, variant)
+    write_note(package, folder)
+    _require_same_logits(model, engine.load(folder, settings), checkpoint.image_size, variant, device)
 
 
-def _calibration(checkpoint: Checkpoint, images: ImageSet | None) -> list[np.ndarray] | None:
-    if images is None:
+def calibration_pixels(
+    checkpoint: Checkpoint, variant: VariantSpec, images: ImageSet | None
+) -> list[np.ndarray] | None:
+    """Pixels that fix the scales of activations, (1, 3, height, width) each; None leaves them to each call."""
+    if ENGINES[variant.engine].torch_model or (images is None and not variant.static_scales):
         return None
+    if images is None:
+        # Random weights are measured for speed alone, for which random pixels are as good as images.
+        return [random_pixels(1, checkpoint.image_size).numpy()] if checkpoint.is_random else None
     stream = batches(images, Preprocessor(load_processor(checkpoint)), 1)
     return [batch.pixel_values.numpy() for batch in stream]
 
 
-def _require_same_logits(model: nn.Module, call: Call, size: tuple[int, int], variant: VariantSpec) -> None:
+def _require_same_logits(
+    model: Any, call: Call, size: tuple[int, int], variant: VariantSpec, device: torch.device
+) -> None:
     values = random_pixels(2, size)
+    on_device = values.to(device)
     with torch.inference_mode():
-        wanted = model(values).numpy()
-    found = call(values.numpy())
+        wanted = model(on_device if ENGINES[variant.engine].torch_model else values).float().cpu().numpy()
+    found = answers(variant.engine, call, on_device).float().cpu().numpy()
     if found.shape != wanted.shape or not np.isfinite(found).all():
         raise MeasurementError(f"{variant.engine} gives logits that are not finite for this model in {variant.format}")
     error = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
