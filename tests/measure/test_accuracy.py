@@ -325,6 +325,6 @@ def test_a_large_image_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
         (tmp_path / kind).mkdir()
         Image.new("1", size).save(tmp_path / kind / "0.png")
     images = open_images(DataSpec(source=str(tmp_path)), "all")
-    with pytest.raises(BadImageError, match=r"image a/0.png has 110 megapixels"):
+    with pytest.raises(BadImageError, match=r"image a/0.png cannot be decoded .110 megapixels"):
         predict([Fake()], images, batch_size=2)
     assert predict([Fake()], images, batch_size=2, skip_bad=True).skipped == ("a/0.png",)

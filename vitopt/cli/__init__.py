@@ -13,12 +13,14 @@ from vitopt.cli.benchmarking import benchmark
 from vitopt.cli.common import clear_errors
 from vitopt.cli.comparing import compare, plan
 from vitopt.cli.exporting import export
+from vitopt.cli.loading import load
 from vitopt.cli.predicting import predict
 from vitopt.cli.printing import out
 from vitopt.cli.publishing import push
 from vitopt.cli.quantizing import quantize, sensitivity
 from vitopt.cli.recipes import report, run
 from vitopt.cli.running import evaluate
+from vitopt.cli.serving import serve
 from vitopt.cli.starting import doctor, init
 from vitopt.cli.training import finetune
 
@@ -33,8 +35,8 @@ app = typer.Typer(
 
 # In the order of the help.
 for _command in (
-    run, finetune, quantize, sensitivity, evaluate, benchmark, compare, plan, predict, report, export, push, doctor,
-    init,
+    run, finetune, quantize, sensitivity, evaluate, benchmark, compare, plan, predict, serve, load, report,
+    export, push, doctor, init,
 ):  # fmt: skip
     app.command()(clear_errors(_command))
 

@@ -6,14 +6,15 @@ bytes, whatever the file is called. Only the formats below are ever tried.
 
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vitopt.errors import DataError
+from vitopt.errors import BadImageError, DataError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -74,7 +75,7 @@ class HubReader:
         return value["bytes"] if value["bytes"] is not None else _cached_file(Path(value["path"])).read_bytes()
 
     def image(self, index: int, small: bool = False) -> Image.Image:
-        return _draft(Image.open(io.BytesIO(self.content(index)), formats=FORMATS), small)
+        return _draft(open_bytes(self.content(index)), small)
 
 
 def _cached_file(path: Path) -> Path:
@@ -95,6 +96,33 @@ def _draft(image: Image.Image, small: bool) -> Image.Image:
     if small:
         image.draft(image.mode, (64, 64))  # only JPEG can be decoded at a fraction of its size
     return image
+
+
+def decoded(open_image: Callable[[], Image.Image], max_pixels: int | None = None) -> Image.Image:
+    """What `open_image` opens, decoded, as RGB and turned upright.
+
+    Raises:
+        BadImageError: truncated, not an image, or more than `max_pixels` (MAX_PIXELS); gives the reason alone.
+    """
+    try:
+        image = open_image()
+        most = max_pixels or MAX_PIXELS
+        if image.width * image.height > most:
+            megapixels = image.width * image.height / 1e6
+            raise BadImageError(f"{megapixels:.0f} megapixels, more than the {most / 1e6:.0f} that are safe to decode")
+        return as_rgb(ImageOps.exif_transpose(image))
+    except BadImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImageError("too many pixels to decode safely") from error
+    except Exception as error:  # decoders raise errors of any type on broken bytes
+        text = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
+        raise BadImageError(text) from error
+
+
+def open_bytes(content: bytes) -> Image.Image:
+    """An image whose pixels are decoded when they are asked for."""
+    return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

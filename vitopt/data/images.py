@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from vitopt.data.decoding import IMAGE_ENDINGS, MAX_PIXELS, ArrayReader, FileReader, HubReader, Reader, as_rgb
+from vitopt.data.decoding import IMAGE_ENDINGS, ArrayReader, FileReader, HubReader, Reader, decoded
 from vitopt.data.division import held_out
 from vitopt.data.folders import TABLE, Boundary, list_folder, subfolders
 from vitopt.data.labels import as_indices, classes_of
@@ -60,26 +60,12 @@ class ImageSet:
         Raises:
             BadImageError: truncated, not an image, or more than MAX_PIXELS pixels; the message names it.
         """
-        name = self.ids[index]
         try:
-            image = self.reader.image(self.rows[index], small)
-            if image.width * image.height > MAX_PIXELS:
-                megapixels = image.width * image.height / 1e6
-                raise BadImageError(
-                    f"image {name} has {megapixels:.0f} megapixels, more than the {MAX_PIXELS / 1e6:.0f} that are "
-                    "safe to decode: shrink it, or leave it out with --skip-bad-images"
-                )
-            return as_rgb(ImageOps.exif_transpose(image))
-        except BadImageError:
-            raise
-        except Image.DecompressionBombError as error:
+            return decoded(lambda: self.reader.image(self.rows[index], small))
+        except BadImageError as error:
             raise BadImageError(
-                f"image {name} has too many pixels to decode safely: shrink it, or leave it out with --skip-bad-images"
-            ) from error
-        except Exception as error:  # decoders raise errors of any type on broken bytes
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-            raise BadImageError(
-                f"image {name} cannot be decoded ({reason}): replace it, or leave it out with --skip-bad-images"
+                f"image {self.ids[index]} cannot be decoded ({error}): replace it, or leave it out with "
+                "--skip-bad-images"
             ) from error
 
     @functools.cached_property

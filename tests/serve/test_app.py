@@ -1,0 +1,181 @@
+import io
+import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from serve_stand_in import SIZE
+
+fastapi = pytest.importorskip("fastapi")
+from fastapi.testclient import TestClient  # noqa: E402
+
+from vitopt.serve.app import Served, create_app  # noqa: E402
+from vitopt.serve.settings import ServeSpec  # noqa: E402
+
+LABELS = ["red", "green", "blue"]
+
+
+def preprocess(image):
+    """Mean of each channel, everywhere."""
+    means = torch.from_numpy(np.asarray(image, np.float32)).mean((0, 1))
+    return means[:, None, None].expand(3, *SIZE) / 100
+
+
+def photo(colour, size=(8, 6), format="JPEG"):
+    content = io.BytesIO()
+    Image.new("RGB", size, colour).save(content, format)
+    return content.getvalue()
+
+
+@pytest.fixture
+def client(model):
+    """Makes a client of a server that runs."""
+    open_clients = []
+
+    def make(token=None, names=("fake",), **settings):
+        served = {}
+        for name in names:
+            one = model(**settings)
+            one.name = name
+            served[name] = Served(one, preprocess, LABELS, independent=False)
+        spec = ServeSpec(**{"batch_sizes": (1, 2, 4), "queue": 8} | settings)
+        client = TestClient(create_app(served, spec, token))
+        client.__enter__()
+        open_clients.append(client)
+        return client
+
+    yield make
+    for client in open_clients:
+        client.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("way", ["body", "form"])
+def test_an_image_gets_its_classes(client, way):
+    body = photo((250, 10, 40), format="PNG")
+    sent = {"content": body} if way == "body" else {"files": {"photo": ("a.png", body)}}
+    answer = client().post("/predict?top=2", **sent)
+    assert answer.status_code == 200
+    found = answer.json()
+    assert [one["label"] for one in found["classes"]] == ["red", "blue"]
+    expected = 100 * torch.tensor([2.5, 0.1, 0.4]).softmax(0)
+    assert found["classes"][0]["percent"] == pytest.approx(float(expected[0]), rel=1e-5)
+    assert set(found["milliseconds"]) == {"decode", "wait", "model"} and found["model"] == "fake"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "said"),
+    [
+        ({"content": b""}, 400, "no image"),
+        ({"content": b"text"}, 400, "not an image"),
+        ({"content": photo((0, 0, 0))[:-40]}, 400, "truncated"),
+        ({"content": photo((0, 0, 0), size=(200, 100))}, 400, "megapixels"),
+        ({"content": b"x" * 5001}, 413, "5,000"),
+        ({"content": iter([b"x" * 4000, b"x" * 4000])}, 413, "5,000"),
+        ({"files": {"a": ("a", b"x" * 6000)}}, 413, "5,000"),
+        ({"files": {"a": ("a", b"")}}, 400, "no image"),
+        ({"content": b"junk", "headers": {"content-type": "multipart/form-data; boundary=x"}}, 400, "multipart"),
+        ({"content": photo((0, 0, 0)), "params": {"model": "other"}}, 404, "there are fake"),
+    ],
+)
+def test_what_cannot_be_answered_is_one_clear_line(client, sent, status, said):
+    one = client(max_bytes=5000, max_pixels=10_000)
+    answer = one.post("/predict", **sent)
+    assert answer.status_code == status
+    assert re.search(said, answer.json()["error"], re.IGNORECASE) and "\n" not in answer.json()["error"]
+    assert one.post("/predict", content=photo((0, 200, 0))).json()["classes"][0]["label"] == "green"
+
+
+def test_a_full_queue_is_503_with_a_time_to_come_back(client, processes):
+    one = client(queue=4)
+    processes[0].hold.clear()
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(one.post, "/predict", content=photo((0, 0, 0))) for _ in range(4)]
+        deadline = time.monotonic() + 10
+        while one.get("/metrics").text.count('vitopt_requests_waiting{model="fake"} 4.0') == 0:
+            assert time.monotonic() < deadline
+        refused = one.post("/predict", content=photo((0, 0, 0)))
+        processes[0].hold.set()
+        assert [answer.result().status_code for answer in waiting] == [200] * 4
+    assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
+    assert "try again" in refused.json()["error"]
+
+
+def test_no_answer_in_time_is_504(client, processes):
+    one = client(timeout_s=0.05)
+    processes[0].hold.clear()
+    answer = one.post("/predict", content=photo((0, 0, 0)))
+    processes[0].hold.set()
+    assert answer.status_code == 504 and "0.05 s" in answer.json()["error"]
+
+
+def test_logits_that_are_not_finite_are_no_class(client, monkeypatch):
+    one = client()
+    monkeypatch.setattr("serve_stand_in.FakeProcess.logits", lambda self, slots, size: np.full((len(slots), 3), np.nan))
+    answer = one.post("/predict", content=photo((0, 0, 0)))
+    assert answer.status_code == 500 and "not finite" in answer.json()["error"]
+
+
+def test_the_inference_protocol_answers_each_image_in_its_place(client):
+    one = client()
+    assert one.get("/v2/health/ready").json() == {"ready": True}
+    assert one.get("/v2/health/live").status_code == one.get("/v2").status_code == 200
+    assert one.get("/v2/models/fake").json()["inputs"][0]["shape"] == [-1, 3, *SIZE]
+    assert one.get("/v2/models/other").status_code == 404
+    pixels = np.arange(5 * 3 * 4, dtype="float32").reshape(5, 3, *SIZE)
+    body = {"inputs": [{"name": "pixel_values", "shape": [5, 3, *SIZE], "datatype": "FP32", "data": pixels.tolist()}]}
+    found = one.post("/v2/models/fake/infer", json=body).json()["outputs"][0]
+    assert found["shape"] == [5, 3]
+    assert np.reshape(found["data"], (5, 3)).tolist() == pixels[:, :, 0, 0].tolist()
+    refused = one.post("/v2/models/fake/infer", content=b"{}")
+    assert refused.status_code == 400 and "inputs" in refused.json()["error"]
+
+
+def test_requests_are_divided_among_models(client):
+    one = client(names=("a", "b"), ab=True)
+    named = [one.post("/predict", content=photo((0, 0, 0))).json()["model"] for _ in range(4)]
+    assert named == ["a", "b", "a", "b"]
+    assert one.post("/predict?model=b", content=photo((0, 0, 0))).json()["model"] == "b"
+    without = client(names=("a", "b"))
+    assert {without.post("/predict", content=photo((0, 0, 0))).json()["model"] for _ in range(3)} == {"a"}
+
+
+def test_a_token_protects_all_but_health(client):
+    one = client(token="secret")
+    for headers in ({}, {"Authorization": "Bearer other"}):
+        for path in ("/metrics", "/models"):
+            assert one.get(path, headers=headers).status_code == 401
+        assert one.post("/predict", content=photo((0, 0, 0)), headers=headers).status_code == 401
+        assert one.post("/v2/models/fake/infer", content=b"{}", headers=headers).status_code == 401
+    assert one.get("/v2/health/ready").status_code == 200
+    right = {"Authorization": "Bearer secret"}
+    assert one.post("/predict", content=photo((0, 0, 0)), headers=right).status_code == 200
+
+
+def test_metrics_are_what_prometheus_reads(client):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    one = client()
+    for content in (photo((0, 0, 0)), photo((0, 0, 0)), b"text"):
+        one.post("/predict", content=content)
+    families = {family.name: family for family in text_string_to_metric_families(one.get("/metrics").text)}
+    results = {sample.labels["result"]: sample.value for sample in families["vitopt_requests"].samples}
+    assert results == {"answered": 2, "refused": 0, "failed": 1}
+    counts = {
+        sample.labels["stage"]: sample.value
+        for sample in families["vitopt_request_seconds"].samples
+        if sample.name.endswith("_count")
+    }
+    assert counts == dict.fromkeys(("decode", "wait", "model", "all"), 2)
+
+
+def test_the_page_and_the_list_of_the_interface_are_there(client):
+    one = client()
+    page = one.get("/")
+    assert page.headers["content-type"].startswith("text/html") and "Drop an image" in page.text
+    assert "http" not in re.sub(r"<!doctype html>", "", page.text)  # nothing from elsewhere
+    paths = one.get("/openapi.json").json()["paths"]
+    assert "image/jpeg" in json.dumps(paths["/predict"]) and "/v2/models/{name}/infer" in paths

@@ -1,0 +1,254 @@
+"""The HTTP side: bodies to pixels, answers to JSON. FastAPI and uvicorn do the protocol; nothing here computes.
+
+`/predict` takes a photo; `/v2` is the Open Inference Protocol, which takes pixels
+(https://github.com/open-inference/open-inference-protocol); `/metrics` is for Prometheus; `/docs` lists it all.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException as StarletteError
+
+from vitopt import __version__
+from vitopt.data.decoding import decoded, open_bytes
+from vitopt.errors import BadImageError, MeasurementError, RecipeError
+from vitopt.measure.runnable import Preprocess
+from vitopt.serve import protocol
+from vitopt.serve.metrics import CONTENT_TYPE, metrics_text
+from vitopt.serve.model import Answer, Busy, ServedModel
+from vitopt.serve.process import ModelLost
+from vitopt.serve.settings import ServeSpec
+
+_PAGE = Path(__file__).parent / "page.html"
+_TOP = 5
+
+
+class Served:
+    """A model with what turns photos into its pixels and its logits into names."""
+
+    def __init__(self, model: ServedModel, preprocess: Preprocess, labels: list[str], independent: bool) -> None:
+        self.model, self.preprocess, self.labels, self.independent = model, preprocess, labels, independent
+
+    def fill(self, content: bytes, max_pixels: int) -> Callable[[np.ndarray], None]:
+        """What writes the pixels of an encoded image."""
+
+        def write(pixels: np.ndarray) -> None:
+            image = decoded(lambda: open_bytes(content), max_pixels)
+            pixels[:] = self.preprocess(image).numpy()
+
+        return write
+
+    def classes(self, logits: np.ndarray, top: int) -> list[dict[str, Any]]:
+        """The `top` classes, best first: label, index and percent."""
+        if self.independent:
+            shares = 1 / (1 + np.exp(-logits.astype(np.float64)))
+        else:
+            powers = np.exp(logits.astype(np.float64) - logits.max())
+            shares = powers / powers.sum()
+        best = np.argsort(-shares, kind="stable")[:top]
+        return [{"label": self.labels[i], "index": int(i), "percent": 100 * float(shares[i])} for i in best]
+
+
+@contextlib.asynccontextmanager
+async def running(served: Mapping[str, Served]) -> AsyncIterator[None]:
+    """While this is entered the models answer; at its end those requests that they accepted are answered.
+
+    Raises:
+        VitoptError: a model cannot be loaded.
+    """
+    async with contextlib.AsyncExitStack() as started:
+        for one in served.values():
+            started.push_async_callback(one.model.stop)
+            await one.model.start()
+        yield
+
+
+def create_app(served: Mapping[str, Served], spec: ServeSpec, token: str | None = None) -> FastAPI:
+    """The application, whose life is that of its models (`running`)."""
+    turns = itertools.cycle(served)
+
+    bearer = HTTPBearer(auto_error=False)
+
+    def authorised(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+        if token is not None and (given is None or not secrets.compare_digest(given.credentials, token)):
+            raise HTTPException(401, "this server wants its bearer token", {"WWW-Authenticate": "Bearer"})
+
+    app = FastAPI(title="vitopt", version=__version__, lifespan=lambda _: running(served))
+    protected = [Depends(authorised)]
+
+    def named(name: str | None) -> Served:
+        if name is None:
+            name = next(turns) if spec.ab else next(iter(served))
+        if name not in served:
+            raise HTTPException(404, f"no model {name} here; there are {', '.join(served)}")
+        return served[name]
+
+    async def answer(one: Served, fill: Callable[[np.ndarray], None]) -> Answer:
+        try:
+            return await one.model.classify(fill)
+        except Busy as error:
+            raise HTTPException(503, str(error), {"Retry-After": str(error.retry_after_s)}) from error
+        except BadImageError as error:
+            raise HTTPException(400, f"the image cannot be decoded: {error}") from error
+        except ModelLost as error:
+            raise HTTPException(500, "the model's process ended while it computed this answer: try again") from error
+        except MeasurementError as error:
+            raise HTTPException(500, f"the model failed: {error}") from error
+        except TimeoutError as error:
+            raise HTTPException(504, f"no answer within {spec.timeout_s:g} s") from error
+
+    @app.post("/predict", dependencies=protected, openapi_extra=protocol.IMAGE_BODY)
+    async def predict(
+        request: Request,
+        model: Annotated[str | None, Query(description="one of several models")] = None,
+        top: Annotated[int, Query(ge=1, le=1000, description="classes, best first")] = _TOP,
+    ) -> dict[str, Any]:
+        """Classes of one image: its bytes as the body, or as a multipart form's first file."""
+        one = named(model)
+        content = await image_of(request, spec.max_bytes)
+        found = await answer(one, one.fill(content, spec.max_pixels))
+        refuse_broken(found.logits)
+        return {
+            "model": one.model.name,
+            "classes": one.classes(found.logits, top),
+            "milliseconds": {"decode": found.decode_ms, "wait": found.wait_ms, "model": found.model_ms},
+            "batch": found.batch,
+        }
+
+    @app.get("/v2")
+    def server() -> dict[str, Any]:
+        """Open Inference Protocol: who answers."""
+        return {"name": "vitopt", "version": __version__, "extensions": ["binary_tensor_data"]}
+
+    @app.get("/v2/health/live")
+    def live() -> dict[str, bool]:
+        """Whether the server runs."""
+        return {"live": True}
+
+    @app.get("/v2/health/ready")
+    def ready(response: Response) -> dict[str, bool]:
+        """Whether all models are loaded and warm; 503 until then."""
+        return _ready(all(one.model.is_ready for one in served.values()), response)
+
+    @app.get("/v2/models/{name}")
+    def metadata(name: str) -> dict[str, Any]:
+        """What a model takes and gives."""
+        one = named(name)
+        return protocol.metadata(name, one.model.image_shape, len(one.labels))
+
+    @app.get("/v2/models/{name}/ready")
+    def model_ready(name: str, response: Response) -> dict[str, bool]:
+        """Whether this model is loaded and warm."""
+        return _ready(named(name).model.is_ready, response)
+
+    @app.post("/v2/models/{name}/infer", dependencies=protected)
+    async def infer(name: str, request: Request) -> Response:
+        """Logits of pixels that the caller prepared: `pixel_values`, FP32, (images, 3, height, width)."""
+        one = named(name)
+        body = await _body(request, spec.max_bytes)
+        try:
+            asked = protocol.read_request(body, request.headers, one.model.image_shape, spec.queue)
+        except RecipeError as error:
+            raise HTTPException(400, str(error)) from error
+        tasks = [asyncio.create_task(answer(one, _copy(image))) for image in asked.pixels]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # where one fails, the others would be for nobody
+                task.cancel()
+        content, headers = protocol.write_response(name, asked, np.stack([found.logits for found in answers]))
+        return Response(content, media_type=headers.pop("Content-Type"), headers=headers)
+
+    @app.get("/metrics", dependencies=protected)
+    def metrics() -> Response:
+        """Counts and times for Prometheus."""
+        return Response(metrics_text([one.model for one in served.values()]), media_type=CONTENT_TYPE)
+
+    @app.get("/", include_in_schema=False)
+    def page() -> HTMLResponse:
+        return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
+
+    @app.get("/models", dependencies=protected)
+    def models() -> list[dict[str, Any]]:
+        """The models here and how they run."""
+        return [
+            {
+                "name": name,
+                "ready": one.model.is_ready,
+                "process": one.model.process_id,
+                "runs": one.model.ran,
+                "labels": one.labels,
+            }
+            for name, one in served.items()
+        ]
+
+    @app.exception_handler(StarletteError)
+    async def one_line(_: Request, error: StarletteError) -> JSONResponse:
+        return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+
+    return app
+
+
+def refuse_broken(logits: np.ndarray) -> None:
+    """JSON has no NaN, and a class of broken logits would be a lie."""
+    if not np.isfinite(logits).all():
+        raise HTTPException(500, "the model's logits are not finite: its weights are broken or overflow")
+
+
+async def image_of(request: Request, max_bytes: int) -> bytes:
+    """The bytes of a request's image.
+
+    Raises:
+        HTTPException: 400 without an image, 413 for more than `max_bytes`.
+    """
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if not request.headers.get("content-length", "").isdigit():
+            raise HTTPException(411, "a form must say its Content-Length")
+        _refuse_large(request, max_bytes)
+        async with request.form(max_files=1, max_fields=8) as form:
+            files = [value for value in form.values() if isinstance(value, UploadFile)]
+            content = await files[0].read() if files else b""
+    else:
+        content = await _body(request, max_bytes)
+    if not content:
+        raise HTTPException(400, "no image: send its bytes as the body, or as a file of a form")
+    return content
+
+
+def _refuse_large(request: Request, max_bytes: int) -> None:
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and int(length) > max_bytes:
+        raise HTTPException(413, f"{int(length):,} bytes, more than the {max_bytes:,} that are read")
+
+
+async def _body(request: Request, max_bytes: int) -> bytes:
+    """The body, refused as soon as it is known to be too large."""
+    _refuse_large(request, max_bytes)
+    content = bytearray()
+    async for chunk in request.stream():
+        content += chunk
+        if len(content) > max_bytes:
+            raise HTTPException(413, f"more than the {max_bytes:,} bytes that are read")
+    return bytes(content)
+
+
+def _copy(image: np.ndarray) -> Callable[[np.ndarray], None]:
+    def write(pixels: np.ndarray) -> None:
+        pixels[:] = image
+
+    return write
+
+
+def _ready(whether: bool, response: Response) -> dict[str, bool]:
+    response.status_code = 200 if whether else 503
+    return {"ready": whether}

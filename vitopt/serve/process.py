@@ -1,0 +1,186 @@
+"""A model in a process of its own, which takes pixels from shared memory; what it computes cannot stop the server.
+
+Only numbers of slots and logits go through the pipe: a batch of 32 ViT images is 19 MB, and copying it twice would cost
+more than all else that the server does.
+"""
+
+import contextlib
+import multiprocessing
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.shared_memory import SharedMemory
+from typing import Any
+
+import numpy as np
+
+from vitopt.errors import MeasurementError, VitoptError
+
+_TIMED_CALLS = 5
+
+
+class ModelLost(Exception):
+    """The process of a model ended, so what it was computing has no answer."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What the process needs: a checkpoint, the fields of a `RunSpec`, a device, and batch sizes to be built."""
+
+    source: str
+    run: dict[str, Any]
+    device: str
+    batch_sizes: tuple[int, ...]
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The model is warm: seconds that a batch of each size takes, and how it really runs."""
+
+    seconds: dict[int, float]
+    ran: dict[str, Any]
+
+
+class Slots:
+    """Shared memory for the pixels of so many images, each (3, height, width), float32."""
+
+    def __init__(self, count: int, size: tuple[int, int]) -> None:
+        self.shape = (count, 3, *size)
+        self._memory = SharedMemory(create=True, size=4 * int(np.prod(self.shape)))
+        self.pixels: np.ndarray = np.ndarray(self.shape, np.float32, self._memory.buf)
+
+    @property
+    def name(self) -> str:
+        """Of the memory, by which another process finds it."""
+        return self._memory.name
+
+    def close(self) -> None:
+        """Give the memory back."""
+        del self.pixels
+        self._memory.close()
+        self._memory.unlink()
+
+
+class ModelProcess:
+    """One life of the process; its calls block, so that they belong into a thread."""
+
+    def __init__(self, loading: Loading, slots: Slots) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in any state
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_work, args=(loading, slots.name, slots.shape, theirs), name="vitopt-model", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int | None:
+        """Number of the process."""
+        return self._process.pid
+
+    @property
+    def sentinel(self) -> int:
+        """A file that can be read once the process has ended."""
+        return self._process.sentinel
+
+    def ready(self) -> Ready:
+        """Wait until the model is warm.
+
+        Raises:
+            VitoptError: it cannot be loaded; the reason in one line.
+            ModelLost: the process ended.
+        """
+        return self._answer()
+
+    def logits(self, slots: Sequence[int], size: int) -> np.ndarray:
+        """(slots, outputs), float32, of the images in `slots`, run as a batch of `size`.
+
+        Raises:
+            MeasurementError: the model raised an error.
+            ModelLost: the process ended.
+        """
+        try:
+            self._connection.send((tuple(slots), size))
+        except OSError as error:
+            raise ModelLost(str(error)) from error
+        return self._answer()
+
+    def stop(self) -> None:
+        """End the process, at once."""
+        self._connection.close()
+        self._process.kill()
+        self._process.join()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise ModelLost("the process of the model ended") from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _work(loading: Loading, memory: str, shape: tuple[int, ...], connection: Connection) -> None:
+    """Load the model, then answer until the pipe is closed."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group, and the server still answers
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        try:
+            runnable, ready = _load(loading)
+        except VitoptError as error:
+            connection.send(error)
+            return
+        connection.send(ready)
+        shared = SharedMemory(memory)
+        pixels: np.ndarray = np.ndarray(shape, np.float32, shared.buf)
+        while True:
+            slots, size = connection.recv()
+            try:
+                connection.send(_call(runnable, pixels[list(slots)], size))
+            except Exception as error:  # a model may raise anything; only this batch fails
+                connection.send(MeasurementError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+
+
+def _load(loading: Loading) -> tuple[Any, Ready]:
+    from vitopt.threads import bind, wait_briefly
+
+    if loading.threads is not None:
+        bind(loading.threads)
+    else:
+        wait_briefly()
+    from vitopt.environment import devices, libraries
+
+    libraries.quiet_libraries()
+    from vitopt.data.pixels import random_pixels
+    from vitopt.engines.runtime import prepare
+    from vitopt.models.checkpoint import open_checkpoint
+    from vitopt.recipe import RunSpec
+
+    checkpoint = open_checkpoint(loading.source)
+    device = devices.resolve_device(loading.device)
+    runnable = prepare(checkpoint, name=loading.source, device=device, run=RunSpec(**loading.run))
+    seconds = {}
+    for size in loading.batch_sizes:
+        images = random_pixels(size, runnable.input_size).numpy()
+        _call(runnable, images, size)  # compiles
+        times = []
+        for _ in range(_TIMED_CALLS):
+            start = time.perf_counter()
+            _call(runnable, images, size)
+            times.append(time.perf_counter() - start)
+        seconds[size] = float(np.median(times))
+    return runnable, Ready(seconds, runnable.describe()["variant"].ran)
+
+
+def _call(runnable: Any, pixels: np.ndarray, size: int) -> np.ndarray:
+    """(images, outputs) of (images, 3, height, width), filled up to `size`: what is built is built for fixed sizes."""
+    import torch
+
+    images = torch.from_numpy(pixels)
+    if len(images) < size:
+        images = torch.cat([images, images[-1:].expand(size - len(images), -1, -1, -1)])
+    return runnable(images.to(runnable.device))[: len(pixels)].float().cpu().numpy()
