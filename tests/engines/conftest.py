@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,14 @@ from vitopt.engines import note, package
 from vitopt.engines.runtime import Prepared, prepare
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.recipe import DataSpec, VariantSpec
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What seals compiled files is not the key of who runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +74,7 @@ def classes_of() -> Callable[..., list[tuple[str, float]]]:
 class FakeEngine:
     """Stands in for a runtime: keeps torch's weights and computes with them."""
 
+    MODEL_FILE = "model.bin"
     EXAMPLE = "logits = numpy.zeros((1, 4))"
 
     def __init__(self, checkpoint):

@@ -85,13 +85,16 @@ def test_its_memory_is_that_of_a_process_of_its_own(made, run_with):
     assert memory.peak_bytes > 2**20 and memory.kind == "resident_set"
 
 
-@pytest.mark.parametrize("change", ["device", "options", "version"])
-def test_a_file_that_does_not_fit_is_made_anew_and_said(change, made, monkeypatch, caplog):
+@pytest.mark.parametrize("change", ["device", "options", "version", "user"])
+def test_a_file_that_does_not_fit_is_made_anew_and_said(change, made, monkeypatch, caplog, tmp_path):
     run = RunSpec(engine="aoti", fuse_qkv=True, patch_product=change == "options")
     if change == "device":
         monkeypatch.setattr(devices, "kind", lambda device: "another processor")
     if change == "version":
         monkeypatch.setattr(note, "installed_version", lambda engine: "9.9")
+
+    if change == "user":
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
 
     class Anew(Exception):
         pass
@@ -104,8 +107,9 @@ def test_a_file_that_does_not_fit_is_made_anew_and_said(change, made, monkeypatc
     monkeypatch.setattr(aoti, "load", lambda *_: pytest.fail("a file that does not fit was opened"))
     with caplog.at_level(logging.WARNING), pytest.raises(Anew):
         prepare(open_checkpoint(str(made)), name="x", device=CPU, run=run)
-    told = {"device": "this is another processor", "options": "other run options", "version": "this is 9.9"}[change]
-    assert "made anew" in caplog.text and told in caplog.text
+    told = {"device": "this is another processor", "options": "other run options", "version": "this is 9.9"}
+    assert "made anew" in caplog.text
+    assert told.get(change, "machine code that this user's vitopt did not write") in caplog.text
 
 
 def test_without_options_the_file_is_taken_as_it_was_made(made, monkeypatch):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vitopt import storage
+from vitopt.engines.seal import is_sealed
 from vitopt.environment import devices
 from vitopt.errors import CheckpointError
 from vitopt.formats import Format
@@ -25,7 +26,8 @@ _SCHEMA = "vitopt.engine/1"
 class Package:
     """What `engine.json` says: `version` of the engine that the file was made with, `checkpoint`: the fingerprint of
     what it was made of, `calibrated`: whether images fixed its scales, `settings`: how the engine is to run it,
-    `device`: the kind of device that it is for, "" for all, `options`: torch's run options that are compiled in."""
+    `device`: the kind of device that it is for, "" for all, `options`: torch's run options that are compiled in,
+    `seal`: of a file that is machine code (`vitopt.engines.seal`)."""
 
     engine: str
     version: str | None
@@ -35,6 +37,7 @@ class Package:
     settings: Mapping[str, Any]
     device: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    seal: str | None = None
 
 
 def installed_version(engine: str) -> str | None:
@@ -77,9 +80,9 @@ def read_package(folder: Path) -> Package:
 
 
 def why_not_used(
-    package: Package, checkpoint: Checkpoint, device: torch.device, run: RunSpec | None = None
+    package: Package, file: Path, checkpoint: Checkpoint, device: torch.device, run: RunSpec | None = None
 ) -> str | None:
-    """Why a file that lies beside a checkpoint is not that of this checkpoint, engine and device, or None when it is.
+    """Why a model `file` beside a checkpoint is not that of this checkpoint, engine and device, or None when it is.
 
     `run`: how it is to run; None takes it as it was made.
     """
@@ -90,6 +93,8 @@ def why_not_used(
         return f"{package.engine} {package.version} made it, this is {version}"
     if package.device != (kind := kind_of_device(package.engine, device)):
         return f"it is for {package.device}, this is {kind}"
+    if ENGINES[package.engine].for_one_device and not is_sealed(file, package.checkpoint, package.seal):
+        return "it is machine code that this user's vitopt did not write"
     if run is not None and package.options != options_of(run):
         return "it was made with other run options"
     return None

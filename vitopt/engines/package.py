@@ -30,6 +30,7 @@ from vitopt.engines.note import (
     why_not_used,
     write_note,
 )
+from vitopt.engines.seal import sealed
 from vitopt.environment import devices, support
 from vitopt.environment.devices import DTYPES
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
@@ -74,6 +75,7 @@ class Call(Protocol):
 class EngineModule(Protocol):
     """What a file of this room must hold; `run_spec.ENGINES` names them."""
 
+    MODEL_FILE: str  # its name in the folder
     EXAMPLE: str  # lines of Python that make `logits` of `values`, the FOLDER of the model file and its SETTINGS
 
     def why_not(self, format: Format) -> str | None:
@@ -182,7 +184,7 @@ def export(
     target = devices.resolve_device(device)
     if as_it_is:
         beside = checkpoint.folder / variant.engine if checkpoint.folder else None
-        if beside is not None and beside.is_dir() and why_not_used(read_package(beside), checkpoint, target) is None:
+        if beside is not None and beside.is_dir() and fits(beside, checkpoint, target):
             storage.copy_folder(beside, output)
             return read_package(output)
         variant = variant.model_copy(update={"format": stored_format(checkpoint)})
@@ -202,6 +204,13 @@ def _held_as_asked(checkpoint: Checkpoint, variant: VariantSpec, device: str) ->
     with storage.temporary_folder() as place:
         quantize(checkpoint, variant, place / "made", device)
         yield open_checkpoint(str(place / "made"))
+
+
+def fits(folder: Path, checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Whether the files of an engine that lie in `folder` are those of the checkpoint, here."""
+    package = read_package(folder)
+    file = folder / engine_module(package.engine).MODEL_FILE
+    return why_not_used(package, file, checkpoint, device) is None
 
 
 def stored_format(checkpoint: Checkpoint) -> Format:
@@ -278,9 +287,10 @@ def write_model(
         MeasurementError: logits are not finite or, of a format that rounds nothing, not those of torch.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    engine, plan = engine_module(variant.engine), plan_for(checkpoint, variant)
+    engine, facts = engine_module(variant.engine), ENGINES[variant.engine]
+    plan = plan_for(checkpoint, variant)
     model: Any
-    if ENGINES[variant.engine].torch_model:
+    if facts.torch_model:
         model = prepare(checkpoint, name=variant.name, device=device, run=variant.run)
     else:
         model = Logits(load_model(checkpoint, dtype=torch.float32)).eval().requires_grad_(False)
@@ -294,6 +304,7 @@ def write_model(
         settings=settings,
         device=kind_of_device(variant.engine, device),
         options=options_of(variant.run),
+        seal=sealed(folder / engine.MODEL_FILE, checkpoint.fingerprint()) if facts.for_one_device else None,
     )
     write_note(package, folder)
     _require_same_logits(model, engine.load(folder, settings), checkpoint.image_size, variant, device)

@@ -167,7 +167,7 @@ def prepare(
     engine, made = engine_module(run.engine), {"name": name, "device": device, "run": run, "asked": asked}
     if place is not None and place.is_dir():
         package = read_package(place)
-        reason = why_not_used(package, checkpoint, device, wanted)
+        reason = why_not_used(package, place / engine.MODEL_FILE, checkpoint, device, wanted)
         if reason is None:
             call = engine.load(place, package.settings)
             return EngineRunnable(checkpoint=checkpoint, package=package, call=call, folder=place, **made)
