@@ -11,6 +11,7 @@ from vitopt import progress
 from vitopt.data.decoding import IMAGE_ENDINGS
 from vitopt.data.images import ImageSet, image_files
 from vitopt.data.pixels import batches, on_device
+from vitopt.data.shards import ARCHIVE_ENDINGS
 from vitopt.engines.runtime import Prepared, prepare
 from vitopt.environment import devices
 from vitopt.errors import BadImageError, DataError, MeasurementError
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def image_paths(names: Iterable[str]) -> list[Path]:
-    """The files that `names` stand for: files as they are, folders with all images below, patterns such as `*.jpg`.
+    """The files that `names` stand for: files as they are, folders with all that is below, patterns as `*.jpg`.
 
     Those of a folder or a pattern come in order of their names; a file that is named twice is there once.
 
@@ -30,12 +31,13 @@ def image_paths(names: Iterable[str]) -> list[Path]:
         BadImageError: a file is missing, a folder holds no image, a pattern matches none.
     """
     paths: dict[Path, None] = {}
+    endings = (*IMAGE_ENDINGS, *ARCHIVE_ENDINGS)
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
-            below = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_ENDINGS and file.is_file())
+            below = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
             if not below:
-                raise BadImageError(f"no image in the folder {name}; known endings: {' '.join(IMAGE_ENDINGS)}")
+                raise BadImageError(f"no image in the folder {name}; known endings: {' '.join(endings)}")
         elif path.is_file() or not glob.has_magic(name):
             below = [path]
         else:

@@ -5,6 +5,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,29 +36,43 @@ def predict(
     skip_bad_images: Annotated[
         bool, typer.Option("--skip-bad-images", help="Leave out images that cannot be decoded, and list them.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="New file: .csv, .json, .jsonl or .parquet.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="New .csv, .json, .jsonl or .parquet; or a folder of parts: the same command goes on."),
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="Column of image bytes in Parquet files.")] = None,
     run: RunSpec,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Classify images."""
-    write = _writer(output)
+    in_parts = output is not None and (output.is_dir() or not output.suffix)
+    write = _parquet if in_parts else _writer(output)
     start(as_json, threads)
     from vitopt.prediction import image_paths, predict
 
-    predictions = list(
-        predict(
-            checkpoint,
-            image_paths(_names(images)),
-            top=top,
-            run=run,
-            device=device,
-            batch_size=evaluate.batch_size,
-            workers=evaluate.workers,
-            skip_bad=skip_bad_images,
-        )
-    )
+    options: dict[str, Any] = {
+        "run": run,
+        "device": device,
+        "batch_size": evaluate.batch_size,
+        "workers": evaluate.workers,
+    }
+    paths, options["skip_bad"] = image_paths(_names(images)), skip_bad_images
+    if in_parts:
+        assert output is not None
+        from vitopt.bulk import predict_parts
+
+        done = predict_parts(checkpoint, paths, output, write, top=top, column=column, **options)
+        if as_json:
+            print_json(asdict(done))
+        bad = f", {done.left_out:,} could not be decoded" if done.left_out else ""
+        stood = f", {done.stood:,} of them from before" if done.stood else ""
+        err.print(f"{done.images:,} images classified{bad}; {done.parts:,} parts in {output}{stood}")
+        return
+    if column is not None or any(path.suffix.lower() in (".tar", ".parquet") for path in paths):
+        raise RecipeError("tar and Parquet files are read in parts: give a folder as --output")
+    predictions = list(predict(checkpoint, paths, top=top, **options))
     if output is not None:
         storage.write_bytes(output, write(predictions))
     if as_json:

@@ -42,7 +42,7 @@ class FileReader:
         return self.paths[index].read_bytes()
 
     def image(self, index: int, small: bool = False) -> Image.Image:
-        image = _draft(Image.open(self.paths[index], formats=FORMATS), small)
+        image = draft(Image.open(self.paths[index], formats=FORMATS), small)
         if image.width * image.height <= MAX_PIXELS:
             image.load()
         return image
@@ -75,7 +75,7 @@ class HubReader:
         return value["bytes"] if value["bytes"] is not None else _cached_file(Path(value["path"])).read_bytes()
 
     def image(self, index: int, small: bool = False) -> Image.Image:
-        return _draft(open_bytes(self.content(index)), small)
+        return draft(open_bytes(self.content(index)), small)
 
 
 def _cached_file(path: Path) -> Path:
@@ -92,7 +92,7 @@ def _cached_file(path: Path) -> Path:
     return place
 
 
-def _draft(image: Image.Image, small: bool) -> Image.Image:
+def draft(image: Image.Image, small: bool) -> Image.Image:
     if small:
         image.draft(image.mode, (64, 64))  # only JPEG can be decoded at a fraction of its size
     return image
