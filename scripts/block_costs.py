@@ -9,6 +9,7 @@ Bytes are what those kernels read and write, weights included, as if no cache he
 
 import argparse
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ def table(config: ViTConfig, batch_size: int) -> str:
     for name, added in ROWS.items():
         options += added
         lines.append(_line(name, block_cost(config, batch_size, options)))
+    kernels = block_cost(config, batch_size, (*options[:1], "fused_kernels")) if _has_triton() else None
+    lines.append(_line("fuse_qkv + fused_kernels, no split", kernels))
     lines.append(_line("the last block, exact options", block_cost(config, batch_size, options[:2], block=-1)))
     narrow = (*options[:2], "class_token_last")
     lines.append(_line("+ class_token_last", block_cost(config, batch_size, narrow, block=-1)))
@@ -82,7 +85,13 @@ def table(config: ViTConfig, batch_size: int) -> str:
     return "\n".join(lines)
 
 
-def _line(name: str, cost: Cost) -> str:
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _line(name: str, cost: Cost | None) -> str:
+    if cost is None:
+        return f"| {name} | needs triton | | |"
     return f"| {name} | {cost.generated} | {cost.called} | {cost.bytes / 1e6:.1f} |"
 
 
@@ -92,23 +101,28 @@ def block_cost(config: ViTConfig, batch_size: int, options: tuple[str, ...], blo
     torch.manual_seed(0)
     model = ViTForImageClassification(config).eval().to(torch.bfloat16).requires_grad_(False)
     names = block_names(model, "vit")
-    observed = {layer.logical: LayerInputs(1.0, {"w8a8": 0.0}) for layer in linear_layers(model, "vit")}
+    count = 1 + (config.image_size // config.patch_size) ** 2
+    observed = {layer.logical: _any_inputs(model.get_submodule(layer.module)) for layer in linear_layers(model, "vit")}
     rewrites: dict[str, Callable[[nn.Module], int]] = {
         "class_token_last": lambda model: narrow_last_block(model, names),
         "carry_residual": lambda model: carry_residuals(model, names),
         "gelu_epilogue": join_gelu,
         "w8a8": _quantize,
         "fuse_qkv": fuse_projections,
+        "fused_kernels": lambda model: _fuse_products(model, names, batch_size * count),
         "static_scales": lambda model: use_static_scales(model, "vit", observed),
     }
     for option, rewrite in rewrites.items():
         if option in options and rewrite(model) == 0:
             raise ValueError(f"{option} changes nothing here")
-    tokens = torch.zeros(
-        batch_size, 1 + (config.image_size // config.patch_size) ** 2, config.hidden_size, dtype=torch.bfloat16
-    )
+    tokens = torch.zeros(batch_size, count, config.hidden_size, dtype=torch.bfloat16)
     hidden = (tokens, tokens.clone()) if "carry_residual" in options else tokens
     return cost(model.get_submodule(names[block]), hidden)
+
+
+def _any_inputs(linear: nn.Module) -> LayerInputs:
+    largest = torch.ones(2, linear.in_features)  # of the class token and of patches
+    return LayerInputs(-largest, largest, {"w8a8": 0.0})
 
 
 def _quantize(model: nn.Module) -> int:
@@ -116,6 +130,16 @@ def _quantize(model: nn.Module) -> int:
 
     quantize_(model.vit.layers, QUANTIZES["w8a8"]())
     return 1
+
+
+def _fuse_products(model: nn.Module, names: tuple[str, ...], rows: int) -> int:
+    from vitopt.optimize.kernels.blocks import fuse_products, fused_layers  # needs triton
+    from vitopt.optimize.kernels.product import Tile
+
+    done = fuse_products(model, names)
+    for layer in fused_layers(model):
+        layer.tiles = {rows: Tile(64, 64, 64, 4, 4)}
+    return done
 
 
 def cost(module: nn.Module, *inputs: Any) -> Cost:

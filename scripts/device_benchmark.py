@@ -69,7 +69,9 @@ def _recipe(name: str, limit_s: float, needs: Sequence[str] = (), wants: Sequenc
     return Plan(name, command, limit_s, (*VITOPT, *needs), tuple(wants))
 
 
-_TESTS = Plan("tests", ("-m", "pytest", "-m", "gpu", "-rs", "tests/test_gpu.py"), 90, (*VITOPT, "pytest"), ("torchao",))
+_TESTS = Plan(
+    "tests", ("-m", "pytest", "-m", "gpu", "-rs", "tests/test_gpu.py"), 110, (*VITOPT, "pytest"), ("torchao",)
+)
 PLANS = {
     "cuda": (
         Plan("smoke", ("scripts/device_smoke.py", "--device", DEVICE), 60),

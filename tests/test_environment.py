@@ -130,6 +130,24 @@ def test_a_cuda_device_that_is_not_there_is_named(cuda):
         devices.resolve_device("cuda:2")
 
 
+def test_early_launches_need_a_card_a_compiler_and_an_option_for_them(cuda, monkeypatch):
+    monkeypatch.setattr(support, "installed", lambda package: True)
+    assert support.why_not_dependent_launch(cuda((9, 0))) is None
+    assert "8.9" in support.why_not_dependent_launch(cuda((8, 9)))
+    assert "cpu" in support.why_not_dependent_launch(CPU)
+    monkeypatch.setattr(torch._inductor, "list_options", lambda: ["max_autotune"])
+    assert devices.DEPENDENT_LAUNCH in support.why_not_dependent_launch(cuda((9, 0)))
+
+
+def test_fused_kernels_need_a_card_and_triton(cuda, monkeypatch):
+    monkeypatch.setattr(support, "installed", lambda package: package == "triton")
+    assert support.why_not_fused_kernels(cuda((8, 0))) is None
+    assert "7.5" in support.why_not_fused_kernels(cuda((7, 5)))
+    assert "cpu" in support.why_not_fused_kernels(CPU)
+    monkeypatch.setattr(support, "installed", lambda package: False)
+    assert "triton" in support.why_not_fused_kernels(cuda((8, 0)))
+
+
 def test_compute_capability(cuda):
     assert devices.compute_capability(cuda((8, 6))) == (8, 6)
     assert devices.compute_capability(CPU) is None

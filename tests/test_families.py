@@ -208,7 +208,7 @@ def test_lora_trains_the_linear_layers_of_the_blocks_and_the_head(
 def test_every_block_is_scored_in_every_quantized_format(
     name: str, originals: dict[str, Checkpoint], images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs, "_LATENCY", BRIEFLY)
+    monkeypatch.setattr(costs, "LATENCY", BRIEFLY)
     for format in set(FORMATS) & set(QUANTIZED_FORMATS):
         found = analysis.analyse(originals[name], images, format, tmp_path / f"{format}.json", device="cpu")
         blocks = 4 if name.startswith("swin") else 2
@@ -223,7 +223,7 @@ def test_every_block_is_scored_in_every_quantized_format(
 def test_a_linear_layer_that_stays_in_16_bit_anyway_is_no_unit(
     originals: dict[str, Checkpoint], images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs, "_LATENCY", BRIEFLY)
+    monkeypatch.setattr(costs, "LATENCY", BRIEFLY)
     found = analysis.analyse(originals["swin"], images, "nf4", tmp_path / "s.json", granularity="linear", device="cpu")
     # Of the first stage only fc2, 128 wide, is quantized.
     first_stage = [unit.unit for unit in found.units if unit.unit.startswith(("block.0.", "block.1."))]

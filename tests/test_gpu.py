@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from vitopt import inference, pipeline
 from vitopt.data.images import open_images
@@ -137,7 +138,7 @@ def test_a_graph_with_static_scales_gives_the_logits_of_the_eager_model(half: Ch
     if reason := support.why_not_format(run_as, CUDA):
         pytest.skip(reason)
     model = load_model(half, device=CUDA)
-    save_activations(observe(model, half.config.model_type, lambda: [pixels_of(8)]), Path(str(half.folder)))
+    save_activations(observe(model, half.config.model_type, [pixels_of(8)]), Path(str(half.folder)))
     run = RunSpec(run_as=run_as, static_scales=True)
     eager = prepare(half, name="eager", device=CUDA, run=run)
     fast = {"compile": True, "fuse_qkv": True, "class_token_last": True}
@@ -277,3 +278,99 @@ def test_random_weights_in_every_format_without_data(tmp_path: Path) -> None:
         assert (record.failure is None) == (reason is None), record.failure
         assert record.failure or [row.batch_size for row in record.latency] == [1, 2]
         assert record.variant.reasons.get("compile") is None
+
+
+@pytest.fixture
+def no_choices_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What earlier runs measured does not count."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "dependent"),
+    [
+        (197, torch.bfloat16, False),
+        (12608, torch.bfloat16, False),
+        (197, torch.bfloat16, True),
+        (70, torch.float16, False),
+        (70, torch.float32, False),
+    ],
+)
+def test_kernels_that_may_be_chosen_are_the_product_in_float64(rows: int, dtype: torch.dtype, dependent: bool) -> None:
+    if dependent and (reason := support.why_not_dependent_launch(CUDA)):
+        pytest.skip(reason)
+    from vitopt.optimize.kernels.product import fused_linear
+    from vitopt.optimize.kernels.tiles import candidates
+
+    # The larger is fc2 of ViT-L/16; the smaller fills no tile.
+    columns, depth = (1024, 4096) if dtype == torch.bfloat16 else (72, 40)
+    generator = torch.Generator(CUDA).manual_seed(0)
+
+    def values(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape, device=CUDA, generator=generator) * scale).to(dtype)
+
+    x, weight, bias = values(rows, depth) + 1, values(columns, depth, scale=depth**-0.5), values(columns)
+    residual, sums = values(rows, columns), weight.float().sum(1)
+    normed = nn.functional.layer_norm(x.double(), (depth,), eps=1e-6)
+    expected = nn.functional.gelu(nn.functional.linear(normed, weight.double(), bias.double())) + residual.double()
+    bound = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-5}[dtype]
+    ran = 0
+    processors = torch.cuda.get_device_properties(CUDA).multi_processor_count
+    for tile in candidates(rows, columns, depth, x.itemsize, processors)[: 1 if dependent else None]:
+        try:
+            found = fused_linear(x, weight, bias, sums, residual, 1e-6, "erf", list(tile), dependent)
+        except Exception as error:
+            assert type(error).__name__ == "OutOfResources", error  # shared memory of an older card
+            continue
+        ran += 1
+        assert float((found - expected).abs().max() / expected.abs().max()) < bound, tile
+        again = fused_linear(x, weight, bias, sums, residual, 1e-6, "erf", list(tile), dependent)
+        torch.testing.assert_close(again, found, rtol=0, atol=0)
+    assert ran
+
+
+def test_fused_kernels_give_the_logits_of_the_eager_model_in_a_graph(half: Checkpoint, no_choices_yet: None) -> None:
+    from vitopt.optimize.kernels import blocks, tiles
+
+    eager = prepare(half, name="eager", device=CUDA)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiles, "_MUST_WIN", float("inf"))  # all of them, faster or not
+        patch.setattr(blocks, "candidates", lambda *how: tiles.candidates(*how)[:1])
+        for more in ({}, {"class_token_last": True, "patch_product": True}, {"gelu_epilogue": True}):
+            run = RunSpec(compile=True, fuse_qkv=True, fused_kernels=True, **more)
+            graph = prepare(half, name="graph", device=CUDA, run=run)
+            for batch_size in (8, 1, 8):
+                found = [graph(pixels_of(batch_size)) for _ in range(2)]
+                assert relative_error(found[0], eager(pixels_of(batch_size))) < COMPILED_ERROR[None]
+                torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+            assert graph.reasons == {}
+            assert graph.describe()["variant"].ran["fused_kernels"] in ("12 products", "10 products")
+
+
+def test_early_launches_change_no_logit(half: Checkpoint) -> None:
+    if reason := support.why_not_dependent_launch(CUDA):
+        pytest.skip(reason)
+    run = RunSpec(compile=True, fuse_qkv=True)
+    plain = prepare(half, name="plain", device=CUDA, run=run)
+    early = prepare(half, name="early", device=CUDA, run=run.model_copy(update={"dependent_launch": True}))
+    for batch_size in (8, 1):
+        expected = plain(pixels_of(batch_size))
+        for _ in range(20):
+            torch.testing.assert_close(early(pixels_of(batch_size)), expected, rtol=0, atol=0)
+    assert early.reasons == {} and early.describe()["variant"].ran["dependent_launch"]
+
+
+def test_products_that_were_chosen_make_no_model_slower(tmp_path: Path, no_choices_yet: None) -> None:
+    run = RunSpec(compile=True, fuse_qkv=True)
+    quantize(
+        open_checkpoint("random:vit-base-patch16-224"), VariantSpec(name="b", format="bf16"), tmp_path / "b", "cuda"
+    )
+    candidates = [
+        Candidate("plain", str(tmp_path / "b"), run),
+        Candidate("fused", str(tmp_path / "b"), run.model_copy(update={"fused_kernels": True})),
+    ]
+    spec = EvaluateSpec(latency=LatencySpec(batch_sizes=(1, 32), iterations=40, rounds=8))
+    _, fused = (one.record for one in inference.measure(candidates, spec, baseline="plain", device="cuda"))
+    assert fused.failure is None and not fused.latency_failures
+    for row in fused.latency:
+        assert row.speedup_vs_baseline is not None and row.speedup_vs_baseline > 0.97, fused.variant

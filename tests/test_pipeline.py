@@ -448,7 +448,7 @@ def test_a_file_of_the_user_in_a_variant_that_can_no_longer_be_made_is_kept(
         (again / "variants" / "int8" / "notes.txt").write_text("mine")  # while the run is going on
         raise UnsupportedError("not here")
 
-    monkeypatch.setattr(variants, "quantize", cannot)
+    monkeypatch.setattr(variants, "make", cannot)
     other = changed(content)
     other["variants"][3]["skip"] = ["block.2"]
     with pytest.raises(StorageError, match=r"int8 holds notes.txt"):

@@ -224,10 +224,12 @@ RUN = {
     "carry_residual": True,
     "gelu_epilogue": True,
     "static_scales": True,
-    "patch_product": False,  # the one that goes with no channels_last
+    "fused_kernels": False,  # goes with no carry_residual
+    "patch_product": False,  # goes with no channels_last
     "channels_last": True,
     "compile": True,
     "autotune": True,
+    "dependent_launch": True,
     "compile_whole": True,
 }
 
@@ -245,10 +247,12 @@ def test_a_variant_by_default_runs_as_it_is():
         "carry_residual": False,
         "gelu_epilogue": False,
         "static_scales": False,
+        "fused_kernels": False,
         "patch_product": False,
         "channels_last": False,
         "compile": False,
         "autotune": False,
+        "dependent_launch": False,
         "compile_whole": False,
     }
 
@@ -270,6 +274,12 @@ def variant(**run: object) -> dict[str, object]:
     [
         ({"autotune": True}, "variants.0: `autotune` is a way to compile: set `compile` too"),
         ({"compile_whole": True}, "variants.0: `compile_whole` is a way to compile: set `compile` too"),
+        ({"fused_kernels": True}, "variants.0: `fused_kernels` is a way to compile: set `compile` too"),
+        ({"dependent_launch": True}, "variants.0: `dependent_launch` is a way to compile: set `compile` too"),
+        (
+            {"compile": True, "fused_kernels": True, "carry_residual": True},
+            "variants.0: `fused_kernels` adds within products, `carry_residual` before norms: take one of them",
+        ),
         (
             {"patch_product": True, "channels_last": True},
             "variants.0: `channels_last` is for a convolution, and `patch_product` replaces it: take one of them",
@@ -549,7 +559,6 @@ def test_a_dumped_variant_starts_with_its_name_and_how_it_is_held(recipe_file):
         *RUN,
         "fastest",
         "steps",
-        "fixed_scales",
     ]
     assert "data: null\n" in dumped and "\n- name: a\n" in dumped
     assert load_recipe(recipe_file(dumped)) == recipe
@@ -688,14 +697,18 @@ def test_a_file_of_mistakes_alone_is_answered_soon_and_shortly(tmp_path):
     [
         ({"format": "fp32", "engine": "openvino", "compile": True}, ["openvino", "`compile`"]),
         ({"format": "nf4", "engine": "openvino"}, ["openvino", "nf4", "fp32, bf16, w8a8"]),
-        ({"format": "w8a8", "engine": "onnxruntime"}, ["onnxruntime", "w8a8"]),
+        ({"format": "bf16", "engine": "onnxruntime"}, ["onnxruntime", "bf16"]),
         ({"format": "w8a8", "engine": "openvino", "layers": {"fc1": "fp8"}}, ["openvino", "fp8"]),
-        ({"format": "w8a8", "engine": "openvino", "skip": "auto"}, ["`skip: auto`", "torch"]),
         ({"format": "w8a8", "engine": "openvino", "half": "fp16"}, ["openvino", "`half`"]),
-        ({"format": "w8a8", "fixed_scales": {"images": 9}}, ["`fixed_scales`"]),
-        ({"format": "fp32", "engine": "openvino", "fixed_scales": {}}, ["`fixed_scales`"]),
+        ({"format": "w8a8", "engine": "openvino", "fixed_scales": {"images": 9}}, ["fixed_scales", "static_scales"]),
+        ({"format": "fp32", "engine": "openvino", "static_scales": True}, ["`static_scales`", "fp32"]),
+        (
+            {"format": "w8a8", "engine": "openvino", "static_scales": True},
+            ["of a needs images", "steps: [calibrate]"],
+        ),
         ({"format": "fp32", "engine": "tensorrt", "fuse_qkv": True}, ["tensorrt", "`fuse_qkv`"]),
-        ({"format": "w8a8", "engine": "aoti", "fixed_scales": {}}, ["`fixed_scales`"]),
+        ({"format": "nf4", "engine": "aoti"}, ["aoti", "nf4"]),
+        ({"format": "auto", "engine": "aoti", "static_scales": True}, ["`static_scales`", "`format: auto`"]),
         (
             {"format": "fp32", "engine": "tensorflow"},
             ["engine", "'torch', 'openvino', 'onnxruntime', 'tensorrt' or 'aoti'"],
@@ -708,8 +721,11 @@ def test_what_an_engine_does_not_do_is_refused(content, words):
 
 
 def test_calibration_of_an_engine_needs_data_and_names_its_images():
-    content = {"name": "a", "format": "w8a8", "engine": "openvino", "fixed_scales": {"images": 9, "split": "other"}}
+    content = {"name": "a", "format": "w8a8", "engine": "openvino", "static_scales": True}
+    content["steps"] = [{"calibrate": {"images": 5}}, {"calibrate": {"images": 9, "split": "other"}}]
     recipe = validate(Recipe, changed(data="digits", variants=[content]), where="r")
-    assert recipe.variants[0].calibration.images == 9 and recipe.variants[0].wants_images == ["`fixed_scales`"]
+    assert recipe.variants[0].scaling_step.settings.images == 9
     (line,) = mistakes({key: value for key, value in changed(variants=[content]).items() if key != "data"})
-    assert "`fixed_scales` of a needs `data`" in line
+    assert "step calibrate of a needs `data`" in line
+    of_random_weights = {"name": "r", "model": "random:vit-tiny-patch16-224", "variants": [{**content, "steps": []}]}
+    assert validate(Recipe, of_random_weights, where="r").variants[0].scaling_step is None

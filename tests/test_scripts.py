@@ -367,6 +367,16 @@ def test_a_block_takes_fewer_kernels_with_the_options_that_join_them(costs: Modu
     assert static.generated < dynamic.generated and static.bytes < dynamic.bytes and static.called == dynamic.called
 
 
+def test_fused_products_leave_the_compiler_nothing_to_generate(costs: ModuleType) -> None:
+    pytest.importorskip("triton", reason="needs triton")
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    fused, kernels = (
+        costs.block_cost(costs.ViTConfig(**shape), 1, ("fuse_qkv", *options)) for options in ((), ("fused_kernels",))
+    )
+    assert kernels.generated == 0 and kernels.called == fused.called
+    assert kernels.bytes < fused.bytes
+
+
 def test_files_are_named_after_the_device(benchmark: ModuleType) -> None:
     assert benchmark._device_name({"gpu": {"name": "NVIDIA H200"}}) == "h200"
     assert benchmark._device_name({"gpu": {"name": "NVIDIA A100-SXM4-80GB"}}) == "a100-sxm4-80gb"

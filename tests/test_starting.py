@@ -1,6 +1,7 @@
 """The first recipe that `vitopt init` prints: it loads, plans, and fits the model, the data and the device."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,12 @@ from vitopt.starting import starting_recipe
 
 CPU = torch.device("cpu")
 A_COMPILER = support.why_not_compile(CPU) is None
+
+
+@pytest.fixture(autouse=True)
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows whether or not another runtime is installed."""
+    monkeypatch.setattr(support, "why_not_engine", lambda engine, device: f"{engine} is not installed")
 
 
 @pytest.fixture
@@ -73,6 +80,23 @@ def test_a_first_recipe_compiles_where_a_compiler_is(
     assert set(plans(recipe)) == {"fp32", "bf16", "bf16-compiled", "w8a8-compiled", "nf4", "nf4-as-bf16"}
     assert {row.name for row in recipe.variants if row.compile} == {"bf16-compiled", "w8a8-compiled", "nf4-as-bf16"}
     assert "# Left out: fp8-compiled (fp8 arithmetic needs a CUDA device" in text
+
+
+@pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize("reason", [None, "no bf16 arithmetic"])
+def test_an_engine_that_is_installed_has_its_rows(
+    reason: str | None, tiny_checkpoint: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "resolve_device", lambda requested="auto": CPU)
+    text = starting_recipe(str(tiny_checkpoint), str(shapes), "mine")
+    assert "openvino" not in rows(text) and "# Left out: openvino-int8 (openvino is not installed)" in text
+    monkeypatch.setattr(support, "why_not_engine", lambda engine, device: None)
+    monkeypatch.setattr(starting, "engine_module", lambda name: SimpleNamespace(why_not=lambda format: reason))
+    text = starting_recipe(str(tiny_checkpoint), str(shapes), "mine")
+    of_engine = {name: row for name, row in rows(text).items() if row.get("engine") == "openvino"}
+    assert of_engine["openvino-int8"]["format"] == "w8a8"
+    assert ("openvino-bf16" in of_engine) == (reason is None) and ("no bf16 arithmetic" in text) == bool(reason)
+    assert set(plans(written(tmp_path, text))) == set(rows(text))
 
 
 @pytest.mark.usefixtures("untimed")

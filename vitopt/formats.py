@@ -12,6 +12,7 @@ RunAs = Literal["bf16", "w8a8", "fp8"]
 
 Capability = tuple[int, int]
 AMPERE: Capability = (8, 0)
+HOPPER: Capability = (9, 0)
 ADA: Capability = (8, 9)
 
 

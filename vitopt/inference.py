@@ -8,18 +8,17 @@ from types import MappingProxyType
 
 import torch
 
-from vitopt import progress
+from vitopt import progress, storage
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
-from vitopt.engines.runtime import Prepared, prepare
+from vitopt.engines.runtime import Prepared, make, prepare
 from vitopt.environment import devices
 from vitopt.errors import CheckpointError, DataError, MeasurementError, UnsupportedError
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.measure.own_metrics import Compute
 from vitopt.measure.runnable import NamesOutputs, Preprocess, Runnable, outputs_of
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
-from vitopt.optimize.quantize import quantize
-from vitopt.recipe import EvaluateSpec, RunSpec, VariantSpec
+from vitopt.recipe import ENGINES, EvaluateSpec, RunSpec, VariantSpec
 
 
 @dataclass(frozen=True)
@@ -91,24 +90,32 @@ def measure(
     return [results[one.name] for one in candidates if one.name in results]
 
 
-def made(checkpoint: Checkpoint, variants: Sequence[VariantSpec], folder: Path, device: str) -> Iterator[Candidate]:
+def made(
+    checkpoint: Checkpoint, variants: Sequence[VariantSpec], folder: Path, device: str, scales: ImageSet | None = None
+) -> Iterator[Candidate]:
     """Each variant with its checkpoint, made in `folder`, or with the reason why that could not be made.
+
+    `scales`: images that give engines their static scales.
 
     Raises:
         CheckpointError, MeasurementError, UnsupportedError: the first could not be made, which is the baseline.
     """
     failures: dict[str, str] = {}
     for variant in variants:
-        output = folder / variant.format
-        if not output.exists() and variant.format not in failures:
+        held: str = variant.format
+        if variant.engine in ENGINES:
+            compiled_in = variant.model_dump(mode="json", include=set(ENGINES[variant.engine].options))
+            held = f"{variant.engine}-{held}-{storage.sha256_of_json(compiled_in)[:8]}"
+        output = folder / held
+        if not output.exists() and held not in failures:
             try:
-                with progress.task(f"making {variant.format}", None):
-                    quantize(checkpoint, variant, output, device)
+                with progress.task(f"making {variant.name}", None):
+                    make(checkpoint, variant, output, device, scales=scales)
             except (CheckpointError, MeasurementError, UnsupportedError) as error:
                 if variant is variants[0]:
                     raise
-                failures[variant.format] = str(error)
-        yield Candidate(variant.name, str(output), variant.run, variant, failures.get(variant.format))
+                failures[held] = str(error)
+        yield Candidate(variant.name, str(output), variant.run, variant, failures.get(held))
 
 
 def _called(candidate: Candidate, device: torch.device, strict: bool) -> Runnable:

@@ -127,7 +127,9 @@ def _stages(
         checkpoint = open_checkpoint(recipe.model, config_only=True)
         device = devices.resolve_device(recipe.device)
         compared = {
-            variant.name: candidates(device, variant.half, variant.fastest.compile)
+            variant.name: candidates(
+                device, variant.half, variant.fastest.compile, variant.engine, variant.static_scales
+            )
             for variant in recipe.variants
             if variant.chooses_format
         }

@@ -19,6 +19,7 @@ from vitopt.run_spec import Attention as Attention
 from vitopt.run_spec import Engine as Engine
 from vitopt.run_spec import RunSpec as RunSpec
 from vitopt.run_spec import SdpaKernel as SdpaKernel
+from vitopt.run_spec import computes_itself as computes_itself
 from vitopt.spec import PATH_LENGTH, BatchSize, ImageCount, Patterns, Workers, as_list
 from vitopt.spec import CalibrationSpec as CalibrationSpec
 from vitopt.spec import Spec as Spec
@@ -82,8 +83,12 @@ class AutoSkipSpec(CalibrationSpec):
 
     max_top1_drop: float | None = Field(1.0, gt=0, le=100, description="largest loss of top-1 in points")
     max_kl_share: float | None = Field(None, gt=0, lt=1, description="largest KL, as a share of the quantized model's")
-    objective: Literal["size", "latency"] = Field("size", description="what a kept layer costs")
-    granularity: Literal["block", "linear"] = Field("block", description="whole blocks or single linear layers")
+    objective: Literal["size", "latency"] | None = Field(
+        None, description="what a kept layer costs; null is size, and latency for an engine"
+    )
+    granularity: Literal["block", "linear", "kind"] | None = Field(
+        None, description="blocks, linear layers, or kinds of these in all blocks; null is block, for an engine kind"
+    )
     # 512 choose and 1,536 confirm. That shows the floor of one point where up to 1.3 % of the images change sides, and
     # half a point where hardly any does: 0.5 points take 1,020 images if none changes, and 5,000 if 1 % do.
     images: ImageCount = Field(
@@ -142,13 +147,14 @@ class VariantSpec(RunSpec, HeldSpec):
     @model_validator(mode="after")
     def _engine_has_the_format(self) -> "VariantSpec":
         if self.engine in ENGINES:
-            known = ENGINES[self.engine].formats
+            known: tuple[str, ...] = (*ENGINES[self.engine].formats, AUTO)
             if lacking := [format for format in (self.format, *self.layers.values()) if format not in known]:
-                raise ValueError(f"`engine: {self.engine}` has no {lacking[0]}; it has {', '.join(known)}")
-            if self.skips_automatically:
-                raise ValueError("`skip: auto` measures torch's formats: name the layers, or leave `engine` out")
-            if self.half != "bf16" and not ENGINES[self.engine].torch_model:
-                raise ValueError(f"`engine: {self.engine}` computes the other layers in bf16: leave `half` out")
+                raise ValueError(f"`engine: {self.engine}` has no {lacking[0]}; it has {', '.join(known[:-1])}")
+        if computes_itself(self.engine):
+            if self.half != "bf16":
+                raise ValueError(f"`engine: {self.engine}` chooses the type of the other layers: leave `half` out")
+            if self.static_scales and self.format not in (*QUANTIZED_FORMATS, AUTO):
+                raise ValueError(f"format {self.format} rounds no inputs, so `static_scales` would do nothing")
         return self
 
     @property
@@ -172,24 +178,17 @@ class RecipeVariant(VariantSpec):
     format: Literal["auto", Format]  # type: ignore[assignment]  # wider, until `with_choice` says which
     fastest: FastestSpec = Field(FastestSpec(), description="how `format: auto` chooses")
     steps: tuple[Step, ...] = Field((), description="what is done to the checkpoint first, in order: finetune")
-    fixed_scales: CalibrationSpec | None = Field(
-        None, description="images that fix the scales of int8 activations; without, an engine finds them in each call"
-    )
 
     @model_validator(mode="after")
     def _choice_is_whole(self) -> "RecipeVariant":
         if not self.chooses_format and self.fastest != FastestSpec():
             raise ValueError("`fastest` is for `format: auto`, and `format` is something else: leave one of them out")
-        without_effect = self.changed("skip", "layers", *RunSpec.model_fields) if self.chooses_format else ""
+        chosen = set(RunSpec.model_fields) - {"engine", *(("static_scales",) if computes_itself(self.engine) else ())}
+        without_effect = self.changed("skip", "layers", *sorted(chosen)) if self.chooses_format else ""
         if without_effect:
             raise ValueError(
                 f"`format: auto` compares whole formats and chooses how they run: leave {without_effect} out, or name "
                 "a format"
-            )
-        runs_torch = self.engine not in ENGINES or ENGINES[self.engine].torch_model
-        if self.fixed_scales is not None and (runs_torch or self.format not in QUANTIZED_FORMATS):
-            raise ValueError(
-                "`fixed_scales` is for a quantized format of an engine that computes in its own way: leave it out"
             )
         return self
 
@@ -200,10 +199,14 @@ class RecipeVariant(VariantSpec):
 
     @property
     def calibration(self) -> CalibrationSpec | None:
-        """Which images choose what is left open, or calibrate; None where nothing does."""
-        if self.fixed_scales is not None:
-            return self.fixed_scales
+        """Which images choose what is left open; None where nothing is."""
         return self.auto if self.skips_automatically else self.fastest if self.chooses_format else None
+
+    @property
+    def scaling_step(self) -> Step | None:
+        """The step whose images give an engine its static scales, None where none does."""
+        wanted = self.static_scales and computes_itself(self.engine)
+        return next((step for step in reversed(self.steps) if wanted and step.name == "calibrate"), None)
 
     @property
     def trains(self) -> bool:
@@ -215,7 +218,6 @@ class RecipeVariant(VariantSpec):
         """What of it needs other images than the tested ones."""
         wants = [f"step {step.name}" for step in self.steps if step.kind.images]
         wants += ["`skip: auto`"] if self.skips_automatically else []
-        wants += ["`fixed_scales`"] if self.fixed_scales is not None else []
         return wants + (["`format: auto`"] if self.chooses_format else [])
 
     @property
@@ -360,6 +362,12 @@ class Recipe(Spec):
             mistakes += [f"{what} needs `data`" for what in needy]
         elif not self.trains and self.data.train != "train":
             mistakes.append("data: `train` is the split to fine-tune on, and there is no `finetune`")
+        if not self.model.startswith("random:"):  # such a model is calibrated on random pixels
+            mistakes += [
+                f"`static_scales` of {variant.name} needs images: give it `steps: [calibrate]`"
+                for variant in self.variants
+                if computes_itself(variant.engine) and variant.static_scales and variant.scaling_step is None
+            ]
         if self.require.batch_size not in (None, *self.evaluate.latency.batch_sizes):
             mistakes.append(f"require.batch_size {self.require.batch_size} is not in evaluate.latency.batch_sizes")
         named = [("baseline", self.baseline), *(("waterfall", name) for name in self.waterfall)]

@@ -41,8 +41,12 @@ class EngineFacts:
 
 
 ENGINES: dict[str, EngineFacts] = {
-    "openvino": EngineFacts("vitopt.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "w8a8")),
-    "onnxruntime": EngineFacts("vitopt.engines.onnxruntime", "onnxruntime", "onnx", ("fp32",)),
+    "openvino": EngineFacts(
+        "vitopt.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "w8a8"), options=("static_scales",)
+    ),
+    "onnxruntime": EngineFacts(
+        "vitopt.engines.onnxruntime", "onnxruntime", "onnx", ("fp32", "fp16", "w8a8"), options=("static_scales",)
+    ),
     "tensorrt": EngineFacts(
         "vitopt.engines.tensorrt",
         "tensorrt",
@@ -75,6 +79,21 @@ ENGINES: dict[str, EngineFacts] = {
 }
 
 
+def computes_itself(engine: str) -> bool:
+    """Whether a runtime of its own computes, and not torch's model, however that is compiled."""
+    return engine in ENGINES and not ENGINES[engine].torch_model
+
+
+def objective_of(engine: str) -> Literal["size", "latency"]:
+    """What a kept layer costs where a recipe does not say."""
+    return "latency" if computes_itself(engine) else "size"
+
+
+def granularity_of(engine: str) -> Literal["block", "kind"]:
+    """The units of a sensitivity where a recipe does not say: a file of an engine takes long to make."""
+    return "kind" if computes_itself(engine) else "block"
+
+
 class RunSpec(Spec):
     """How a checkpoint is run; nothing of it is in the file."""
 
@@ -95,12 +114,19 @@ class RunSpec(Spec):
         False, description="GELU within the product before it, by tanh: answers change, accuracy must be measured"
     )
     static_scales: bool = Field(
-        False, description="inputs of w8a8 and fp8 layers by scales that the step `calibrate` observed: answers change"
+        False, description="inputs of w8a8 and fp8 layers by scales that the images of the step `calibrate` gave"
+    )
+    fused_kernels: bool = Field(
+        False,
+        description="with compile on a GPU: norm, GELU and addition within the product, where that is measured faster",
     )
     patch_product: bool = Field(False, description="patch embedding as a matrix product, no convolution; exact")
     channels_last: bool = Field(False, description="pixels and patch embedding in NHWC memory order")
     compile: bool = Field(False, description="compile for each batch size; on a GPU, replay it as one CUDA graph")
     autotune: bool = Field(False, description="with compile: time its kernels first, slower to start")
+    dependent_launch: bool = Field(
+        False, description="with compile on a GPU: a kernel is launched before the one before it has ended; exact"
+    )
     compile_whole: bool = Field(
         False, description="with compile on a GPU: all blocks as one program, slower to start; on a CPU it is always so"
     )
@@ -115,11 +141,13 @@ class RunSpec(Spec):
         taken = ENGINES[self.engine].options if self.engine in ENGINES else RunSpec.model_fields
         if useless := self.changed(*(set(RunSpec.model_fields) - {"engine", *taken})):
             raise ValueError(f"`engine: {self.engine}` computes in its own way, so leave {useless} out")
-        for way in ("autotune", "compile_whole"):
+        for way in ("autotune", "compile_whole", "fused_kernels", "dependent_launch"):
             if getattr(self, way) and not self.compile:
                 raise ValueError(f"`{way}` is a way to compile: set `compile` too")
         if self.patch_product and self.channels_last:
             raise ValueError("`channels_last` is for a convolution, and `patch_product` replaces it: take one of them")
+        if self.fused_kernels and self.carry_residual:
+            raise ValueError("`fused_kernels` adds within products, `carry_residual` before norms: take one of them")
         if self.sdpa_kernel != "auto" and self.attention != "sdpa":
             raise ValueError(f"`sdpa_kernel` chooses a kernel of sdpa, and `attention` is {self.attention}")
         return self

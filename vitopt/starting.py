@@ -9,6 +9,7 @@ import yaml
 from vitopt.checks import plans, tested_images
 from vitopt.data.images import ALL, ImageSet, open_images
 from vitopt.data.labels import fit_labels
+from vitopt.engines.package import engine_module
 from vitopt.environment import devices, support
 from vitopt.errors import DataError
 from vitopt.measure.planning import needs
@@ -61,6 +62,7 @@ def starting_recipe(model: str, data: str, name: str, labels: Labels = "name") -
 {_comment(why)}
 {_lines(content, "finetune") if finetune else ""}
 # What is compared. Compiled rows are fast. nf4 is small; nf4-as-bf16 is the same file, expanded when it is loaded.
+# openvino is another runtime, for processors; its int8 is often the fastest there, and `vitopt export` takes it along.
 variants:
 {rows}{comments}
 # All others are compared with it, image by image and call by call.
@@ -99,6 +101,13 @@ def _variants(device: torch.device) -> tuple[list[dict[str, Any]], dict[str, str
         ({"name": "fp8-compiled", "format": "fp8"} | fast, not_compiled),
         ({"name": "nf4", "format": "nf4"}, None),
         ({"name": "nf4-as-bf16", "format": "nf4", "run_as": "bf16"} | fast, slow or not_compiled),
+    ]
+    engine = "openvino"
+    missing = support.why_not_engine(engine, device)
+    lacks = missing or engine_module(engine).why_not("bf16")
+    wanted += [
+        ({"name": f"{engine}-bf16", "format": "bf16", "engine": engine}, lacks),
+        ({"name": f"{engine}-int8", "format": "w8a8", "engine": engine}, missing),
     ]
     if slow:
         wanted.insert(2, ({"name": "fp32-compiled", "format": "fp32"} | fast, not_compiled))

@@ -48,7 +48,7 @@ class FinetuneSpec(Spec):
 
 
 class CalibrateSpec(CalibrationSpec):
-    """How large the inputs of each layer are, over calibration images: what `static_scales` runs with."""
+    """Observe what each layer takes over calibration images: `static_scales` runs with it."""
 
     images: ImageCount = Field(128, description="calibration images, spread over the classes")
 
@@ -56,6 +56,17 @@ class CalibrateSpec(CalibrationSpec):
     def words(self) -> str:
         """What it does, for the line that a run prints."""
         return "observing layers"
+
+
+class SmoothSpec(CalibrationSpec):
+    """Make the columns of what layers take alike, answers unchanged: 8 bits then lose less (SmoothQuant)."""
+
+    images: ImageCount = Field(128, description="calibration images, spread over the classes")
+
+    @property
+    def words(self) -> str:
+        """What it does, for the line that a run prints."""
+        return "smoothing layers"
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,7 @@ class StepKind:
 
 STEPS: dict[str, StepKind] = {
     "finetune": StepKind(FinetuneSpec, "vitopt.training.finetune:finetune", "training"),
+    "smooth": StepKind(SmoothSpec, "vitopt.optimize.smooth:smooth", "calibration"),
     "calibrate": StepKind(CalibrateSpec, "vitopt.optimize.calibrate:calibrate", "calibration"),
 }
 

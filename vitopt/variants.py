@@ -12,13 +12,12 @@ from vitopt import ownership, storage, threads
 from vitopt.checks import calibration_images, step_images
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
-from vitopt.engines import package
+from vitopt.engines.runtime import make
 from vitopt.environment import devices, launch, machine
 from vitopt.errors import CheckpointError, MeasurementError, RecordError, UnsupportedError, VitoptError
 from vitopt.measure.predictions import PREDICTIONS_FILE
 from vitopt.models.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
-from vitopt.optimize.quantize import quantize
-from vitopt.recipe import ENGINES, CalibrationSpec, Recipe, RecipeVariant, Step
+from vitopt.recipe import ENGINES, CalibrationSpec, Recipe, RecipeVariant, Step, computes_itself
 from vitopt.records import RECORD_FILE
 from vitopt.search.analysis import analyse_for
 from vitopt.search.fastest import Choice, find_fastest, how_measured, load_choice, save_choice
@@ -37,14 +36,16 @@ _TOLERATED = (CheckpointError, MeasurementError, UnsupportedError)
 class Settled:
     """A variant of which nothing is open: in which format it is made, and of which checkpoint.
 
-    `images`: those on which its skip list or format was chosen, and the `purpose`, what was chosen. `chosen`: why it
-    has this format, where that was left open. `failure`: why its steps could not be done.
+    `images`: those on which its skip list or format was chosen, and the `purpose`, what was chosen. `scales`: those
+    that give an engine its static scales. `chosen`: why it has this format, where that was left open. `failure`: why
+    its steps could not be done.
     """
 
     variant: RecipeVariant
     base: Checkpoint
     images: ImageSet | None = None
-    purpose: Literal["skip list", "format", "int8 scales"] = "skip list"
+    purpose: Literal["skip list", "format"] = "skip list"
+    scales: ImageSet | None = None
     chosen: str | None = None
     failure: str | None = None
 
@@ -92,11 +93,14 @@ class VariantMaker:
             if isinstance(outcome, str):
                 return Settled(variant, base, failure=outcome)
             base = outcome
-        if variant.fixed_scales is not None:
-            return Settled(variant, base, self._calibration(variant.fixed_scales)[0], "int8 scales")
+        scales = None
+        if (scaling := variant.scaling_step) is not None and self.recipe.data is not None:
+            scales = step_images(self.recipe.data, scaling)
         if variant.skips_automatically:
-            return self._with_skip_list(variant, base)
-        return self._with_format(variant, base) if variant.chooses_format else Settled(variant, base)
+            return self._with_skip_list(variant, base, scales)
+        if variant.chooses_format:
+            return self._with_format(variant, base, scales)
+        return Settled(variant, base, scales=scales)
 
     def make(self, settled: Settled) -> str | None:
         """Make the variant's checkpoint; the reason where that fails, None where it is there."""
@@ -146,7 +150,7 @@ class VariantMaker:
             fit_labels(self.test, checkpoint.label_names)
         return checkpoint
 
-    def _with_skip_list(self, variant: RecipeVariant, base: Checkpoint) -> Settled:
+    def _with_skip_list(self, variant: RecipeVariant, base: Checkpoint, scales: ImageSet | None) -> Settled:
         device, output = self.recipe.device, self.run.path / choice_files(variant)[0]
         images, skip_bad = self._calibration(variant.auto)
 
@@ -155,9 +159,9 @@ class VariantMaker:
                 known = self.run.path / f"sensitivity/{other.name}.json"
                 same = self.run.completed.get(f"sensitivity {other.name}") == stage.fingerprint
                 if known != output and same and ownership.is_whole(known):
-                    analyse_for(base, images, variant, output, device, skip_bad=skip_bad, known=known)
+                    analyse_for(base, images, variant, output, device, scales=scales, skip_bad=skip_bad, known=known)
                     return f"the same as of {other.name}"
-            analyse_for(base, images, variant, output, device, skip_bad=skip_bad)
+            analyse_for(base, images, variant, output, device, scales=scales, skip_bad=skip_bad)
             return None
 
         stage: Stage[Sensitivity] = Stage(
@@ -168,6 +172,7 @@ class VariantMaker:
                 variant.format,
                 variant.half,
                 variant.auto.model_dump(mode="json"),
+                _of_engine(variant, scales) if computes_itself(variant.engine) else None,
                 skip_bad,
                 SENSITIVITY_SCHEMA,
             ],
@@ -185,16 +190,24 @@ class VariantMaker:
         self.run.say(f"{stage.name}: keeps {', '.join(search.chosen) or 'nothing'} in 16 bit")
         if search.advice:
             logger.warning("%s: %s", variant.name, search.advice)
-        return Settled(variant.skipping(search.chosen), base, images)
+        return Settled(variant.skipping(search.chosen), base, images, scales=scales)
 
-    def _with_format(self, variant: RecipeVariant, base: Checkpoint) -> Settled:
+    def _with_format(self, variant: RecipeVariant, base: Checkpoint, scales: ImageSet | None) -> Settled:
         device, output = self.recipe.device, self.run.path / choice_files(variant)[0]
         images, skip_bad = self._calibration(variant.fastest)
         evaluate = how_measured(self.recipe.evaluate)
 
         def work() -> None:
             choice = find_fastest(
-                base, images, variant.fastest, evaluate, half=variant.half, device=device, skip_bad=skip_bad
+                base,
+                images,
+                variant.fastest,
+                evaluate,
+                half=variant.half,
+                engine=variant.engine,
+                scales=scales,
+                device=device,
+                skip_bad=skip_bad,
             )
             if choice is not None:
                 save_choice(choice, output)
@@ -206,6 +219,7 @@ class VariantMaker:
                 images.sha256,
                 variant.half,
                 variant.fastest.model_dump(mode="json"),
+                _of_engine(variant, scales),
                 evaluate.model_dump(mode="json"),
                 skip_bad,
                 [torch.get_num_threads(), machine.threads_bound(), threads.waiting()],
@@ -221,7 +235,7 @@ class VariantMaker:
         self.run.say(f"{stage.name}: {choice.sentence()}")
         for line in choice.undecided():
             logger.warning("%s: %s", variant.name, line)
-        return Settled(variant.with_choice(choice.variant), base, images, "format", choice.sentence())
+        return Settled(variant.with_choice(choice.variant), base, images, "format", scales, choice.sentence())
 
     def _calibration(self, spec: CalibrationSpec) -> tuple[ImageSet, bool]:
         """The images on which something is chosen, and whether broken ones are left out."""
@@ -241,9 +255,9 @@ class VariantMaker:
                 if folder != output and same and all(map(ownership.is_whole, _checkpoint_files(folder))):
                     storage.copy_folder(folder, output, leave_out=_MEASURED)
                     return f"the same weights as {other.name}"
+            noted: dict[str, Any] = {"images": images, "purpose": settled.purpose, "scales": settled.scales}
             try:
-                make = quantize if variant.engine == "torch" else package.make
-                return make(base, variant, output, self.recipe.device, images=images, purpose=settled.purpose).summary()
+                return make(base, variant, output, self.recipe.device, **noted).summary()
             except _TOLERATED:
                 self._remove_earlier(variant.name)
                 raise
@@ -252,8 +266,9 @@ class VariantMaker:
             f"variant {variant.name}",
             inputs=[
                 base.fingerprint(),
-                variant.model_dump(mode="json", include={"format", "half", "skip", "layers", "engine", *compiled_in}),
+                variant.model_dump(mode="json", include={"format", "half", "skip", "layers", *compiled_in}),
                 None if images is None else [images.sha256, settled.purpose],
+                _of_engine(variant, settled.scales),
             ],
             files=_checkpoint_files(output),
             work=work,
@@ -268,6 +283,11 @@ class VariantMaker:
         folder = self.run.variant(name)
         if launch.is_main_process() and any(folder.glob("*.safetensors")):
             storage.remove(folder)
+
+
+def _of_engine(variant: RecipeVariant, scales: ImageSet | None) -> list[Any] | None:
+    """What the file of an engine depends on beside the format; None for torch."""
+    return [variant.engine, variant.static_scales, scales and scales.sha256] if variant.engine in ENGINES else None
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:

@@ -81,14 +81,14 @@ def test_results_are_not_written_over_a_file(tiny_checkpoint: Path, tmp_path: Pa
 def test_a_row_that_fails_tells_why_in_the_csv(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = inference.quantize
+    make = inference.make
 
-    def fails(checkpoint, variant, *rest):
+    def fails(checkpoint, variant, *rest, **options):
         if variant.format == "bf16":
             raise UnsupportedError("no bf16 today")
-        return make(checkpoint, variant, *rest)
+        return make(checkpoint, variant, *rest, **options)
 
-    monkeypatch.setattr(inference, "quantize", fails)
+    monkeypatch.setattr(inference, "make", fails)
     result = vitopt("benchmark", tiny_checkpoint, "--format", "fp32,bf16", *QUICK, "--csv", tmp_path / "rows.csv")
     assert result.exit_code == 1 and "tiny-vit bf16 failed: no bf16 today" in result.stderr
     with (tmp_path / "rows.csv").open(newline="") as file:

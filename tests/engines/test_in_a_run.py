@@ -13,7 +13,8 @@ from vitopt.variants import VariantMaker
 
 
 def recipe(checkpoint, shapes, **calibrate):
-    row = {"name": "int8", "format": "w8a8", "engine": "openvino", "fixed_scales": {"images": 8} | calibrate}
+    row = {"name": "int8", "format": "w8a8", "engine": "openvino", "static_scales": True}
+    row["steps"] = [{"calibrate": {"images": 8} | calibrate}]
     variants = [{"name": "torch", "format": "fp32"}, {"name": "fp32", "format": "fp32", "engine": "openvino"}, row]
     content = {"name": "r", "model": checkpoint.location, "data": str(shapes), "device": "cpu", "variants": variants}
     return Recipe.model_validate(content)
@@ -36,9 +37,11 @@ def test_a_file_is_made_once_and_again_for_other_images(engine, checkpoint, shap
     made = package.read_package(run / "variants" / "int8" / "openvino")
     assert made.calibrated and made.settings == {"images": 8}
     assert [use.purpose for use in load_uses(run / "variants" / "int8")] == [package.CALIBRATED]
+    assert load_uses(run / "variants" / "fp32") == ()
     assert all("up to date" in line for line in make(recipe(checkpoint, shapes), run)[1])
-    *others, last = make(recipe(checkpoint, shapes, images=12), run)[1]
-    assert all("up to date" in line for line in others) and "up to date" not in last
+    said = make(recipe(checkpoint, shapes, images=12), run)[1]
+    assert ["up to date" in line for line in said if line.startswith("variant")] == [True, True, False]
+    assert package.read_package(run / "variants" / "int8" / "openvino").settings == {"images": 12}
     (run / "variants" / "fp32" / "openvino" / "model.bin").unlink()
     assert any("model.bin is missing" in line for line in make(recipe(checkpoint, shapes, images=12), run)[1])
 

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hub_stand_in import REPOSITORY, Hub
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForImageClassification
 
 from vitopt.errors import CheckpointError, RecipeError, StorageError
+from vitopt.models.activations import ACTIVATIONS_FILE, LayerInputs, save_activations
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.models.publish import push
 from vitopt.optimize.quantize import quantize
@@ -24,6 +26,8 @@ def quantized(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
     """A quantized checkpoint with its card, beside other things that lie in its folder."""
     folder = tmp_path_factory.mktemp("push") / "nf4"
     quantize(open_checkpoint(str(tiny_checkpoint)), VariantSpec(name="x", format="nf4"), folder, "cpu")
+    observed = LayerInputs(torch.zeros(2, 64), torch.ones(2, 64), {"w8a8": 0.001})
+    save_activations({"block.0.fc1": observed}, folder)  # without it the option `static_scales` is lost
     write_card_without_figures(folder)
     for name in ("record.json", "predictions.parquet", "calibration.json", "pytorch_model.bin", "notes.txt", ".env"):
         (folder / name).write_text(f"{folder}: mine alone")
@@ -36,7 +40,7 @@ def test_what_arrives_is_the_checkpoint_and_nothing_else(quantized: Path, hub: H
     assert address == f"{hub.address}/{REPOSITORY}/commit/{'a' * 40}"
     assert hub.private is True and hub.tokens == {"Bearer hf_secret"}
     files = hub.branches["main"]
-    same = {"config.json", "model.safetensors", "preprocessor_config.json", "origin.json"}
+    same = {"config.json", "model.safetensors", "preprocessor_config.json", "origin.json", ACTIVATIONS_FILE}
     assert set(files) == same | {CARD_FILE}
     for name in same:
         assert files[name] == (quantized / name).read_bytes()

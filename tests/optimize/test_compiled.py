@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_checkpoint
+from torch import nn
 
 from vitopt.data.pixels import random_pixels
+from vitopt.environment.devices import DEPENDENT_LAUNCH
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
+from vitopt.optimize.compiled import compiler_options
 from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import RunSpec
 
@@ -228,3 +231,20 @@ def test_an_error_of_the_model_is_not_blamed_on_the_compiler(tiny: Checkpoint, m
     with pytest.raises(ValueError, match="Input image size"):
         runnable(random_pixels(1, (64, 64)))
     assert runnable.fixed_shapes and runnable.reasons.get("compile") is None
+
+
+def test_code_that_is_launched_early_is_not_that_of_other_variants() -> None:
+    plain, early, tried = compiler_options(False, False), compiler_options(False, True), compiler_options(True, True)
+    assert plain is None and early == {DEPENDENT_LAUNCH: True}
+    assert tried == {**(compiler_options(True, False) or {}), DEPENDENT_LAUNCH: True}
+    found: list[bool] = []
+
+    def notes(nodes: list[Any]) -> list[Any]:
+        found.append(bool(torch._inductor.config.triton.enable_pdl))
+        return nodes
+
+    module = nn.Linear(8, 8).requires_grad_(False)
+    with torch._inductor.config.patch(_post_fusion_custom_pass=notes, force_disable_caches=True):
+        for options in (plain, early, plain, early):
+            torch.compile(module, dynamic=False, options=options)(torch.zeros(2, 8))
+    assert found == [False, True]  # each was compiled once, with its own setting, and served again

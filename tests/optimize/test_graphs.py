@@ -115,7 +115,7 @@ def graphed(cuda: FakeCuda, tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatc
     for block in blocks:
         real = block.compile
         monkeypatch.setattr(
-            block, "compile", lambda fullgraph, dynamic, mode, real=real: real(fullgraph=fullgraph, backend="eager")
+            block, "compile", lambda fullgraph, dynamic, options, real=real: real(fullgraph=fullgraph, backend="eager")
         )
     return GraphedModel(Path(Recorded(model, cuda), torch.float32), blocks, autotune=False), model
 
@@ -222,7 +222,7 @@ def test_the_whole_model_can_be_one_program(
 
     real = torch.compile
 
-    def compile(whole: nn.Module, *, dynamic: bool, mode: str | None) -> nn.Module:
+    def compile(whole: nn.Module, *, dynamic: bool, options: dict[str, bool] | None) -> nn.Module:
         return Recorded(real(whole, dynamic=dynamic, backend=backend), cuda)
 
     monkeypatch.setattr(torch, "compile", compile)

@@ -74,7 +74,7 @@ def test_rows_of_zeros_fill_up_what_is_refused_for_few_rows_alone_and_change_no_
 ) -> None:
     one = random_pixels(1, (32, 32))
     expected = fp8(one)
-    fp8._unrefused.clear()
+    fp8._settled.clear()
     refuse[128] = 256  # as on an H100
     torch.testing.assert_close(fp8(one), expected, rtol=0, atol=0)
     assert len(fitting(fp8)) == 3 and fp8.model.get_submodule(fitting(fp8)[0]).padded_rows == {ROWS: 272}

@@ -192,3 +192,17 @@ def test_a_family_without_sdpa_runs_eager_and_says_so_once(
     caplog.clear()
     prepare(runnable.checkpoint, name="mine", device=CPU, run=RunSpec(attention="eager"), strict=True)
     assert caplog.messages == []
+
+
+def test_what_is_for_a_gpu_alone_is_left_out_and_said_on_a_cpu(
+    tiny: Checkpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunSpec(compile=True, fuse_qkv=True, fused_kernels=True, dependent_launch=True)
+    plain = prepare(tiny, name="plain", device=CPU, run=RunSpec(compile=True, fuse_qkv=True))
+    left = prepare(tiny, name="left", device=CPU, run=run)
+    assert set(left.reasons) == {"fused_kernels", "dependent_launch"}
+    assert all("cpu" in reason and reason in caplog.text for reason in left.reasons.values())
+    variant = left.describe()["variant"]
+    assert variant.asked["fused_kernels"] and variant.asked["dependent_launch"]
+    assert not variant.ran["fused_kernels"] and not variant.ran["dependent_launch"]
+    assert [type(module) for module in left.model.modules()] == [type(module) for module in plain.model.modules()]

@@ -1,5 +1,6 @@
 """One scale for all inputs of a layer: against a reference in float64, and what it costs a real model."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -44,23 +45,39 @@ def w8a8(calibrated: Checkpoint, tmp_path: Path) -> Checkpoint:
     return open_checkpoint(str(tmp_path / "w8a8"))
 
 
+def without_noise(checkpoint: Checkpoint) -> None:
+    """Let all layers run with static scales, whatever these lose."""
+    observed = load_activations(checkpoint.folder)
+    save_activations(
+        {name: dataclasses.replace(one, noise={"w8a8": 0.0}) for name, one in observed.items()},
+        Path(str(checkpoint.folder)),
+    )
+
+
 @pytest.mark.parametrize(("format", "bias"), [("w8a8", True), ("w8a8", False), ("fp8", True)])
 def test_products_are_those_of_the_rounded_values(fp8_on_the_cpu: None, format: str, bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(64, 48, bias=bias).to(torch.bfloat16)
     quantize_(linear, QUANTIZES[format]())
     inputs = 3 * torch.randn(2, 5, 64, dtype=torch.bfloat16)
-    largest = 6.0  # some inputs are larger, and cut off
-    found = StaticLinear(linear, largest)(inputs)
-    wide = inputs.double().clamp(-largest, largest)
-    if format == "w8a8":
-        rounded = (wide * 127 / largest).round() * largest / 127
-    else:
-        rounded = (wide * 448 / largest).to(torch.float8_e4m3fn).double() * largest / 448
+    # Of the first token and of all others; some inputs are larger than these, and cut off.
+    middle, reach = torch.randn(2, 64), torch.tensor([[2.0], [6.0]]) * (1 + torch.rand(2, 64)) / 2
+    found = StaticLinear(linear, LayerInputs(middle - reach, middle + reach, {}))(inputs)
+    rounded = torch.empty(2, 5, 64, dtype=torch.float64)
+    for token in range(5):
+        shift, half = middle[min(token, 1)].double(), reach[min(token, 1)].double()
+        if format == "w8a8":
+            step = half.max() / 127
+            steps = ((inputs[:, token].double() - shift) / step).round().clamp(-127, 127)
+            rounded[:, token] = steps * step + shift
+        else:
+            step = (shift.abs() + half).max() / 448
+            steps = (inputs[:, token].double() / step).clamp(-448, 448)
+            rounded[:, token] = steps.to(torch.float8_e4m3fn).double() * step
     expected = rounded @ (linear.weight.qdata.double() * linear.weight.scale.double()).T
     expected = expected if linear.bias is None else expected + linear.bias.double()
     assert found.dtype == torch.bfloat16 and found.shape == (2, 5, 48)
-    torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2e-3)
+    torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=1e-2)  # a tie may round either way
 
 
 def test_calibration_sees_the_largest_input_of_every_layer(calibrated: Checkpoint, images: ImageSet) -> None:
@@ -72,12 +89,12 @@ def test_calibration_sees_the_largest_input_of_every_layer(calibrated: Checkpoin
         model(pixels.to(model.dtype))
     found = load_activations(calibrated.folder)
     assert set(found) == {f"block.{b}.{n}" for b in range(3) for n in ("query", "key", "value", "output", "fc1", "fc2")}
-    assert found["block.1.fc2"].largest == pytest.approx(float(taken[0].abs().max()), rel=1e-3)
-    step = found["block.1.fc2"].largest / 127
-    error = taken[0] - (taken[0] / step).round() * step
-    assert found["block.1.fc2"].noise["w8a8"] == pytest.approx(
-        float(error.square().sum() / taken[0].square().sum()), rel=1e-2
-    )
+    one, first, patches = found["block.1.fc2"], taken[0][:, 0], taken[0][:, 1:].flatten(0, 1)
+    for group, rows in enumerate((first, patches)):
+        torch.testing.assert_close(one.largest[group], rows.amax(0), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(one.smallest[group], rows.amin(0), rtol=1e-3, atol=1e-6)
+    assert 1e-6 < one.noise["w8a8"] < 0.1 and 1e-5 < one.noise["fp8"] < 0.1
+    assert found["block.1.query"] is not found["block.1.output"] and found["block.1.key"] is found["block.1.query"]
 
 
 def test_its_images_are_noted_and_its_scales_reach_what_is_quantized(w8a8: Checkpoint, images: ImageSet) -> None:
@@ -91,7 +108,10 @@ def test_its_images_are_noted_and_its_scales_reach_what_is_quantized(w8a8: Check
 
 def test_layers_that_lose_much_by_one_scale_keep_those_of_their_rows(w8a8: Checkpoint) -> None:
     observed = load_activations(w8a8.folder)
-    lossy = {name: LayerInputs(1.0, {"w8a8": 1.0 if name.endswith("fc2") else 0.0}) for name in observed}
+    lossy = {
+        name: dataclasses.replace(one, noise={"w8a8": 1.0 if name.endswith("fc2") else 0.0})
+        for name, one in observed.items()
+    }
     save_activations(lossy, Path(str(w8a8.folder)))
     model = prepare(w8a8, name="static", device=CPU, run=STATIC).model
     for name, module in model.named_modules():
@@ -101,10 +121,7 @@ def test_layers_that_lose_much_by_one_scale_keep_those_of_their_rows(w8a8: Check
 
 def test_stacked_projections_and_a_class_token_alone_run_with_them(w8a8: Checkpoint) -> None:
     pixels = random_pixels(2, (32, 32))
-    save_activations(
-        {name: LayerInputs(one.largest, {"w8a8": 0.0}) for name, one in load_activations(w8a8.folder).items()},
-        Path(str(w8a8.folder)),
-    )
+    without_noise(w8a8)
     run = STATIC.model_copy(update={"fuse_qkv": True, "class_token_last": True, "carry_residual": True})
     rewritten = prepare(w8a8, name="rewritten", device=CPU, run=run)
     expected = prepare(w8a8, name="static", device=CPU, run=STATIC)(pixels)
@@ -113,10 +130,7 @@ def test_stacked_projections_and_a_class_token_alone_run_with_them(w8a8: Checkpo
 
 
 def test_one_compiled_block_serves_all_whatever_their_scales(w8a8: Checkpoint) -> None:
-    save_activations(
-        {name: LayerInputs(one.largest, {"w8a8": 0.0}) for name, one in load_activations(w8a8.folder).items()},
-        Path(str(w8a8.folder)),
-    )
+    without_noise(w8a8)
     runnable, pixels = prepare(w8a8, name="static", device=CPU, run=STATIC), random_pixels(1, (32, 32))
     expected, compiled = runnable(pixels), list[torch.fx.GraphModule]()
 
@@ -155,11 +169,28 @@ def test_an_unquantized_model_has_no_inputs_to_quantize(calibrated: Checkpoint) 
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"schema": "other"}', '{"schema": "vitopt.activations/1", "layers": 3}']
+    "content",
+    [
+        "{",
+        "[]",
+        '{"schema": "vitopt.activations/1", "layers": {}}',
+        '{"schema": "vitopt.activations/2", "inputs": 3}',
+        '{"schema": "vitopt.activations/2", "inputs": [{"layers": ["a"], "smallest": [[2]], "largest": [[1]], '
+        '"noise": {}}]}',
+        '{"schema": "vitopt.activations/2", "inputs": [{"layers": ["a"], "smallest": [[0]], "largest": [[1]], '
+        '"noise": {"w8a8": -1}}]}',
+    ],
 )
 def test_scales_that_cannot_be_read_are_an_error_with_the_file(w8a8: Checkpoint, content: str) -> None:
     (Path(str(w8a8.folder)) / ACTIVATIONS_FILE).write_text(content)
     with pytest.raises(CheckpointError, match=ACTIVATIONS_FILE):
+        prepare(w8a8, name="static", device=CPU, run=STATIC)
+
+
+def test_scales_of_another_shape_are_refused_with_the_layer(w8a8: Checkpoint) -> None:
+    observed = load_activations(w8a8.folder)
+    save_activations(observed | {"block.0.fc2": observed["block.0.fc1"]}, Path(str(w8a8.folder)))
+    with pytest.raises(CheckpointError, match=r"block\.0\.fc2"):
         prepare(w8a8, name="static", device=CPU, run=STATIC)
 
 
@@ -189,6 +220,6 @@ def test_a_real_model_agrees_on_photos_that_did_not_calibrate_it(shared: Path, t
     answers = accuracy.predict(variants, held_out, batch_size=12).predictions
     found = {name: accuracy.compare("fp32", answers["fp32"], answers[name]) for name in ("dynamic", "static")}
     layers = sum(isinstance(module, StaticLinear) for module in variants[2].model.modules())
-    # With one scale in all 72 layers one class in ten changes, and KL is over 0.1.
-    assert 40 <= layers < 72
+    # Few images and columns that are not alike: layers behind GELU and more keep scales of their rows.
+    assert 15 <= layers < 72
     assert found["static"].mean_kl_divergence < found["dynamic"].mean_kl_divergence + 0.005

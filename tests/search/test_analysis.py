@@ -405,6 +405,25 @@ def test_linear_granularity_names_the_fragile_layers(fragile: Checkpoint, images
     assert {unit.unit for unit in worst} <= {f"block.{FRAGILE}.{name}" for name in ("query", "key", "value", "fc1")}
 
 
+def test_kinds_are_kept_in_all_blocks(fragile: Checkpoint, images: ImageSet, tmp_path: Path) -> None:
+    result = analyse(fragile, images.limited(16), "nf4", tmp_path / "s.json", granularity="kind", device="cpu")
+    units_ = {unit.unit: unit for unit in result.units}
+    assert list(units_) == ["query", "key", "value", "output", "fc1", "fc2"]
+    assert all(unit.damage is not None and unit.extra_ms is not None for unit in result.units)
+    kept = VariantSpec(name="v", format="nf4", skip=("fc1",))
+    quantize(fragile, kept, tmp_path / "kept", "cpu")
+    exact = load_model(fragile, dtype=torch.bfloat16)
+    mixed = load_model(open_checkpoint(str(tmp_path / "kept")))
+    batches_ = pixels_of(images.limited(16), fragile, 32)
+    with torch.inference_mode():
+        logits = [
+            torch.cat([model(pixel_values=pixels).logits.float() for pixels in batches_]).numpy()
+            for model in (exact, mixed)
+        ]
+    assert units_["fc1"].recovery is not None
+    assert units_["fc1"].recovery.kl == pytest.approx(mean_kl_divergence(*logits), rel=1e-3)
+
+
 def test_a_variant_gets_the_list_that_its_floor_asks_for(fragile: Checkpoint, images: ImageSet, tmp_path: Path) -> None:
     variant = VariantSpec(
         name="auto", format="nf4", skip="auto", auto=AutoSkipSpec(max_top1_drop=None, max_kl_share=0.5)

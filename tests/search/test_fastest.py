@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def test_an_undecided_candidate_is_named_with_the_images_that_it_takes() -> None
 def test_too_few_images_are_refused_before_the_work(
     checkpoint: Checkpoint, shapes: Path, monkeypatch: pytest.MonkeyPatch, least: float, remedy: str
 ) -> None:
-    monkeypatch.setattr(inference, "quantize", lambda *_, **__: pytest.fail("measured anyway"))
+    monkeypatch.setattr(inference, "make", lambda *_, **__: pytest.fail("measured anyway"))
     images = open_images(DataSpec(source=str(shapes)), "train")
     with pytest.raises(RecipeError, match=f"32 images cannot show.*{remedy}"):
         fastest_of(checkpoint, images, min_agreement=least)
@@ -124,6 +125,22 @@ def test_candidates_are_what_the_device_runs(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(support, "why_not_format", lambda format, device: None)
     on_gpu = [variant.format for variant in candidates(torch.device("cuda"), "fp16", compile=False)]
     assert on_gpu == ["fp32", "fp16", "bf16", "w8a8", "fp8"]
+
+
+def test_candidates_of_an_engine_are_its_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    able = SimpleNamespace(why_not=lambda format: "no bf16 arithmetic" if format == "bf16" else None)
+    monkeypatch.setattr(fastest, "engine_module", lambda name: able)
+    monkeypatch.setattr(support, "why_not_engine", lambda engine, device: None)
+    found = candidates(CPU, "bf16", True, "openvino", static_scales=True)
+    assert [(one.name, one.engine, one.static_scales) for one in found] == [
+        ("fp32", "torch", False),
+        ("openvino-fp32", "openvino", False),
+        ("openvino-w8a8", "openvino", False),
+        ("openvino-w8a8-static", "openvino", True),
+    ]
+    assert len(candidates(CPU, "bf16", True, "openvino")) == 3
+    monkeypatch.setattr(support, "why_not_engine", lambda engine, device: "it is not installed")
+    assert [one.name for one in candidates(CPU, "bf16", True, "openvino")] == ["fp32"]
 
 
 @pytest.fixture
@@ -171,14 +188,14 @@ def test_the_choice_is_told_with_its_figures(checkpoint: Checkpoint, shapes: Pat
 def test_a_candidate_that_cannot_be_made_is_left_out(
     checkpoint: Checkpoint, shapes: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real: Callable[..., object] = inference.quantize
+    real: Callable[..., object] = inference.make
 
-    def no_w8a8(source: Checkpoint, variant: object, *rest: object) -> object:
+    def no_w8a8(source: Checkpoint, variant: object, *rest: object, **options: object) -> object:
         if variant.format == "w8a8":  # type: ignore[attr-defined]
             raise CheckpointError("no such luck")
-        return real(source, variant, *rest)
+        return real(source, variant, *rest, **options)
 
-    monkeypatch.setattr(inference, "quantize", no_w8a8)
+    monkeypatch.setattr(inference, "make", no_w8a8)
     images = open_images(DataSpec(source=str(shapes)), "train")
     choice = fastest_of(checkpoint, images)
     assert {record.variant.name: record.failure for record in choice.records} == {
@@ -194,7 +211,7 @@ def test_the_main_process_alone_chooses(checkpoint: Checkpoint, shapes: Path, mo
     """Others know of no figures, only of candidates that could not be made."""
     row = evaluator.failed("w8a8", VariantSpec(name="w8a8", format="w8a8"), "not here", CPU)
     monkeypatch.setattr(fastest, "measure", lambda *_, **__: [row])
-    monkeypatch.setattr(inference, "quantize", lambda *_, **__: None)
+    monkeypatch.setattr(inference, "make", lambda *_, **__: None)
     monkeypatch.setattr(launch, "is_main_process", lambda: False)
     images = open_images(DataSpec(source=str(shapes)), "train")
     assert find_fastest(checkpoint, images, FastestSpec(min_agreement=0), QUICK, device="cpu") is None

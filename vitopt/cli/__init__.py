@@ -22,6 +22,7 @@ from vitopt.cli.recipes import report, run
 from vitopt.cli.running import evaluate
 from vitopt.cli.serving import serve
 from vitopt.cli.starting import doctor, init
+from vitopt.cli.stepping import step_commands
 from vitopt.cli.training import finetune
 
 app = typer.Typer(
@@ -35,8 +36,8 @@ app = typer.Typer(
 
 # In the order of the help.
 for _command in (
-    run, finetune, quantize, sensitivity, evaluate, benchmark, compare, plan, predict, serve, load, report,
-    export, push, doctor, init,
+    run, finetune, *step_commands(), quantize, sensitivity, evaluate, benchmark, compare, plan, predict, serve, load,
+    report, export, push, doctor, init,
 ):  # fmt: skip
     app.command()(clear_errors(_command))
 

@@ -11,7 +11,7 @@ from vitopt.cli.options import Fields, from_fields
 from vitopt.cli.printing import print_json, say
 from vitopt.errors import RecipeError
 from vitopt.formats import QUANTIZED_FORMATS
-from vitopt.recipe import ENGINES, CalibrationSpec, DataSpec, RunSpec, VariantSpec
+from vitopt.recipe import ENGINES, CalibrationSpec, DataSpec, RunSpec, VariantSpec, computes_itself
 from vitopt.recipe_file import validate
 
 
@@ -50,7 +50,15 @@ def export(
         raise RecipeError("--data: only a quantized --format, as w8a8, is calibrated on images")
     content: dict[str, Any] = {"name": "export", "format": format or "fp32", "skip": skip or [], "engine": engine}
     content |= run.model_dump(include=run.model_fields_set)
+    if data is not None:
+        if not computes_itself(engine):
+            raise RecipeError(f"--data: {engine} takes the scales that `vitopt calibrate` left beside the checkpoint")
+        content["static_scales"] = True
     variant = validate(VariantSpec, content, where="export")
+    if variant.skips_automatically:
+        raise RecipeError(
+            f"--skip auto: `vitopt quantize --skip auto --engine {engine}` chooses, then export takes that"
+        )
     start(as_json)
     from vitopt.data.images import open_images
     from vitopt.engines.package import export as write

@@ -11,7 +11,18 @@ from vitopt.cli.options import Fields, from_fields, refuse
 from vitopt.cli.printing import out, print_json, print_sensitivity, print_table, say
 from vitopt.errors import RecipeError
 from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
-from vitopt.recipe import AUTO, AutoSkipSpec, DataSpec, EvaluateSpec, FastestSpec, VariantSpec
+from vitopt.recipe import (
+    AUTO,
+    ENGINES,
+    AutoSkipSpec,
+    CalibrationSpec,
+    DataSpec,
+    EvaluateSpec,
+    FastestSpec,
+    RunSpec,
+    VariantSpec,
+    computes_itself,
+)
 from vitopt.recipe_file import validate
 
 if TYPE_CHECKING:
@@ -31,6 +42,10 @@ def _search_fields(*more: str) -> Fields:
     )
 
 
+SCALES_IMAGES = 300  # of --data, that fix an engine's static scales
+ENGINE_FIELDS = Fields(
+    ("engine", "static_scales"), help={"static_scales": "with --engine: images of --data fix the scales of activations"}
+)
 HALF: HalfFormat = VariantSpec.model_fields["half"].default
 HalfOption = Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are not quantized.")]
 
@@ -50,7 +65,24 @@ def _with_its_goal(auto: AutoSkipSpec) -> AutoSkipSpec:
     return auto.model_copy(update={"max_top1_drop": None}) if alone else auto
 
 
+def _scales(data: DataSpec, run: RunSpec) -> "ImageSet | None":
+    """The images that fix the static scales of an engine, None without them."""
+    from vitopt.data.images import open_images
+
+    if not run.static_scales:
+        return None
+    limit = min(data.limit or SCALES_IMAGES, SCALES_IMAGES)
+    return open_images(data.model_copy(update={"limit": limit}), CalibrationSpec().split)
+
+
+def _refuse_useless_scales(context: typer.Context) -> None:
+    if not computes_itself(engine := context.params["engine"]):
+        because = "--engine is not given" if engine == "torch" else f"{engine} compiles its model"
+        refuse(context, "static_scales", because=f"torch takes it when the checkpoint is run, and {because}")
+
+
 def _refuse_without_effect(context: typer.Context) -> None:
+    _refuse_useless_scales(context)
     asked = context.params
     automatic = asked["skip"] == [AUTO]
     if not automatic:
@@ -58,10 +90,12 @@ def _refuse_without_effect(context: typer.Context) -> None:
         searching = ("max_top1_drop", "max_kl_share", "objective", "granularity", "sample", "sensitivity")
         refuse(context, *searching, because=because)
     if asked["format"] == "auto":
+        if asked["engine"] in ENGINES:
+            refuse(context, "compile", because=f"{asked['engine']} compiles in its own way")
         return
     refuse(context, "min_agreement", "compile", because="only --format auto compares formats")
-    if not automatic:
-        because = "only --skip auto and --format auto look at images"
+    if not automatic and not asked["static_scales"]:
+        because = "only --skip auto, --format auto and --static-scales look at images"
         refuse(context, "data", "data_root", "limit", "group_column", "skip_bad_images", because=because)
     if asked["format"] not in QUANTIZED_FORMATS:
         because = f"format {asked['format']} quantizes nothing, so every layer is {asked['format']}"
@@ -95,6 +129,7 @@ def quantize(
         ),
     ],
     auto: Annotated[AutoSkipSpec, _search_fields("sensitivity")],
+    run: Annotated[RunSpec, ENGINE_FIELDS],
     half: HalfOption = HALF,
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
@@ -108,28 +143,35 @@ def quantize(
         if skip:
             raise RecipeError("--format auto compares whole formats: choose one, then --skip keeps layers in 16 bit")
         start(as_json, threads)
-        _quantize_to_fastest(checkpoint, calibration, output, fastest, half, device, as_json)
+        _quantize_to_fastest(checkpoint, calibration, output, fastest, half, run, device, as_json)
         return
     content: dict[str, Any] = {"name": "variant", "format": format, "skip": skip or [], "half": half}
+    content |= {"engine": run.engine, "static_scales": run.static_scales}
     if skip == [AUTO]:
         content["auto"] = _with_its_goal(auto)
     variant = validate(VariantSpec, content, where="quantize")
     if variant.skips_automatically and calibration is None:
         raise RecipeError("--skip auto needs --data: calibration images on which the skip list is chosen")
+    if run.static_scales and calibration is None:
+        raise RecipeError(
+            "--static-scales needs --data: calibration images that fix the scales, never your tested ones"
+        )
     start(as_json, threads)
     from vitopt.data.images import open_images
+    from vitopt.engines.runtime import make
     from vitopt.models.checkpoint import disk_bytes, open_checkpoint
-    from vitopt.optimize.quantize import quantize as write
     from vitopt.report.table import human_bytes
 
     opened = open_checkpoint(checkpoint)
-    images = None
+    images = scales = None
     with storage.reserved(output, opened.folder, calibration.folder if calibration else None):
+        if calibration is not None:
+            scales = _scales(calibration, run)
         if calibration is not None and variant.skips_automatically:
             images = open_images(calibration, "train")
-            variant = _choose_skip_list(opened, variant, images, calibration, output, device)
+            variant = _choose_skip_list(opened, variant, images, scales, calibration, output, device)
         with progress.task(f"quantizing to {format}", None):
-            plan = write(opened, variant, output, device, images=images)
+            plan = make(opened, variant, output, device, images=images, scales=scales)
         add_card(output)
     size = disk_bytes(output)
     if as_json:
@@ -144,22 +186,30 @@ def quantize(
 
 
 def _quantize_to_fastest(
-    checkpoint: str, data: DataSpec, output: Path, spec: FastestSpec, half: HalfFormat, device: str, as_json: bool
+    checkpoint: str,
+    data: DataSpec,
+    output: Path,
+    spec: FastestSpec,
+    half: HalfFormat,
+    run: RunSpec,
+    device: str,
+    as_json: bool,
 ) -> None:
     from vitopt.data.images import open_images
+    from vitopt.engines.runtime import make
     from vitopt.models.checkpoint import disk_bytes, open_checkpoint
-    from vitopt.optimize.quantize import quantize as write
     from vitopt.search.fastest import find_fastest
 
     opened = open_checkpoint(checkpoint)
     with storage.reserved(output, opened.folder, data.folder):  # now, not after minutes of measuring
         images = open_images(data, "train")
+        engine: dict[str, Any] = {"engine": run.engine, "scales": (scales := _scales(data, run))}
         choice = find_fastest(
-            opened, images, spec, EvaluateSpec(), half=half, device=device, skip_bad=data.skip_bad_images
+            opened, images, spec, EvaluateSpec(), half=half, **engine, device=device, skip_bad=data.skip_bad_images
         )
         if choice is None:
             return  # not the main process
-        plan = write(opened, choice.variant, output, device, images=images, purpose="format")
+        plan = make(opened, choice.variant, output, device, images=images, purpose="format", scales=scales)
         add_card(output)
     if as_json:
         result: dict[str, Any] = {"checkpoint": str(output), "chosen": choice.variant.name}
@@ -171,19 +221,27 @@ def _quantize_to_fastest(
     print_table(choice.records)
     for line in (choice.sentence(), *choice.undecided()):
         say(line)
-    say(f"checkpoint: {output}" + ("; run it with --compile --fuse-qkv" if choice.variant.compile else ""))
+    how = "--compile --fuse-qkv" if choice.variant.compile else ""
+    how = f"--engine {choice.variant.engine}" if choice.variant.engine in ENGINES else how
+    say(f"checkpoint: {output}" + (f"; run it with {how}" if how else ""))
 
 
 def _choose_skip_list(
-    checkpoint: "Checkpoint", variant: VariantSpec, images: "ImageSet", data: DataSpec, output: Path, device: str
+    checkpoint: "Checkpoint",
+    variant: VariantSpec,
+    images: "ImageSet",
+    scales: "ImageSet | None",
+    data: DataSpec,
+    output: Path,
+    device: str,
 ) -> VariantSpec:
     from vitopt.search.analysis import analyse_for
 
     place = output.resolve()
     folder = place.with_name(f"{place.name}.sensitivity")  # `vitopt report` shows it
     with storage.claimed(folder, checkpoint.folder, data.folder):
-        scores = folder / "sensitivity.json"
-        search = analyse_for(checkpoint, images, variant, scores, device, skip_bad=data.skip_bad_images).search
+        file, bad = folder / "sensitivity.json", data.skip_bad_images
+        search = analyse_for(checkpoint, images, variant, file, device, scales=scales, skip_bad=bad).search
     assert search is not None
     say(f"keeps {', '.join(search.chosen) or 'nothing'} in 16 bit, chosen on {search.choosing_images:,} images")
     say(search.advice or f"shown on {search.confirming_images:,} other images (95 %): {search.goal}")
@@ -191,7 +249,10 @@ def _choose_skip_list(
 
 
 def _refuse_useless_scores(context: typer.Context) -> None:
+    _refuse_useless_scales(context)
     asked = context.params
+    if computes_itself(asked["engine"]):
+        refuse(context, "batch_size", because=f"{asked['engine']} answers the images one by one")
     if asked["sample"] is None:
         refuse(context, "candidates", because="without --sample every unit is scored exactly")
     if asked["max_top1_drop"] is None and asked["max_kl_share"] is None:
@@ -209,6 +270,7 @@ def sensitivity(
     output: Annotated[Path, typer.Option(help="Folder for sensitivity.json.")],
     half: HalfOption = HALF,
     auto: Annotated[AutoSkipSpec, _search_fields()],
+    run: Annotated[RunSpec, ENGINE_FIELDS],
     candidates: Annotated[int, typer.Option(min=1, help="Units to score exactly after --sample.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 32,
     device: DeviceOption = "auto",
@@ -232,6 +294,9 @@ def sensitivity(
             format,
             output / "sensitivity.json",
             half=half,
+            engine=run.engine,
+            static_scales=run.static_scales,
+            scales=_scales(source, run),
             granularity=auto.granularity,
             sample=auto.sample,
             candidates=candidates,

@@ -35,6 +35,7 @@ from vitopt.environment import devices, support
 from vitopt.environment.devices import DTYPES
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.formats import QUANTIZED_FORMATS, Format
+from vitopt.models.calibration import Use, load_uses, save_uses
 from vitopt.models.checkpoint import (
     PREPROCESSOR_FILE,
     Checkpoint,
@@ -49,12 +50,12 @@ from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import plan_for, quantize
 from vitopt.optimize.runtime import prepare
 from vitopt.recipe import ENGINES, VariantSpec
-from vitopt.transformation import note_images
+from vitopt.transformation import seen
 
 logger = logging.getLogger(__name__)
 
 LABELS_FILE = "labels.json"
-CALIBRATED = "int8 scales"
+CALIBRATED = "activation scales"  # as the step `calibrate` notes its images
 
 
 class Call(Protocol):
@@ -135,9 +136,13 @@ def make(
     device: str = "auto",
     *,
     images: ImageSet | None = None,
-    purpose: str = CALIBRATED,
+    chosen_on: ImageSet | None = None,
+    purpose: str = "skip list",
 ) -> LayerPlan:
     """Write `checkpoint` in floating point and beside it what the variant's engine runs; a `Transformation`.
+
+    `images`: those that fix the scales of int8 activations. `chosen_on`: those on which `variant` was chosen, and the
+    `purpose`, what was chosen. Both are noted as seen.
 
     Raises:
         UnsupportedError: the engine is not installed, does not run on this device, or cannot hold this model.
@@ -150,7 +155,7 @@ def make(
     calibration = calibration_pixels(checkpoint, variant, images)
     if ENGINES[variant.engine].torch_model:
         with storage.temporary_folder() as place:
-            plan = quantize(checkpoint, variant, place / "made", device, images=images, purpose=purpose)
+            plan = quantize(checkpoint, variant, place / "made", device, images=chosen_on, purpose=purpose)
             made = place / "made"
             write_package(open_checkpoint(str(made)), variant, made / variant.engine, None, target)
             storage.copy_folder(made, output)
@@ -158,7 +163,8 @@ def make(
     with storage.staged_folder(output) as folder:
         dtype = None if variant.format in QUANTIZED_FORMATS else DTYPES[variant.format]
         save_checkpoint(load_model(checkpoint, dtype=dtype), load_processor(checkpoint), folder)
-        note_made(checkpoint, variant, plan := plan_for(checkpoint, variant), folder, images, purpose)
+        plan, uses = plan_for(checkpoint, variant), [] if chosen_on is None else [seen(chosen_on, purpose)]
+        note_made(checkpoint, variant, plan, folder, images, uses)
         written = open_checkpoint(str(folder))
         write_package(written, variant, folder / variant.engine, calibration, target)
     return plan
@@ -191,7 +197,7 @@ def export(
     require_runs(checkpoint, variant, target)
     with _held_as_asked(checkpoint, variant, device) as held, storage.staged_folder(output) as folder:
         write_package(held, variant, folder, calibration_pixels(checkpoint, variant, images), target)
-        note_made(checkpoint, variant, plan_for(checkpoint, variant), folder, images, CALIBRATED)
+        note_made(checkpoint, variant, plan_for(checkpoint, variant), folder, images)
     return read_package(output)
 
 
@@ -222,10 +228,18 @@ def stored_format(checkpoint: Checkpoint) -> Format:
 
 
 def note_made(
-    checkpoint: Checkpoint, variant: VariantSpec, plan: LayerPlan, folder: Path, images: ImageSet | None, purpose: str
+    checkpoint: Checkpoint,
+    variant: VariantSpec,
+    plan: LayerPlan,
+    folder: Path,
+    images: ImageSet | None,
+    uses: Sequence[Use] = (),
 ) -> None:
-    """Note in `folder` where it comes from and the images that it has seen."""
-    note_images(checkpoint, images, purpose, folder)
+    """Note in `folder` where it comes from and the images that it has seen: for its scales, and other `uses`."""
+    before = load_uses(checkpoint.folder)
+    if images is not None and (CALIBRATED, images.image_hashes) not in [(u.purpose, u.image_sha256) for u in before]:
+        uses = [*uses, seen(images, CALIBRATED)]
+    save_uses([*before, *uses], folder)
     held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
     note_origin(checkpoint, folder, QUANTIZE, **held, layer_plan=plan.counts(), engine=variant.engine)
 
@@ -280,7 +294,7 @@ def write_model(
     calibration: Sequence[np.ndarray] | None,
     device: torch.device,
 ) -> None:
-    """Write the model file and `engine.json`, and prove that it computes.
+    """Write the model file and `engine.json`, and prove that it computes; `calibration`: see `EngineModule.write`.
 
     Raises:
         UnsupportedError: the engine cannot hold this model.
@@ -313,12 +327,22 @@ def write_model(
 def calibration_pixels(
     checkpoint: Checkpoint, variant: VariantSpec, images: ImageSet | None
 ) -> list[np.ndarray] | None:
-    """Pixels that fix the scales of activations, (1, 3, height, width) each; None leaves them to each call."""
-    if ENGINES[variant.engine].torch_model or (images is None and not variant.static_scales):
+    """Pixels that fix the scales of activations, (1, 3, height, width) each; None leaves them to each call.
+
+    Raises:
+        UnsupportedError: the variant asks for static scales, and there are no images.
+    """
+    if ENGINES[variant.engine].torch_model:
         return None
     if images is None:
-        # Random weights are measured for speed alone, for which random pixels are as good as images.
-        return [random_pixels(1, checkpoint.image_size).numpy()] if checkpoint.is_random else None
+        if not variant.static_scales:
+            return None
+        if checkpoint.is_random:  # measured for speed alone, for which random pixels are as good as images
+            return [random_pixels(1, checkpoint.image_size).numpy()]
+        raise UnsupportedError(
+            f"static scales of {variant.engine} take calibration images, and there are none: give a variant the step "
+            "`calibrate`, or a command --data"
+        )
     stream = batches(images, Preprocessor(load_processor(checkpoint)), 1)
     return [batch.pixel_values.numpy() for batch in stream]
 

@@ -4,13 +4,15 @@ import functools
 import logging
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vitopt import storage
+from vitopt.data.images import ImageSet
+from vitopt.engines import package
 from vitopt.engines.example import memory_text
 from vitopt.engines.note import Package, read_package, why_not_used
 from vitopt.engines.package import Call, answers, engine_module, require_runs, stored_format, write_model
@@ -20,6 +22,8 @@ from vitopt.models.checkpoint import Checkpoint, empty_model, parameter_count
 from vitopt.models.names import Layer, linear_layers
 from vitopt.optimize import runtime
 from vitopt.optimize.compiled import Graphs
+from vitopt.optimize.plan import LayerPlan
+from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runnable import CheckpointRunnable
 from vitopt.optimize.runtime import TorchRunnable
 from vitopt.recipe import ENGINES, HeldSpec, RunSpec, VariantSpec
@@ -84,6 +88,10 @@ class EngineRunnable(CheckpointRunnable):
     def describe(self) -> dict[str, Any]:
         """Its fields of a record; formats are read back from what runs."""
         asked, formats, told = self.asked, self._formats(), self.package.settings
+        wanted, computed = self.package.format, set(formats.values())
+        if wanted not in QUANTIZED_FORMATS and wanted not in computed:
+            instead = " and ".join(sorted(computed))
+            self.reasons["format"] = f"no {wanted} arithmetic here: held in {wanted}, computed in {instead}"
         disk = sum(file.stat().st_size for file in self.folder.iterdir()) if self.folder else None
         return {
             "variant": Variant(
@@ -93,7 +101,7 @@ class EngineRunnable(CheckpointRunnable):
                 skip=asked.skip if asked else (),
                 layers=dict(asked.layers) if asked else {},
                 asked={"engine": self.run.engine, **self.package.options},
-                ran={"engine": self.run.engine, **told.get("ran", {})},
+                ran={"engine": self.run.engine, "static_scales": self.package.calibrated, **told.get("ran", {})},
                 reasons={**told.get("reasons", {}), **self.reasons},
             ),
             "model": self.describe_model(),
@@ -136,6 +144,30 @@ class EngineRunnable(CheckpointRunnable):
 Prepared = TorchRunnable | EngineRunnable
 
 
+def make(
+    checkpoint: Checkpoint,
+    variant: VariantSpec,
+    output: Path,
+    device: str = "auto",
+    *,
+    images: ImageSet | None = None,
+    purpose: str = "skip list",
+    scales: ImageSet | None = None,
+) -> LayerPlan:
+    """Write the folder of a variant, by `vitopt.optimize.quantize.quantize` or, for an engine, `package.make`.
+
+    `images`: those on which `variant` was chosen, and the `purpose`, what was chosen; `scales`: those that give an
+    engine its static scales.
+
+    Raises:
+        VitoptError: as these.
+    """
+    if variant.engine in ENGINES:
+        noted: dict[str, Any] = {"chosen_on": images, "purpose": purpose}
+        return package.make(checkpoint, variant, output, device, images=scales, **noted)
+    return quantize(checkpoint, variant, output, device, images=images, purpose=purpose)
+
+
 def prepare(
     checkpoint: Checkpoint,
     *,
@@ -160,27 +192,31 @@ def prepare(
     place = checkpoint.folder / run.engine if checkpoint.folder else None
     if asked is None and place is not None and place.is_dir():
         format = read_package(place).format
-    variant = VariantSpec(name="variant", format="fp32", **run.model_dump()).model_copy(update={"format": format})
+    variant = VariantSpec(name="variant", format="fp32").model_copy(update={**dict(run), "format": format})
     require_runs(checkpoint, variant, device)
     facts = ENGINES[run.engine]
-    wanted = run if asked is not None or run.changed(*facts.options) else None
-    engine, made = engine_module(run.engine), {"name": name, "device": device, "run": run, "asked": asked}
+    made = {"name": name, "device": device, "run": run, "asked": asked}
     if place is not None and place.is_dir():
-        package = read_package(place)
-        reason = why_not_used(package, place / engine.MODEL_FILE, checkpoint, device, wanted)
+        # A file of torch's model is only that which was asked for; another engine's may have static scales unasked.
+        wanted = run if run.changed(*facts.options) or (facts.torch_model and asked is not None) else None
+        file = place / engine_module(run.engine).MODEL_FILE
+        reason = why_not_used(read_package(place), file, checkpoint, device, wanted)
         if reason is None:
-            call = engine.load(place, package.settings)
-            return EngineRunnable(checkpoint=checkpoint, package=package, call=call, folder=place, **made)
+            return opened(checkpoint, place, **made)
         logger.warning("%s: the file of %s is not used, %s; it is made anew", name, run.engine, reason)
-    if (
-        format in QUANTIZED_FORMATS and not facts.options
-    ):  # the images that calibrated it are not at hand, nor is it known how it was made
+    # The images that calibrated it are not at hand, nor is it known how it was made.
+    if format in QUANTIZED_FORMATS and not facts.torch_model:
         raise UnsupportedError(
             f"{checkpoint.source} has no {format} file of {run.engine} that fits: make it with `vitopt export "
             f"--engine {run.engine} --format {format} --data CALIBRATION`, or as a variant of a recipe"
         )
     with storage.temporary_folder() as folder:
         write_model(checkpoint, variant, folder, None, device)
-        package = read_package(folder)
-        call = engine.load(folder, package.settings)
-    return EngineRunnable(checkpoint=checkpoint, package=package, call=call, **made)
+        return replace(opened(checkpoint, folder, **made), folder=None)
+
+
+def opened(checkpoint: Checkpoint, folder: Path, **made: Any) -> EngineRunnable:
+    """What `write_model` left in `folder`, ready to be called; `made`: other fields of `EngineRunnable`."""
+    package = read_package(folder)
+    call = engine_module(package.engine).load(folder, package.settings)
+    return EngineRunnable(checkpoint=checkpoint, package=package, call=call, folder=folder, **made)

@@ -26,7 +26,7 @@ from vitopt.formats import FORMATS, QUANTIZED_FORMATS, Format
 from vitopt.models.names import linear_layers
 from vitopt.optimize.calibrate import observe
 from vitopt.optimize.plan import LayerPlan
-from vitopt.optimize.static import KINDS, quantized, scale_of
+from vitopt.optimize.static import KINDS, quantized
 
 MODEL_FILE = "model.engine"
 EXAMPLE = """
@@ -107,10 +107,10 @@ class QdqLinear(nn.Module):
         self.bias = host.bias
         rows = scales.float().reshape(-1, 1) if scales.ndim else scales.float()
         for name, tensor in {
-            "weight": quantized(weight, rows, format),
+            "weight": quantized(weight, weight.new_zeros(()), rows, format),
             "scales": scales,
             "zeros": torch.zeros(scales.shape, dtype=kind.dtype),
-            "scale": torch.tensor(scale_of(largest, format), dtype=host.weight.dtype),
+            "scale": torch.tensor(max(largest, 1e-12) / kind.largest, dtype=host.weight.dtype),
             "zero": torch.zeros((), dtype=kind.dtype),
         }.items():
             self.register_buffer(name, tensor)
@@ -141,11 +141,13 @@ def _typed(model: nn.Module, plan: LayerPlan, images: Sequence[np.ndarray] | Non
                 "`static_scales` and give images"
             )
         model_type = model.model.config.model_type
-        found = observe(model.model, model_type, lambda: [torch.from_numpy(image) for image in images])
+        found = observe(model.model, model_type, (torch.from_numpy(image) for image in images))
         logical = {layer.module: layer.logical for layer in linear_layers(model.model, model_type)}
         for module, format in eight.items():
             host = typed.model.get_submodule(module)
-            typed.model.set_submodule(module, QdqLinear(host, found[logical[module]].largest, format))
+            inputs = found[logical[module]]
+            largest = float(torch.maximum(inputs.largest, -inputs.smallest).max())
+            typed.model.set_submodule(module, QdqLinear(host, largest, format))
     return typed.eval().requires_grad_(False)
 
 

@@ -13,6 +13,9 @@ import torch
 from vitopt.errors import UnsupportedError
 from vitopt.formats import AMPERE
 
+# What torch's compiler calls programmatic dependent launch among its options.
+DEPENDENT_LAUNCH = "triton.enable_pdl"
+
 logger = logging.getLogger(__name__)
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

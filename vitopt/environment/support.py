@@ -4,9 +4,9 @@ import importlib.util
 
 import torch
 
-from vitopt.environment.devices import compute_capability
+from vitopt.environment.devices import DEPENDENT_LAUNCH, compute_capability
 from vitopt.errors import UnsupportedError
-from vitopt.formats import AMPERE, FORMATS, Format
+from vitopt.formats import AMPERE, FORMATS, HOPPER, Format
 from vitopt.recipe import ENGINES, Attention, SdpaKernel
 
 
@@ -58,6 +58,24 @@ def why_not_compile(device: torch.device) -> str | None:
     except InvalidCxxCompiler:
         return "no C++ compiler is found (install g++, or name one in CXX)"
     return None
+
+
+def why_not_fused_kernels(device: torch.device) -> str | None:
+    """Why vitopt's own kernels cannot run on `device`, or None when they can."""
+    if device.type != "cuda":
+        return f"they are for CUDA devices, not for {device.type}"
+    return capability_below(device, AMPERE) or _needs("triton")
+
+
+def why_not_dependent_launch(device: torch.device) -> str | None:
+    """Why the compiler cannot launch a kernel before the one before it has ended, or None when it can."""
+    if device.type != "cuda":
+        return f"it is for CUDA devices, not for {device.type}"
+    import torch._inductor  # slow
+
+    if DEPENDENT_LAUNCH not in torch._inductor.list_options():
+        return f"torch {torch.__version__} has no option {DEPENDENT_LAUNCH}"
+    return capability_below(device, HOPPER) or _needs("triton")
 
 
 def why_not_attention(attention: Attention, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -14,6 +14,7 @@ from vitopt.measure.latency import clock_for
 from vitopt.models.checkpoint import Checkpoint, empty_model
 from vitopt.models.names import linear_layers
 from vitopt.recipe import CHOOSING, FinetuneSpec, Recipe, VariantSpec
+from vitopt.run_spec import granularity_of
 
 _SECONDS = 2.0  # for each type of number
 _MOST_CALLS = 20
@@ -117,7 +118,9 @@ def _search(variant: VariantSpec, checkpoint: Checkpoint, per_pass: float, decod
         return StageTime(name, 0.0, f"taken from {auto.sensitivity}")
     layers = linear_layers(empty_model(checkpoint), checkpoint.config.model_type)
     blocks = {layer.block for layer in layers if layer.block is not None}
-    units = len(blocks) if auto.granularity == "block" else len(layers) - 1
+    granularity = auto.granularity or granularity_of(variant.engine)
+    kinds = {layer.logical.rpartition(".")[2] for layer in layers if layer.block is not None}
+    units = {"block": len(blocks), "kind": len(kinds), "linear": len(layers) - 1}[granularity]
     choosing = -(-images // CHOOSING)
     confirming = images - choosing
     sampled = 0 if auto.sample is None else min(auto.sample, choosing) * units

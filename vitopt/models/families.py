@@ -66,6 +66,8 @@ class Family:
     shape: Literal["plain", "vision", "stages", "timm"] = "plain"
     # Its attention is its own: always scaled dot product, with the kernel that torch chooses.
     own_attention: bool = False
+    # In a block, the LayerNorms whose outputs alone query, key and value, and fc1, take; None where it has no such.
+    norms: tuple[str, str] | None = ("layernorm_before", "layernorm_after")
     # Module of the input embeddings, where transformers' own class does not know it.
     input_embeddings: str | None = None
     note: str = ""  # what a user should know, for README
@@ -93,18 +95,21 @@ FAMILIES: Mapping[str, Family] = {
         "DINOv2",
         {"dinov2-SIZE": "Dinov2ForImageClassification"},
         rf"dinov2\.{_ENCODER}",
+        norms=("norm1", "norm2"),
         note="not the giant, whose MLP is gated",
     ),
     "dinov2_with_registers": Family(
         "DINOv2 with registers",
         {"dinov2-with-registers-SIZE": "Dinov2WithRegistersForImageClassification"},
         rf"dinov2_with_registers\.{_ENCODER}",
+        norms=("norm1", "norm2"),
         note="not the giant, whose MLP is gated",
     ),
     "siglip": Family(
         "SigLIP, SigLIP 2 of fixed resolution",
         {"siglip-SIZE": "SiglipForImageClassification"},
         rf"vision_model\.{_ENCODER}",
+        norms=("layer_norm1", "layer_norm2"),
         shape="vision",
         note="its pooling head stays in 16 bit",
     ),
@@ -112,6 +117,7 @@ FAMILIES: Mapping[str, Family] = {
         "CLIP",
         {"clip-SIZE": "CLIPForImageClassification"},
         rf"vision_model\.{_ENCODER}",
+        norms=("layer_norm1", "layer_norm2"),
         shape="vision",
         input_embeddings="vision_model",
     ),
@@ -127,6 +133,7 @@ FAMILIES: Mapping[str, Family] = {
         {"swinv2-SIZE": "Swinv2ForImageClassification"},
         r"swinv2\.encoder\.layers\.\d+\.blocks\.\d+",
         unnamed=("continuous_position_bias_mlp.0", "continuous_position_bias_mlp.2"),
+        norms=None,  # they come after attention and MLP
         shape="stages",
         note=f"{_NARROW}; eager attention, transformers has no other for it",
     ),
@@ -142,6 +149,7 @@ FAMILIES: Mapping[str, Family] = {
             "timm_model.head": HEAD,
             "timm_model.head_dist": f"{HEAD}.distillation",
         },
+        norms=("norm1", "norm2"),
         shape="timm",
         own_attention=True,
         note="needs `pip install 'vitopt[timm]'`; query, key and value are one layer `qkv`; sdpa without a choice of "

@@ -14,6 +14,11 @@ from vitopt.errors import CheckpointError, PatternError
 from vitopt.layers import LINEARS, QKV
 from vitopt.models.families import FAMILIES, HEAD, Family, why_not_supported
 
+# What transformers and timm call the parameters that are tokens themselves.
+_PREFIX_TOKENS = (
+    "cls_token", "class_embedding", "distillation_token", "dist_token", "register_tokens", "reg_token",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -98,6 +103,12 @@ def block_names(model: nn.Module, model_type: str) -> tuple[str, ...]:
     """Full module names of the transformer blocks, in order."""
     pattern = re.compile(FAMILIES[model_type].block)
     return tuple(name for name, _ in model.named_modules() if pattern.fullmatch(name))
+
+
+def prefix_tokens(model: nn.Module) -> int:
+    """How many tokens stand before those of the patches: class and distillation token, registers."""
+    found = {name.rpartition(".")[2]: parameter for name, parameter in model.named_parameters()}
+    return sum(found[name].numel() // found[name].shape[-1] for name in _PREFIX_TOKENS if name in found)
 
 
 def is_in_block(name: str, model_type: str) -> bool:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
 from vitopt.errors import CheckpointError, RecipeError, StorageError
 from vitopt.models import hub
+from vitopt.models.activations import ACTIVATIONS_FILE
 from vitopt.models.checkpoint import CONFIG_FILE, PREPROCESSOR_FILE, Checkpoint
 from vitopt.models.origin import ORIGIN_FILE
 from vitopt.models.weights import INDEX_FILE
@@ -29,8 +30,8 @@ def push(checkpoint: Checkpoint, repository: str, *, private: bool = True, revis
     """Make the repository `OWNER/NAME` if it is not there, add the checkpoint to its branch `revision` (None: the main
     one), and return the address of the commit.
 
-    Only configuration, weights, preprocessor, origin and model card go there: no records, and nothing else that lies in
-    the folder. The token is that of `hf auth login` or `HF_TOKEN`.
+    Only configuration, weights, preprocessor, origin, activations and model card go there: no records, and nothing else
+    that lies in the folder. The token is that of `hf auth login` or `HF_TOKEN`.
 
     Raises:
         CheckpointError: the checkpoint is in no local folder.
@@ -64,7 +65,7 @@ def _files(checkpoint: Checkpoint, repository: str) -> Iterator[tuple[str, str |
         yield CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode()
     else:
         yield CONFIG_FILE, str(folder / CONFIG_FILE)
-    names = [*(file.name for file in checkpoint.weights), INDEX_FILE, PREPROCESSOR_FILE, ORIGIN_FILE]
+    names = [*(file.name for file in checkpoint.weights), INDEX_FILE, PREPROCESSOR_FILE, ORIGIN_FILE, ACTIVATIONS_FILE]
     yield from ((name, str(folder / name)) for name in names if (folder / name).is_file())
     if (folder / CARD_FILE).is_file():
         yield CARD_FILE, _card(folder / CARD_FILE, repository)

@@ -97,7 +97,7 @@ def _(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.T
 
 def carry_residuals(model: nn.Module, names: tuple[str, ...]) -> int:
     """Let each block but the last leave its last addition to the next one, in place; how many do. Exact."""
-    if not all(_is_plain(model.get_submodule(name)) for name in names):
+    if not all(is_plain(model.get_submodule(name)) for name in names):
         return 0
     for name in names[:-1]:
         _block(model, name).carries = True
@@ -115,7 +115,7 @@ def narrow_last_block(model: nn.Module, names: tuple[str, ...]) -> int:
     attention = getattr(host, "attention", None)
     separate = all(hasattr(attention, part) for part in ("q_proj", "k_proj", "v_proj", "o_proj", "scaling"))
     eager = model.config._attn_implementation == "eager"
-    if eager or type(model).__name__ not in _OF_CLASS_TOKEN or not (_is_plain(host) and separate):
+    if eager or type(model).__name__ not in _OF_CLASS_TOKEN or not (is_plain(host) and separate):
         return 0
     _block(model, names[-1]).attention = ClassTokenAttention(attention)
     return 1
@@ -139,7 +139,8 @@ def _has_gelu(host: nn.Module) -> bool:
     return plain and type(host.activation_fn).__name__ == "GELUActivation"
 
 
-def _is_plain(host: nn.Module) -> bool:
+def is_plain(host: nn.Module) -> bool:
+    """Whether a block is one of those that this file knows, as its host made it or rewritten."""
     return isinstance(host, Block) or {name for name, _ in host.named_children()} == _PARTS
 
 

@@ -1,8 +1,6 @@
 """A step that observes how large the inputs of a checkpoint's layers are, for `static_scales`."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +11,12 @@ from vitopt import progress, storage
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor, batches
 from vitopt.environment import devices
-from vitopt.errors import CheckpointError, DataError, MeasurementError
+from vitopt.errors import CheckpointError, DataError
 from vitopt.models.activations import LayerInputs, save_activations
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, save_checkpoint
-from vitopt.models.forward import logits
-from vitopt.models.names import linear_layers
 from vitopt.models.origin import note_origin
-from vitopt.optimize.static import KINDS, quantized, scale_of
+from vitopt.optimize.inputs import collect
+from vitopt.optimize.static import KINDS
 from vitopt.steps import CalibrateSpec
 from vitopt.transformation import note_images
 
@@ -64,12 +61,8 @@ def calibrate(
         target = devices.resolve_device(device)
         model, processor = load_model(checkpoint, device=target), load_processor(checkpoint)
         preprocess = Preprocessor(processor)
-
-        def pixels() -> Iterator[torch.Tensor]:
-            stream = batches(images, preprocess, _BATCH)
-            return (batch.pixel_values for batch in progress.track(stream, "calibration", -(-len(images) // _BATCH)))
-
-        found = observe(model, checkpoint.config.model_type, pixels)
+        stream = progress.track(batches(images, preprocess, _BATCH), "calibration", -(-len(images) // _BATCH))
+        found = observe(model, checkpoint.config.model_type, (batch.pixel_values for batch in stream))
         with storage.staged_folder(output) as folder:
             save_checkpoint(model, processor, folder)
             save_activations(found, folder)
@@ -78,41 +71,15 @@ def calibrate(
     return Calibrated(found)
 
 
-def observe(model: nn.Module, model_type: str, pixels: Callable[[], Iterable[torch.Tensor]]) -> dict[str, LayerInputs]:
-    """Logical name of each linear layer in a block -> its inputs over all `pixels`, (batch, 3, height, width), twice.
+def observe(model: nn.Module, model_type: str, pixels: Iterable[torch.Tensor]) -> dict[str, LayerInputs]:
+    """Logical name of each linear layer in a block -> its inputs over all `pixels`, (batch, 3, height, width).
 
     Raises:
         MeasurementError: an input is no finite number.
     """
-    layers = [layer for layer in linear_layers(model, model_type) if not layer.is_head]
-    modules = {layer.module: model.get_submodule(layer.module) for layer in layers}
-    largest = dict.fromkeys(modules, 0.0)
-    lost = {name: dict.fromkeys(KINDS, 0.0) for name in modules}
-    squares = dict.fromkeys(modules, 0.0)
-
-    def measure(name: str, inputs: torch.Tensor) -> None:
-        found = float(inputs.abs().max())  # NaN compares as false
-        largest[name] = largest[name] if found <= largest[name] else found
-
-    def lose(name: str, inputs: torch.Tensor) -> None:
-        squares[name] += float(inputs.double().square().sum())
-        for format in KINDS:
-            scale = inputs.new_tensor(scale_of(largest[name], format), dtype=torch.float32)
-            back = quantized(inputs, scale, format).float() * scale
-            lost[name][format] += float((back - inputs.float()).double().square().sum())
-
-    for look in (measure, lose):
-        with ExitStack() as hooks, torch.inference_mode():
-            for name, module in modules.items():
-                hook = module.register_forward_pre_hook(lambda _, given, name=name, look=look: look(name, given[0]))
-                hooks.callback(hook.remove)
-            for batch in pixels():
-                logits(model, batch.to(next(model.parameters()).device))
-        if not all(map(math.isfinite, largest.values())):
-            raise MeasurementError("inputs of layers are not all finite numbers: the model's 16-bit type overflows")
-
-    def found(name: str) -> LayerInputs:
-        of_all = max(squares[name], 1e-30)
-        return LayerInputs(largest[name], {format: loss / of_all for format, loss in lost[name].items()})
-
-    return {layer.logical: found(layer.module) for layer in layers}
+    found = {}
+    for one in collect(model, model_type, pixels):
+        smallest, largest = one.ranges
+        noise = {format: max(one.lost(format)) for format in KINDS}
+        found |= dict.fromkeys((layer.logical for layer in one.layers), LayerInputs(smallest, largest, noise))
+    return found

@@ -15,6 +15,8 @@ import torch
 import torch._inductor.config
 from torch import nn
 
+from vitopt.environment.devices import DEPENDENT_LAUNCH
+
 _CALLS_BEFORE_CAPTURE = 3
 _MANY_SHAPES = 256
 
@@ -53,16 +55,28 @@ class Compiled(Protocol):
 
 
 def compiled(
-    path: Path, blocks: Sequence[nn.Module], device: torch.device, *, autotune: bool = False, whole: bool = False
+    path: Path,
+    blocks: Sequence[nn.Module],
+    device: torch.device,
+    *,
+    autotune: bool = False,
+    whole: bool = False,
+    dependent: bool = False,
 ) -> Compiled:
     """`path`, to be compiled at each shape's first call; on a GPU `whole`, or one of its `blocks` for all."""
     if device.type == "cuda":
-        return GraphedModel(path, () if whole else blocks, autotune)
+        return GraphedModel(path, () if whole else blocks, autotune, dependent)
     return FrozenModel(path, autotune)
 
 
+def compiler_options(autotune: bool, dependent: bool) -> dict[str, bool] | None:
+    """torch.compile's options; unlike its global settings they tell the code of one variant from that of another."""
+    tried = torch._inductor.list_mode_options("max-autotune-no-cudagraphs") if autotune else {}
+    return {**tried, DEPENDENT_LAUNCH: True} if dependent else tried or None
+
+
 @contextlib.contextmanager
-def _compiling(autotune: bool) -> Iterator[None]:
+def compiling(autotune: bool) -> Iterator[None]:
     """The compiler's settings while one of these models compiles; afterwards they are as they were."""
     # Variants share the code of their classes. The compiler stops at eight versions of one code and then runs it
     # eagerly without a word; a word is wanted, and many variants times many batch sizes are not too many.
@@ -107,7 +121,7 @@ class FrozenModel:
             self._path(pixel_values)  # bitsandbytes packs its weights anew in the first call
         # Freezing is not among the options of torch.compile that reach all parts of the compiler.
         freezing = torch._inductor.config.patch(freezing=True, max_autotune=self._autotune)
-        with freezing, _compiling(self._autotune):
+        with freezing, compiling(self._autotune):
             logits = self._compiled(pixel_values=pixel_values)
         self._shapes.add(pixel_values.shape)
         return logits
@@ -204,13 +218,13 @@ class GraphedModel(Graphs):
     kernel with what begins the next.
     """
 
-    def __init__(self, path: Path, blocks: Sequence[nn.Module], autotune: bool):
+    def __init__(self, path: Path, blocks: Sequence[nn.Module], autotune: bool, dependent: bool = False):
         self._blocks = blocks
-        mode = "max-autotune-no-cudagraphs" if autotune else None
+        options = compiler_options(autotune, dependent)
         for block in blocks:
-            block.compile(fullgraph=True, dynamic=False, mode=mode)
-        model = path.model if blocks else torch.compile(path.model, dynamic=False, mode=mode)
-        super().__init__(lambda pixels: model(pixel_values=pixels).logits, path.cast, lambda: _compiling(autotune))
+            block.compile(fullgraph=True, dynamic=False, options=options)
+        model = path.model if blocks else torch.compile(path.model, dynamic=False, options=options)
+        super().__init__(lambda pixels: model(pixel_values=pixels).logits, path.cast, lambda: compiling(autotune))
 
     def undo(self) -> None:
         """As `Compiled`."""

@@ -23,8 +23,8 @@ class FusedAttention(nn.Module):
     def __init__(self, host: nn.Module):
         super().__init__()
         self.add_module(FUSED_LEAF, _stack([getattr(host, name) for name in _PARTS]))
-        self._output = "o_proj" if hasattr(host, "o_proj") else "out_proj"
-        self.add_module(self._output, getattr(host, self._output))
+        self.output_name = "o_proj" if hasattr(host, "o_proj") else "out_proj"
+        self.add_module(self.output_name, getattr(host, self.output_name))
         self.config = host.config
         self.head_dim = int(host.head_dim)
         self.scaling = float(host.scaling if hasattr(host, "scaling") else host.scale)
@@ -35,6 +35,13 @@ class FusedAttention(nn.Module):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states`: (batch, tokens, width). Returns the same shape, and the attention weights if any."""
+        attended, weights = self.attend(hidden_states, attention_mask, **options)
+        return getattr(self, self.output_name)(attended), weights
+
+    def attend(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `forward`, without the product of the output."""
         batch, tokens, _ = hidden_states.shape
         projected = getattr(self, FUSED_LEAF)(hidden_states).view(batch, tokens, 3, -1, self.head_dim)
         query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)  # each (batch, heads, tokens, head_dim)
@@ -42,7 +49,7 @@ class FusedAttention(nn.Module):
         attended, weights = attend(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **options
         )
-        return getattr(self, self._output)(attended.reshape(batch, tokens, -1)), weights
+        return attended.reshape(batch, tokens, -1), weights
 
 
 def fuse_projections(model: nn.Module) -> int:

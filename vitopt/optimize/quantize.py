@@ -91,7 +91,7 @@ def _quantize(
             if not KINDS.keys().isdisjoint(plan.quantized_formats):
                 # Such weights are measured for speed alone, for which random pixels are as good as images.
                 pixels = random_pixels(1, checkpoint.image_size)
-                observed = observe(model.to(target), checkpoint.config.model_type, lambda: [pixels])
+                observed = observe(model.to(target), checkpoint.config.model_type, [pixels])
             model = load_model(open_checkpoint(str(folder)), dtype=base, device=target, quantization=config)
     else:
         model = load_model(checkpoint, dtype=base, device=target, quantization=config)

@@ -55,9 +55,9 @@ class FittingLinear(nn.Linear):
 
 
 def _padded(product: Callable[[torch.Tensor], torch.Tensor], input: torch.Tensor, to_rows: int) -> torch.Tensor:
-    rows = input.flatten(0, -2)
-    found = product(nn.functional.pad(rows, (0, 0, 0, to_rows - len(rows))))[: len(rows)]
-    return found.view(*input.shape[:-1], found.shape[-1])
+    # After the last token of each image, as scales may differ between tokens.
+    tokens, images = input.shape[-2], input.numel() // input.shape[-1] // input.shape[-2]
+    return product(nn.functional.pad(input, (0, 0, 0, -(-to_rows // images) - tokens)))[..., :tokens, :]
 
 
 def fit_where_refused(model: nn.Module, call: Callable[[], object]) -> Refused:

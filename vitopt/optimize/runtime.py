@@ -56,10 +56,20 @@ _REWRITES: dict[str, tuple[Callable[[nn.Module, tuple[str, ...], Checkpoint], in
         lambda model, *_: fuse_projections(model),
         "no query, key and value here can be fused (packed, eager, or another attention)",
     ),
+    "fused_kernels": (
+        lambda model, blocks, _: _with_fused_products(model, blocks),
+        "no block here has an unquantized MLP with GELU, or query, key and value as one unquantized product",
+    ),
     "static_scales": (
         lambda model, _, checkpoint: _with_static_scales(model, checkpoint),
         "no layer here is w8a8 or fp8 and loses little by one scale",
     ),
+}
+
+# option -> why a device cannot
+_NEEDS: dict[str, Callable[[torch.device], str | None]] = {
+    "fused_kernels": support.why_not_fused_kernels,
+    "dependent_launch": support.why_not_dependent_launch,
 }
 
 
@@ -83,15 +93,29 @@ class TorchRunnable(CheckpointRunnable):
     def __post_init__(self) -> None:
         layout = torch.channels_last if self.run.channels_last else torch.contiguous_format
         self.path = Path(self.model, input_dtype(self.model), layout)
+        self._fused_layers: list[Any] = []
+        if self.run.fused_kernels and "fused_kernels" not in self.reasons:
+            from vitopt.optimize.kernels.blocks import fused_layers  # needs triton
+
+            self._fused_layers = fused_layers(self.model)
         self._static_layers = sum(isinstance(module, StaticLinear) for module in self.model.modules())
         self._compiled: Compiled | None = None
         self._has_compiled = False
-        self._unrefused: set[torch.Size] = set()  # shapes of which it is known what 8-bit products they get
+        self._settled: set[torch.Size] = set()  # shapes of which it is known what products they get
         if self.run.compile:
             blocks = block_names(self.model, self.checkpoint.config.model_type)
             modules = [self.model.get_submodule(name) for name in blocks]
             ways = {"autotune": self.run.autotune, "whole": self.run.compile_whole}
-            self._compiled = compiled(self.path, modules, self.device, **ways)
+            self._compiled = compiled(self.path, modules, self.device, **ways, dependent=self._early)
+
+    @property
+    def _fused_products(self) -> int:
+        """Products that take in what stands around them, for some batch at least."""
+        return sum(any(layer.tiles.values()) for layer in self._fused_layers)
+
+    @property
+    def _early(self) -> bool:
+        return self.run.dependent_launch and "dependent_launch" not in self.reasons
 
     @property
     def attention_used(self) -> str:
@@ -152,8 +176,10 @@ class TorchRunnable(CheckpointRunnable):
             "static_scales": f"{self._static_layers} layers" if self._static_layers else False,
             "channels_last": self.run.channels_last,
             "compile": self.fixed_shapes,
+            "fused_kernels": f"{fused} products" if (fused := self._fused_products) else False,
             "autotune": self.run.autotune and self.fixed_shapes,
             "compile_whole": self.run.compile_whole and self.fixed_shapes,
+            "dependent_launch": self._early and self.fixed_shapes,
         } | ({"format": f"{self._format} with some layers in bf16"} if refused.half_layers(self.model) else {})
 
     def weight_bytes(self) -> int:
@@ -166,7 +192,7 @@ class TorchRunnable(CheckpointRunnable):
 
         A shape that cannot be compiled runs eager, as do all new ones from then on; it is said, and the reason kept.
         """
-        if self._may_refuse and pixel_values.shape not in self._unrefused:
+        if (self._may_refuse or self._fused_layers) and pixel_values.shape not in self._settled:
             self._settle_products(pixel_values)
         if self._compiled is not None and self._compiled.knows(pixel_values.shape):
             return self._compiled(pixel_values)
@@ -185,7 +211,7 @@ class TorchRunnable(CheckpointRunnable):
     def alone(self, batch_size: int) -> list[str]:
         """Command of a process that runs only this, uncompiled."""
         run = self.run.model_copy(
-            update={"compile": False, "autotune": False, "compile_whole": False}
+            update={"compile": False, **dict.fromkeys(("autotune", "compile_whole", *_NEEDS), False)}
         ).model_dump_json()
         return [sys.executable, "-m", "vitopt.optimize.alone", self.checkpoint.source, run, str(batch_size)]
 
@@ -197,16 +223,36 @@ class TorchRunnable(CheckpointRunnable):
         return self.device.type in refused.DEVICES and not {"fp8", "w8a8"}.isdisjoint(self.layers.values())
 
     def _settle_products(self, pixel_values: torch.Tensor) -> None:
-        """Find, before a shape is compiled, the 8-bit products that the device does not have for it."""
-        self._unrefused.add(pixel_values.shape)
+        """Find, before a shape is compiled, the 8-bit products that the device does not have for it, and those that are
+        faster in kernels of ours."""
+        self._settled.add(pixel_values.shape)
         with torch.compiler.set_stance("force_eager"):
-            found = refused.fit_where_refused(self.model, lambda: self._eager(pixel_values))
+            if self._may_refuse:
+                self._fit_products(pixel_values)
+            if self._fused_layers:
+                self._fuse_products(pixel_values)
+
+    def _fit_products(self, pixel_values: torch.Tensor) -> None:
+        found = refused.fit_where_refused(self.model, lambda: self._eager(pixel_values))
         ways = ((found.padded, "are filled up with rows of zeros"), (found.half, "run in bf16"))
         for names, instead in ((names, instead) for names, instead in ways if names):
             parts = " and ".join(sorted({name.rpartition(".")[2] for name in names}))
-            reason = f"batch {len(pixel_values)}: the device refused {len(names)} layers, {parts}, which {instead}"
-            self.reasons["format"] = "; ".join([*filter(None, [self.reasons.get("format")]), reason])
-            logger.warning("%s: %s", self.name, reason)
+            self._note("format", f"the device refused {len(names)} layers, {parts}, which {instead}", pixel_values)
+
+    def _fuse_products(self, pixel_values: torch.Tensor) -> None:
+        from vitopt.optimize.kernels.blocks import choose_tiles  # needs triton
+
+        kept = choose_tiles(
+            self.model, lambda: self._eager(pixel_values), autotune=self.run.autotune, dependent=self._early
+        )
+        if kept:
+            parts = " and ".join(sorted({name.rpartition(".")[2] for name in kept}))
+            self._note("fused_kernels", f"torch is not slower at {len(kept)} products, {parts}", pixel_values)
+
+    def _note(self, option: str, what: str, pixel_values: torch.Tensor) -> None:
+        reason = f"batch {len(pixel_values)}: {what}"
+        self.reasons[option] = "; ".join([*filter(None, [self.reasons.get(option)]), reason])
+        logger.warning("%s: %s", self.name, reason)
 
     def _first_call(self, compiled: Compiled, pixel_values: torch.Tensor) -> torch.Tensor:
         """Compile for a shape that is new."""
@@ -273,8 +319,12 @@ def prepare(
         expand(model, checkpoint.config.model_type, run.run_as)
     model.requires_grad_(False)
     blocks = block_names(model, checkpoint.config.model_type)
+    for option, why_not in _NEEDS.items():
+        if getattr(run, option) and (missing := why_not(device)):
+            reasons[option] = missing
+            logger.warning("%s: %s is left out: %s", name, option, missing)
     for option, (rewrite, reason) in _REWRITES.items():
-        if getattr(run, option) and rewrite(model, blocks, checkpoint) == 0:
+        if getattr(run, option) and option not in reasons and rewrite(model, blocks, checkpoint) == 0:
             reasons[option] = reason
             logger.warning("%s: %s", name, reason)
     if run.channels_last:
@@ -291,6 +341,12 @@ def prepare(
         reasons=reasons,
         layers=live_formats(model, checkpoint.config.model_type),
     )
+
+
+def _with_fused_products(model: nn.Module, blocks: tuple[str, ...]) -> int:
+    from vitopt.optimize.kernels.blocks import fuse_products  # needs triton
+
+    return fuse_products(model, blocks)
 
 
 def _with_static_scales(model: nn.Module, checkpoint: Checkpoint) -> int:

@@ -47,6 +47,7 @@ def write_card(record: Record, folder: Path, records: Sequence[Record], example:
         return
     variant, stored = record.variant, table.stored_as(record.variant)
     kernel, engine = table.chosen(variant, "sdpa_kernel"), str(variant.ran.get("engine"))
+    left_out = ([f"the {kernel} kernel"] if kernel else []) + table.switched_on(variant)
     origin, on_disk = load_origin(folder), _formats_on_disk(record)
     text = templates.get_template("card.md").render(
         metadata=_metadata(record, origin).to_yaml(),
@@ -65,8 +66,8 @@ def write_card(record: Record, folder: Path, records: Sequence[Record], example:
         code=loading_code(record, "FOLDER"),
         stored=stored,
         expansion=table.expansion(variant),
-        # What the variant was measured with and the loading code does without.
-        left_out=listed(([f"the {kernel} kernel"] if kernel else []) + table.switched_on(variant)),
+        # What the variant was measured with and the loading code does without; an engine's file holds all of it.
+        left_out=listed(left_out if engine not in ENGINES else []),
     )
     storage.write_text(folder / CARD_FILE, sealed(_without_paths(text, [record, *records])))
 

@@ -71,7 +71,7 @@ def analysis_of(name: str, result: Sensitivity, plots: Sequence[Plot] = ()) -> A
         result=result,
         answer=_answer(result, point),
         skip=f"skip: [{', '.join(point.skip)}]" if point and point.skip and point.within_target else None,
-        strip=strip_of(name, _layers(result)) if result.search else None,
+        strip=strip_of(name, _layers(result)) if result.search and result.granularity != "kind" else None,
         losses=_losses(result, point),
         table=_table(result),
         plots=tuple(plots),

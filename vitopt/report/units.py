@@ -7,7 +7,10 @@ from vitopt.search.results import Sensitivity, UnitScores
 
 
 def place(unit: str) -> tuple[int, str]:
-    """Number of the block and name of the linear layer ("" for a whole block) of a unit such as `block.3.fc2`."""
+    """Number of the block and name of the linear layer of a unit such as `block.3.fc2`: "" for a whole block, 0 for a
+    kind of layer in all blocks."""
+    if not unit.startswith("block."):
+        return 0, unit
     _, number, linear = f"{unit}.".split(".", 2)
     return int(number), linear.rstrip(".")
 
@@ -35,5 +38,7 @@ def by_name(result: Sensitivity) -> dict[str, UnitScores]:
 
 def kind(result: Sensitivity, count: int = 2) -> str:
     """What the units are called, in the singular for a count of one."""
-    word = "layer" if result.granularity == "linear" else "block"
-    return word if count == 1 else f"{word}s"
+    one, more = {"linear": ("layer", "layers"), "kind": ("kind of layer", "kinds of layer")}.get(
+        result.granularity, ("block", "blocks")
+    )
+    return one if count == 1 else more

@@ -24,13 +24,15 @@ from vitopt.models.checkpoint import Checkpoint, load_model, load_processor
 from vitopt.models.names import Layer, block_names
 from vitopt.optimize.formats import quantization_config
 from vitopt.optimize.quantize import plan_for
-from vitopt.recipe import VariantSpec
+from vitopt.recipe import Engine, VariantSpec, computes_itself
+from vitopt.run_spec import granularity_of, objective_of
 from vitopt.search.confirmation import divide, loss, loss_with_share
 from vitopt.search.costs import extra_bytes, extra_ms
 from vitopt.search.goal import Goal, power_note
 from vitopt.search.hybrid import Boundary, Hybrid
+from vitopt.search.rebuilt import Rebuilt
 from vitopt.search.results import Loss, SearchResult, Sensitivity, UnitScores, save_sensitivity
-from vitopt.search.reuse import given, inputs_of, standing
+from vitopt.search.reuse import given, inputs_of, standing, taken_over
 from vitopt.search.sensitivity import (
     DEFAULT_MEMORY_BYTES,
     Calibration,
@@ -45,8 +47,6 @@ from vitopt.search.skiplist import Objective, search_skip_list
 
 logger = logging.getLogger(__name__)
 
-_FINGERPRINT_FILE = "inputs.sha256"
-
 
 def analyse(
     checkpoint: Checkpoint,
@@ -55,11 +55,14 @@ def analyse(
     output: Path,
     *,
     half: HalfFormat = "bf16",
-    granularity: Granularity = "block",
+    engine: Engine = "torch",
+    static_scales: bool = False,
+    scales: ImageSet | None = None,
+    granularity: Granularity | None = None,
     sample: int | None = None,
     candidates: int = 8,
     goal: Goal | None = None,
-    objective: Objective = "size",
+    objective: Objective | None = None,
     device: str = "auto",
     batch_size: int = 32,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
@@ -69,8 +72,10 @@ def analyse(
     """Score every unit of `checkpoint` in `format`; with a `goal`, also search the skip list that meets it.
 
     With a goal a fixed part of the images scores and chooses, and the rest confirms (see `confirmation`).
-    `sample` first ranks all units by their KL on so many images, labels unused, and scores only the best
-    `candidates` exactly. `skip_bad` leaves out images that cannot be decoded. The result is the file `output`;
+    `engine`: what computes; torch searches for one that compiles its model. With `static_scales` the images `scales`
+    fix the scales of its activations. Without `granularity` and `objective` they are those of `granularity_of` and
+    `objective_of`. `sample` first ranks all units by their KL on so many images, labels unused, and scores only the
+    best `candidates` exactly. `skip_bad` leaves out images that cannot be decoded. The result is the file `output`;
     finished units are stored beside it as they come, and an interrupted analysis goes on from there. A result at
     `output` that is of all the same stands; one at `known` is copied, and must be of all the same.
 
@@ -87,9 +92,14 @@ def analyse(
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.source} is quantized already; give the 16- or 32-bit checkpoint")
     target = devices.resolve_device(device)
-    support.require_format(format, target)
+    if not computes_itself(engine):
+        engine = "torch"  # whose model it is
+        support.require_format(format, target)
     started = time.perf_counter()
+    granularity = granularity or granularity_of(engine)
+    objective = objective or objective_of(engine)
     settings: dict[str, Any] = {"format": format, "half": half, "granularity": granularity, "sample": sample}
+    settings |= {"engine": engine, "static_scales": static_scales, "scales": scales and scales.sha256}
     settings |= {"candidates": candidates, "goal": goal and goal.words(), "objective": goal and objective}
     inputs = inputs_of(checkpoint, images, target, **settings, batch_size=batch_size, skip_bad=skip_bad)
     if known is not None:
@@ -102,7 +112,12 @@ def analyse(
     scoring, confirming = (images, None) if goal is None else divide(images)
     if goal is not None and goal.max_top1_drop is not None:
         logger.warning(power_note(goal.max_top1_drop, len(images)))
-    analysis = _Analysis(checkpoint, format, half, granularity, target, batch_size, memory_bytes)
+    analysis: _Analysis | Rebuilt
+    if computes_itself(engine):
+        variant = VariantSpec(name=format, format=format, engine=engine, static_scales=static_scales)
+        analysis = Rebuilt(checkpoint, variant, granularity, scales, target)
+    else:
+        analysis = _Analysis(checkpoint, format, half, granularity, target, batch_size, memory_bytes)
     analysis.start(scoring, output)
     sample_kl: dict[str, float] = {}
     chosen = analysis.units
@@ -117,7 +132,7 @@ def analyse(
         checkpoint=checkpoint.source,
         checkpoint_sha256=checkpoint.fingerprint(),
         format=format,
-        half=half,
+        half=analysis.half,
         granularity=granularity,
         images=len(scoring),
         dataset=images.name,
@@ -143,6 +158,7 @@ def analyse_for(
     output: Path,
     device: str = "auto",
     *,
+    scales: ImageSet | None = None,
     skip_bad: bool = False,
     known: Path | None = None,
 ) -> Sensitivity:
@@ -154,6 +170,9 @@ def analyse_for(
         variant.format,
         output,
         half=variant.half,
+        engine=variant.engine,
+        static_scales=computes_itself(variant.engine) and variant.static_scales,
+        scales=scales,
         granularity=auto.granularity,
         sample=auto.sample,
         goal=Goal(auto.max_top1_drop, auto.max_kl_share),
@@ -214,7 +233,7 @@ class _Analysis:
         blocks = block_names(exact, checkpoint.config.model_type)
         self.from_exact = Hybrid(exact, packed, blocks)
         self.from_packed = Hybrid(packed, exact, blocks)
-        self.units = units(layers, granularity)
+        self.units, self.half = units(layers, granularity), half
         self._device, self._batch_size, self._memory_bytes = device, batch_size, memory_bytes
         self._mixtures = functools.partial(mixture_logits, memory_bytes=memory_bytes)
         self._preprocess = Preprocessor(load_processor(checkpoint))
@@ -228,12 +247,7 @@ class _Analysis:
     def start(self, images: ImageSet, output: Path) -> None:
         """Take over what an interrupted analysis of the same inputs has left, and nothing of another's."""
         self.calibration = self._calibration(images)
-        self.partial = output.with_suffix(".partial")
-        fingerprint = storage.sha256_of_json([*self._identity, list(images.image_hashes)])
-        left = self.partial / _FINGERPRINT_FILE
-        if not left.is_file() or left.read_text() != fingerprint:
-            with storage.staged_folder(self.partial) as folder:
-                storage.write_text(folder / _FINGERPRINT_FILE, fingerprint)
+        self.partial = taken_over(output, [*self._identity, list(images.image_hashes)])
 
     def sample_scores(self, images: ImageSet) -> dict[str, float]:
         """Recovery KL of every unit on a few images; labels are not used."""

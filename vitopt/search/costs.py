@@ -13,7 +13,7 @@ from vitopt.recipe import LatencySpec
 from vitopt.search.hybrid import Hybrid
 from vitopt.search.sensitivity import Unit
 
-_LATENCY = LatencySpec(batch_sizes=(1,), iterations=60, rounds=10, warmup_seconds=5)
+LATENCY = LatencySpec(batch_sizes=(1,), iterations=60, rounds=10, warmup_seconds=5)
 
 
 def extra_bytes(hybrid: Hybrid, unit: Unit) -> int:
@@ -27,16 +27,20 @@ def extra_bytes(hybrid: Hybrid, unit: Unit) -> int:
 def extra_ms(hybrid: Hybrid, chosen: Sequence[Unit], pixels: torch.Tensor) -> dict[str, float | None]:
     """Milliseconds per call that each unit takes more with the donor's layers, for one image (1, 3, height, width).
 
-    Units of the same shapes take the same time: one block of each kind is timed with and without it. None where the
-    block cannot be called by itself.
+    Units of the same shapes take the same time: one block of each kind is timed with and without it, and a unit of
+    several blocks takes the sum. None where a block cannot be called by itself.
     """
     by_kind: dict[tuple[object, ...], float | None] = {}
     by_name: dict[str, float | None] = {}
     for unit in chosen:
-        kind = tuple((layer.logical.rsplit(".", 1)[-1], layer.parameters) for layer in unit.layers)
-        if kind not in by_kind:
-            by_kind[kind] = _time_unit(hybrid, unit, pixels)
-        by_name[unit.name] = by_kind[kind]
+        milliseconds = []
+        for block in dict.fromkeys(layer.block or 0 for layer in unit.layers):
+            part = Unit(unit.name, block, tuple(layer for layer in unit.layers if layer.block == block))
+            kind = tuple((layer.logical.rsplit(".", 1)[-1], layer.parameters) for layer in part.layers)
+            if kind not in by_kind:
+                by_kind[kind] = _time_unit(hybrid, part, pixels)
+            milliseconds.append(by_kind[kind])
+        by_name[unit.name] = None if None in milliseconds else sum(ms for ms in milliseconds if ms is not None)
     return by_name
 
 
@@ -53,7 +57,7 @@ def _time_unit(hybrid: Hybrid, unit: Unit, pixels: torch.Tensor) -> float | None
             return run(block)
 
     calls = {"packed": lambda: call(packed), "kept": lambda: call(kept)}
-    timings = time_interleaved(calls, _LATENCY, clock_for(pixels.device), "cost")
+    timings = time_interleaved(calls, LATENCY, clock_for(pixels.device), "cost")
     if any(timing.failure for timing in timings.values()):
         return None
     medians = {name: float(np.median(timing.samples_ms)) for name, timing in timings.items()}

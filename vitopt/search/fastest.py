@@ -8,15 +8,17 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from vitopt import storage
 from vitopt.data.images import ImageSet
+from vitopt.engines.package import engine_module
 from vitopt.environment import devices, launch, support
 from vitopt.errors import RecipeError, RecordError, UnsupportedError
-from vitopt.formats import FORMATS, QUANTIZED_FORMATS, HalfFormat
+from vitopt.formats import FORMATS, QUANTIZED_FORMATS, Format, HalfFormat
 from vitopt.inference import made, measure
 from vitopt.measure.claims import at_least
 from vitopt.measure.comparison import paired_speedup
@@ -24,7 +26,7 @@ from vitopt.measure.intervals import Interval, wilson_interval
 from vitopt.measure.latency_statistics import Speedup
 from vitopt.measure.power import trials_to_bound_share
 from vitopt.models.checkpoint import Checkpoint
-from vitopt.recipe import EvaluateSpec, FastestSpec, Spec, VariantSpec
+from vitopt.recipe import ENGINES, Engine, EvaluateSpec, FastestSpec, Spec, VariantSpec, computes_itself
 from vitopt.records import Record
 
 logger = logging.getLogger(__name__)
@@ -72,9 +74,28 @@ class Choice(Spec):
         return lines
 
 
-def candidates(device: torch.device, half: HalfFormat, compile: bool) -> list[VariantSpec]:
-    """Ways to run that may be the fastest on a device: fp32 as it is, then each format, plain and compiled."""
+def candidates(
+    device: torch.device, half: HalfFormat, compile: bool, engine: Engine = "torch", static_scales: bool = False
+) -> list[VariantSpec]:
+    """Ways to run that may be the fastest on a device: torch's fp32 as it is, then each format, plain and compiled.
+
+    Of another `engine` each of its formats; with `static_scales` int8 also with scales that images fix.
+    """
     variants = [VariantSpec(name=REFERENCE, format="fp32")]
+    if engine in ENGINES:
+        if support.why_not_engine(engine, device) is not None:
+            return variants
+        for format in ENGINES[engine].formats:
+            if _why_not(engine, format, device) is None and not (format == "fp16" and device.type == "cpu"):
+                torchs: dict[str, Any] = {} if computes_itself(engine) else {"fuse_qkv": True}
+                if torchs and format in QUANTIZED_FORMATS:
+                    torchs["half"] = half
+                variants.append(VariantSpec(name=f"{engine}-{format}", format=format, engine=engine, **torchs))
+        if static_scales:
+            fixed = [one for one in variants if one.format in QUANTIZED_FORMATS]
+            static = {"static_scales": True}
+            variants += [one.model_copy(update={"name": f"{one.name}-static"} | static) for one in fixed]
+        return variants
     for format, facts in FORMATS.items():
         if (
             not facts.can_be_fast
@@ -89,6 +110,12 @@ def candidates(device: torch.device, half: HalfFormat, compile: bool) -> list[Va
             name = f"{format}-compiled"
             variants.append(VariantSpec(name=name, format=format, compile=True, fuse_qkv=True, **held))
     return variants
+
+
+def _why_not(engine: str, format: Format, device: torch.device) -> str | None:
+    if computes_itself(engine):
+        return engine_module(engine).why_not(format)
+    return support.why_not_format(format, device)
 
 
 def choose(records: Sequence[Record], min_agreement_percent: float) -> str:
@@ -161,10 +188,14 @@ def find_fastest(
     evaluate: EvaluateSpec,
     *,
     half: HalfFormat = "bf16",
+    engine: Engine = "torch",
+    scales: ImageSet | None = None,
     device: str = "auto",
     skip_bad: bool = False,
 ) -> Choice | None:
     """Measure all candidates of this device, as `evaluate` says, and choose; None in other processes than the main one.
+
+    `scales`: images that fix the scales of an `engine`'s int8; without them that is not a candidate.
 
     Raises:
         RecipeError: so few images could not show the agreement even if they all agreed.
@@ -173,10 +204,12 @@ def find_fastest(
     """
     require_enough_images(len(images), spec.min_agreement)
     target = devices.resolve_device(device)
-    variants = candidates(target, half, spec.compile)
+    if engine in ENGINES:
+        support.require_engine(engine, target)
+    variants = candidates(target, half, spec.compile, engine, scales is not None)
     with storage.temporary_folder() as folder:
         measured = measure(
-            list(made(checkpoint, variants, folder, str(target))),
+            list(made(checkpoint, variants, folder, str(target), scales)),
             how_measured(evaluate),
             images=images,
             skip_bad=skip_bad,

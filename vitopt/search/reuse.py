@@ -17,6 +17,7 @@ from vitopt.search.results import SENSITIVITY_SCHEMA, Sensitivity, load_sensitiv
 logger = logging.getLogger(__name__)
 
 SENSITIVITY_FILE = "sensitivity.json"
+_FINGERPRINT_FILE = "inputs.sha256"
 
 
 def inputs_of(checkpoint: Checkpoint, images: ImageSet, device: torch.device, **settings: Any) -> dict[str, Any]:
@@ -35,6 +36,20 @@ def standing(path: Path, inputs: Mapping[str, Any]) -> Sensitivity | None:
         return None
     logger.warning("%s is of the same checkpoint, images and settings: nothing is scored again", path)
     return result
+
+
+def taken_over(output: Path, identity: Any) -> Path:
+    """The folder beside `output` with what an interrupted analysis of the same inputs left, and nothing of another's.
+
+    `identity`: plain data, all that what is kept there depends on.
+    """
+    partial = output.with_suffix(".partial")
+    fingerprint = storage.sha256_of_json(identity)
+    left = partial / _FINGERPRINT_FILE
+    if not left.is_file() or left.read_text() != fingerprint:
+        with storage.staged_folder(partial) as folder:
+            storage.write_text(folder / _FINGERPRINT_FILE, fingerprint)
+    return partial
 
 
 def given(path: Path, inputs: Mapping[str, Any], checkpoint: Checkpoint, images: ImageSet) -> Sensitivity:

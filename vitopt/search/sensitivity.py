@@ -18,14 +18,14 @@ from vitopt.measure.predictions import Predictions
 from vitopt.models.names import Layer
 from vitopt.search.hybrid import Boundary, Hybrid
 
-Granularity = Literal["block", "linear"]
+Granularity = Literal["block", "linear", "kind"]
 Scoring = Literal["damage", "recovery"]
 DEFAULT_MEMORY_BYTES = 2_000_000_000
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A block, or one linear layer of it, under its logical name."""
+    """A block, a linear layer of it, or a kind of layer in all blocks, under its logical name; `block`: the first."""
 
     name: str
     block: int
@@ -62,10 +62,15 @@ def calibration_of(images: ImageSet, preprocess: Preprocessor, device: torch.dev
 
 
 def units(layers: Sequence[Layer], granularity: Granularity) -> list[Unit]:
-    """All blocks, or all linear layers in blocks, in order."""
+    """All blocks, all linear layers in blocks, or all kinds of these, in order."""
     inside = [layer for layer in layers if layer.block is not None]
     if granularity == "linear":
         return [Unit(layer.logical, layer.block or 0, (layer,)) for layer in inside]
+    if granularity == "kind":
+        kinds: dict[str, list[Layer]] = {}
+        for layer in inside:
+            kinds.setdefault(layer.logical.rpartition(".")[2], []).append(layer)
+        return [Unit(kind, min(one.block or 0 for one in of), tuple(of)) for kind, of in kinds.items()]
     numbers = sorted({layer.block for layer in inside if layer.block is not None})
     return [Unit(f"block.{n}", n, tuple(layer for layer in inside if layer.block == n)) for n in numbers]
 

@@ -8,6 +8,7 @@ returned.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 from vitopt.measure.claims import Decision
@@ -21,7 +22,7 @@ Objective = Literal["size", "latency"]
 Evaluate = Callable[[frozenset[str]], Loss]
 
 _MOST_LOOKS = 24
-_MS_STEP = 1e-4  # times are added up in such steps, finer than any of them is measured
+MS_STEP = 1e-4  # times are added up in such steps, finer than any of them is measured
 
 
 def search_skip_list(
@@ -35,34 +36,41 @@ def search_skip_list(
     confirming_images: int,
     objective: Objective = "size",
     untried: int = 0,
+    tried: Mapping[frozenset[str], Loss] = MappingProxyType({}),
+    cost_of: Callable[[frozenset[str]], float] | None = None,
 ) -> SearchResult:
     """Find the cheapest skip list that meets `goal`, and decide on other images whether it does.
 
     `evaluate` measures the model with exactly these units in 16 bit on the `images` that choose; `quantized` is its
     value for none. `confirm` does the same on the `confirming_images` others and is called once. `untried` units
-    exist beside `units` that were not scored.
+    exist beside `units` that were not scored. `tried`: lists that `evaluate` measured before. `cost_of`: what a whole
+    list costs by the objective, where that was measured; without it the sum of its units' costs.
     """
     names = [unit.unit for unit in units]
     costs, gains = _costs(units, objective), [_gain(unit, quantized) for unit in units]
     most_kl = _highest_kl(goal, units, quantized, confirming_images)
-    tried: dict[frozenset[str], Loss] = {}
+    measured, seen = dict(tried), set[frozenset[str]]()
     demand = _excess(goal, most_kl, quantized, quantized)
-    while len(tried) < _MOST_LOOKS:
+    while len(seen) < _MOST_LOOKS:
         indices = cheapest(costs, gains, demand)
         if indices is None:  # the scores do not reach it; all units together may
             indices = frozenset(range(len(units)))
         chosen = frozenset(names[index] for index in indices)
-        if chosen in tried:
+        if chosen in seen:
             break
-        tried[chosen] = evaluate(chosen) if chosen else quantized
+        seen.add(chosen)
+        if chosen not in measured:
+            measured[chosen] = evaluate(chosen) if chosen else quantized
         # The next set must gain what the scores promised of this one, and the KL that it still has over the target.
-        demand = sum(gains[index] for index in indices) + _excess(goal, most_kl, quantized, tried[chosen])
-    tried = {frozenset(): quantized} | tried
-    excess = {chosen: _excess(goal, most_kl, quantized, loss) for chosen, loss in tried.items()}
-    cost = {chosen: sum(costs[names.index(name)] for name in chosen) for chosen in tried}
-    reached = [chosen for chosen in tried if excess[chosen] <= 0]
+        demand = sum(gains[index] for index in indices) + _excess(goal, most_kl, quantized, measured[chosen])
+    measured = {frozenset(): quantized} | measured
+    excess = {chosen: _excess(goal, most_kl, quantized, loss) for chosen, loss in measured.items()}
+    cost = {kept: cost_of(kept) if cost_of else sum(costs[names.index(name)] for name in kept) for kept in measured}
+    reached = [chosen for chosen in measured if excess[chosen] <= 0]
     # Where none reaches it, the one that comes nearest.
-    best = min(reached, key=lambda chosen: cost[chosen]) if reached else min(tried, key=lambda chosen: excess[chosen])
+    best = (
+        min(reached, key=lambda chosen: cost[chosen]) if reached else min(measured, key=lambda chosen: excess[chosen])
+    )
     confirmed = confirm(best)
     decision = decide(goal, confirmed)
     return SearchResult(
@@ -74,14 +82,14 @@ def search_skip_list(
         confirming_images=confirming_images,
         confirmed=confirmed,
         advice=_advice(goal, decision, confirmed, confirming_images, len(best) == len(names), untried),
-        points=tuple(_point(chosen, loss, units, excess[chosen] <= 0) for chosen, loss in tried.items()),
+        points=tuple(_point(chosen, loss, units, excess[chosen] <= 0) for chosen, loss in measured.items()),
     )
 
 
 def _costs(units: Sequence[UnitScores], objective: Objective) -> list[int]:
     milliseconds = [unit.extra_ms for unit in units if unit.extra_ms is not None]
     if objective == "latency" and len(milliseconds) == len(units):
-        return [round(ms / _MS_STEP) for ms in milliseconds]
+        return [round(ms / MS_STEP) for ms in milliseconds]
     return [unit.extra_bytes for unit in units]  # also where a time is unknown: two kinds of cost do not add up
 
 
