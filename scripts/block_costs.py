@@ -28,7 +28,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from vitopt.models.activations import LayerInputs
 from vitopt.models.architectures import known_architecture
 from vitopt.models.names import block_names, linear_layers
-from vitopt.optimize.blocks import carry_residuals, join_gelu, narrow_last_block
+from vitopt.optimize.blocks import Carried, carry_residuals, join_gelu, narrow_last_block
 from vitopt.optimize.formats import QUANTIZES
 from vitopt.optimize.fuse import fuse_projections
 from vitopt.optimize.static import use_static_scales
@@ -116,7 +116,7 @@ def block_cost(config: ViTConfig, batch_size: int, options: tuple[str, ...], blo
         if option in options and rewrite(model) == 0:
             raise ValueError(f"{option} changes nothing here")
     tokens = torch.zeros(batch_size, count, config.hidden_size, dtype=torch.bfloat16)
-    hidden = (tokens, tokens.clone()) if "carry_residual" in options else tokens
+    hidden = Carried(tokens, tokens.clone()) if "carry_residual" in options else tokens
     return cost(model.get_submodule(names[block]), hidden)
 
 

@@ -24,9 +24,9 @@ from vitopt.environment.devices import DTYPES
 from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint, save_checkpoint
 from vitopt.models.names import block_names, linear_layers
 from vitopt.optimize.formats import quantization_config
+from vitopt.optimize.hybrid import Hybrid
 from vitopt.optimize.quantize import plan_for
 from vitopt.recipe import VariantSpec
-from vitopt.search.hybrid import Hybrid
 from vitopt.search.sensitivity import Calibration, Unit, mixture_logits, units
 
 

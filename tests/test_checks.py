@@ -37,6 +37,18 @@ def test_targets_of_a_step_are_told_with_their_place(tiny_checkpoint: Path, shap
         plans(recipe(tiny_checkpoint, shapes, {"name": "tuned", "format": "nf4", "steps": [step]}))
 
 
+def test_an_image_size_that_the_model_cannot_have_is_told_with_its_place(tiny_checkpoint: Path, shapes: Path) -> None:
+    step = {"finetune": {"image_size": 20}}
+    with pytest.raises(RecipeError, match=r"variants\.1\.steps\.0\.finetune: `image_size` 20 .*16 or 24"):
+        plans(recipe(tiny_checkpoint, shapes, {"name": "small", "format": "fp32", "steps": [step]}))
+
+
+def test_a_teacher_that_is_not_there_is_told_with_its_place(tiny_checkpoint: Path, shapes: Path) -> None:
+    step = {"finetune": {"teacher": "./nowhere"}}
+    with pytest.raises(RecipeError, match=r"variants\.1\.steps\.0\.finetune\.teacher: .*nowhere"):
+        plans(recipe(tiny_checkpoint, shapes, {"name": "taught", "format": "fp32", "steps": [step]}))
+
+
 def test_a_format_that_is_yet_to_be_chosen_has_no_plan(tiny_checkpoint: Path, shapes: Path) -> None:
     assert list(plans(recipe(tiny_checkpoint, shapes, {"name": "fastest", "format": "auto"}))) == ["fp32"]
 
@@ -51,6 +63,19 @@ def test_a_step_that_gives_one_variant_other_classes_is_refused(
     with pytest.raises(DataError, match=r"fp32 and tuned .*different classes"):
         require(recipe(tiny_checkpoint, folder, TUNED))
     require(recipe(tiny_checkpoint, folder, TUNED, finetune={}))
+
+
+def test_a_teacher_that_teaches_alone_gives_its_classes(
+    tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path]
+) -> None:
+    folder = copy_of(shapes)
+    shutil.rmtree(folder / "train" / "cross")
+    for teacher in ("base", str(tiny_checkpoint)):
+        alone = {"finetune": {"teacher": teacher, "teacher_weight": 1}}
+        require(recipe(tiny_checkpoint, folder, TUNED | {"steps": [alone]}))
+        beside = {"finetune": {"teacher": teacher}}
+        with pytest.raises(DataError, match="'cross'"):
+            require(recipe(tiny_checkpoint, folder, TUNED | {"steps": [beside]}))
 
 
 def test_tested_classes_that_a_step_does_not_train_are_refused(
@@ -109,3 +134,15 @@ def test_a_step_gets_the_images_that_its_kind_wants(shapes: Path) -> None:
     assert images(None) is None
     assert (len(images("calibration")), images("calibration").split) == (8, "train")
     assert len(images("training")) == 32
+
+
+def test_tokens_that_cannot_leave_are_told_with_all_other_mistakes(tiny_checkpoint: Path, shapes: Path) -> None:
+    variants = [
+        {"name": "many", "format": "bf16", "merge_tokens": "9@0"},
+        {"name": "last", "format": "bf16", "prune_tokens": "4@2"},
+        {"name": "fits", "format": "bf16", "merge_tokens": "8@0"},
+    ]
+    with pytest.raises(RecipeError) as caught:
+        plans(recipe(tiny_checkpoint, shapes, *variants))
+    many, last = str(caught.value).splitlines()
+    assert "variant many" in many and "block 0" in many and "variant last" in last and "block 2" in last

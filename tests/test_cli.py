@@ -31,7 +31,8 @@ from vitopt.cli import app
 from vitopt.data.images import open_images
 from vitopt.measure import evaluator, forecast, rates, throughput
 from vitopt.measure.predictions import load_predictions
-from vitopt.models.checkpoint import Checkpoint
+from vitopt.models.checkpoint import Checkpoint, open_checkpoint
+from vitopt.models.origin import load_origin
 from vitopt.recipe import DataSpec
 from vitopt.recipe_file import load_recipe
 from vitopt.records import Memory, load_record
@@ -105,6 +106,7 @@ OPTIONS = {
     "sensitivity": [
         "CHECKPOINT", "--data", "--format", "--output", "--granularity", "--half", "--limit", "--device", "--json",
     ],
+    "tokens": ["CHECKPOINT", "--data", "--target-flops", "--max-steps", "--limit", "--output", "--device", "--json"],
     "evaluate": [
         "CHECKPOINT", "--data", "--baseline", "--attention", "--sdpa-kernel", "--run-as", "--fuse-qkv",
         "--channels-last", "--compile", "--autotune", "--threads", "--batch-size", "--latency-batch-size",
@@ -267,6 +269,18 @@ def test_sensitivity_prints_its_scores_and_its_choice(tiny_checkpoint: Path, sha
     assert json.loads((tmp_path / "sensitivity.json").read_text()) == result
 
 
+def test_tokens_prints_a_schedule_that_evaluate_takes(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    data, result = ("--data", f"{shapes}:train"), tmp_path / "tokens.json"
+    said = done("tokens", tiny_checkpoint, *data, "--target-flops", 0.85, "--max-steps", 1, "--output", result).stdout
+    found = json.loads(result.read_text())
+    assert said.splitlines()[-1] == f"--merge-tokens {found['chosen']}"
+    assert "exists" in refusal("tokens", tiny_checkpoint, *data, "--target-flops", 0.85, "--output", result)
+    options = ("--merge-tokens", found["chosen"], "--no-size-bias", *QUICK)
+    record = printed("evaluate", tiny_checkpoint, *data, *options, "--no-look-alikes")
+    assert record["variant"]["ran"]["merge_tokens"] == found["chosen"] and record["variant"]["tokens"][0] == 17
+    assert record["variant"]["ran"]["size_bias"] is False
+
+
 def test_quantize_chooses_its_skip_list(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
     made = printed(
         "quantize", tiny_checkpoint, "--format", "nf4", "--skip", "auto", "--data", shapes, "--max-kl-share", 0.9,
@@ -327,6 +341,17 @@ def test_what_is_calibrated_takes_the_train_split_and_keeps_its_hashes(
     assert calibration_hashes(tmp_path / "nf4") == set(train.limited(16).image_hashes)
     assert calibration_hashes(tmp_path / "fast") == set(train.image_hashes)
     assert calibration_hashes(tmp_path / "plain") == set()
+
+
+def test_weights_are_rounded_on_images_that_are_noted(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    rounding = ["--rounding", "gptq", "--calibration-images", 12, "--tuning-steps", 1, "--tuning-batch-size", 2]
+    made = [tiny_checkpoint, "--format", "nf4", "--skip", "block.0", *rounding, "--output", tmp_path / "out"]
+    assert "--rounding gptq needs --calibrate" in refusal("quantize", *made)
+    auto = ["quantize", tiny_checkpoint, "--format", "auto", "--data", shapes, *rounding, "--calibrate", shapes]
+    assert "--rounding gptq" in refusal(*auto, "--output", tmp_path / "auto")
+    done("quantize", *made, "--calibrate", shapes)
+    train = open_images(DataSpec(source=str(shapes)), "train")
+    assert calibration_hashes(tmp_path / "out") == set(train.limited(12).image_hashes)
 
 
 def test_automatic_skip_lists_that_cannot_be_chosen(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
@@ -479,9 +504,12 @@ def test_benchmark_of_folders_of_one_name_keeps_records_below_output(tiny_checkp
 def test_finetune_prints_its_report(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
     report = printed(
         "finetune", tiny_checkpoint, "--data", shapes, "--output", tmp_path / "out", "--epochs", 1, "--target", "query",
-        "--rank", 2, "--no-augment",
+        "--rank", 2, "--no-augment", "--image-size", 16, "--distill-from", tiny_checkpoint, "--teacher-weight", 1,
     )  # fmt: skip
     assert report["checkpoint"] == str(tmp_path / "out")
+    assert open_checkpoint(str(tmp_path / "out")).image_size == (16, 16)
+    (trained,) = load_origin(tmp_path / "out").steps
+    assert (trained["teacher"], trained["teacher_weight"]) == (tiny_checkpoint.name, 1)
     stored = json.loads((tmp_path / "out" / "training.json").read_text())
     assert {key: value for key, value in report.items() if key != "checkpoint"} == stored
     assert stored["steps"] == 2 and stored["test_top1_percent"] is not None
@@ -919,6 +947,8 @@ def test_a_wrong_number(arguments: list[str], expected: str, tiny_checkpoint: Pa
         (["quantize", "--format", "nf4", "--no-compile"], ["--no-compile"], "--format auto"),
         (["quantize", "--format", "nf4", "--data", "digits"], ["--data"], "--skip auto"),
         (["quantize", "--format", "nf4", "--limit", 9], ["--limit"], "--skip auto"),
+        (["quantize", "--format", "nf4", "--calibrate", "d", "--damping", 1], ["--calibrate", "--damping"], "gptq"),
+        (["quantize", "--format", "nf4", "--calibration-images", 1], ["--calibration-images"], "gptq"),
         (["quantize", "--format", "bf16", "--half", "bf16"], ["--half"], "bf16"),
         (["finetune", "--method", "full", "--rank", 8, "--target", "query"], ["--rank", "--target"], "--method full"),
         (["finetune", "--method", "full", "--alpha", 8, "--dropout", 0], ["--alpha", "--dropout"], "--method full"),

@@ -10,12 +10,16 @@ from vitopt import inference, pipeline
 from vitopt.data.images import open_images
 from vitopt.data.pixels import Preprocessor, batches, on_device, random_pixels
 from vitopt.environment import support
+from vitopt.formats import Format
 from vitopt.inference import Candidate
 from vitopt.measure.rates import copy_rate, gemm_rate
 from vitopt.models.activations import save_activations
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint
 from vitopt.optimize.calibrate import observe
-from vitopt.optimize.quantize import quantize
+from vitopt.optimize.formats import quantization_config
+from vitopt.optimize.packed import PACKINGS
+from vitopt.optimize.quantize import plan_for, quantize
+from vitopt.optimize.rounding import compensated
 from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import DataSpec, EvaluateSpec, LatencySpec, Recipe, RunSpec, VariantSpec
 from vitopt.recipe_file import validate
@@ -48,6 +52,23 @@ def test_formats_run_and_agree_with_fp32(format: str, tiny_checkpoint: Path, tmp
     expected, found = exact(pixels).float(), runnable(pixels).float()
     error = (found - expected).norm() / expected.norm()
     assert error < {"nf4": 0.5, "fp8": 0.15}.get(format, 0.1)
+
+
+@pytest.mark.parametrize("format", ["nf4", "int4", "w8a8"])
+def test_layers_compute_with_the_codes_that_were_written(format: Format, tiny_checkpoint: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny_checkpoint))
+    plan = plan_for(checkpoint, VariantSpec(name="v", format=format))
+    config = quantization_config(plan, torch.bfloat16)
+    model = load_model(checkpoint, dtype=torch.bfloat16, device=CUDA, quantization=config)
+    linear = model.get_submodule(next(item.layer.module for item in plan.layers if item.layer.logical == "block.1.fc2"))
+    weight = torch.randn(linear.out_features, linear.in_features, device=CUDA)
+    chosen = compensated(weight, torch.eye(linear.in_features, device=CUDA), PACKINGS[format].grid(linear))
+    PACKINGS[format].write(linear, chosen)
+    inputs = torch.randn(32, linear.in_features, device=CUDA)
+    with torch.inference_mode():
+        found = linear(inputs.bfloat16()).float() - linear.bias.float()
+    expected = inputs @ chosen.values().T
+    assert (found - expected).norm() / expected.norm() < 0.03
 
 
 def test_flash_attention_runs_or_says_why_not(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -130,6 +151,26 @@ def test_a_rewritten_model_gives_the_logits_of_the_eager_one(half: Checkpoint, o
     graph = prepare(half, name="graph", device=CUDA, run=RunSpec(compile=True, fuse_qkv=True, **options))
     for batch_size in (8, 1):
         assert relative_error(graph(pixels_of(batch_size)), eager(pixels_of(batch_size))) < COMPILED_ERROR[None]
+    assert graph.reasons == {}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"merge_tokens": "5"},
+        {"merge_tokens": "5", "size_bias": False, "sdpa_kernel": "flash"},
+        {"prune_tokens": "5", "fuse_pruned": True, "compile_whole": True},
+    ],
+)
+def test_a_graph_with_fewer_tokens_gives_the_logits_of_the_eager_model(
+    half: Checkpoint, options: dict[str, object]
+) -> None:
+    eager_options = {name: value for name, value in options.items() if name != "compile_whole"}
+    eager = prepare(half, name="eager", device=CUDA, run=RunSpec(**eager_options))
+    graph = prepare(half, name="graph", device=CUDA, run=RunSpec(compile=True, fuse_qkv=True, **options))
+    for batch_size in (8, 1):
+        assert relative_error(graph(pixels_of(batch_size)), eager(pixels_of(batch_size))) < 2 * COMPILED_ERROR[None]
+        assert graph.graph_bytes(pixels_of(batch_size).shape) > 0
     assert graph.reasons == {}
 
 

@@ -7,7 +7,17 @@ import pytest
 import yaml
 
 from vitopt.errors import RecipeError
-from vitopt.recipe import DataSpec, EvaluateSpec, FinetuneSpec, LatencySpec, Recipe, RecipeVariant, RunSpec, VariantSpec
+from vitopt.recipe import (
+    DataSpec,
+    EvaluateSpec,
+    FinetuneSpec,
+    LatencySpec,
+    Recipe,
+    RecipeVariant,
+    RoundingSpec,
+    RunSpec,
+    VariantSpec,
+)
 from vitopt.recipe_file import dump_yaml, load_recipe, validate
 
 MINIMAL = """
@@ -224,7 +234,11 @@ RUN = {
     "carry_residual": True,
     "gelu_epilogue": True,
     "static_scales": True,
-    "fused_kernels": False,  # goes with no carry_residual
+    "fused_kernels": False,  # goes with no carry_residual and no merge_tokens
+    "merge_tokens": "16..0",
+    "size_bias": False,
+    "prune_tokens": None,  # those two go with no merge_tokens
+    "fuse_pruned": False,
     "patch_product": False,  # goes with no channels_last
     "channels_last": True,
     "compile": True,
@@ -247,6 +261,10 @@ def test_a_variant_by_default_runs_as_it_is():
         "carry_residual": False,
         "gelu_epilogue": False,
         "static_scales": False,
+        "merge_tokens": None,
+        "size_bias": True,
+        "prune_tokens": None,
+        "fuse_pruned": False,
         "fused_kernels": False,
         "patch_product": False,
         "channels_last": False,
@@ -556,6 +574,7 @@ def test_a_dumped_variant_starts_with_its_name_and_how_it_is_held(recipe_file):
         "skip",
         "auto",
         "layers",
+        "rounding",
         *RUN,
         "fastest",
         "steps",
@@ -729,3 +748,35 @@ def test_calibration_of_an_engine_needs_data_and_names_its_images():
     assert "step calibrate of a needs `data`" in line
     of_random_weights = {"name": "r", "model": "random:vit-tiny-patch16-224", "variants": [{**content, "steps": []}]}
     assert validate(Recipe, of_random_weights, where="r").variants[0].scaling_step is None
+
+
+@pytest.mark.parametrize(
+    ("content", "settings"),
+    [
+        ({}, None),
+        ({"rounding": "nearest"}, None),
+        ({"rounding": "gptq"}, RoundingSpec()),
+        ({"rounding": {"images": 9}}, RoundingSpec(images=9)),
+    ],
+)
+def test_rounding_is_a_word_or_its_settings(content, settings):
+    recipe = validate(Recipe, changed(data="digits", variants=[{"name": "a", "format": "nf4", **content}]), where="r")
+    assert recipe.variants[0].rounding == settings
+    assert recipe.variants[0].wants_images == (["`rounding`"] if settings else [])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"format": "int8"}, ["`rounding: gptq`", "nf4, int4, w8a8", "int8"]),
+        ({"format": "bf16"}, ["nf4, int4, w8a8", "bf16"]),
+        ({"format": "w8a8", "layers": {"fc2": "fp8"}}, ["fp8"]),
+        ({"format": "w8a8", "engine": "openvino"}, ["openvino", "`rounding`"]),
+        ({"format": "auto"}, ["`format: auto`", "`rounding`"]),
+        ({"format": "nf4", "rounding": "awq"}, ["rounding", "'awq'"]),
+        ({"format": "nf4", "rounding": {"learning_rate": 1e-3}}, ["`tuning_steps`", "`learning_rate`"]),
+    ],
+)
+def test_rounding_that_cannot_be_is_refused(content, words):
+    (line,) = mistakes(changed(data="digits", variants=[{"name": "a", "rounding": "gptq", **content}]))
+    assert all(word in line for word in words)

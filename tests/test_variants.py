@@ -15,7 +15,7 @@ from vitopt.errors import DataError, UnsupportedError
 from vitopt.measure import evaluator
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint, save_checkpoint
 from vitopt.pipeline import RunResult
-from vitopt.recipe import DataSpec, Recipe
+from vitopt.recipe import DataSpec, FinetuneSpec, Recipe
 from vitopt.records import Memory
 from vitopt.stages import RunFolder
 from vitopt.steps import STEPS
@@ -101,6 +101,36 @@ def make(asked: Recipe, folder: Path) -> tuple[list[Settled], list[str | None], 
         return settled, [maker.make(one) for one in settled], said
 
 
+def test_the_base_that_teaches_is_the_one_that_the_steps_start_from(
+    fake: FakeTraining, tiny_checkpoint: Path, shapes: Path, tmp_path: Path
+) -> None:
+    taught = variant("a", FIRST, {"finetune": {"teacher": "base"}})
+    content = recipe(tiny_checkpoint, shapes, taught).model_dump(mode="json", exclude_unset=True)
+    asked = Recipe.model_validate(content | {"finetune": {"epochs": 3}})
+    assert make(asked, tmp_path / "run")[1] == [None, None]
+    assert [call[1].teacher for call in fake.calls] == [None, None, str(tmp_path / "run" / "finetune")]
+    make(asked, tmp_path / "run")
+    assert len(fake.calls) == 3
+    # A base that is another one teaches anew, although its place and the settings are the same.
+    again = asked.model_copy(update={"finetune": FinetuneSpec(epochs=4)})
+    make(again, tmp_path / "run")
+    assert len(fake.calls) == 6
+
+
+def test_another_teacher_at_the_same_place_makes_a_step_again(
+    fake: FakeTraining, tiny_checkpoint: Path, shapes: Path, copy_of: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    teacher = copy_of(tiny_checkpoint)
+    asked = recipe(tiny_checkpoint, shapes, variant("a", {"finetune": {"teacher": str(teacher)}}))
+    for calls in (1, 1):
+        make(asked, tmp_path / "run")
+        assert len(fake.calls) == calls
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"hidden_dropout_prob": 0.1}))
+    make(asked, tmp_path / "run")
+    assert len(fake.calls) == 2
+
+
 def test_variants_with_the_same_first_steps_share_them(
     fake: FakeTraining, tiny_checkpoint: Path, shapes: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +204,21 @@ def test_what_is_left_open_is_chosen_on_the_checkpoint_after_the_steps(
     assert failures == [None, None] and settled.variant.skip and not settled.variant.skips_automatically
     scores = json.loads((tmp_path / "run" / "sensitivity" / "a.json").read_text())
     assert scores["checkpoint"] == str(tmp_path / "run" / "steps" / asked.variants[1].step_names[0])
+
+
+def test_a_variant_is_rounded_on_calibration_images_and_no_other_variant_stands_for_it(
+    tiny_checkpoint: Path, shapes: Path, tmp_path: Path
+) -> None:
+    rounding = {"images": 12}
+    asked = recipe(tiny_checkpoint, shapes, variant("a", format="w8a8"), variant("b", format="w8a8", rounding=rounding))
+    _, failures, said = make(asked, tmp_path / "run")
+    assert failures == [None] * 3 and not any("the same weights" in line for line in said)
+    train = open_images(DataSpec(source=str(shapes)), "train")
+    assert calibration_hashes(tmp_path / "run" / "variants" / "b") == set(train.limited(12).image_hashes)
+    weights = [(tmp_path / "run" / "variants" / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] != weights[1]
+    _, _, again = make(asked, tmp_path / "run")
+    assert all("up to date" in line for line in again), again
 
 
 # A whole run

@@ -142,7 +142,8 @@ def quantize(
     """Write a checkpoint in another format to the folder `output`, which opens with plain transformers.
 
     `skip=["block.0"]` keeps layers in 16 bit; `skip="auto"` chooses them on `data`, never the tested images, and leaves
-    its scores in `OUTPUT.sensitivity`. Other keywords are those of a variant and of `data` in a recipe.
+    its scores in `OUTPUT.sensitivity`. `rounding="gptq"` rounds weights on `data`. Other keywords are those of a
+    variant and of `data` in a recipe.
 
     Raises:
         VitoptError: what is wrong with the keywords, the data, the checkpoint or the output, in one line.
@@ -151,10 +152,13 @@ def quantize(
         _Quantizing, "quantize", options, _NOT_QUANTIZED, name="variant", format=format, source=_name_of(data)
     )
     variant, opened, place = part(spec, VariantSpec), _opened(checkpoint), Path(output).resolve()
-    if variant.skips_automatically != (data is not None):
-        raise RecipeError("quantize: skip='auto' and data belong together: give both, or neither")
-    calibration = None
-    if data is not None:
+    if (variant.skips_automatically or variant.rounding is not None) != (data is not None):
+        raise RecipeError("quantize: skip='auto', or rounding='gptq', and data belong together: give both, or neither")
+    calibration = rounded_on = None
+    if data is not None and variant.rounding is not None:
+        limited = spec.model_copy(update={"limit": variant.rounding.images})
+        rounded_on = _images(data, limited, variant.rounding.split)
+    if data is not None and variant.skips_automatically:
         limited = spec.model_copy(update={"limit": variant.auto.images})
         calibration = _images(data, limited, variant.auto.split)
         if calibration.label_sets is not None:
@@ -166,7 +170,7 @@ def quantize(
             search = analyse_for(opened, calibration, variant, path, device, skip_bad=spec.skip_bad_images).search
         assert search is not None
         variant = variant.skipping(search.chosen)
-    write_quantized(opened, variant, place, device, images=calibration)
+    write_quantized(opened, variant, place, device, images=calibration, calibration=rounded_on)
     return open_checkpoint(output)
 
 

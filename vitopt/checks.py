@@ -1,6 +1,8 @@
 """What a recipe asks, held against its model, its images and this device, before anything is done."""
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -8,15 +10,19 @@ from vitopt.data.images import ALL, ImageSet, open_images
 from vitopt.data.labels import fit_labels
 from vitopt.data.sources import parse_source
 from vitopt.environment.devices import DTYPES
-from vitopt.errors import DataError, PatternError, RecipeError, UnsupportedError
+from vitopt.errors import CheckpointError, DataError, PatternError, RecipeError, UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, empty_model, open_checkpoint
 from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel, why_not_trained
 from vitopt.models.names import linear_layers, select
 from vitopt.optimize.plan import LayerPlan
+from vitopt.optimize.prune import pruned_config
 from vitopt.optimize.quantize import plan_for
+from vitopt.optimize.reduction import token_counts
+from vitopt.optimize.resolution import why_not_resized
 from vitopt.recipe import CalibrationSpec, DataSpec, FastestSpec, FinetuneSpec, Recipe, Step
 from vitopt.search.analysis import require_disjoint
 from vitopt.search.fastest import require_enough_images
+from vitopt.steps import BASE, PruneSpec
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +31,8 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
     """Layer plan of every variant whose format is known, from shapes alone.
 
     Raises:
-        RecipeError: patterns match nothing or targets do not exist; all mistakes at once.
+        RecipeError: patterns match nothing, targets do not exist, or more tokens leave a block than can; all mistakes
+            at once.
         CheckpointError: the model cannot be found.
     """
     checkpoint = open_checkpoint(recipe.model, config_only=True)
@@ -36,12 +43,28 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
         try:
             known = variant.skipping(()) if variant.skips_automatically else variant
             resolved[variant.name] = plan_for(checkpoint, known)
+            if variant.schedule is not None:
+                token_counts(checkpoint.config, variant)
         except (PatternError, RecipeError, UnsupportedError) as error:
             mistakes.append(f"variant {variant.name}: {error}")
+    for variant in recipe.variants:
+        config = checkpoint.config
+        for step in variant.steps:
+            try:
+                config = pruned_config(config, step.settings) if isinstance(step.settings, PruneSpec) else config
+            except RecipeError as error:
+                mistakes.append(f"variant {variant.name}: {error}")
     for where, spec in _finetunes(recipe).items():
         if reason := why_not_trained(checkpoint.config):
             mistakes.append(f"{where}: {reason}")
-        if spec.method == "lora":
+        if spec.image_size and (reason := why_not_resized(checkpoint.config, spec.image_size)):
+            mistakes.append(f"{where}: {reason}")
+        if spec.teacher not in (None, BASE):
+            try:
+                open_checkpoint(str(spec.teacher), config_only=True)
+            except CheckpointError as error:
+                mistakes.append(f"{where}.teacher: {error}")
+        if spec.method != "full":
             try:
                 select(spec.targets, linear_layers(empty_model(checkpoint), checkpoint.config.model_type))
             except PatternError as error:
@@ -107,21 +130,14 @@ def require_images(recipe: Recipe, source: Checkpoint, data: DataSpec, test: Ima
             tested too.
         RecipeError: there are too few images to choose a format on.
     """
-    trained = source.label_names
     if recipe.trains:
-        from vitopt.training.finetune import head_labels
-
         train = training_images(data)
-        trained = head_labels(source, train)
         if overlap := set(train.image_hashes) & set(test.image_hashes):
             logger.warning(
                 "%d test images are also training images; accuracy will look better than it is", len(overlap)
             )
-    first = recipe.variants[0]
-    classes = {
-        variant.name: trained if recipe.finetune is not None or variant.trains else source.label_names
-        for variant in recipe.variants
-    }
+    first, names = recipe.variants[0], [variant.name for variant in recipe.variants]
+    classes = _classes(recipe, source, train) if recipe.trains else dict.fromkeys(names, source.label_names)
     for variant in recipe.variants:
         fit_labels(test, classes[variant.name])
         if classes[variant.name] != classes[first.name]:
@@ -130,11 +146,26 @@ def require_images(recipe: Recipe, source: Checkpoint, data: DataSpec, test: Ima
                 f"{data.source}: fine-tune the model for all of them (`finetune`), or each in its `steps`"
             )
         calibrations = [step.settings for step in variant.steps if step.kind.images == "calibration"]
-        for spec in [*calibrations, *([variant.calibration] if variant.calibration else [])]:
+        for spec in [*calibrations, *filter(None, (variant.calibration, variant.rounding))]:
             calibration = calibration_images(data, spec)
             require_disjoint(calibration, test)
             if isinstance(spec, FastestSpec):
                 require_enough_images(len(calibration), spec.min_agreement)
+
+
+def _classes(recipe: Recipe, source: Checkpoint, train: ImageSet) -> dict[str, list[str]]:
+    """Names of the head's outputs of each variant."""
+    from vitopt.training.finetune import head_labels
+
+    def after(steps: Sequence[Any], start: list[str]) -> list[str]:
+        labels = start
+        for spec in (step for step in steps if isinstance(step, FinetuneSpec)):
+            other = None if spec.teacher in (None, BASE) else open_checkpoint(str(spec.teacher), config_only=True)
+            labels = head_labels(labels, train, spec, start if other is None else other.label_names)
+        return labels
+
+    trained = after([recipe.finetune], source.label_names)
+    return {variant.name: after([step.settings for step in variant.steps], trained) for variant in recipe.variants}
 
 
 def require_attention(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> None:

@@ -25,8 +25,9 @@ class FormatFacts:
     nothing is quantized. `capability`: least compute capability on CUDA. `not_on_cpu`: why it needs a GPU. `nearest`:
     what to take where it cannot run. `expands`: whether `run_as` can expand a checkpoint stored in it. `mixes`: whether
     one checkpoint can hold other such formats beside it. `can_be_fast`: whether it can beat fp32 in time and not only
-    in bytes. `multiples`: what a layer's in_features and out_features must be multiples of, the same on every device,
-    so that a checkpoint runs wherever its format does.
+    in bytes. `calibrated`: whether its weights can be rounded on calibration images. `multiples`: what a layer's
+    in_features and out_features must be multiples of, the same on every device, so that a checkpoint runs wherever its
+    format does.
     """
 
     words: str
@@ -39,6 +40,7 @@ class FormatFacts:
     expands: bool = False
     mixes: bool = False
     can_be_fast: bool = False
+    calibrated: bool = False
     multiples: tuple[int, int] = (1, 1)
 
 
@@ -63,6 +65,7 @@ FORMATS: dict[Format, FormatFacts] = {
         "bf16",
         library="bitsandbytes",
         expands=True,
+        calibrated=True,
         multiples=(64, 32),  # packed in blocks of 64 along a row and, on a CPU, 32 rows at a time
     ),
     "int4": FormatFacts(
@@ -74,6 +77,7 @@ FORMATS: dict[Format, FormatFacts] = {
         capability=AMPERE,
         not_on_cpu="torchao's packed int4 weights need a CUDA device of compute capability 8.0",
         mixes=True,
+        calibrated=True,
         multiples=(64, 8),  # groups of 64
     ),
     "int8": FormatFacts(
@@ -88,6 +92,7 @@ FORMATS: dict[Format, FormatFacts] = {
         capability=AMPERE,
         mixes=True,
         can_be_fast=True,
+        calibrated=True,
     ),
     "fp8": FormatFacts(
         "8-bit floating-point weights and activations",

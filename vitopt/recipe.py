@@ -10,10 +10,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from vitopt import storage
-from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
-from vitopt.paths import existing
 
 # All that a recipe can say is imported from here.
+from vitopt.calibrated_spec import CHOOSING as CHOOSING
+from vitopt.calibrated_spec import AutoSkipSpec as AutoSkipSpec
+from vitopt.calibrated_spec import FastestSpec as FastestSpec
+from vitopt.calibrated_spec import RoundingSpec as RoundingSpec
+from vitopt.calibrated_spec import rounding_from_word
+from vitopt.formats import FORMATS, QUANTIZED_FORMATS, Format, HalfFormat
+from vitopt.paths import existing
 from vitopt.run_spec import ENGINES as ENGINES
 from vitopt.run_spec import Attention as Attention
 from vitopt.run_spec import Engine as Engine
@@ -34,10 +39,6 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length
 
 AUTO = "auto"
 BEST = "best"
-# One calibration image in this many chooses a skip list, the others confirm it. Choosing ranks by KL, about which every
-# image tells something, and runs a model of L blocks about L times for each; confirming counts the few images that
-# change sides, and runs three models for each: many confirming images are needed, and they are cheap.
-CHOOSING = 4
 
 
 class DataSpec(Spec):
@@ -50,6 +51,9 @@ class DataSpec(Spec):
     )
     train: str = Field("train", description="split to fine-tune on")
     test: str | None = Field(None, description="split to evaluate on; null takes test, else validation")
+    test_share: float = Field(
+        0.2, gt=0, lt=1, description="share that is held out for testing where the data has no splits of its own"
+    )
     root: str | None = Field(
         None,
         max_length=PATH_LENGTH,
@@ -78,45 +82,6 @@ def data_from_string(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
-class AutoSkipSpec(CalibrationSpec):
-    """How `skip: auto` chooses: the cheapest skip list, confirmed on calibration images that did not choose it."""
-
-    max_top1_drop: float | None = Field(1.0, gt=0, le=100, description="largest loss of top-1 in points")
-    max_kl_share: float | None = Field(None, gt=0, lt=1, description="largest KL, as a share of the quantized model's")
-    objective: Literal["size", "latency"] | None = Field(
-        None, description="what a kept layer costs; null is size, and latency for an engine"
-    )
-    granularity: Literal["block", "linear", "kind"] | None = Field(
-        None, description="blocks, linear layers, or kinds of these in all blocks; null is block, for an engine kind"
-    )
-    # 512 choose and 1,536 confirm. That shows the floor of one point where up to 1.3 % of the images change sides, and
-    # half a point where hardly any does: 0.5 points take 1,020 images if none changes, and 5,000 if 1 % do.
-    images: ImageCount = Field(
-        2048,
-        ge=2,
-        description="calibration images, spread over the classes; one in four is used to choose, the others to confirm",
-    )
-    sample: ImageCount | None = Field(
-        None, description="first rank by KL on this many of the images used to choose, then score only the best"
-    )
-    sensitivity: Path | None = Field(
-        None, description="result of `vitopt sensitivity` for the same checkpoint, images and goal, taken as it is"
-    )
-
-    @model_validator(mode="after")
-    def _has_a_goal(self) -> "AutoSkipSpec":
-        if self.max_top1_drop is None and self.max_kl_share is None:
-            raise ValueError("give max_top1_drop or max_kl_share, else there is no floor to keep to")
-        return self
-
-
-class FastestSpec(CalibrationSpec):
-    """How `format: auto` chooses: the fastest format here that is shown to agree with fp32 on calibration images."""
-
-    min_agreement: float = Field(98, ge=0, le=100, description="smallest agreement with fp32, in percent of images")
-    compile: bool = Field(True, description="try compiled models too")
-
-
 class HeldSpec(Spec):
     """How a checkpoint is held: what is in the file."""
 
@@ -126,6 +91,10 @@ class HeldSpec(Spec):
     skip: Patterns = Field((), description="logical names of the layers that stay in 16 bit, or `auto`")
     auto: AutoSkipSpec = Field(AutoSkipSpec(), description="how `skip: auto` chooses")
     layers: dict[str, Format] = Field(default_factory=dict, description="other formats for some layers")
+    rounding: Annotated[RoundingSpec | None, BeforeValidator(rounding_from_word)] = Field(
+        None,
+        description="gptq, or its settings: on calibration images; nearest, or null: each weight alone",
+    )
 
 
 class VariantSpec(RunSpec, HeldSpec):
@@ -142,6 +111,19 @@ class VariantSpec(RunSpec, HeldSpec):
             raise ValueError("`auto` is for `skip: auto`, and `skip` is something else: leave one of them out")
         if self.half != "bf16" and not may_quantize and not self.layers:
             raise ValueError(f"format {self.format} quantizes nothing, so `half` would do nothing: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _rounding_is_known(self) -> "VariantSpec":
+        if self.rounding is None:
+            return self
+        known = [name for name, facts in FORMATS.items() if facts.calibrated]
+        formats = [format for format in (self.format, *self.layers.values()) if format in QUANTIZED_FORMATS]
+        others = [format for format in formats or [self.format] if format not in (*known, AUTO)]
+        if others:
+            raise ValueError(f"`rounding: gptq` is for {', '.join(known)}, not {others[0]}")
+        if self.engine != "torch":
+            raise ValueError(f"`engine: {self.engine}` rounds weights itself: leave `rounding` out")
         return self
 
     @model_validator(mode="after")
@@ -177,19 +159,27 @@ class RecipeVariant(VariantSpec):
 
     format: Literal["auto", Format]  # type: ignore[assignment]  # wider, until `with_choice` says which
     fastest: FastestSpec = Field(FastestSpec(), description="how `format: auto` chooses")
-    steps: tuple[Step, ...] = Field((), description="what is done to the checkpoint first, in order: finetune")
+    steps: tuple[Step, ...] = Field(
+        (), description="what is done to the checkpoint first, in order: finetune, prune, calibrate"
+    )
 
     @model_validator(mode="after")
     def _choice_is_whole(self) -> "RecipeVariant":
         if not self.chooses_format and self.fastest != FastestSpec():
             raise ValueError("`fastest` is for `format: auto`, and `format` is something else: leave one of them out")
         chosen = set(RunSpec.model_fields) - {"engine", *(("static_scales",) if computes_itself(self.engine) else ())}
-        without_effect = self.changed("skip", "layers", *sorted(chosen)) if self.chooses_format else ""
+        without_effect = self.changed("skip", "layers", "rounding", *sorted(chosen)) if self.chooses_format else ""
         if without_effect:
             raise ValueError(
                 f"`format: auto` compares whole formats and chooses how they run: leave {without_effect} out, or name "
                 "a format"
             )
+        for step in self.steps:
+            trained = step.settings.format if isinstance(step.settings, FinetuneSpec) else None
+            if trained and self.format in QUANTIZED_FORMATS and self.format != trained:
+                raise ValueError(f"a step trains for {trained}, and `format` is {self.format}: take the same")
+            if trained and self.rounding is not None:
+                raise ValueError(f"a step trains for {trained} as it rounds by itself: leave `rounding` out")
         return self
 
     @property
@@ -218,6 +208,7 @@ class RecipeVariant(VariantSpec):
         """What of it needs other images than the tested ones."""
         wants = [f"step {step.name}" for step in self.steps if step.kind.images]
         wants += ["`skip: auto`"] if self.skips_automatically else []
+        wants += ["`rounding`"] if self.rounding is not None else []
         return wants + (["`format: auto`"] if self.chooses_format else [])
 
     @property

@@ -40,6 +40,9 @@ class Variant(Section):
     half: str | None = Field(None, description="16-bit type of the layers that are not quantized")
     skip: tuple[str, ...] = Field((), description="patterns that were kept in 16 bit")
     layers: dict[str, str] = Field(default_factory=dict, description="patterns that got another format")
+    rounding: dict[str, Any] | None = Field(
+        None, description="settings of weights rounded on calibration images; null: each to its nearest, or not known"
+    )
     stored_format: str | None = Field(None, description="format on disk where the layers were expanded at load")
     steps: tuple[dict[str, Any], ...] = Field(
         (), description="what was done to the checkpoint before its format was made, in order: name -> settings"
@@ -50,6 +53,9 @@ class Variant(Section):
     asked: dict[str, Option] = Field(default_factory=dict, description="how it was to be run, by option")
     ran: dict[str, Option] = Field(
         default_factory=dict, description="how it ran, by option, read back from what ran; empty if nothing did"
+    )
+    tokens: tuple[int, ...] | None = Field(
+        None, description="tokens that each block is given, then those that the last one leaves; null where all stay"
     )
     reasons: dict[str, str] = Field(default_factory=dict, description="option -> why it ran otherwise than asked")
 

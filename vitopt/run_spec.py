@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from vitopt.formats import Format, RunAs
 from vitopt.spec import Spec
+from vitopt.token_schedule import Schedule
 
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 SdpaKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
@@ -120,6 +121,18 @@ class RunSpec(Spec):
         False,
         description="with compile on a GPU: norm, GELU and addition within the product, where that is measured faster",
     )
+    merge_tokens: Schedule | None = Field(
+        None,
+        description="tokens that each block merges into similar ones: 8 in every block, 16..0 falling, 48@4_24@8 in "
+        "blocks 4 and 8: answers change",
+    )
+    size_bias: bool = Field(
+        True, description="with merge_tokens: attention counts a token as the patches that it stands for, by a mask"
+    )
+    prune_tokens: Schedule | None = Field(
+        None, description="tokens that leave, those that the class token attends to least; as merge_tokens"
+    )
+    fuse_pruned: bool = Field(False, description="with prune_tokens: those that leave become one token more")
     patch_product: bool = Field(False, description="patch embedding as a matrix product, no convolution; exact")
     channels_last: bool = Field(False, description="pixels and patch embedding in NHWC memory order")
     compile: bool = Field(False, description="compile for each batch size; on a GPU, replay it as one CUDA graph")
@@ -151,3 +164,25 @@ class RunSpec(Spec):
         if self.sdpa_kernel != "auto" and self.attention != "sdpa":
             raise ValueError(f"`sdpa_kernel` chooses a kernel of sdpa, and `attention` is {self.attention}")
         return self
+
+    @model_validator(mode="after")
+    def _fewer_tokens_fit(self) -> "RunSpec":
+        if self.merge_tokens and self.prune_tokens:
+            raise ValueError("`merge_tokens` and `prune_tokens` both remove tokens: take one of them")
+        if not self.merge_tokens and not self.size_bias:
+            raise ValueError("`size_bias` is of merged tokens: set `merge_tokens` too, or leave it out")
+        if not self.prune_tokens and self.fuse_pruned:
+            raise ValueError("`fuse_pruned` is of pruned tokens: set `prune_tokens` too")
+        if self.schedule and self.attention == "eager":
+            raise ValueError("fewer tokens need `attention: sdpa` or flash_attention_2, not eager")
+        if self.schedule and self.fused_kernels:
+            raise ValueError("`fused_kernels` has blocks of its own, which keep all tokens: take one of them")
+        masked = self.merge_tokens and self.size_bias
+        if masked and (self.attention == "flash_attention_2" or self.sdpa_kernel == "flash"):
+            raise ValueError("the size bias of `merge_tokens` is a mask, and flash takes none: set `size_bias: false`")
+        return self
+
+    @property
+    def schedule(self) -> str | None:
+        """How many tokens leave where, by merging or pruning; None where all stay."""
+        return self.merge_tokens or self.prune_tokens

@@ -6,7 +6,8 @@ from typing import Protocol, TypeVar
 from vitopt.data.duplicates import perceptual_hashes
 from vitopt.data.images import ImageSet
 from vitopt.models.calibration import Use, load_uses, save_uses
-from vitopt.models.checkpoint import Checkpoint
+from vitopt.models.checkpoint import Checkpoint, open_checkpoint
+from vitopt.steps import BASE, FinetuneSpec
 
 SpecT = TypeVar("SpecT", contravariant=True)
 
@@ -44,9 +45,25 @@ class Transformation(Protocol[SpecT]):
     ) -> Outcome: ...
 
 
-def note_images(checkpoint: Checkpoint, images: ImageSet | None, purpose: str, folder: Path) -> None:
-    """Note in `folder` the images that `checkpoint` has seen, as what is made of it has seen them too, and `images`."""
-    save_uses([*load_uses(checkpoint.folder), *([] if images is None else [seen(images, purpose)])], folder)
+def teacher_of(spec: FinetuneSpec, start: Checkpoint) -> Checkpoint | None:
+    """The checkpoint that teaches, None where none does; `start`: the one that the steps start from.
+
+    Raises:
+        CheckpointError: it is not there, or no image classifier.
+    """
+    if spec.teacher is None:
+        return None
+    return start if spec.teacher == BASE else open_checkpoint(spec.teacher)
+
+
+def note_images(
+    checkpoint: Checkpoint, images: ImageSet | None, purpose: str, folder: Path, teacher: Checkpoint | None = None
+) -> None:
+    """Note in `folder` the images that `checkpoint` and its `teacher` have seen, as what is made of them has seen them
+    too, and `images`."""
+    uses = [*load_uses(checkpoint.folder), *(load_uses(teacher.folder) if teacher else ())]
+    uses += [] if images is None else [seen(images, purpose)]
+    save_uses(list(dict.fromkeys(uses)), folder)
 
 
 def seen(images: ImageSet, purpose: str) -> Use:

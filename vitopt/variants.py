@@ -2,6 +2,7 @@
 
 import logging
 import pkgutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +18,14 @@ from vitopt.environment import devices, launch, machine
 from vitopt.errors import CheckpointError, MeasurementError, RecordError, UnsupportedError, VitoptError
 from vitopt.measure.predictions import PREDICTIONS_FILE
 from vitopt.models.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
-from vitopt.recipe import ENGINES, CalibrationSpec, Recipe, RecipeVariant, Step, computes_itself
+from vitopt.recipe import ENGINES, CalibrationSpec, FinetuneSpec, Recipe, RecipeVariant, Step, computes_itself
 from vitopt.records import RECORD_FILE
 from vitopt.search.analysis import analyse_for
 from vitopt.search.fastest import Choice, find_fastest, how_measured, load_choice, save_choice
 from vitopt.search.results import SENSITIVITY_SCHEMA, Sensitivity, load_sensitivity
 from vitopt.stages import RunFolder, Stage
 from vitopt.tracking import Tracking
+from vitopt.transformation import teacher_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ class VariantMaker:
         """
         if self.recipe.finetune is None:
             return source
-        stage = self._step_stage("finetune", source, Step.model_validate({"finetune": self.recipe.finetune}))
+        stage = self._step_stage("finetune", source, source, Step.model_validate({"finetune": self.recipe.finetune}))
         self.run.carry_out(stage)
         return self._opened(stage)
 
@@ -84,15 +86,27 @@ class VariantMaker:
         Raises:
             VitoptError: of the choice, or of a step, unless that is a reason for one variant alone to fail.
         """
-        for name, step in zip(variant.step_names, variant.steps, strict=True):
+        after = self._after(base, variant.step_names, variant.steps)
+        if isinstance(after, str):
+            return Settled(variant, base, failure=after)
+        return self._chosen(variant, after)
+
+    def _after(self, base: Checkpoint, names: Sequence[str], steps: Sequence[Step]) -> Checkpoint | str:
+        """What comes of a checkpoint, or why nothing does."""
+        start = base
+        for name, step in zip(names, steps, strict=True):
             if name not in self._steps:
-                stage = self._step_stage(f"steps/{name}", base, step, tolerated=_TOLERATED)
+                stage = self._step_stage(f"steps/{name}", start, base, step, tolerated=_TOLERATED)
                 failure = self.run.carry_out(stage)
                 self._steps[name] = self._opened(stage) if failure is None else f"{stage.name}: {failure}"
             outcome = self._steps[name]
             if isinstance(outcome, str):
-                return Settled(variant, base, failure=outcome)
+                return outcome
             base = outcome
+        return base
+
+    def _chosen(self, variant: RecipeVariant, base: Checkpoint) -> Settled:
+        """With what its recipe leaves open chosen on `base`."""
         scales = None
         if (scaling := variant.scaling_step) is not None and self.recipe.data is not None:
             scales = step_images(self.recipe.data, scaling)
@@ -112,10 +126,18 @@ class VariantMaker:
         return settled.failure
 
     def _step_stage(
-        self, name: str, checkpoint: Checkpoint, step: Step, tolerated: tuple[type[VitoptError], ...] = ()
+        self,
+        name: str,
+        start: Checkpoint,
+        checkpoint: Checkpoint,
+        step: Step,
+        tolerated: tuple[type[VitoptError], ...] = (),
     ) -> Stage[Checkpoint]:
-        """One step: `name` is also the folder that it fills."""
-        recipe, output = self.recipe, self.run.path / name
+        """One step of those that begin at `start`: `name` is also the folder that it fills."""
+        recipe, output, settings = self.recipe, self.run.path / name, step.settings
+        teacher = teacher_of(settings, start) if isinstance(settings, FinetuneSpec) else None
+        if teacher is not None:
+            settings = settings.model_copy(update={"teacher": teacher.source})
         images = None if recipe.data is None else step_images(recipe.data, step)
 
         def work() -> str:
@@ -123,7 +145,7 @@ class VariantMaker:
             options: dict[str, Any] = {"images": images, "seed": recipe.seed}
             if step.kind.images == "training":
                 options["tracking"] = Tracking(recipe.log_to, recipe.name, self.run.path / "log" / name)
-            made = transform(checkpoint, step.settings, output, recipe.device, **options)
+            made = transform(checkpoint, settings, output, recipe.device, **options)
             return str(made.summary())
 
         on = "" if images is None else f" on {len(images)} images of {images.name}"
@@ -134,6 +156,7 @@ class VariantMaker:
                 None if images is None else [images.sha256, images.class_names],
                 step.model_dump(mode="json"),
                 recipe.seed,
+                *([] if teacher is None else [teacher.fingerprint()]),
             ],
             files=_checkpoint_files(output),
             task=f"{step.settings.words}{on}",
@@ -247,6 +270,7 @@ class VariantMaker:
         variant, base, images = settled.variant, settled.base, settled.images
         output = self.run.variant(variant.name)
         compiled_in = ENGINES[variant.engine].options if variant.engine in ENGINES else ()
+        rounding = None if variant.rounding is None else self._calibration(variant.rounding)[0]
 
         def work() -> str:
             for other in self.recipe.variants:
@@ -257,7 +281,7 @@ class VariantMaker:
                     return f"the same weights as {other.name}"
             noted: dict[str, Any] = {"images": images, "purpose": settled.purpose, "scales": settled.scales}
             try:
-                return make(base, variant, output, self.recipe.device, **noted).summary()
+                return make(base, variant, output, self.recipe.device, **noted, calibration=rounding).summary()
             except _TOLERATED:
                 self._remove_earlier(variant.name)
                 raise
@@ -266,8 +290,9 @@ class VariantMaker:
             f"variant {variant.name}",
             inputs=[
                 base.fingerprint(),
-                variant.model_dump(mode="json", include={"format", "half", "skip", "layers", *compiled_in}),
+                variant.model_dump(mode="json", include={"format", "half", "skip", "layers", "rounding", *compiled_in}),
                 None if images is None else [images.sha256, settled.purpose],
+                None if rounding is None else rounding.sha256,
                 _of_engine(variant, settled.scales),
             ],
             files=_checkpoint_files(output),

@@ -24,7 +24,8 @@ def test_smooth_and_calibrate_lead_to_static_scales(tiny_checkpoint: Path, shape
 def test_each_step_on_calibration_images_has_a_command(name: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     told = done(name, "--help").stdout
     assert "--data" in told and "--limit" in told and "--split" not in told
-    asked = (name, tiny_checkpoint, "--output", tmp_path / "out", "--data")
+    needed = ("--depth", 1) if name == "prune" else ()
+    asked = (name, tiny_checkpoint, *needed, "--output", tmp_path / "out", "--data")
     assert "absent" in refusal(*asked, tmp_path / "absent")
     assert "images" in refusal(*asked, "digits", "--limit", 0)
     assert not (tmp_path / "out").exists()

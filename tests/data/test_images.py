@@ -354,6 +354,23 @@ def test_too_few_images_to_divide(classes):
     assert len(opened(f"{folder}:all")) == 13
 
 
+def test_small_classes_are_divided_as_one_where_labels_count_outputs(classes):
+    folder = classes(**{"0": 2, "1": 1, "2": 5, "3": 20})
+    train, test = (opened(folder, split, labels="index", test_share=0.25) for split in ("train", "test"))
+    assert (len(train), len(test)) == (22, 6)
+    assert Counter(test.labels)[3] == 5 and Counter(test.labels)[2] == 1  # large enough to give their own share
+    assert not set(train.ids) & set(test.ids)
+    alone = classes("alone", **{f"{number}": 1 for number in range(40)})
+    assert len(opened(alone, "test", labels="index")) == 8
+    assert "too few" in refusal(alone, "test")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_the_share_that_is_tested_can_be_set(classes, share):
+    folder = classes(cat=20, dog=40)
+    assert Counter(opened(folder, "test", test_share=share).labels) == {0: 20 * share, 1: 40 * share}
+
+
 def test_a_divided_folder_has_two_splits(classes):
     folder = classes(cat=5, dog=5)
     assert refusal(folder, "val") == (f"{folder} has no split 'val'; it divides into train and test, or take all")

@@ -1,5 +1,6 @@
 """Kernels of scaled dot product attention: the one asked for runs, and which one ran is read back."""
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +8,15 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vitopt.data.pixels import random_pixels
 from vitopt.errors import UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.models.names import block_names
-from vitopt.optimize.attention import attention_of, implementation, recognise
+from vitopt.optimize.attention import attention_of, implementation, noting, recognise
 from vitopt.optimize.runtime import TorchRunnable, prepare
 from vitopt.recipe import RunSpec
 
@@ -141,3 +145,30 @@ def test_only_a_capture_changes_how_plain_attention_is_known() -> None:
     assert implementation("sdpa", "auto") == "sdpa"
     assert implementation("eager", "auto", traced=True) == "eager"
     assert implementation("flash_attention_2", "auto", traced=True) == "flash_attention_2"
+
+
+def test_an_attention_that_notes_runs_as_itself_and_hands_on_what_is_asked() -> None:
+    seen = list[str]()
+
+    def attend(module: nn.Module, query: torch.Tensor, *rest: object, **options: object) -> tuple[torch.Tensor, None]:
+        seen.append(module.config._attn_implementation)  # as flash_attention_2 does
+        assert not module.is_causal and not module.training and options == {"dropout": 0.0, "scaling": 0.5}
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("mine", attend)
+    name = noting("mine")
+    assert noting("mine") == name and "flash" not in noting("flash_attention_2") and attention_of(name) == "mine"
+    host, query, key = nn.Module(), torch.ones(1, 2, 3, 4), torch.zeros(1, 2, 3, 4)
+    call = functools.partial(ALL_ATTENTION_FUNCTIONS[name], host, query, key, key, None, dropout=0.0, scaling=0.5)
+    assert call()[1] is None and seen == ["mine"]
+    host.note = lambda query, key: query.sum() + key.sum()
+    assert call()[1] == 24
+
+
+def test_an_attention_that_notes_adds_a_bias() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 5, 4)
+    bias = torch.randn(1, 1, 1, 5)
+    attended, _ = ALL_ATTENTION_FUNCTIONS[noting("sdpa")](nn.Module(), query, key, value, None, bias=bias, scaling=0.5)
+    expected = (query @ key.transpose(2, 3) * 0.5 + bias).softmax(-1) @ value
+    torch.testing.assert_close(attended, expected.transpose(1, 2), rtol=0, atol=1e-6)

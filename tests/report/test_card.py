@@ -109,6 +109,23 @@ def test_the_hub_reads_the_metadata(make: SimpleNamespace, comparison, tiny_chec
     assert "LoRA (rank 4" in card.text and "720 images of 12 classes" in card.text and "block.1 kept" in card.text
 
 
+def test_every_step_of_a_checkpoint_is_told(tiny_checkpoint, copy_of) -> None:
+    folder = copy_of(tiny_checkpoint)
+    for step in (
+        {"step": "prune", "removed_blocks": (3, 5), "units": None, "images": 64},
+        {"step": FINETUNE, **TRAINED, "method": "qat", "format": "w8a8", "image_size": 16, "teacher": "larger-vit"},
+        {"step": "calibrate", "images": 128},
+    ):
+        note_origin(open_checkpoint(str(folder)), folder, **step)
+
+    write_card_without_figures(folder)
+
+    lines = [line for line in (folder / CARD_FILE).read_text().splitlines() if "(vitopt " in line]
+    assert lines[0].startswith("- Step `prune`: removed_blocks 3 5, images 64 (vitopt")
+    assert "all weights, as w8a8 holds them at 16 x 16 pixels, distilled from `larger-vit`: 3 epochs" in lines[1]
+    assert "observed on 128 images" in lines[2]
+
+
 def test_what_is_not_known_is_left_out(tiny_checkpoint, copy_of, make: SimpleNamespace, tmp_path) -> None:
     (tmp_path / "nf4").mkdir()
     trained = {"dataset": "flowers", "dataset_hub_id": None, "method": "full"}

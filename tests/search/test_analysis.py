@@ -18,13 +18,13 @@ from vitopt.measure.logit_statistics import mean_kl_divergence
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint
 from vitopt.models.names import block_names, linear_layers
 from vitopt.optimize.formats import quantization_config
+from vitopt.optimize.hybrid import Boundary, Hybrid
 from vitopt.optimize.quantize import plan_for, quantize
 from vitopt.recipe import AutoSkipSpec, DataSpec, VariantSpec
 from vitopt.search import analysis, sensitivity
 from vitopt.search.analysis import analyse, analyse_for, require_disjoint
 from vitopt.search.confirmation import divide
 from vitopt.search.goal import Goal
-from vitopt.search.hybrid import Boundary, Hybrid
 from vitopt.search.results import load_sensitivity
 from vitopt.search.sensitivity import Calibration, mixture_logits, units
 

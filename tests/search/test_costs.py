@@ -9,9 +9,9 @@ from torch import nn
 from vitopt.measure.latency import Call, Clock
 from vitopt.models.checkpoint import load_model, open_checkpoint
 from vitopt.models.names import block_names, linear_layers
+from vitopt.optimize.hybrid import Hybrid
 from vitopt.search import costs
 from vitopt.search.costs import extra_bytes, extra_ms
-from vitopt.search.hybrid import Hybrid
 from vitopt.search.sensitivity import units
 
 

@@ -60,7 +60,7 @@ def learned(
     folder = tmp_path_factory.mktemp("lora")
     spec = FinetuneSpec(epochs=20, batch_size=8, learning_rate=5e-3, rank=16, flip=False, precision="fp32")
     logits = []
-    evaluate = training._top1_percent
+    evaluate = training.top1_percent
 
     def with_adapter(trainer: Trainer, data: Any) -> float:
         percent = evaluate(trainer, data)
@@ -70,7 +70,7 @@ def learned(
         return percent
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_top1_percent", with_adapter)
+        patch.setattr(training, "top1_percent", with_adapter)
         report = finetune(tiny, spec, folder / "out", "cpu", images=train, test=test)
     return folder / "out", report, logits[0]
 
@@ -183,15 +183,15 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(
 
 def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in the given step, once."""
-    advance = training._Advance.on_step_end
+    advance = training.Advance.on_step_end
 
     def interrupting(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
         advance(self, args, state, control, **rest)
         if state.global_step == step:
-            monkeypatch.setattr(training._Advance, "on_step_end", advance)
+            monkeypatch.setattr(training.Advance, "on_step_end", advance)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training._Advance, "on_step_end", interrupting)
+    monkeypatch.setattr(training.Advance, "on_step_end", interrupting)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -4,6 +4,7 @@ Nothing heavy is imported before a command needs it, so that help and refused re
 """
 
 import signal
+from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 import typer
@@ -19,6 +20,7 @@ from vitopt.cli.printing import out
 from vitopt.cli.publishing import push
 from vitopt.cli.quantizing import quantize, sensitivity
 from vitopt.cli.recipes import report, run
+from vitopt.cli.reducing import tokens
 from vitopt.cli.running import evaluate
 from vitopt.cli.serving import serve
 from vitopt.cli.starting import doctor, init
@@ -35,10 +37,11 @@ app = typer.Typer(
 )
 
 # In the order of the help.
-for _command in (
-    run, finetune, *step_commands(), quantize, sensitivity, evaluate, benchmark, compare, plan, predict, serve, load,
-    report, export, push, doctor, init,
-):  # fmt: skip
+_commands: tuple[Callable[..., None], ...] = (
+    run, finetune, *step_commands(), quantize, sensitivity, tokens, evaluate, benchmark, compare, plan, predict, serve,
+    load, report, export, push, doctor, init,
+)  # fmt: skip
+for _command in _commands:
     app.command()(clear_errors(_command))
 
 

@@ -19,6 +19,7 @@ from vitopt.recipe import (
     DataSpec,
     EvaluateSpec,
     FastestSpec,
+    RoundingSpec,
     RunSpec,
     VariantSpec,
     computes_itself,
@@ -85,6 +86,9 @@ def _refuse_without_effect(context: typer.Context) -> None:
     _refuse_useless_scales(context)
     asked = context.params
     automatic = asked["skip"] == [AUTO]
+    if asked["rounding"] == "nearest":
+        because = "only --rounding gptq looks at calibration images"
+        refuse(context, "calibrate", *_ROUNDED.named.values(), *_ROUNDED.paths[2:], because=because)
     if not automatic:
         because = "only --skip auto searches for a skip list"
         searching = ("max_top1_drop", "max_kl_share", "objective", "granularity", "sample", "sensitivity")
@@ -100,6 +104,12 @@ def _refuse_without_effect(context: typer.Context) -> None:
     if asked["format"] not in QUANTIZED_FORMATS:
         because = f"format {asked['format']} quantizes nothing, so every layer is {asked['format']}"
         refuse(context, "half", because=because)
+
+
+_ROUNDED = Fields(
+    ("images", "batch_size", "search_scales", "damping", "tuning_steps", "learning_rate"),
+    named={"images": "calibration_images", "batch_size": "tuning_batch_size"},
+)
 
 
 @from_fields(_refuse_without_effect)
@@ -129,6 +139,19 @@ def quantize(
         ),
     ],
     auto: Annotated[AutoSkipSpec, _search_fields("sensitivity")],
+    rounding: Annotated[
+        Literal["nearest", "gptq"],
+        typer.Option(help="How weights are rounded: one by one, or by what their layers give on calibration images."),
+    ] = "nearest",
+    calibrate: Annotated[
+        DataSpec | None,
+        Fields(
+            ("source",),
+            named={"source": "calibrate"},
+            help={"source": "images for --rounding gptq: the train split, never your test images; labels are not used"},
+        ),
+    ],
+    rounded: Annotated[RoundingSpec, _ROUNDED],
     run: Annotated[RunSpec, ENGINE_FIELDS],
     half: HalfOption = HALF,
     threads: ThreadsOption = None,
@@ -142,6 +165,8 @@ def quantize(
             raise RecipeError("--format auto needs --data: images on which the formats are compared with fp32")
         if skip:
             raise RecipeError("--format auto compares whole formats: choose one, then --skip keeps layers in 16 bit")
+        if rounding != "nearest":
+            raise RecipeError("--format auto compares formats as they round: choose one, then add --rounding gptq")
         start(as_json, threads)
         _quantize_to_fastest(checkpoint, calibration, output, fastest, half, run, device, as_json)
         return
@@ -149,9 +174,13 @@ def quantize(
     content |= {"engine": run.engine, "static_scales": run.static_scales}
     if skip == [AUTO]:
         content["auto"] = _with_its_goal(auto)
+    if rounding == "gptq":
+        content["rounding"] = rounded
     variant = validate(VariantSpec, content, where="quantize")
     if variant.skips_automatically and calibration is None:
         raise RecipeError("--skip auto needs --data: calibration images on which the skip list is chosen")
+    if variant.rounding is not None and calibrate is None:
+        raise RecipeError("--rounding gptq needs --calibrate: images on which weights are rounded")
     if run.static_scales and calibration is None:
         raise RecipeError(
             "--static-scales needs --data: calibration images that fix the scales, never your tested ones"
@@ -163,15 +192,17 @@ def quantize(
     from vitopt.report.table import human_bytes
 
     opened = open_checkpoint(checkpoint)
-    images = scales = None
-    with storage.reserved(output, opened.folder, calibration.folder if calibration else None):
+    images = scales = seen = None
+    with storage.reserved(output, opened.folder, *(data.folder for data in (calibration, calibrate) if data)):
         if calibration is not None:
             scales = _scales(calibration, run)
+        if calibrate is not None and variant.rounding is not None:
+            seen = open_images(calibrate.model_copy(update={"limit": variant.rounding.images}), variant.rounding.split)
         if calibration is not None and variant.skips_automatically:
             images = open_images(calibration, "train")
             variant = _choose_skip_list(opened, variant, images, scales, calibration, output, device)
         with progress.task(f"quantizing to {format}", None):
-            plan = make(opened, variant, output, device, images=images, scales=scales)
+            plan = make(opened, variant, output, device, images=images, scales=scales, calibration=seen)
         add_card(output)
     size = disk_bytes(output)
     if as_json:

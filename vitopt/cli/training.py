@@ -12,9 +12,9 @@ from vitopt.recipe import DataSpec, FinetuneSpec
 
 
 def _refuse_without_effect(context: typer.Context) -> None:
-    if context.params["method"] == "full":
-        because = "--method full trains every weight and has no LoRA updates"
-        refuse(context, "rank", "alpha", "dropout", "target", because=because)
+    if (method := context.params["method"]) != "lora":
+        because = f"--method {method} trains every weight and has no LoRA updates"
+        refuse(context, "rank", "alpha", "dropout", *(["target"] if method == "full" else []), because=because)
 
 
 @from_fields(_refuse_without_effect)
@@ -25,7 +25,7 @@ def finetune(
         DataSpec, Fields(("source", "root", "labels", "group_column"), named={"source": "data", "root": "data_root"})
     ],
     output: Annotated[Path, typer.Option(help="Folder for the merged checkpoint.")],
-    finetune: Annotated[FinetuneSpec, Fields(named={"targets": "target"})],
+    finetune: Annotated[FinetuneSpec, Fields(named={"targets": "target", "teacher": "distill_from"})],
     seed: Annotated[int, typer.Option(help="Seed of the order of images, of augmentation and of LoRA's start.")] = 0,
     log_to: LogToOption = None,
     device: DeviceOption = "auto",

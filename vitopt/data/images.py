@@ -8,7 +8,9 @@ was trained on.
 
 import functools
 import hashlib
+import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +32,6 @@ from vitopt.recipe import DataSpec
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "calibration")
 EVALUATION_SPLITS = ("test", "testing", "validation", "val", "valid")
 ALL = "all"
-_TEST_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,8 @@ def _folder(path: Path, source: str, split: str | None, spec: DataSpec) -> Image
     boundary = Boundary(root, path)
     splits = _splits(path)
     if not splits:
-        return _divided(_one_folder(path, source, None, boundary, spec.group_column), split)
+        whole = _one_folder(path, source, None, boundary, spec.group_column)
+        return _divided(whole, split, spec.test_share, by_class=spec.labels == "name")
     wanted = _pick_split(split and split.lower(), list(splits), source)
     return _one_folder(splits[wanted], source, wanted, boundary, spec.group_column)
 
@@ -239,22 +241,33 @@ def _pick_split(split: str | None, existing: Sequence[str], source: str) -> str:
     return split
 
 
-def _divided(whole: ImageSet, split: str | None, test_share: float = _TEST_SHARE) -> ImageSet:
-    """A fixed division of a set that has no splits: every class gives its share to `test`."""
+def _divided(whole: ImageSet, split: str | None, test_share: float, *, by_class: bool = True) -> ImageSet:
+    """A fixed division of a set that has no splits: every class gives its share to `test`.
+
+    Without `by_class`, classes that are too small for that are divided as one: where labels count a head's outputs,
+    nothing has to be learned of a class before it is tested.
+    """
     if split in (None, ALL):
         return replace(whole, split=ALL)
     if split not in ("train", "test"):
         raise DataError(f"{whole.name} has no split {split!r}; it divides into train and test, or take all")
-    testing = held_out(whole.labels, whole.groups, test_share)
+    labels = whole.labels if by_class else _small_as_one(whole.labels, test_share)
+    testing = held_out(labels, whole.groups, test_share)
     tested = {label for label, here in zip(whole.labels, testing, strict=True) if here}
     if split == "test" and len(tested) < 2 <= len(set(whole.labels)):
         what = "images" if whole.groups is None else "groups of images"
         raise DataError(
-            f"{whole.name} has too few {what} to divide: at least two classes must have {1 / test_share:.0f} each; "
-            f"add images, or take them all as {whole.name}:{ALL}"
+            f"{whole.name} has too few {what} to divide: at least two classes must have {math.ceil(1 / test_share)} "
+            f"each; add images, or take them all as {whole.name}:{ALL}"
         )
     part = whole.subset(index for index, here in enumerate(testing) if here == (split == "test"))
     return replace(part, split=split)
+
+
+def _small_as_one(labels: Sequence[int], share: float) -> list[int]:
+    """-1 for each label with so few images that none would be held out."""
+    counts = Counter(labels)
+    return [label if int(counts[label] * share) else -1 for label in labels]
 
 
 def _one_folder(path: Path, source: str, split: str | None, boundary: Boundary, group_column: str | None) -> ImageSet:

@@ -85,15 +85,26 @@ class Batch:
     bad: tuple[int, ...] = ()
 
 
+TEACHER_PIXELS = "teacher_pixel_values"
+
+
 class PixelDataset(Dataset):
-    """Preprocessed images for the trainer and for the batches of evaluation."""
+    """Preprocessed images for the trainer and for the batches of evaluation.
+
+    `for_teacher` prepares the same (augmented) image for a model that takes other pixels.
+    """
 
     def __init__(
-        self, images: ImageSet, preprocess: Callable[[Image.Image], torch.Tensor], augment: Augmentation | None = None
+        self,
+        images: ImageSet,
+        preprocess: Callable[[Image.Image], torch.Tensor],
+        augment: Augmentation | None = None,
+        for_teacher: Callable[[Image.Image], torch.Tensor] | None = None,
     ):
         self.images = images
         self.preprocess = preprocess
         self.augment = augment
+        self.for_teacher = for_teacher
 
     def __len__(self) -> int:
         return len(self.images)
@@ -102,7 +113,8 @@ class PixelDataset(Dataset):
         image = self.images.image(index)
         if self.augment is not None:
             image = self.augment(image)
-        return {"pixel_values": self.preprocess(image), "labels": self._target(index)}
+        taught = {} if self.for_teacher is None else {TEACHER_PIXELS: self.for_teacher(image)}
+        return {"pixel_values": self.preprocess(image), "labels": self._target(index)} | taught
 
     def _target(self, index: int) -> Any:
         if self.images.label_sets is None:

@@ -153,19 +153,19 @@ def make(
     images: ImageSet | None = None,
     purpose: str = "skip list",
     scales: ImageSet | None = None,
+    calibration: ImageSet | None = None,
 ) -> LayerPlan:
     """Write the folder of a variant, by `vitopt.optimize.quantize.quantize` or, for an engine, `package.make`.
 
     `images`: those on which `variant` was chosen, and the `purpose`, what was chosen; `scales`: those that give an
-    engine its static scales.
+    engine its static scales; `calibration`: those on which torch's weights are rounded, if `variant` asks for that.
 
     Raises:
         VitoptError: as these.
     """
     if variant.engine in ENGINES:
-        noted: dict[str, Any] = {"chosen_on": images, "purpose": purpose}
-        return package.make(checkpoint, variant, output, device, images=scales, **noted)
-    return quantize(checkpoint, variant, output, device, images=images, purpose=purpose)
+        return package.make(checkpoint, variant, output, device, images=scales, chosen_on=images, purpose=purpose)
+    return quantize(checkpoint, variant, output, device, images=images, purpose=purpose, calibration=calibration)
 
 
 def prepare(

@@ -18,7 +18,7 @@ _SCHEMA = "vitopt.calibration/1"
 
 @dataclass(frozen=True)
 class Use:
-    """Images that a checkpoint has seen, and for what: `training`, `skip list` or `format`.
+    """Images that a checkpoint has seen, and for what: `training`, `skip list`, `format`, `rounding` and so on.
 
     `images` and `image_phash` go with `image_sha256` one by one, or are empty where they are not known;
     a perceptual hash is 16 hexadecimal digits, None for an image that has none.

@@ -70,10 +70,13 @@ class Family:
     norms: tuple[str, str] | None = ("layernorm_before", "layernorm_after")
     # Module of the input embeddings, where transformers' own class does not know it.
     input_embeddings: str | None = None
+    # Why its models cannot be made for another image size, where they cannot.
+    fixed_size: str = ""
     note: str = ""  # what a user should know, for README
 
 
 _TWO_HEADS = {"cls_classifier": f"{HEAD}.class", "distillation_classifier": f"{HEAD}.distillation"}
+_WINDOWS = "the windows of its attention are made for one size"
 _NARROW = "layers too narrow for NF4 (its first stage) stay in 16 bit"
 
 FAMILIES: Mapping[str, Family] = {
@@ -90,7 +93,12 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "vit_msn": Family("ViT-MSN", {"vit-msn-SIZE": "ViTMSNForImageClassification"}, rf"vit\.{_PLAIN}"),
     "ijepa": Family("I-JEPA", {"ijepa-SIZE": "IJepaForImageClassification"}, rf"ijepa\.{_PLAIN}"),
-    "beit": Family("BEiT", {"beit-SIZE": "BeitForImageClassification"}, rf"beit\.{_PLAIN}"),
+    "beit": Family(
+        "BEiT",
+        {"beit-SIZE": "BeitForImageClassification"},
+        rf"beit\.{_PLAIN}",
+        fixed_size="its relative position biases are made for one size",
+    ),
     "dinov2": Family(
         "DINOv2",
         {"dinov2-SIZE": "Dinov2ForImageClassification"},
@@ -126,6 +134,7 @@ FAMILIES: Mapping[str, Family] = {
         {"swin-SIZE": "SwinForImageClassification"},
         r"swin\.encoder\.layers\.\d+\.blocks\.\d+",
         shape="stages",
+        fixed_size=_WINDOWS,
         note=_NARROW,
     ),
     "swinv2": Family(
@@ -135,6 +144,7 @@ FAMILIES: Mapping[str, Family] = {
         unnamed=("continuous_position_bias_mlp.0", "continuous_position_bias_mlp.2"),
         norms=None,  # they come after attention and MLP
         shape="stages",
+        fixed_size=_WINDOWS,
         note=f"{_NARROW}; eager attention, transformers has no other for it",
     ),
     TIMM: Family(
@@ -152,6 +162,7 @@ FAMILIES: Mapping[str, Family] = {
         norms=("norm1", "norm2"),
         shape="timm",
         own_attention=True,
+        fixed_size="timm's models are made for the size that `model_args` names",
         note="needs `pip install 'vitopt[timm]'`; query, key and value are one layer `qkv`; sdpa without a choice of "
         "its kernel",
     ),

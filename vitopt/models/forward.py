@@ -1,5 +1,7 @@
 """Calling a model, and the arithmetic of a call. Some families do not cast their pixels, so it is done here for all."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,9 +22,13 @@ def logits(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     return outputs
 
 
-def flops_per_image(checkpoint: Checkpoint) -> int:
-    """Arithmetic of one image in matrix products and convolutions, a multiply-add counted as two."""
+def flops_per_image(checkpoint: Checkpoint, rewrite: Callable[[nn.Module], object] = lambda model: None) -> int:
+    """Arithmetic of one image in matrix products and convolutions, a multiply-add counted as two.
+
+    `rewrite` makes of the checkpoint's model, in place, the one that runs.
+    """
     model = empty_model(checkpoint)
+    rewrite(model)
     # Attention as matrix products: what its kernels do is not counted on the meta device.
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         logits(model, torch.empty(1, 3, *checkpoint.image_size, device="meta"))

@@ -6,6 +6,7 @@ attention, arXiv 2112.05682), `math` (plain matrix products and a softmax).
 
 import functools
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ _KERNELS: dict["SdpaKernel", tuple[str, SDPBackend]] = {
 }
 
 _UNMASKED = "sdpa_any"
+_NOTING: dict[str, str] = {}  # name under which `noting` registered an attention -> that attention
 
 # What a profile calls a kernel, most telling first: operators of torch, then GPU kernels, which are all that a
 # replayed CUDA graph shows.
@@ -61,8 +63,48 @@ def implementation(attention: "Attention", kernel: "SdpaKernel", traced: bool = 
 
 
 def attention_of(implementation: str) -> str:
-    """The attention behind a name that `implementation` gave."""
+    """The attention behind a name that `implementation` or `noting` gave."""
+    implementation = _NOTING.get(implementation, implementation)
     return "sdpa" if implementation in (_UNMASKED, *(name for name, _ in _KERNELS.values())) else implementation
+
+
+def noting(implementation: str) -> str:
+    """Name of the same attention that also adds a bias to its scores, and tells of queries and keys what is asked.
+
+    In the place of attention weights it returns what the attention module's `note` makes of (query, key), each (batch,
+    heads, tokens, head width), if it has one. `bias`, (batch, 1, 1, tokens), is an option of the module's call.
+    """
+    name = f"noting_{len(_NOTING)}"  # without "flash", see above
+    if implementation in _NOTING.values():
+        return next(name for name, known in _NOTING.items() if known == implementation)
+    attend = functools.partial(ALL_ATTENTION_FUNCTIONS[implementation], _As(implementation))
+    AttentionInterface.register(name, functools.partial(_noting, attend))
+    _NOTING[name] = implementation
+    return name
+
+
+class _As(torch.nn.Module):
+    """Self-attention of an encoder as an attention function sees it: flash_attention_2 asks its module for the name."""
+
+    def __init__(self, implementation: str):
+        super().__init__()
+        self.config, self.is_causal = SimpleNamespace(_attn_implementation=implementation), False
+        self.eval()
+
+
+def _noting(
+    attend: Callable[..., Any],
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    attended, _ = attend(query, key, value, attention_mask if bias is None else bias, **options)
+    note = getattr(module, "note", None)
+    return attended, None if note is None else note(query, key)
 
 
 def _held_to(backend: SDPBackend, *args: Any, **options: Any) -> Any:

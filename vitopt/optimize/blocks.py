@@ -4,14 +4,32 @@ Blocks are x + attention(norm(x)), then x + mlp(norm(x)) ("An Image is Worth 16x
 3). Each change replaces modules in place under the names that they had, so that layers are still found.
 """
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# A sum that is yet to be done: what the last layer gave, and what it is to be added to.
-Carried: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
+class Carried(NamedTuple):
+    """What a block leaves to the next beside tokens: `delta` is yet to be added, `sizes` are patches of each token."""
+
+    hidden: torch.Tensor  # (batch, tokens, width)
+    delta: torch.Tensor | None = None  # (batch, tokens, width)
+    sizes: torch.Tensor | None = None  # (batch, tokens), float32; None where each is one patch
+
+
+class Reduces(Protocol):
+    """Makes fewer tokens in a block, between its attention and its MLP."""
+
+    def bias(self, sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """What the scores of attention get for tokens of these sizes."""
+
+    def __call__(
+        self, hidden: torch.Tensor, sizes: torch.Tensor | None, noted: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens and sizes that are left, given what attention noted."""
+
 
 _PARTS = {"attention", "layernorm_before", "layernorm_after", "mlp", "dropout"}
 # Classes whose head looks at the first token alone.
@@ -19,23 +37,37 @@ _OF_CLASS_TOKEN = ("ViTForImageClassification", "DeiTForImageClassification", "V
 
 
 class Block(nn.Module):
-    """A pre-norm block, without its host's dropout. With `carries` it leaves its last addition to who comes next."""
+    """A pre-norm block, without its host's dropout.
+
+    With `carries` it leaves its last addition to who comes next. `reduce` makes fewer tokens; sizes are handed on, but
+    by the `last` block.
+    """
 
     def __init__(self, host: nn.Module):
         super().__init__()
         self.attention, self.mlp = host.attention, host.mlp
         self.layernorm_before, self.layernorm_after = host.layernorm_before, host.layernorm_after
-        self.carries = False
+        self.carries, self.last = False, False
+        self.reduce: Reduces | None = None
 
     def forward(self, hidden_states: torch.Tensor | Carried, *args: Any, **options: Any) -> torch.Tensor | Carried:
-        """`hidden_states`: (batch, tokens, width), or two such whose sum it is. Returns the same, fewer tokens where
-        attention gives fewer: the first ones."""
+        """`hidden_states`: (batch, tokens, width), or what a block before carries. Returns the same, fewer tokens where
+        attention gives fewer, the first ones, or where some are reduced."""
+        given = hidden_states if isinstance(hidden_states, Carried) else Carried(hidden_states)
         # Done here an addition is one kernel with the norm that follows; at the end of a block it is one of its own.
-        residual = hidden_states[0] + hidden_states[1] if isinstance(hidden_states, tuple) else hidden_states
-        attended, _ = self.attention(self.layernorm_before(residual), *args, **options)
+        residual, sizes = given.hidden if given.delta is None else given.delta + given.hidden, given.sizes
+        if self.reduce is not None and sizes is not None:
+            options["bias"] = self.reduce.bias(sizes, residual.dtype)
+        attended, noted = self.attention(self.layernorm_before(residual), *args, **options)
         residual = attended + residual[:, : attended.shape[1]]
+        if self.reduce is not None:
+            residual, sizes = self.reduce(residual, sizes, noted)
         delta = self.mlp(self.layernorm_after(residual))
-        return (delta, residual) if self.carries else delta + residual
+        if self.last:
+            return delta + residual
+        if self.carries:
+            return Carried(residual, delta, sizes)
+        return delta + residual if sizes is None else Carried(delta + residual, sizes=sizes)
 
 
 class ClassTokenAttention(nn.Module):
@@ -100,9 +132,9 @@ def carry_residuals(model: nn.Module, names: tuple[str, ...]) -> int:
     if not all(is_plain(model.get_submodule(name)) for name in names):
         return 0
     for name in names[:-1]:
-        _block(model, name).carries = True
+        as_block(model, name).carries = True
     if len(names) > 1:
-        _block(model, names[-1])  # it takes what the one before carries
+        as_block(model, names[-1])  # it takes what the one before carries
     return len(names) - 1
 
 
@@ -117,7 +149,7 @@ def narrow_last_block(model: nn.Module, names: tuple[str, ...]) -> int:
     eager = model.config._attn_implementation == "eager"
     if eager or type(model).__name__ not in _OF_CLASS_TOKEN or not (is_plain(host) and separate):
         return 0
-    _block(model, names[-1]).attention = ClassTokenAttention(attention)
+    as_block(model, names[-1]).attention = ClassTokenAttention(attention)
     return 1
 
 
@@ -144,7 +176,8 @@ def is_plain(host: nn.Module) -> bool:
     return isinstance(host, Block) or {name for name, _ in host.named_children()} == _PARTS
 
 
-def _block(model: nn.Module, name: str) -> Block:
+def as_block(model: nn.Module, name: str) -> Block:
+    """The block of this name as a `Block`, which replaces its host where it is none yet."""
     host = model.get_submodule(name)
     if not isinstance(host, Block):
         host = Block(host)

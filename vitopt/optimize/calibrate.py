@@ -77,7 +77,7 @@ def observe(model: nn.Module, model_type: str, pixels: Iterable[torch.Tensor]) -
     Raises:
         MeasurementError: an input is no finite number.
     """
-    found = {}
+    found: dict[str, LayerInputs] = {}
     for one in collect(model, model_type, pixels):
         smallest, largest = one.ranges
         noise = {format: max(one.lost(format)) for format in KINDS}

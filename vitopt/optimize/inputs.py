@@ -71,7 +71,7 @@ class Inputs:
             other = self.halves[1 - half]  # None where there was one image
             ranges = self.ranges if other is None else other
             factors = torch.ones_like(ranges[0, 0]) if factors_of is None else factors_of(ranges)
-            scales = scales_of(*(ranges / factors), format)
+            scales = scales_of(ranges[0] / factors, ranges[1] / factors, format)
             values, row_scales = rounded(self.weight * factors, format)
             weight = values.float() * row_scales
             for group, rows in enumerate(self._by_group(torch.cat(self.rows[half]))):

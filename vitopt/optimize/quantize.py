@@ -14,6 +14,7 @@ from vitopt.environment.devices import DTYPES
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.formats import QUANTIZED_FORMATS
 from vitopt.models.activations import load_activations, save_activations
+from vitopt.models.calibration import load_uses, save_uses
 from vitopt.models.checkpoint import (
     Checkpoint,
     empty_model,
@@ -28,9 +29,10 @@ from vitopt.optimize.calibrate import observe
 from vitopt.optimize.formats import live_formats, quantization_config
 from vitopt.optimize.plan import LayerPlan, plan_layers
 from vitopt.optimize.refused import fit_where_refused
+from vitopt.optimize.rounded_model import round_on_images
 from vitopt.optimize.static import KINDS
 from vitopt.recipe import VariantSpec
-from vitopt.transformation import note_images
+from vitopt.transformation import note_images, seen
 
 
 def plan_for(checkpoint: Checkpoint, variant: VariantSpec) -> LayerPlan:
@@ -46,12 +48,13 @@ def quantize(
     *,
     images: ImageSet | None = None,
     purpose: str = "skip list",
+    calibration: ImageSet | None = None,
 ) -> LayerPlan:
     """Write `checkpoint` in the formats that `variant` asks for and return the plan that was carried out.
 
     The folder at `output` opens with plain transformers and gives finite logits on this device. It is complete or
-    absent. `images`: those on which `variant` was chosen, and the `purpose`, what was chosen; they are noted there,
-    beside those that `checkpoint` has seen.
+    absent. `images`: those on which `variant` was chosen, and the `purpose`, what was chosen; `calibration`: those on
+    which its weights are rounded, if it asks for that. They are noted there, beside those that `checkpoint` has seen.
 
     Raises:
         PatternError: a skip pattern matches nothing.
@@ -60,12 +63,13 @@ def quantize(
             was made does not run on it.
         MeasurementError: what was made gives logits that are not finite.
         CheckpointError: the checkpoint is quantized already, or the libraries did not follow the plan.
+        DataError: weights are to be rounded on calibration images, and there are none.
         StorageError: the output would replace something else, is in use, or cannot be written.
     """
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.source} is quantized already; start from the 16- or 32-bit checkpoint")
     with storage.reserved(output, checkpoint.folder):
-        return _quantize(checkpoint, variant, output, device, images, purpose)
+        return _quantize(checkpoint, variant, output, device, images, purpose, calibration)
 
 
 def _quantize(
@@ -75,6 +79,7 @@ def _quantize(
     device: str,
     images: ImageSet | None,
     purpose: str,
+    calibration: ImageSet | None,
 ) -> LayerPlan:
     target = devices.resolve_device(device)
     plan = plan_for(checkpoint, variant)
@@ -96,11 +101,16 @@ def _quantize(
     else:
         model = load_model(checkpoint, dtype=base, device=target, quantization=config)
     _check(plan, live_formats(model, checkpoint.config.model_type))
+    if variant.rounding is not None:
+        round_on_images(model, checkpoint, plan, variant.rounding, calibration)
     with storage.staged_folder(output) as folder:
         save_checkpoint(model, processor, folder)
         save_activations(observed, folder)
         note_images(checkpoint, images, purpose, folder)
         held = variant.model_dump(mode="json", include={"format", "half", "skip", "layers"})
+        if variant.rounding is not None and calibration is not None:
+            save_uses([*load_uses(folder), seen(calibration, "rounding")], folder)
+            held["rounding"] = variant.rounding.model_dump(mode="json")
         note_origin(checkpoint, folder, QUANTIZE, **held, layer_plan=plan.counts())
         del model  # not in memory twice
         _require_finite_logits(folder, variant, target)

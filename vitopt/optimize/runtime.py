@@ -21,7 +21,7 @@ from vitopt.models.checkpoint import (
     weight_bytes,
 )
 from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel
-from vitopt.models.forward import input_dtype
+from vitopt.models.forward import flops_per_image, input_dtype
 from vitopt.models.names import block_names
 from vitopt.optimize import refused
 from vitopt.optimize.attention import attention_of, implementation, kernel_used
@@ -31,6 +31,7 @@ from vitopt.optimize.expand import EXPANDABLE, expand
 from vitopt.optimize.formats import live_formats, stored_formats
 from vitopt.optimize.fuse import FusedAttention, fuse_projections
 from vitopt.optimize.patches import multiply_patches
+from vitopt.optimize.reduction import reduce_tokens, token_counts
 from vitopt.optimize.runnable import CheckpointRunnable
 from vitopt.optimize.static import StaticLinear, use_static_scales
 from vitopt.recipe import HeldSpec, RunSpec
@@ -38,17 +39,17 @@ from vitopt.records import Option, Size, Variant
 
 logger = logging.getLogger(__name__)
 
-# option -> what changes the model in place and tells how much, given the names of its blocks and its checkpoint; why it
-# changes nothing. The last block's own attention is made before queries, keys and values are stacked, and what is
-# stacked is quantized by one scale.
-_REWRITES: dict[str, tuple[Callable[[nn.Module, tuple[str, ...], Checkpoint], int], str]] = {
+# option -> what changes the model in place and tells how much, given the names of its blocks, its checkpoint and all
+# options; why it changes nothing. The last block's own attention is made before queries, keys and values are stacked,
+# what is stacked is quantized by one scale, and tokens are reduced by the attention that is there in the end.
+_REWRITES: dict[str, tuple[Callable[[nn.Module, tuple[str, ...], Checkpoint, RunSpec], int], str]] = {
     "patch_product": (lambda model, *_: multiply_patches(model), "no patch embedding here is a plain convolution"),
     "class_token_last": (
-        lambda model, blocks, _: narrow_last_block(model, blocks),
+        lambda model, blocks, *_: narrow_last_block(model, blocks),
         "this model's head or last block (eager, or of another kind) needs all",
     ),
     "carry_residual": (
-        lambda model, blocks, _: carry_residuals(model, blocks),
+        lambda model, blocks, *_: carry_residuals(model, blocks),
         "the blocks of this family are of another kind",
     ),
     "gelu_epilogue": (lambda model, *_: join_gelu(model), "no GELU here follows an unquantized product"),
@@ -57,14 +58,18 @@ _REWRITES: dict[str, tuple[Callable[[nn.Module, tuple[str, ...], Checkpoint], in
         "no query, key and value here can be fused (packed, eager, or another attention)",
     ),
     "fused_kernels": (
-        lambda model, blocks, _: _with_fused_products(model, blocks),
+        lambda model, blocks, *_: _with_fused_products(model, blocks),
         "no block here has an unquantized MLP with GELU, or query, key and value as one unquantized product",
     ),
     "static_scales": (
-        lambda model, _, checkpoint: _with_static_scales(model, checkpoint),
+        lambda model, _, checkpoint, __: _with_static_scales(model, checkpoint),
         "no layer here is w8a8 or fp8 and loses little by one scale",
     ),
+    "merge_tokens": (lambda model, blocks, _, run: reduce_tokens(model, blocks, run), "the schedule removes none"),
+    "prune_tokens": (lambda model, blocks, _, run: reduce_tokens(model, blocks, run), "the schedule removes none"),
 }
+# Those that change how much arithmetic an image takes.
+_SAVING = ("class_token_last", "merge_tokens", "prune_tokens")
 
 # option -> why a device cannot
 _NEEDS: dict[str, Callable[[torch.device], str | None]] = {
@@ -147,9 +152,11 @@ class TorchRunnable(CheckpointRunnable):
                 half=asked.half if asked else None,
                 skip=asked.skip if asked else (),
                 layers=dict(asked.layers) if asked else {},
+                rounding=asked.rounding.model_dump(mode="json") if asked and asked.rounding else None,
                 stored_format=self.stored_format if self.run.run_as else None,
                 asked=self.run.options,
                 ran=self._ran,
+                tokens=token_counts(self.checkpoint.config, self.run) if self.run.schedule else None,
                 reasons=self.reasons,
             ),
             "model": self.describe_model(),
@@ -172,7 +179,10 @@ class TorchRunnable(CheckpointRunnable):
         return {
             "attention": self.attention_used,
             "sdpa_kernel": None,  # a profiled call tells
-            **{option: getattr(self.run, option) and option not in self.reasons for option in _REWRITES},
+            **{option: getattr(self.run, option) or False for option in _REWRITES if option not in self.reasons},
+            **{option: False for option in _REWRITES if option in self.reasons},
+            "size_bias": self.run.size_bias and self.run.merge_tokens is not None,
+            "fuse_pruned": self.run.fuse_pruned,
             "static_scales": f"{self._static_layers} layers" if self._static_layers else False,
             "channels_last": self.run.channels_last,
             "compile": self.fixed_shapes,
@@ -181,6 +191,17 @@ class TorchRunnable(CheckpointRunnable):
             "compile_whole": self.run.compile_whole and self.fixed_shapes,
             "dependent_launch": self._early and self.fixed_shapes,
         } | ({"format": f"{self._format} with some layers in bf16"} if refused.half_layers(self.model) else {})
+
+    def flops_per_image(self) -> int:
+        """Arithmetic of one image, of what runs."""
+        options = [option for option in _SAVING if getattr(self.run, option) and option not in self.reasons]
+
+        def rewrite(model: nn.Module) -> None:
+            blocks = block_names(model, self.checkpoint.config.model_type)
+            for option in options:
+                _REWRITES[option][0](model, blocks, self.checkpoint, self.run)
+
+        return flops_per_image(self.checkpoint, rewrite)
 
     def weight_bytes(self) -> int:
         """Bytes of the weights as held."""
@@ -293,7 +314,8 @@ def prepare(
 
     Raises:
         UnsupportedError: with `strict`, the attention or its kernel cannot run; or the formats cannot; or
-            `static_scales` is asked for, and no scales were observed.
+            `static_scales` is asked for, and no scales were observed; or this family needs all its tokens.
+        RecipeError: `merge_tokens` or `prune_tokens` would remove more tokens than a block has.
         CheckpointError: the checkpoint cannot be loaded.
     """
     run = run or RunSpec()
@@ -324,7 +346,7 @@ def prepare(
             reasons[option] = missing
             logger.warning("%s: %s is left out: %s", name, option, missing)
     for option, (rewrite, reason) in _REWRITES.items():
-        if getattr(run, option) and option not in reasons and rewrite(model, blocks, checkpoint) == 0:
+        if getattr(run, option) and option not in reasons and rewrite(model, blocks, checkpoint, run) == 0:
             reasons[option] = reason
             logger.warning("%s: %s", name, reason)
     if run.channels_last:

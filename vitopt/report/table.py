@@ -151,12 +151,19 @@ def expansion(variant: Variant) -> str:
     return f"{'expanded to' if variant.stored_format in QUANTIZED_FORMATS else 'run as'} {variant.format}"
 
 
+_SCHEDULES = ("merge_tokens", "prune_tokens")  # whose values alone say nothing
+
+
 def describe_run(record: Record) -> str:
     """How a variant ran: what its options were set to, what was asked for where that differs, then what was on."""
     variant = record.variant
     if not variant.ran:
         return UNKNOWN
-    choices = [value for value in variant.ran.values() if isinstance(value, str)]
+    choices = [
+        f"{option_words(option)} {value}" if option in _SCHEDULES else value
+        for option, value in variant.ran.items()
+        if isinstance(value, str)
+    ]
     missing = [str(variant.asked[option]) for option in variant.asked if _fell_back(variant, option)]
     text = " ".join(choices) + (f" (not {', '.join(missing)})" if missing else "")
     return " + ".join(filter(None, [text, *switched_on(variant)]))

@@ -23,13 +23,13 @@ from vitopt.measure.predictions import Predictions
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor
 from vitopt.models.names import Layer, block_names
 from vitopt.optimize.formats import quantization_config
+from vitopt.optimize.hybrid import Boundary, Hybrid
 from vitopt.optimize.quantize import plan_for
 from vitopt.recipe import Engine, VariantSpec, computes_itself
 from vitopt.run_spec import granularity_of, objective_of
 from vitopt.search.confirmation import divide, loss, loss_with_share
 from vitopt.search.costs import extra_bytes, extra_ms
 from vitopt.search.goal import Goal, power_note
-from vitopt.search.hybrid import Boundary, Hybrid
 from vitopt.search.rebuilt import Rebuilt
 from vitopt.search.results import Loss, SearchResult, Sensitivity, UnitScores, save_sensitivity
 from vitopt.search.reuse import given, inputs_of, standing, taken_over

@@ -9,8 +9,8 @@ from torch import nn
 
 from vitopt.measure.latency import clock_for, time_interleaved
 from vitopt.models.checkpoint import weight_bytes
+from vitopt.optimize.hybrid import Hybrid
 from vitopt.recipe import LatencySpec
-from vitopt.search.hybrid import Hybrid
 from vitopt.search.sensitivity import Unit
 
 LATENCY = LatencySpec(batch_sizes=(1,), iterations=60, rounds=10, warmup_seconds=5)

@@ -16,7 +16,7 @@ from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor, batches, on_device
 from vitopt.measure.predictions import Predictions
 from vitopt.models.names import Layer
-from vitopt.search.hybrid import Boundary, Hybrid
+from vitopt.optimize.hybrid import Boundary, Hybrid
 
 Granularity = Literal["block", "linear", "kind"]
 Scoring = Literal["damage", "recovery"]

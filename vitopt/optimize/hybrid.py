@@ -113,7 +113,8 @@ class Hybrid:
         for name, module in modules.items():
             module.forward = replaced[name]
         try:
-            return self.base(pixel_values=self._placeholder(len(hidden), hidden))
+            like = hidden[0] if isinstance(hidden, tuple) else hidden  # more than tokens, see `blocks.Carried`
+            return self.base(pixel_values=self._placeholder(len(like), like))
         except _Reached as reached:
             return reached.value
         finally:
@@ -129,7 +130,7 @@ class Hybrid:
         shapes: dict[str, torch.Size] = {}
 
         def see_block(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            others.append(len(output) - 1 if isinstance(output, tuple) else None)
+            others.append(len(output) - 1 if type(output) is tuple else None)
 
         def see_convolution(name: str) -> Any:
             return lambda module, args, output: shapes.__setitem__(name, output.shape[1:])
