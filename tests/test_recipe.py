@@ -739,6 +739,12 @@ def test_what_an_engine_does_not_do_is_refused(content, words):
     assert all(word in line for word in words)
 
 
+@pytest.mark.parametrize("choice", [{"format": "w8a8", "skip": "auto", "half": "fp16"}, {"format": "auto"}])
+def test_what_torch_chooses_may_be_open_for_an_engine_that_compiles_its_model(choice):
+    content = changed(data="digits", variants=[{"name": "a", "engine": "aoti", **choice}])
+    assert validate(Recipe, content, where="r.yaml").variants[0].wants_images
+
+
 def test_calibration_of_an_engine_needs_data_and_names_its_images():
     content = {"name": "a", "format": "w8a8", "engine": "openvino", "static_scales": True}
     content["steps"] = [{"calibrate": {"images": 5}}, {"calibrate": {"images": 9, "split": "other"}}]

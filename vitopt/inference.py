@@ -102,14 +102,15 @@ def made(
     """
     failures: dict[str, str] = {}
     for variant in variants:
-        held: str = variant.format
+        held = what = str(variant.format)
         if variant.engine in ENGINES:
             compiled_in = variant.model_dump(mode="json", include=set(ENGINES[variant.engine].options))
-            held = f"{variant.engine}-{held}-{storage.sha256_of_json(compiled_in)[:8]}"
+            what = f"{variant.engine}-{variant.format}"
+            held = f"{what}-{storage.sha256_of_json(compiled_in)[:8]}"
         output = folder / held
         if not output.exists() and held not in failures:
             try:
-                with progress.task(f"making {variant.name}", None):
+                with progress.task(f"making {what}", None):
                     make(checkpoint, variant, output, device, scales=scales)
             except (CheckpointError, MeasurementError, UnsupportedError) as error:
                 if variant is variants[0]:

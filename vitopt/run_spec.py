@@ -73,6 +73,8 @@ ENGINES: dict[str, EngineFacts] = {
             "class_token_last",
             "carry_residual",
             "static_scales",
+            "merge_tokens",
+            "size_bias",
             "patch_product",
             "channels_last",
         ),

@@ -64,6 +64,15 @@ def test_torch_formats_and_rewrites_are_compiled_in(checkpoint, run_with, pixel_
     assert exact.items() <= runnable.describe()["variant"].ran.items()
 
 
+def test_merged_tokens_are_compiled_in(checkpoint, pixel_values):
+    fewer = RunSpec(engine="aoti", merge_tokens="4")
+    runnable, plain = (prepare(checkpoint, name="x", device=CPU, run=run) for run in (fewer, RunSpec(merge_tokens="4")))
+    assert error(plain(pixel_values), checkpoint, pixel_values) > 1e-3
+    for count in (1, 3):
+        torch.testing.assert_close(runnable(pixel_values[:count]), plain(pixel_values[:count]), rtol=1e-4, atol=1e-5)
+    assert runnable.describe()["variant"].ran["merge_tokens"] == "4"
+
+
 def test_an_export_classifies_a_photo_with_torch_alone(made, checkpoint, classes_of, shapes, tmp_path):
     output = tmp_path / "export"
     exported = package.export(open_checkpoint(str(made)), variant(), output, "cpu", as_it_is=True)
