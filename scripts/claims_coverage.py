@@ -20,6 +20,7 @@ from vitopt.environment import libraries
 
 libraries.quiet_libraries()
 
+from vitopt.adaptive.thresholds import candidates, for_loss
 from vitopt.measure.bootstrap import positive_mean_interval
 from vitopt.measure.claims import at_least
 from vitopt.measure.clusters import proportion_interval
@@ -251,6 +252,19 @@ def kl_goal_wrong(rng: Generator, *, share: float, images: int) -> bool:
     return result.decision == "shown" and float(np.interp(left, variances, kls)) > share * kls[-1]
 
 
+# The threshold of an adaptive model: images that score uniformly, and are lost the more often the lower they score.
+
+LOST = 0.08  # of images that the first pass is least sure of
+
+
+def promise(rng: Generator, *, limit: float, images: int) -> bool:
+    """Whether the chosen threshold loses more than what is promised: the integral of LOST (1 - score)^2 above it."""
+    choosing, fitting = rng.random(images // CHOOSING), rng.random(images - images // CHOOSING)
+    lost = rng.random(len(fitting)) < LOST * (1 - fitting) ** 2
+    threshold = for_loss(candidates(choosing), fitting, lost, limit, 0.95).threshold
+    return threshold is not None and LOST * (1 - threshold) ** 3 / 3 > limit
+
+
 CLAIMS: dict[str, Claim] = {
     "wilson": Claim("top-1 (Wilson)", "90 % of 400 images", 5, functools.partial(wilson, share=0.9, images=400)),
     "wilson-high": Claim("agreement (Wilson)", "98.5 % of 400", 5, functools.partial(wilson, share=0.985, images=400)),
@@ -322,6 +336,17 @@ CLAIMS["kl-goal"] = Claim(
     5,
     functools.partial(kl_goal_wrong, share=0.5, images=200),
 )
+
+
+CLAIMS |= {
+    f"promise-{limit}-{images}": Claim(
+        "loss promised of an adaptive model's threshold",
+        f"{100 * limit:g} points, {images:,} calibration images",
+        5,
+        functools.partial(promise, limit=limit, images=images),
+    )
+    for limit, images in ((0.005, 1024), (0.01, 1024), (0.01, 4096))
+}
 
 
 def simulate(claim: Claim, runs: int, seed: int) -> tuple[int, Interval]:

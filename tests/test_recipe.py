@@ -578,6 +578,7 @@ def test_a_dumped_variant_starts_with_its_name_and_how_it_is_held(recipe_file):
         *RUN,
         "fastest",
         "steps",
+        "adaptive",
     ]
     assert "data: null\n" in dumped and "\n- name: a\n" in dumped
     assert load_recipe(recipe_file(dumped)) == recipe

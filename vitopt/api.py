@@ -14,10 +14,10 @@ from PIL import Image
 from torch import nn
 
 from vitopt import inference, storage
+from vitopt.adaptive.runtime import AnyPrepared, prepare
 from vitopt.data.images import ALL, ImageSet, open_images
 from vitopt.data.pairs import images_of
 from vitopt.data.sources import parse_source
-from vitopt.engines.runtime import Prepared, prepare
 from vitopt.environment import devices
 from vitopt.errors import RecipeError, RecordError
 from vitopt.formats import Format
@@ -69,7 +69,7 @@ _NOT_EVALUATED = dict.fromkeys(("source", "train"), "evaluate does not use it")
 class Loaded:
     """A checkpoint that can be called."""
 
-    runnable: Prepared
+    runnable: AnyPrepared
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`pixel_values`: (batch, 3, height, width), as `preprocess` makes them. Returns logits (batch, classes)."""

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vitopt import progress, storage
+from vitopt.adaptive.runtime import prepare
 from vitopt.data.shards import Part, parts_of
-from vitopt.engines.runtime import prepare
 from vitopt.environment import devices, launch
 from vitopt.errors import StorageError
 from vitopt.models.checkpoint import open_checkpoint

@@ -1,11 +1,15 @@
 """What a recipe asks, held against its model, its images and this device, before anything is done."""
 
+import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
+from vitopt.adaptive.make import require_low, require_untrained
+from vitopt.adaptive.passes import require_same_classes
 from vitopt.data.images import ALL, ImageSet, open_images
 from vitopt.data.labels import fit_labels
 from vitopt.data.sources import parse_source
@@ -19,7 +23,7 @@ from vitopt.optimize.prune import pruned_config
 from vitopt.optimize.quantize import plan_for
 from vitopt.optimize.reduction import token_counts
 from vitopt.optimize.resolution import why_not_resized
-from vitopt.recipe import CalibrationSpec, DataSpec, FastestSpec, FinetuneSpec, Recipe, Step
+from vitopt.recipe import CalibrationSpec, DataSpec, FastestSpec, FinetuneSpec, Recipe, RecipeVariant, Step
 from vitopt.search.analysis import require_disjoint
 from vitopt.search.fastest import require_enough_images
 from vitopt.steps import BASE, PruneSpec
@@ -47,6 +51,8 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
                 token_counts(checkpoint.config, variant)
         except (PatternError, RecipeError, UnsupportedError) as error:
             mistakes.append(f"variant {variant.name}: {error}")
+        if variant.adaptive is not None:
+            mistakes += [f"variant {variant.name}: {line}" for line in _mistakes_of_first_pass(variant, checkpoint)]
     for variant in recipe.variants:
         config = checkpoint.config
         for step in variant.steps:
@@ -74,12 +80,44 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
     return resolved
 
 
+def _mistakes_of_first_pass(variant: RecipeVariant, checkpoint: Checkpoint) -> Iterator[str]:
+    """What can be told of an adaptive variant before anything is made."""
+    spec = variant.adaptive
+    assert spec is not None
+    try:
+        first = open_checkpoint(spec.draft, config_only=True) if spec.draft else checkpoint
+        resized = any(getattr(step.settings, "image_size", None) for step in variant.all_steps.values())
+        if spec.low is not None and not resized:
+            require_low(first, spec.low, checkpoint)
+        if (run := spec.run_of_first(variant.run)).schedule is not None:
+            sizes = [getattr(step.settings, "image_size", None) for step in reversed(spec.steps)]
+            token_counts(_of_size(first.config, next(filter(None, [spec.low, *sizes]), None)), run)
+        if spec.draft and not variant.trains:
+            require_same_classes(first, checkpoint)
+        if spec.draft and not variant.chooses_format:
+            plan_for(first, variant.skipping(()) if variant.skips_automatically else variant)
+    except (CheckpointError, PatternError, RecipeError, UnsupportedError) as error:
+        yield f"adaptive: {error}"
+
+
+def _of_size(config: PretrainedConfig, side: int | None) -> PretrainedConfig:
+    """The same for images of `side` x `side` pixels."""
+    config = copy.deepcopy(config)
+    if side is not None:
+        getattr(config, "vision_config", config).image_size = side
+    return config
+
+
 def _finetunes(recipe: Recipe) -> dict[str, FinetuneSpec]:
     """All fine-tunings of a recipe, by where they stand in it."""
     steps = {
         f"variants.{row}.steps.{place}.{step.name}": step.settings
         for row, variant in enumerate(recipe.variants)
         for place, step in enumerate(variant.steps)
+    } | {
+        f"variants.{row}.adaptive.steps.{place}.{step.name}": step.settings
+        for row, variant in enumerate(recipe.variants)
+        for place, step in enumerate(variant.adaptive.steps if variant.adaptive else ())
     }
     whole = {} if recipe.finetune is None else {"finetune": recipe.finetune}
     return whole | {where: spec for where, spec in steps.items() if isinstance(spec, FinetuneSpec)}
@@ -145,10 +183,12 @@ def require_images(recipe: Recipe, source: Checkpoint, data: DataSpec, test: Ima
                 f"variants {first.name} and {variant.name} would have different classes, as only one is fine-tuned on "
                 f"{data.source}: fine-tune the model for all of them (`finetune`), or each in its `steps`"
             )
-        calibrations = [step.settings for step in variant.steps if step.kind.images == "calibration"]
-        for spec in [*calibrations, *filter(None, (variant.calibration, variant.rounding))]:
+        calibrations = [step.settings for step in variant.all_steps.values() if step.kind.images == "calibration"]
+        for spec in filter(None, [*calibrations, variant.calibration, variant.rounding, variant.adaptive]):
             calibration = calibration_images(data, spec)
             require_disjoint(calibration, test)
+            if spec is variant.adaptive and (recipe.finetune is not None or variant.trains):
+                require_untrained(set(training_images(data).image_hashes), calibration, variant.adaptive)
             if isinstance(spec, FastestSpec):
                 require_enough_images(len(calibration), spec.min_agreement)
 

@@ -9,9 +9,10 @@ from types import MappingProxyType
 import torch
 
 from vitopt import progress, storage
+from vitopt.adaptive.runtime import AnyPrepared, prepare
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
-from vitopt.engines.runtime import Prepared, make, prepare
+from vitopt.engines.runtime import make
 from vitopt.environment import devices
 from vitopt.errors import CheckpointError, DataError, MeasurementError, UnsupportedError
 from vitopt.measure.evaluator import Measured, evaluate, failed
@@ -79,7 +80,7 @@ def measure(
         images=None if images is None else _fit_all(images, runnables),
         skip_bad=skip_bad,
         baseline=baseline,
-        untrained=untrained or any(isinstance(one, Prepared) and one.checkpoint.is_random for one in runnables),
+        untrained=untrained or any(isinstance(one, AnyPrepared) and one.checkpoint.is_random for one in runnables),
         metrics=metrics,
         ready=ready,
     )

@@ -82,7 +82,7 @@ def run(recipe: Recipe, folder: Path, say: Callable[[str], None] = lambda line: 
 def _begin(recipe: Recipe, folder: Path, device: torch.device) -> None:
     products = [*(["finetune"] if recipe.finetune else []), *([EXPORT_FOLDER] if recipe.export else [])]
     for variant in recipe.variants:
-        products += [f"variants/{variant.name}", *(f"steps/{name}" for name in variant.step_names)]
+        products += [f"variants/{variant.name}", *(f"steps/{name}" for name in variant.all_steps)]
     for product in products:
         ownership.require_replaceable(folder / product)
     if not _holds_recipe(folder, recipe):

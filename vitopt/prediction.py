@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from vitopt import progress
+from vitopt.adaptive.router import Router
+from vitopt.adaptive.runtime import AnyPrepared, prepare
 from vitopt.data.decoding import IMAGE_ENDINGS
 from vitopt.data.images import ImageSet, image_files
 from vitopt.data.pixels import batches, on_device
 from vitopt.data.shards import ARCHIVE_ENDINGS
-from vitopt.engines.runtime import Prepared, prepare
 from vitopt.environment import devices
 from vitopt.errors import BadImageError, DataError, MeasurementError
 from vitopt.measure.accuracy import padded_call
@@ -65,7 +66,7 @@ def predict(
 
 
 def classify(
-    runnable: Prepared,
+    runnable: AnyPrepared,
     images: ImageSet,
     top: int,
     *,
@@ -76,7 +77,8 @@ def classify(
     """Classify images, in order: `image`, its id, and `classes`, the `top` of highest probability.
 
     A class is `label`, `index` and `percent`: the softmax over all classes or, where outputs are independent labels
-    (`problem_type: multi_label_classification`), each one's own sigmoid. An image that cannot be decoded is an error
+    (`problem_type: multi_label_classification`), each one's own sigmoid. Of an adaptive model `path` tells which pass
+    answered: `first` or `second`. An image that cannot be decoded is an error
     or, with `skip_bad`, has no `classes` but the `error`.
 
     Raises:
@@ -102,12 +104,17 @@ def classify(
                     )
                 probabilities = logits.softmax(-1) if runnable.outputs == "classes" else logits.sigmoid()
                 best = probabilities.topk(min(top, len(names)))
-                for index, *ranked in zip(batch.indices, best.values.tolist(), best.indices.tolist(), strict=True):
+                paths: list[dict[str, str]] = [{}] * len(batch.indices)
+                if isinstance(runnable, Router):
+                    escalated = runnable.escalated[: len(batch.indices)].tolist()
+                    paths = [{"path": "second" if one else "first"} for one in escalated]
+                rows = zip(batch.indices, paths, best.values.tolist(), best.indices.tolist(), strict=True)
+                for index, path, *ranked in rows:
                     classes = [
                         {"label": names[label], "index": label, "percent": 100 * share}
                         for share, label in zip(*ranked, strict=True)
                     ]
-                    answers[index] = {"image": images.ids[index], "classes": classes}
+                    answers[index] = {"image": images.ids[index], "classes": classes} | path
             for index in sorted(answers):
                 yield answers[index]
             counted.advance(len(answers))

@@ -9,14 +9,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from vitopt import storage
-
 # All that a recipe can say is imported from here.
+from vitopt.adaptive_spec import AdaptiveSpec as AdaptiveSpec
 from vitopt.calibrated_spec import CHOOSING as CHOOSING
 from vitopt.calibrated_spec import AutoSkipSpec as AutoSkipSpec
 from vitopt.calibrated_spec import FastestSpec as FastestSpec
 from vitopt.calibrated_spec import RoundingSpec as RoundingSpec
 from vitopt.calibrated_spec import rounding_from_word
+from vitopt.evaluate_spec import EvaluateSpec as EvaluateSpec
+from vitopt.evaluate_spec import LatencySpec as LatencySpec
 from vitopt.formats import FORMATS, QUANTIZED_FORMATS, Format, HalfFormat
 from vitopt.paths import existing
 from vitopt.run_spec import ENGINES as ENGINES
@@ -25,19 +26,20 @@ from vitopt.run_spec import Engine as Engine
 from vitopt.run_spec import RunSpec as RunSpec
 from vitopt.run_spec import SdpaKernel as SdpaKernel
 from vitopt.run_spec import computes_itself as computes_itself
-from vitopt.spec import PATH_LENGTH, BatchSize, ImageCount, Patterns, Workers, as_list
+from vitopt.spec import PATH_LENGTH, BatchSize, ImageCount, Name, Patterns, as_list
 from vitopt.spec import CalibrationSpec as CalibrationSpec
 from vitopt.spec import Spec as Spec
 from vitopt.spec import suggest as suggest
 from vitopt.steps import FinetuneSpec as FinetuneSpec
 from vitopt.steps import Step as Step
+from vitopt.steps import step_names
 
 Labels = Literal["name", "index"]
 Tracker = Literal["mlflow", "tensorboard", "wandb"]
 Prefer = Literal["latency", "size", "throughput", "cost"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
 
 AUTO = "auto"
+HELD_OUT = "held-out"
 BEST = "best"
 
 
@@ -51,6 +53,9 @@ class DataSpec(Spec):
     )
     train: str = Field("train", description="split to fine-tune on")
     test: str | None = Field(None, description="split to evaluate on; null takes test, else validation")
+    held_out: float | None = Field(
+        None, gt=0, lt=1, description=f"share of the training images that nothing trains on: the split `{HELD_OUT}`"
+    )
     test_share: float = Field(
         0.2, gt=0, lt=1, description="share that is held out for testing where the data has no splits of its own"
     )
@@ -162,6 +167,7 @@ class RecipeVariant(VariantSpec):
     steps: tuple[Step, ...] = Field(
         (), description="what is done to the checkpoint first, in order: finetune, prune, calibrate"
     )
+    adaptive: AdaptiveSpec | None = Field(None, description="a cheaper first pass that answers what it is sure of")
 
     @model_validator(mode="after")
     def _choice_is_whole(self) -> "RecipeVariant":
@@ -180,6 +186,12 @@ class RecipeVariant(VariantSpec):
                 raise ValueError(f"a step trains for {trained}, and `format` is {self.format}: take the same")
             if trained and self.rounding is not None:
                 raise ValueError(f"a step trains for {trained} as it rounds by itself: leave `rounding` out")
+        return self
+
+    @model_validator(mode="after")
+    def _first_pass_can_run(self) -> "RecipeVariant":
+        if self.adaptive is not None:
+            self.adaptive.run_of_first(self.run)
         return self
 
     @property
@@ -201,83 +213,42 @@ class RecipeVariant(VariantSpec):
     @property
     def trains(self) -> bool:
         """Whether one of its steps learns from the training images."""
-        return any(step.kind.images == "training" for step in self.steps)
+        return any(step.kind.images == "training" for step in self.all_steps.values())
 
     @property
     def wants_images(self) -> list[str]:
         """What of it needs other images than the tested ones."""
-        wants = [f"step {step.name}" for step in self.steps if step.kind.images]
+        wants = [f"step {step.name}" for step in self.all_steps.values() if step.kind.images]
+        wants += ["`adaptive`"] if self.adaptive is not None else []
         wants += ["`skip: auto`"] if self.skips_automatically else []
         wants += ["`rounding`"] if self.rounding is not None else []
         return wants + (["`format: auto`"] if self.chooses_format else [])
 
     @property
     def step_names(self) -> list[str]:
-        """A name for each step, as `finetune-1c0de2f4`: the same in variants whose steps so far are the same."""
-        dumped = [step.model_dump(mode="json") for step in self.steps]
-        digests = [storage.sha256_of_json(dumped[: index + 1]) for index in range(len(dumped))]
-        return [f"{step.name}-{digest[:8]}" for step, digest in zip(self.steps, digests, strict=True)]
+        """A name for each step: the same in variants whose steps so far are the same."""
+        return step_names(self.steps)
+
+    @property
+    def first_step_names(self) -> list[str]:
+        """Of the steps of an adaptive variant's first pass, which follow its own, or begin with a draft."""
+        if self.adaptive is None:
+            return []
+        before = [step.model_dump(mode="json") for step in self.steps]
+        # A list in the list: what steps call their base is not the same as in one row of steps.
+        return step_names(
+            self.adaptive.steps, [self.adaptive.draft] if self.adaptive.draft else [before] if before else []
+        )
+
+    @property
+    def all_steps(self) -> dict[str, Step]:
+        """By name: its own, and those of its first pass."""
+        first = self.adaptive.steps if self.adaptive else ()
+        return dict(zip([*self.step_names, *self.first_step_names], [*self.steps, *first], strict=True))
 
     def with_choice(self, choice: VariantSpec) -> "RecipeVariant":
         """The same variant in the format of `choice`, and run as that is."""
         return self.model_copy(update={name: getattr(choice, name) for name in ("format", *RunSpec.model_fields)})
-
-
-class LatencySpec(Spec):
-    """How variants are timed."""
-
-    batch_sizes: Annotated[tuple[BatchSize, ...], BeforeValidator(as_list)] = Field(
-        (1,), min_length=1, description="batch sizes to time, as in 1,8,32"
-    )
-    only: dict[Name, Annotated[tuple[BatchSize, ...], BeforeValidator(as_list)]] = Field(
-        default_factory=dict, description="variants that are timed at some of the batch sizes only, as in fp32: [1]"
-    )
-    iterations: int = Field(100, ge=1, le=1_000_000_000, description="timed calls per variant and batch size")
-    rounds: int = Field(10, ge=1, le=1_000_000, description="interleaved rounds that the calls are spread over")
-    warmup_seconds: float = Field(20, ge=0, le=1e6, description="longest warm-up per variant and batch size")
-    inputs: Literal["random", "data"] = Field(
-        "random", description="data: real images in turn, for models that take longer on some images"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _few_iterations_take_as_many_rounds(cls, content: Any) -> Any:
-        if isinstance(content, dict) and "rounds" not in content and isinstance(content.get("iterations"), int):
-            return content | {"rounds": max(1, min(content["iterations"], cls.model_fields["rounds"].default))}
-        return content
-
-    def times(self, name: str, batch_size: int) -> bool:
-        """Whether the variant of this name is timed at this batch size."""
-        return batch_size in self.only.get(name, self.batch_sizes)
-
-    @model_validator(mode="after")
-    def _only_narrows(self) -> "LatencySpec":
-        for name, sizes in self.only.items():
-            if not sizes or not set(sizes) <= set(self.batch_sizes):
-                raise ValueError(
-                    f"`only: {name}` must name some of the batch_sizes {', '.join(map(str, self.batch_sizes))}"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _rounds_fit(self) -> "LatencySpec":
-        if self.rounds > self.iterations:
-            raise ValueError(f"{self.rounds} rounds need at least as many iterations, not {self.iterations}")
-        return self
-
-
-class EvaluateSpec(Spec):
-    """How variants are measured."""
-
-    batch_size: BatchSize = Field(32, description="images per call while accuracy is measured")
-    workers: Workers = Field(0, description="processes that decode images; 0 uses one background thread")
-    look_alikes: bool = Field(
-        True, description="also count tested images that look like others or like training images"
-    )
-    latency: LatencySpec = LatencySpec()
-    end_to_end: bool = Field(True, description="also time decode, preprocess, copy, model, postprocess")
-    throughput: bool = Field(False, description="also find the highest rate by doubling the batch")
-    roofline: bool = Field(False, description="also measure the device's GEMM and copy rates and what they allow")
 
 
 class RequireSpec(Spec):

@@ -148,7 +148,8 @@ class Latency(Section):
     device_p50_ms: float | None = Field(
         None, description="CUDA: time per call of a queue, median over rounds; null on the CPU"
     )
-    images_per_second: float = Field(description="batch size over the median")
+    by_mean: bool = Field(False, description="calls do not all do the same work: the next two figures are of means")
+    images_per_second: float = Field(description="batch size over the median, or the mean")
     speedup_vs_baseline: float | None = None
     speedup_ci95: tuple[float, float] | None = None
     floor_ms: float | None = Field(None, description="what the device's GEMM and copy rates allow at this batch size")
@@ -160,6 +161,11 @@ class Latency(Section):
     discarded_calls: int = Field(0, description="first calls after a switch between variants; in no other figure")
     samples_ms: tuple[float, ...] = Field(description="in order of time; equal shares per round")
     device_samples_ms: tuple[float, ...] | None = Field(None, description="one per round")
+
+    @property
+    def typical_ms(self) -> float:
+        """What a call takes: the median, or the mean where calls do not all do the same work."""
+        return self.mean_ms if self.by_mean else self.p50_ms
 
 
 class FailedLatency(Section):
@@ -283,6 +289,21 @@ class Dataset(Section):
     overlaps: tuple[Overlap, ...] = Field((), description="tested images that are met again; empty where none was")
 
 
+class Routing(Section):
+    """A first pass answers the images that it is sure of, a second one the others."""
+
+    first: Model = Field(description="what runs for every image; `model` of the record is the second pass")
+    first_format: str = Field(description="of the first pass; that of the variant is the second pass's")
+    first_ran: dict[str, Option] = Field(description="how it ran, by option, where that differs from the second pass")
+    proxy: str = Field(description="what tells how sure the first pass is")
+    threshold: float | None = Field(description="images that score lower get the second pass; null: all of them")
+    temperature: float = Field(description="that the first pass's logits are divided by before they are scored")
+    promise: str = Field(description="what the threshold was chosen for, and on how many images")
+    escalated_percent: float | None = Field(
+        None, description="tested images that got the second pass; all others were answered by the first"
+    )
+
+
 class Record(Section):
     """Everything measured about one variant; `failure` says why where nothing could be."""
 
@@ -295,6 +316,7 @@ class Record(Section):
     accuracy: Accuracy | None = None
     versus_baseline: VersusBaseline | None = None
     metrics: dict[str, Metric] = Field(default_factory=dict, description="the user's own, by name")
+    routing: Routing | None = Field(None, description="of an adaptive model, else null")
     latency: tuple[Latency, ...] = ()
     latency_failures: tuple[FailedLatency, ...] = ()
     end_to_end: tuple[EndToEnd, ...] = ()

@@ -147,6 +147,12 @@ class RunSpec(Spec):
     )
 
     @property
+    def uncompiled(self) -> "RunSpec":
+        """The same without a compiler, and without what needs one."""
+        ways = ("compile", "autotune", "compile_whole", "fused_kernels", "dependent_launch")
+        return self.model_copy(update=dict.fromkeys(ways, False))
+
+    @property
     def options(self) -> dict[str, Any]:
         """What is set, by option; `run_as` is a format, and told as one."""
         return {name: getattr(self, name) for name in RunSpec.model_fields if name != "run_as"}

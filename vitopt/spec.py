@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 PATH_LENGTH = 4096
 BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
 ImageCount = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$", max_length=80)]
 Workers = Annotated[int, Field(ge=0, le=1_024)]
 
 

@@ -3,11 +3,13 @@
 A new kind is a spec and an entry of `STEPS` here, and a file with its function.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
+from vitopt import storage
 from vitopt.formats import Format
 from vitopt.spec import PATH_LENGTH, BatchSize, CalibrationSpec, ImageCount, Patterns, Spec, Workers
 
@@ -151,6 +153,13 @@ STEPS: dict[str, StepKind] = {
 
 _fields: dict[str, Any] = {name: (kind.spec | None, None) for name, kind in STEPS.items()}
 _Settings: Any = create_model("_Settings", __base__=Spec, **_fields)
+
+
+def step_names(steps: Sequence["Step"], before: Sequence[Any] = ()) -> list[str]:
+    """A name for each step, as `finetune-1c0de2f4`: the same where all steps so far are, and what was `before` them."""
+    dumped = [*before, *(step.model_dump(mode="json") for step in steps)]
+    digests = [storage.sha256_of_json(dumped[: len(before) + index + 1]) for index in range(len(steps))]
+    return [f"{step.name}-{digest[:8]}" for step, digest in zip(steps, digests, strict=True)]
 
 
 class Step(_Settings):

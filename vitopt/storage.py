@@ -348,6 +348,16 @@ def copy_folder(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> 
     Raises:
         StorageError: as `staged_folder`, or a listed file of `source` is no longer whole.
     """
+    with staged_folder(target) as folder:
+        link_files(source, folder, leave_out)
+
+
+def link_files(source: Path, folder: Path, leave_out: tuple[str, ...] = ()) -> None:
+    """The files of `source` in a folder that is being staged, as `copy_folder` makes them.
+
+    Raises:
+        StorageError: a listed file of `source` is no longer whole.
+    """
 
     def link(original: str, copy: str) -> None:
         try:
@@ -360,8 +370,7 @@ def copy_folder(source: Path, target: Path, leave_out: tuple[str, ...] = ()) -> 
         if name not in (*leave_out, CARD_FILE) and not is_whole(source / name):
             raise StorageError(f"{source / name} is missing or damaged, so it is not copied: run it again")
     without = shutil.ignore_patterns(LIST_FILE, LOCK_FILE, *leave_out)
-    with staged_folder(target) as folder:
-        shutil.copytree(source, folder, copy_function=link, ignore=without, dirs_exist_ok=True)
+    shutil.copytree(source, folder, copy_function=link, ignore=without, dirs_exist_ok=True)
 
 
 def sha256_of_file(path: Path) -> str:

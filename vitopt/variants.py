@@ -3,13 +3,15 @@
 import logging
 import pkgutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from vitopt import ownership, storage, threads
+from vitopt.adaptive.make import at_size, require_low
+from vitopt.adaptive.make import make as adapt
 from vitopt.checks import calibration_images, step_images
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
@@ -50,6 +52,7 @@ class Settled:
     scales: ImageSet | None = None
     chosen: str | None = None
     failure: str | None = None
+    first: Checkpoint | None = None  # what the first pass of an adaptive variant is made of
 
 
 def choice_files(variant: RecipeVariant) -> list[str]:
@@ -89,7 +92,13 @@ class VariantMaker:
         after = self._after(base, variant.step_names, variant.steps)
         if isinstance(after, str):
             return Settled(variant, base, failure=after)
-        return self._chosen(variant, after)
+        if variant.adaptive is None:
+            return self._chosen(variant, after)
+        source = open_checkpoint(variant.adaptive.draft) if variant.adaptive.draft else after
+        first = self._after(source, variant.first_step_names, variant.adaptive.steps)
+        if isinstance(first, str):
+            return Settled(variant, after, failure=first)
+        return replace(self._chosen(variant, after), first=first)
 
     def _after(self, base: Checkpoint, names: Sequence[str], steps: Sequence[Step]) -> Checkpoint | str:
         """What comes of a checkpoint, or why nothing does."""
@@ -281,7 +290,7 @@ class VariantMaker:
                     return f"the same weights as {other.name}"
             noted: dict[str, Any] = {"images": images, "purpose": settled.purpose, "scales": settled.scales}
             try:
-                return make(base, variant, output, self.recipe.device, **noted, calibration=rounding).summary()
+                return self._made(settled, output, noted | {"calibration": rounding})
             except _TOLERATED:
                 self._remove_earlier(variant.name)
                 raise
@@ -294,6 +303,7 @@ class VariantMaker:
                 None if images is None else [images.sha256, settled.purpose],
                 None if rounding is None else rounding.sha256,
                 _of_engine(variant, settled.scales),
+                *self._inputs_of_rule(settled),
             ],
             files=_checkpoint_files(output),
             work=work,
@@ -302,6 +312,33 @@ class VariantMaker:
             tolerated=_TOLERATED,
         )
         return stage
+
+    def _made(self, settled: Settled, output: Path, noted: dict[str, Any]) -> str:
+        """Make the variant's checkpoint, both of an adaptive one; in a few words what was made."""
+        variant, device, spec = settled.variant, self.recipe.device, settled.variant.adaptive
+        if spec is None or settled.first is None:
+            return make(settled.base, variant, output, device, **noted).summary()
+        images, skip_bad = self._calibration(spec)
+        with storage.temporary_folder() as folder:
+            make(settled.base, variant, folder / "second", device, **noted)
+            first = second = open_checkpoint(str(folder / "second"))
+            if spec.low is not None or settled.first is not settled.base:
+                small = settled.first
+                if spec.low is not None:
+                    require_low(small, spec.low, settled.base)
+                    small = at_size(small, spec.low, folder / "small")
+                make(small, variant, folder / "first", device, **noted)
+                first = open_checkpoint(str(folder / "first"))
+            how: dict[str, Any] = {"run": variant.run, "asked": variant, "skip_bad": skip_bad}
+            return adapt(first, second, spec, output, device, images=images, **how).promise
+
+    def _inputs_of_rule(self, settled: Settled) -> list[Any]:
+        """What an adaptive variant depends on beside its checkpoint; nothing of another."""
+        spec = settled.variant.adaptive
+        if spec is None or settled.first is None:
+            return []
+        run = settled.variant.run.model_dump(mode="json")
+        return [spec.model_dump(mode="json"), settled.first.fingerprint(), self._calibration(spec)[0].sha256, run]
 
     def _remove_earlier(self, name: str) -> None:
         """Remove the checkpoint of an earlier recipe, which this variant no longer is."""

@@ -769,3 +769,13 @@ def test_equal_images_with_other_labels_have_another_hash():
 def test_a_subset_has_the_hash_of_its_own_images():
     images = numbered([0, 1, 2])
     assert images.subset([2, 0]).image_hashes == (images.image_hashes[2], images.image_hashes[0])
+
+
+def test_a_part_of_the_training_images_can_be_held_out(classes):
+    folder = classes(cat=50, dog=25)
+    train, held = (opened(folder, split, held_out=0.2) for split in ("train", "held-out"))
+    whole, test = opened(folder, "train"), opened(folder, "test", held_out=0.2)
+    assert Counter(held.labels) == {0: 8, 1: 4} and len(train) == len(whole) - 12
+    assert not set(train.ids) & set(held.ids) and set(train.ids) | set(held.ids) == set(whole.ids)
+    assert test.ids == opened(folder, "test").ids
+    assert "held_out" in refusal(folder, "held-out")

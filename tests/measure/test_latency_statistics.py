@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import scipy.stats
 from conftest import covers, limits
+from numpy.typing import NDArray
 
 from vitopt.measure.latency_statistics import (
     calls_needed,
     latency_summary,
+    mean_speedup,
     quantile_interval,
     speedup_interval,
 )
@@ -170,3 +172,32 @@ class TestCallsNeeded:
     def test_rejects_a_quantile_that_no_sample_bounds(self):
         with pytest.raises(ValueError, match="between 0 and 1, got 1"):
             calls_needed(1.0)
+
+
+def slow_at_times(rng: np.random.Generator, rounds: int, calls: int) -> list[NDArray[np.float64]]:
+    """One call in ten takes six times as long."""
+    return [np.where(rng.random(calls) < 0.1, 6.0, 1.0) * np.exp(rng.normal(0, 0.03, calls)) for _ in range(rounds)]
+
+
+def test_a_mean_speedup_counts_the_calls_that_take_longer() -> None:
+    rng = np.random.default_rng(0)
+    before, after = [np.full(30, 6.0)] * 10, slow_at_times(rng, 10, 30)
+    found = mean_speedup(before, after)
+    assert found.ratio == pytest.approx(6 / np.concatenate(after).mean())
+    assert speedup_interval(before, after).ratio == pytest.approx(6, rel=0.05)  # a median sees none of them
+
+
+def test_the_interval_of_a_mean_speedup_covers_the_truth() -> None:
+    rng, truth = np.random.default_rng(0), 6 / 1.5
+    found = [mean_speedup([np.full(30, 6.0)] * 10, slow_at_times(rng, 10, 30)).interval for _ in range(500)]
+    assert 0.9 < np.mean([one is not None and one.low <= truth <= one.high for one in found]) < 0.98
+
+
+def test_a_mean_speedup_of_steady_calls_is_that_of_medians() -> None:
+    rng = np.random.default_rng(0)
+    before, after = ([scale * np.exp(rng.normal(0, 0.01, 20)) for _ in range(8)] for scale in (3.0, 2.0))
+    one, other = mean_speedup(before, after), speedup_interval(before, after)
+    assert one.ratio == pytest.approx(other.ratio, rel=0.01)
+    assert mean_speedup(before[:2], after[:2]).interval is None
+    with pytest.raises(ValueError, match="same rounds"):
+        mean_speedup(before, after[:3])

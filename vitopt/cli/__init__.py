@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from vitopt import __version__
+from vitopt.cli import adapting
 from vitopt.cli.benchmarking import benchmark
 from vitopt.cli.common import clear_errors
 from vitopt.cli.comparing import compare, plan
@@ -43,6 +44,7 @@ _commands: tuple[Callable[..., None], ...] = (
 )  # fmt: skip
 for _command in _commands:
     app.command()(clear_errors(_command))
+app.add_typer(adapting.app, name="adaptive")
 
 
 def main() -> None:

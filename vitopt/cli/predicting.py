@@ -79,7 +79,8 @@ def predict(
         print_json(predictions)
     elif output is None:
         for prediction in predictions:
-            out.print(prediction["image"], style="bold")
+            path = f"  ({prediction['path']} pass)" if "path" in prediction else ""
+            out.print(prediction["image"], style="bold", end=f"{path}\n")
             for guess in prediction["classes"]:
                 out.print(f"  {guess['percent']:5.1f} %  {guess['label']}")
     left_out = [prediction for prediction in predictions if "error" in prediction]
@@ -118,24 +119,26 @@ def _json_lines(predictions: Predictions) -> bytes:
 
 
 def _csv(predictions: Predictions) -> bytes:
-    """A row per image: `image,label_1,percent_1,…,error`."""
+    """A row per image: `image,label_1,percent_1,…,error`, and `path` of an adaptive model."""
     ranks = max(len(prediction["classes"]) for prediction in predictions)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
+    paths = ["path"] if any("path" in prediction for prediction in predictions) else []
     table.writerow(
-        ["image", *(f"{key}_{rank}" for rank in range(1, ranks + 1) for key in ("label", "percent")), "error"]
+        ["image", *(f"{key}_{rank}" for rank in range(1, ranks + 1) for key in ("label", "percent")), "error", *paths]
     )
     for prediction in predictions:
         cells = [spreadsheet_text(prediction["image"])]
         for guess in prediction["classes"]:
             cells += [spreadsheet_text(guess["label"]), f"{guess['percent']:.4f}"]
         cells += [""] * (1 + 2 * ranks - len(cells))
-        table.writerow([*cells, spreadsheet_text(prediction.get("error", ""))])
+        error, path = spreadsheet_text(prediction.get("error", "")), [prediction.get("path", "")] if paths else []
+        table.writerow([*cells, error, *path])
     return text.getvalue().encode()
 
 
 def _parquet(predictions: Predictions) -> bytes:
-    """Columns `image`, `labels` and `percents` (lists, best first), `error`."""
+    """Columns `image`, `labels` and `percents` (lists, best first), `error`, and `path` of an adaptive model."""
     import pyarrow
     import pyarrow.parquet
 
@@ -147,6 +150,9 @@ def _parquet(predictions: Predictions) -> bytes:
     }
     types = [("image", pyarrow.string()), ("labels", pyarrow.list_(pyarrow.string()))]
     types += [("percents", pyarrow.list_(pyarrow.float64())), ("error", pyarrow.string())]
+    if any("path" in prediction for prediction in predictions):
+        columns["path"] = [prediction.get("path") for prediction in predictions]
+        types.append(("path", pyarrow.string()))
     buffer = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.table(columns, schema=pyarrow.schema(types)), buffer)
     return buffer.getvalue()

@@ -41,6 +41,8 @@ _DECIDES = (
     "top-1 %",
     "Δ points (95 %)",
     "agree %",
+    "escalated %",
+    "mean ms",
     "p50 ms",
     "speed-up",
     "weights",

@@ -27,7 +27,7 @@ from vitopt.data.labels import as_indices, classes_of
 from vitopt.data.sources import may_be_on_hub, parse_source
 from vitopt.errors import BadImageError, DataError
 from vitopt.paths import existing
-from vitopt.recipe import DataSpec
+from vitopt.recipe import HELD_OUT, DataSpec
 
 SPLIT_NAMES = ("train", "training", "test", "testing", "val", "valid", "validation", "calibration")
 EVALUATION_SPLITS = ("test", "testing", "validation", "val", "valid")
@@ -136,6 +136,8 @@ def open_images(spec: DataSpec, split: str | None) -> ImageSet:
     """
     source, named = parse_source(spec.source)
     split = named or split
+    if split == HELD_OUT or (spec.held_out is not None and split == spec.train):
+        return _of_training(spec, split).limited(spec.limit)
     if source == "digits":
         images = _digits(split)
     elif (place := existing(source)) is not None and place.is_dir():
@@ -163,6 +165,15 @@ def open_images(spec: DataSpec, split: str | None) -> ImageSet:
             "give the folder that holds the class folders"
         )
     return (as_indices(images) if spec.labels == "index" else images).limited(spec.limit)
+
+
+def _of_training(spec: DataSpec, split: str) -> ImageSet:
+    """The part of the training split that is held out, or the rest of it."""
+    if spec.held_out is None:
+        raise DataError(f"{spec.source} has no split {HELD_OUT}: set `held_out: 0.2` under `data` to keep a fifth")
+    whole = open_images(spec.model_copy(update={"held_out": None, "limit": None}), spec.train)
+    kept = held_out(whole.labels, whole.groups, spec.held_out)
+    return replace(whole.subset(i for i, here in enumerate(kept) if here == (split == HELD_OUT)), split=split)
 
 
 def image_files(paths: Sequence[Path]) -> ImageSet:

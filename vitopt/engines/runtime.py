@@ -176,18 +176,23 @@ def prepare(
     run: RunSpec | None = None,
     asked: HeldSpec | None = None,
     strict: bool = False,
+    watch_class_token: bool = False,
 ) -> Prepared:
     """Make a checkpoint ready to be called, by torch (`vitopt.optimize.runtime.prepare`) or the engine of `run`.
 
     An engine takes the file that lies beside the checkpoint. Where there is none, or one of another version, it makes
-    one of the float weights for this time, which is said.
+    one of the float weights for this time, which is said. `watch_class_token`: see `vitopt.optimize.class_token`; torch
+    alone.
 
     Raises:
         UnsupportedError: the engine is not installed, does not run on this device, or cannot hold this checkpoint.
     """
     run = run or RunSpec()
     if run.engine not in ENGINES:
-        return runtime.prepare(checkpoint, name=name, device=device, run=run, asked=asked, strict=strict)
+        watch = {"watch_class_token": watch_class_token}
+        return runtime.prepare(checkpoint, name=name, device=device, run=run, asked=asked, strict=strict, **watch)
+    if watch_class_token:
+        raise UnsupportedError(f"{run.engine} gives logits alone: take another `proxy` than class_token")
     format = asked.format if asked else stored_format(checkpoint)
     place = checkpoint.folder / run.engine if checkpoint.folder else None
     if asked is None and place is not None and place.is_dir():

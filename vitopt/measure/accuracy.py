@@ -1,5 +1,6 @@
 """Accuracy: all variants see the same batches, so that every comparison is paired image by image."""
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,16 +27,16 @@ from vitopt.measure.logit_statistics import (
 from vitopt.measure.paired import holm, mcnemar_exact_p, paired_counts
 from vitopt.measure.power import smallest_visible_loss
 from vitopt.measure.predictions import Predictions
-from vitopt.measure.runnable import Runnable, fixed_shapes, outputs_of
+from vitopt.measure.runnable import Routes, Runnable, fixed_shapes, outputs_of
 from vitopt.measure.verdict import accuracy_verdict
 from vitopt.records import Accuracy, ClassAccuracy, Outputs, VersusBaseline
 
 logger = logging.getLogger(__name__)
 
 
-# by name of the variant: logits per image index, why it failed, and the batch size in the end; then the images that
-# could not be decoded
-_Share = tuple[dict[str, dict[int, "np.ndarray"]], dict[str, str], dict[str, int], list[int]]
+# by name of the variant: logits per image index, the images that were escalated, why it failed, and the batch size in
+# the end; then the images that could not be decoded
+_Share = tuple[dict[str, dict[int, "np.ndarray"]], dict[str, set[int]], dict[str, str], dict[str, int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def predict(
     """
     share = launch.process_share()
     rows: dict[str, dict[int, np.ndarray]] = {runnable.name: {} for runnable in runnables}
+    paths: dict[str, set[int]] = {runnable.name: set() for runnable in runnables if isinstance(runnable, Routes)}
     failures: dict[str, str] = {}
     sizes = {runnable.name: batch_size for runnable in runnables}
     bad: set[int] = set()
@@ -84,13 +86,15 @@ def predict(
                     if runnable.name in failures or not batch.indices:
                         continue
                     try:
-                        logits = _logits(runnable, batch, sizes)
+                        logits, escalated = _logits(runnable, batch, sizes)
                         _refuse_nan(logits, batch, images)
                     except Exception as error:  # an error of any type fails this variant, not the run
                         failures[runnable.name] = explain_failure(error)
                     else:
                         rows[runnable.name].update(zip(batch.indices, logits, strict=True))
-    shares = launch.gather_objects((rows, failures, sizes, sorted(bad)))
+                        if escalated is not None:
+                            paths[runnable.name].update(itertools.compress(batch.indices, escalated))
+    shares = launch.gather_objects((rows, paths, failures, sizes, sorted(bad)))
     return _merge(shares, images, batch_size, {runnable.name: outputs_of(runnable) for runnable in runnables})
 
 
@@ -111,16 +115,21 @@ def _alike(runnables: Sequence[Runnable]) -> list[list[Runnable]]:
     return groups
 
 
-def _logits(runnable: Runnable, batch: Batch, sizes: dict[str, int]) -> np.ndarray:
-    """(images, outputs), float32; halves the subject's batch size in `sizes` for as long as it does not fit."""
+def _logits(runnable: Runnable, batch: Batch, sizes: dict[str, int]) -> tuple[np.ndarray, list[bool] | None]:
+    """(images, outputs), float32, and which were escalated, of what routes; halves the subject's batch size in `sizes`
+    for as long as it does not fit."""
     while True:
         size = sizes[runnable.name]
         try:
-            parts = [padded_call(runnable, part, size) for part in batch.pixel_values.split(size)]
+            parts, escalated = [], list[bool]()
+            for part in batch.pixel_values.split(size):
+                parts.append(padded_call(runnable, part, size))
+                if isinstance(runnable, Routes):
+                    escalated += runnable.escalated[: len(part)].tolist()
             outputs = torch.cat(parts).float().cpu().numpy()
             if outputs.ndim != 2:
                 raise MeasurementError(f"it must return (images, outputs), not {outputs.shape}")
-            return outputs
+            return outputs, escalated if isinstance(runnable, Routes) else None
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -152,8 +161,8 @@ def _refuse_nan(logits: np.ndarray, batch: Batch, images: ImageSet) -> None:
 
 
 def _merge(shares: Sequence[_Share], images: ImageSet, batch_size: int, outputs: Mapping[str, Outputs]) -> Outcome:
-    failures = {name: reason for _, some, _, _ in shares for name, reason in some.items()}
-    bad = sorted({index for _, _, _, some in shares for index in some})
+    failures = {name: reason for _, _, some, _, _ in shares for name, reason in some.items()}
+    bad = sorted({index for *_, some in shares for index in some})
     kept = [index for index in range(len(images)) if index not in set(bad)]
     if not kept:
         raise DataError(f"none of the {len(images)} images of {images.name} can be decoded")
@@ -162,9 +171,10 @@ def _merge(shares: Sequence[_Share], images: ImageSet, batch_size: int, outputs:
     for name in shares[0][0]:
         if name in failures:
             continue
-        logits = {index: row for rows, _, _, _ in shares for index, row in rows[name].items()}
+        logits = {index: row for rows, *_ in shares for index, row in rows[name].items()}
         stacked = np.stack([logits[i] for i in kept])
         width = stacked.shape[1] if outputs[name] != "embedding" else None
+        escalated = {index for _, paths, *_ in shares for index in paths.get(name, ())}
         predictions[name] = Predictions(
             ids=kept_images.ids,
             image_sha256=tuple(images.image_hashes[i] for i in kept),
@@ -172,8 +182,9 @@ def _merge(shares: Sequence[_Share], images: ImageSet, batch_size: int, outputs:
             logits=stacked,
             groups=kept_images.groups,
             outputs=outputs[name],
+            escalated=np.array([i in escalated for i in kept]) if name in shares[0][1] else None,
         )
-    smallest = {name: min(sizes[name] for _, _, sizes, _ in shares) for name in shares[0][0]}
+    smallest = {name: min(sizes[name] for *_, sizes, _ in shares) for name in shares[0][0]}
     notes = {
         name: [f"accuracy ran in batches of {size}: {batch_size} images did not fit the memory"]
         for name, size in smallest.items()

@@ -10,7 +10,7 @@ import numpy as np
 from vitopt.errors import RecordError
 from vitopt.measure.accuracy import adjusted, compare, require_same_images
 from vitopt.measure.intervals import Interval
-from vitopt.measure.latency_statistics import Speedup, speedup_interval
+from vitopt.measure.latency_statistics import Speedup, mean_speedup, speedup_interval
 from vitopt.measure.predictions import Predictions, load_predictions
 from vitopt.records import Latency, Metric, Record, VersusBaseline, load_record
 
@@ -119,7 +119,7 @@ def speed_ratio(baseline: Record, variant: Record, batch_size: int) -> SpeedRati
 
     Of records that were timed together it is the figure of the run's own table, see `paired_speedup`; so it is where
     `baseline` was measured again and the variant's row is of one of its earlier sessions (`Record.baseline_of`). Of
-    others it is the ratio of their medians, has no interval, and cautions in words, above all where devices differ.
+    others it is the ratio of medians or means, has no interval, and cautions in words, above all where devices differ.
     """
     before, after = (
         next((row for row in record.latency if row.batch_size == batch_size), None) for record in (baseline, variant)
@@ -142,7 +142,8 @@ def speed_ratio(baseline: Record, variant: Record, batch_size: int) -> SpeedRati
         caution = "not timed together: no interval"
     else:
         caution = f"timed on different devices ({devices[0]}; {devices[1]}): no comparison of the variants alone"
-    return SpeedRatio(before.p50_ms / after.p50_ms, None, batch_size, caution)
+    times = (before.mean_ms, after.mean_ms) if before.by_mean or after.by_mean else (before.p50_ms, after.p50_ms)
+    return SpeedRatio(times[0] / times[1], None, batch_size, caution)
 
 
 def sessions(records: Sequence[Record]) -> list[list[Record]]:
@@ -170,10 +171,11 @@ def _in_same_rounds(before: Latency, after: Latency) -> bool:
 def paired_speedup(baseline: Latency, variant: Latency) -> Speedup:
     """Geometric mean over rounds of baseline median / variant median, of two that were timed together.
 
-    This is what vitopt calls speed-up, everywhere. `interval` is None under three rounds.
+    This is what vitopt calls speed-up, everywhere. Where the work of a call depends on its images it is the mean of all
+    calls over the mean of all calls. `interval` is None under three rounds.
     """
     before, after = (np.split(np.asarray(row.samples_ms), row.rounds) for row in (baseline, variant))
-    return speedup_interval(before, after)
+    return (mean_speedup if baseline.by_mean or variant.by_mean else speedup_interval)(before, after)
 
 
 def _worth(speed: SpeedRatio) -> str:

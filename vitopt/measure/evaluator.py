@@ -32,7 +32,7 @@ from vitopt.measure.overlap import HashedImages, warning
 from vitopt.measure.own_metrics import Compute, OwnMetrics, measure_metrics
 from vitopt.measure.predictions import Predictions
 from vitopt.measure.rates import floor_ms, roofline, utilisation_percent
-from vitopt.measure.runnable import CountsFlops, HasSeenImages, Runnable, ShowsKernel, input_size
+from vitopt.measure.runnable import CountsFlops, HasSeenImages, Routes, Runnable, ShowsKernel, input_size
 from vitopt.measure.throughput import energy_per_image, find_throughput
 from vitopt.recipe import EvaluateSpec, VariantSpec
 from vitopt.records import Dataset, EndToEnd, Latency, Overlap, Record, Roofline, Variant
@@ -134,7 +134,7 @@ def evaluate(
             end_to_end = _end_to_end(running, images, rows)
             gain(lambda runnable, result: end_to_end[runnable.name])
         gain(functools.partial(_invariance, images=images, batch_sizes=outcome.batch_sizes))
-    gain(functools.partial(_device_figures, spec=spec))
+    gain(functools.partial(_device_figures, spec=spec, images=images))
     # A profiler slows later calls down, so it comes when nothing is left to be timed.
     gain(_kernel)
     launch.wait_for_all()
@@ -187,6 +187,12 @@ def _first_figures(
     fields |= {"latency": rows.latency, "latency_failures": rows.failures}
     fields["warnings"] = (*fields["warnings"], *rows.warnings)
     predictions = outcome.predictions[runnable.name] if outcome else None
+    if isinstance(runnable, Routes) and predictions is None:
+        caution = "timed on random pixels, and how many of those get the second pass says nothing of images"
+        fields["warnings"] = (*fields["warnings"], caution)
+    elif predictions is not None and predictions.escalated is not None and "routing" in fields:
+        share = {"escalated_percent": 100 * float(predictions.escalated.mean())}
+        fields["routing"] = fields["routing"].model_copy(update=share)
     if predictions is not None and (reason := predictions.why_no_classes):
         compared = baseline not in (None, runnable.name)
         unmeasured |= dict.fromkeys(["accuracy", *(["versus_baseline"] if compared else [])], reason)
@@ -250,8 +256,11 @@ def _invariance(
     return {"batch_invariance": invariance, "unmeasured": unmeasured, "warnings": warnings}
 
 
-def _device_figures(runnable: Runnable, result: Measured, *, spec: EvaluateSpec) -> dict[str, Any]:
+def _device_figures(
+    runnable: Runnable, result: Measured, *, spec: EvaluateSpec, images: ImageSet | None
+) -> dict[str, Any]:
     """Memory, energy, throughput, and latency against the limits of the device."""
+    images = images if isinstance(runnable, Routes) else None
     record, unmeasured = result.record, dict[str, str]()
     fields: dict[str, Any] = {"unmeasured": unmeasured}
     if record.latency:
@@ -261,14 +270,14 @@ def _device_figures(runnable: Runnable, result: Measured, *, spec: EvaluateSpec)
             fields["memory"] = attempt("memory", lambda: peak_memory(runnable, smallest), unmeasured)
         fields["energy_joules_per_image"] = attempt(
             "energy_joules_per_image",
-            lambda: energy_per_image(call_of(runnable, largest), largest, runnable.device),
+            lambda: energy_per_image(call_of(runnable, largest, images), largest, runnable.device),
             unmeasured,
         )
     if spec.throughput:
         with progress.task(f"throughput of {runnable.name}", None):
             fields["throughput"] = attempt(
                 "throughput",
-                lambda: find_throughput(lambda size: call_of(runnable, size), clock_for(runnable.device)),
+                lambda: find_throughput(lambda size: call_of(runnable, size, images), clock_for(runnable.device)),
                 unmeasured,
             )
     rates = None
@@ -293,7 +302,7 @@ def _limits(
     flops = record.model.flops_per_image if record.model else None
     if rates is not None and flops is not None and record.size is not None:
         limits["floor_ms"] = floor_ms(row.batch_size, flops, record.size.weight_bytes, rates)
-        reached = utilisation_percent(row.batch_size, flops, row.p50_ms, rates)
+        reached = utilisation_percent(row.batch_size, flops, row.typical_ms, rates)
         limits["model_flop_utilisation_percent"] = reached
     return limits
 

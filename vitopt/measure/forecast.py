@@ -80,7 +80,7 @@ def stages(
     for variant in recipe.variants:
         trainings |= {
             f"steps/{name}": step.settings
-            for name, step in zip(variant.step_names, variant.steps, strict=True)
+            for name, step in variant.all_steps.items()
             if isinstance(step.settings, FinetuneSpec)
         }
     for name, spec in trainings.items():
@@ -136,6 +136,7 @@ def left_out(recipe: Recipe) -> str:
     """What a run also does and no estimate holds, in words."""
     compiles = any(v.compile or (v.chooses_format and v.fastest.compile) for v in recipe.variants)
     parts = ["making the variants' checkpoints", "memory", *(["compiling"] if compiles else [])]
+    parts += ["calibrating adaptive variants"] if any(v.adaptive for v in recipe.variants) else []
     parts += [name for name in ("throughput", "roofline") if getattr(recipe.evaluate, name)]
     return f"not in these estimates: {', '.join(parts)}"
 

@@ -21,7 +21,8 @@ class Predictions:
 
     `ids` and `image_sha256` name the images; `labels`: (images,), or (images, labels) of 0 and 1 where an image has
     any number of them; `logits`: (images, outputs), float32, and `outputs` what they are. `groups` names the group of
-    each image where images of one group depend on each other.
+    each image where images of one group depend on each other. `escalated`: (images,), those that an adaptive model gave
+    its second pass.
     """
 
     ids: tuple[str, ...]
@@ -30,6 +31,7 @@ class Predictions:
     logits: NDArray[np.float32]
     groups: tuple[str, ...] | None = None
     outputs: Outputs = "classes"
+    escalated: NDArray[np.bool_] | None = None
 
     @property
     def why_no_classes(self) -> str | None:
@@ -54,7 +56,7 @@ class Predictions:
 
 
 def save_predictions(predictions: Predictions, folder: Path) -> None:
-    """Write `predictions.parquet` into `folder`: image id, image hash, label, logits, and the group if there is one."""
+    """Write `predictions.parquet` into `folder`: image id, image hash, label, logits, group and path if there are."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -66,6 +68,8 @@ def save_predictions(predictions: Predictions, folder: Path) -> None:
     }
     if predictions.groups is not None:
         columns["group"] = list(predictions.groups)
+    if predictions.escalated is not None:
+        columns["escalated"] = predictions.escalated
     table = pa.table(columns).replace_schema_metadata({"outputs": predictions.outputs})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
@@ -102,6 +106,7 @@ def load_predictions(folder: Path) -> Predictions:
             labels=np.asarray(table["label"], dtype=np.int64) if single else _matrix(table, "label", np.int64),
             logits=_matrix(table, "logits", np.float32),
             groups=tuple(table["group"].to_pylist()) if "group" in table.column_names else None,
+            escalated=np.asarray(table["escalated"], dtype=bool) if "escalated" in table.column_names else None,
             outputs=(table.schema.metadata or {}).get(b"outputs", b"classes").decode(),
         )
     except FileNotFoundError as error:

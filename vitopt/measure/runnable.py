@@ -117,6 +117,16 @@ class HasSeenImages(Protocol):
     def images_seen(self) -> Sequence[Use]: ...
 
 
+@runtime_checkable
+class Routes(Protocol):
+    """Does more for some images than for others, so a call's time depends on its images."""
+
+    @property
+    def escalated(self) -> torch.Tensor:
+        """(batch,), bool, of the last call: the images that got more."""
+        ...
+
+
 def outputs_of(runnable: Runnable) -> Outputs:
     """What its outputs are: a logit for each class, unless it says something else."""
     return runnable.outputs if isinstance(runnable, NamesOutputs) else "classes"

@@ -6,6 +6,7 @@ One process cannot tell its variants apart: `python -m vitopt.optimize.alone CHE
 import json
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,7 +33,12 @@ def main(source: str, run: str, batch_size: str) -> None:
     libraries.quiet_libraries()
     checkpoint = open_checkpoint(source)
     runnable = prepare(checkpoint, name=source, device=torch.device("cpu"), run=RunSpec.model_validate_json(run))
-    runnable(random_pixels(int(batch_size), checkpoint.image_size))
+    print_peak(runnable, int(batch_size), checkpoint.image_size)
+
+
+def print_peak(call: Callable[[torch.Tensor], object], batch_size: int, size: tuple[int, int]) -> None:
+    """Call once with images of `size`, print `{"peak_bytes": …}` of this process."""
+    call(random_pixels(batch_size, size))
     sys.stdout.write(json.dumps({"peak_bytes": _own_peak_bytes()}) + "\n")
 
 

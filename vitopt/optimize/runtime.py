@@ -23,7 +23,7 @@ from vitopt.models.checkpoint import (
 from vitopt.models.classes import best_attention, why_not_attention, why_not_kernel
 from vitopt.models.forward import flops_per_image, input_dtype
 from vitopt.models.names import block_names
-from vitopt.optimize import refused
+from vitopt.optimize import class_token, refused
 from vitopt.optimize.attention import attention_of, implementation, kernel_used
 from vitopt.optimize.blocks import carry_residuals, join_gelu, narrow_last_block
 from vitopt.optimize.compiled import Compiled, Path, compiled
@@ -231,9 +231,7 @@ class TorchRunnable(CheckpointRunnable):
 
     def alone(self, batch_size: int) -> list[str]:
         """Command of a process that runs only this, uncompiled."""
-        run = self.run.model_copy(
-            update={"compile": False, **dict.fromkeys(("autotune", "compile_whole", *_NEEDS), False)}
-        ).model_dump_json()
+        run = self.run.uncompiled.model_dump_json()
         return [sys.executable, "-m", "vitopt.optimize.alone", self.checkpoint.source, run, str(batch_size)]
 
     def _eager(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -306,8 +304,11 @@ def prepare(
     run: RunSpec | None = None,
     asked: HeldSpec | None = None,
     strict: bool = False,
+    watch_class_token: bool = False,
 ) -> TorchRunnable:
     """Load a checkpoint so that it can be called; `asked` is the variant that it was made for.
+
+    With `watch_class_token` its logits are followed by one more column, see `vitopt.optimize.class_token`.
 
     An attention that cannot run falls back to SDPA, that to eager where a family has none, and a kernel of SDPA to
     torch's own choice; each says so once, and the reason is kept.
@@ -349,6 +350,8 @@ def prepare(
         if getattr(run, option) and option not in reasons and rewrite(model, blocks, checkpoint, run) == 0:
             reasons[option] = reason
             logger.warning("%s: %s", name, reason)
+    if watch_class_token:
+        class_token.watch(model, blocks)
     if run.channels_last:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):

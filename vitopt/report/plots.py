@@ -60,7 +60,8 @@ def save_plots(
 def accuracy_latency(records: Sequence[Record], batch_size: int, baseline: str | None = None) -> Figure | None:
     """Top-1 accuracy (Wilson interval) against median latency (whisker to p95), the Pareto front as a line.
 
-    None with fewer than two variants that have both.
+    Of an adaptive model it is the mean, as its median does not know the images that take longer. None with
+    fewer than two variants that have both.
     """
     shown = [
         (record, record.accuracy, latency)
@@ -70,7 +71,7 @@ def accuracy_latency(records: Sequence[Record], batch_size: int, baseline: str |
     if len(shown) < 2:
         return None
     figure, axes = blank(300)
-    x = np.array([latency.p50_ms for *_, latency in shown])
+    x = np.array([latency.typical_ms for *_, latency in shown])
     y = np.array([accuracy.top1_percent for _, accuracy, _ in shown])
     step_line(axes, x, y, pareto_front(x, y))
     labels = []
@@ -78,7 +79,7 @@ def accuracy_latency(records: Sequence[Record], batch_size: int, baseline: str |
         name, colour = short(record.variant.name, _LONGEST_LABEL), colour_of(record.variant.format)
         is_baseline = record.variant.name == baseline
         labels.append(f"{name} (baseline)" if is_baseline else name)
-        at_x, at_y = latency.p50_ms, accuracy.top1_percent
+        at_x, at_y = latency.typical_ms, accuracy.top1_percent
         whisker: dict[str, Any] = {"color": colour, "alpha": 0.4, "linewidth": 1.2, "zorder": 2}
         axes.plot([at_x, at_x], accuracy.top1_ci95_percent, **whisker)
         if latency.p95_ms is not None:
@@ -94,7 +95,8 @@ def accuracy_latency(records: Sequence[Record], batch_size: int, baseline: str |
     else:
         axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
     axes.grid(True)
-    axes.set(xlabel=f"median latency at batch {batch_size}, ms", ylabel="top-1 accuracy, %")
+    typical = "median (adaptive: mean)" if any(latency.by_mean for *_, latency in shown) else "median"
+    axes.set(xlabel=f"{typical} latency at batch {batch_size}, ms", ylabel="top-1 accuracy, %")
     label_points(figure, axes, labels, x, y)
     return figure
 
@@ -152,11 +154,11 @@ def waterfall(chain: Sequence[Step], batch_size: int) -> Figure | None:
     """
     bars: list[_Bar] = []
     for step in chain:
-        words = f"{milliseconds(step.latency.p50_ms)} ms"
+        words = f"{milliseconds(step.latency.typical_ms)} ms"
         if speedup := step.speedup:
             within = (speedup.interval.low, speedup.interval.high) if speedup.interval else None
             words += f" · {with_interval('{:.2f}x'.format, speedup.ratio, within)}"
-        bars.append((step.record, words, step.latency.p50_ms, step.latency.floor_ms))
+        bars.append((step.record, words, step.latency.typical_ms, step.latency.floor_ms))
     known = [bar for *_, bar in bars if bar is not None]
     figure = _bars(bars, f"median latency at batch {batch_size}, ms" + ("; tick: floor" if known else ""))
     if figure is not None:

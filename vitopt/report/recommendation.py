@@ -70,7 +70,7 @@ def _weight_bytes(record: Record) -> float:
 def _fastest(records: Sequence[Record]) -> Record:
     def time(record: Record) -> float:
         # Of different sessions only the speed-ups compare, each over the baseline of its own.
-        return record.latency[0].p50_ms if together else 1 / (record.latency[0].speedup_vs_baseline or 1)
+        return record.latency[0].typical_ms if together else 1 / (record.latency[0].speedup_vs_baseline or 1)
 
     together = len(sessions(records)) < 2
     fastest = min(records, key=time)
@@ -84,7 +84,7 @@ def _fastest(records: Sequence[Record]) -> Record:
 
 _CHOOSE: dict[Prefer, Callable[[Sequence[Record]], Record]] = {
     "latency": _fastest,
-    "size": lambda records: min(records, key=lambda record: (_weight_bytes(record), record.latency[0].p50_ms)),
+    "size": lambda records: min(records, key=lambda record: (_weight_bytes(record), record.latency[0].typical_ms)),
     "throughput": lambda records: max(records, key=_rate),
     "cost": lambda records: max(records, key=_rate),  # an hour costs the same for all
 }
@@ -93,7 +93,7 @@ _CHOOSE: dict[Prefer, Callable[[Sequence[Record]], Record]] = {
 def _figures(record: Record, price_per_hour: float | None) -> list[str]:
     latency = record.latency[0]
     speedup = f" ({latency.speedup_vs_baseline:.2f}x)" if latency.speedup_vs_baseline else ""
-    figures = [f"{milliseconds(latency.p50_ms)} ms{speedup}"]
+    figures = [f"{milliseconds(latency.typical_ms)} ms{speedup}"]
     if versus := record.versus_baseline:
         figures.append(f"top-1 {delta_words(versus.top1_delta_points, versus.top1_delta_ci95_points, 1)} points")
     if record.size:

@@ -80,7 +80,7 @@ def _fastest(records: Mapping[str, Record], baseline: str, batch_size: int) -> H
     rows = {name: row for name, record in records.items() if (row := record.latency_at(batch_size))}
     together = len(sessions(list(records.values()))) < 2
     # Of different sessions only the speed-ups compare, each over the baseline of its own; less is faster.
-    times = {name: row.p50_ms if together else 1 / (row.speedup_vs_baseline or 1) for name, row in rows.items()}
+    times = {name: row.typical_ms if together else 1 / (row.speedup_vs_baseline or 1) for name, row in rows.items()}
 
     def faster(best: Record) -> str:
         row = rows[best.variant.name]

@@ -261,7 +261,11 @@ def cautions(records: Sequence[Record]) -> list[str]:
         said += [f": batch {row.batch_size} not timed ({row.reason})" for row in record.latency_failures]
         said += [f": {figure} not measured ({why})" for figure, why in record.unmeasured.items()]
         sentences += [(variant.name, sentence) for sentence in said]
-    lines = _together(sentences) + _sessions(records)
+    if routed := [record.variant.name for record in records if any(row.by_mean for row in record.latency)]:
+        lines = [f"{', '.join(routed)}: speed-up and images/s are of means, over real images in turn"]
+    else:
+        lines = []
+    lines += _together(sentences) + _sessions(records)
     skipped = next((record.dataset.skipped for record in records if record.dataset and record.dataset.skipped), ())
     if skipped:
         lines.append(f"{len(skipped)} images could not be decoded and were left out, first {skipped[0]}")
@@ -366,6 +370,8 @@ _COLUMNS: dict[str, Cell] = {
     "agree %": of("record.versus_baseline.agreement_percent", percent),
     "KL": of("record.versus_baseline.mean_kl_divergence", "{:.4f}".format),
     "metrics": of("record.metrics", _metrics),
+    "escalated %": of("record.routing.escalated_percent", "{:.1f}".format),
+    "mean ms": of("latency", lambda latency: milliseconds(latency.mean_ms) if latency.by_mean else None),
     "p50 ms": of("latency.p50_ms", milliseconds),
     "p95 ms": of("latency", lambda latency: tail(latency.p95_ms, latency.p95_ci95_ms)),
     "p99 ms": of("latency", lambda latency: tail(latency.p99_ms, latency.p99_ci95_ms)),

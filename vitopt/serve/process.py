@@ -155,8 +155,8 @@ def _load(loading: Loading) -> tuple[Any, Ready]:
     from vitopt.environment import devices, libraries
 
     libraries.quiet_libraries()
+    from vitopt.adaptive.runtime import prepare
     from vitopt.data.pixels import random_pixels
-    from vitopt.engines.runtime import prepare
     from vitopt.models.checkpoint import open_checkpoint
     from vitopt.recipe import RunSpec
 
