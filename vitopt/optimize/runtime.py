@@ -376,7 +376,8 @@ def _with_fused_products(model: nn.Module, blocks: tuple[str, ...]) -> int:
 
 def _with_static_scales(model: nn.Module, checkpoint: Checkpoint) -> int:
     observed = load_activations(checkpoint.folder)
-    if not observed:
+    # A baseline in floating point beside the checkpoint that is asked for has nothing to be observed.
+    if not observed and not {"w8a8", "fp8"}.isdisjoint(live_formats(model, checkpoint.config.model_type).values()):
         raise UnsupportedError(
             f"`static_scales` needs what layers take over calibration images, and nobody observed {checkpoint.source}: "
             "give the variant the step `calibrate`"
