@@ -80,6 +80,7 @@ PLANS = {
         _TESTS,
         _recipe("waterfall-vit-l", 120, wants=("torchao",)),
         _recipe("attention-vit-l", 90, wants=("flash_attn",)),
+        _recipe("engines-gpu", 240, wants=("tensorrt", "onnx", "onnxscript", "torchao")),
         _recipe("imagenet-vit-tiny", 90, (SHARED,), ("torchao", "bitsandbytes")),
     ),
     "cpu": (_recipe("waterfall-cpu-vit-l", 1200, wants=("torchao",)), _recipe("imagenet-vit-tiny", 600, (SHARED,))),

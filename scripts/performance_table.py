@@ -23,7 +23,7 @@ from vitopt.report.table import HEADINGS, UNKNOWN, cautions, device_name, markdo
 
 SCHEMA = "vitopt.device/1"
 BEGIN, END = "<!-- performance tables: scripts/performance_table.py -->", "<!-- end of performance tables -->"
-GPU_RECIPES = ("goals-vit-l", "packed-vit-l", "waterfall-vit-l", "attention-vit-l")
+GPU_RECIPES = ("goals-vit-l", "packed-vit-l", "waterfall-vit-l", "attention-vit-l", "engines-gpu")
 CPU_RECIPES = ("waterfall-cpu-vit-l",)
 FIDELITY_RECIPE = "imagenet-vit-tiny"
 _FIDELITY = ("top-1 %", "Δ points (95 %)", "agree %", "p50 ms", "speed-up", "weights", "on disk")

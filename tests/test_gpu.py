@@ -9,8 +9,11 @@ from torch import nn
 from vitopt import inference, pipeline
 from vitopt.data.images import open_images
 from vitopt.data.pixels import Preprocessor, batches, on_device, random_pixels
+from vitopt.engines import package
+from vitopt.engines.runtime import make
+from vitopt.engines.runtime import prepare as prepare_any
 from vitopt.environment import support
-from vitopt.formats import Format
+from vitopt.formats import QUANTIZED_FORMATS, Format
 from vitopt.inference import Candidate
 from vitopt.measure.rates import copy_rate, gemm_rate
 from vitopt.models.activations import save_activations
@@ -118,6 +121,33 @@ def pixels_of(batch_size: int) -> torch.Tensor:
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16", "w8a8", "fp8"])
+@pytest.mark.parametrize("engine", ["aoti", "tensorrt"])
+def test_the_file_of_an_engine_gives_the_logits_of_torch_in_a_graph_and_is_used_again(
+    engine: str, format: str, tiny_checkpoint: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason := support.why_not_engine(engine, CUDA):
+        pytest.skip(reason)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    source = open_checkpoint(str(tiny_checkpoint))
+    scales = engine == "tensorrt" and format in QUANTIZED_FORMATS
+    asked = VariantSpec(name="v", format=format, engine=engine, static_scales=scales)
+    images = open_images(DataSpec(source=str(shapes)), "train") if scales else None
+    make(source, asked, tmp_path / "v", "cuda", scales=images)
+    monkeypatch.setattr(package.engine_module(engine), "write", lambda *_: pytest.fail("the file is there"))
+    made = open_checkpoint(str(tmp_path / "v"))
+    runnable = prepare_any(made, name="v", device=CUDA, run=asked.run, asked=asked)
+    exact = prepare(source, name="fp32", device=CUDA)
+    for batch_size in (8, 1, 8):
+        pixels = pixels_of(batch_size)
+        for _ in range(2):  # captured, then replayed
+            error = relative_error(runnable(pixels), exact(pixels))
+            assert error < {"fp32": 1e-3, "fp8": 0.15}.get(format, 0.1)
+    # Whether each size has a graph: the file itself takes any. A capture that failed leaves a reason.
+    assert runnable.fixed_shapes and "cuda graph" not in runnable.reasons
+    assert set(runnable.describe()["layers"].values()) >= {format}
 
 
 @pytest.mark.parametrize("run_as", [None, "w8a8", "fp8"])

@@ -726,12 +726,24 @@ def test_a_file_of_mistakes_alone_is_answered_soon_and_shortly(tmp_path):
             {"format": "w8a8", "engine": "openvino", "static_scales": True},
             ["of a needs images", "steps: [calibrate]"],
         ),
-        ({"format": "fp32", "engine": "tensorflow"}, ["engine", "'torch', 'openvino' or 'onnxruntime'"]),
+        ({"format": "fp32", "engine": "tensorrt", "fuse_qkv": True}, ["tensorrt", "`fuse_qkv`"]),
+        ({"format": "nf4", "engine": "aoti"}, ["aoti", "nf4"]),
+        ({"format": "auto", "engine": "aoti", "static_scales": True}, ["`static_scales`", "`format: auto`"]),
+        (
+            {"format": "fp32", "engine": "tensorflow"},
+            ["engine", "'torch', 'openvino', 'onnxruntime', 'tensorrt' or 'aoti'"],
+        ),
     ],
 )
 def test_what_an_engine_does_not_do_is_refused(content, words):
     (line,) = mistakes(changed(data="digits", variants=[{"name": "a", **content}]))
     assert all(word in line for word in words)
+
+
+@pytest.mark.parametrize("choice", [{"format": "w8a8", "skip": "auto", "half": "fp16"}, {"format": "auto"}])
+def test_what_torch_chooses_may_be_open_for_an_engine_that_compiles_its_model(choice):
+    content = changed(data="digits", variants=[{"name": "a", "engine": "aoti", **choice}])
+    assert validate(Recipe, content, where="r.yaml").variants[0].wants_images
 
 
 def test_calibration_of_an_engine_needs_data_and_names_its_images():

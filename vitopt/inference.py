@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import torch
 
-from vitopt import progress
+from vitopt import progress, storage
 from vitopt.adaptive.runtime import AnyPrepared, prepare
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
@@ -19,7 +19,7 @@ from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.measure.own_metrics import Compute
 from vitopt.measure.runnable import NamesOutputs, Preprocess, Runnable, outputs_of
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
-from vitopt.recipe import EvaluateSpec, RunSpec, VariantSpec
+from vitopt.recipe import ENGINES, EvaluateSpec, RunSpec, VariantSpec
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,15 @@ def made(
     """
     failures: dict[str, str] = {}
     for variant in variants:
-        held: str = variant.format
-        if variant.engine != "torch":
-            held = f"{variant.engine}-{held}{'-static' if variant.static_scales else ''}"
+        held = what = str(variant.format)
+        if variant.engine in ENGINES:
+            compiled_in = variant.model_dump(mode="json", include=set(ENGINES[variant.engine].options))
+            what = f"{variant.engine}-{variant.format}"
+            held = f"{what}-{storage.sha256_of_json(compiled_in)[:8]}"
         output = folder / held
         if not output.exists() and held not in failures:
             try:
-                with progress.task(f"making {held}", None):
+                with progress.task(f"making {what}", None):
                     make(checkpoint, variant, output, device, scales=scales)
             except (CheckpointError, MeasurementError, UnsupportedError) as error:
                 if variant is variants[0]:

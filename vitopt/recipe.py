@@ -25,6 +25,7 @@ from vitopt.run_spec import Attention as Attention
 from vitopt.run_spec import Engine as Engine
 from vitopt.run_spec import RunSpec as RunSpec
 from vitopt.run_spec import SdpaKernel as SdpaKernel
+from vitopt.run_spec import computes_itself as computes_itself
 from vitopt.spec import PATH_LENGTH, BatchSize, ImageCount, Name, Patterns, as_list
 from vitopt.spec import CalibrationSpec as CalibrationSpec
 from vitopt.spec import Spec as Spec
@@ -136,6 +137,7 @@ class VariantSpec(RunSpec, HeldSpec):
             known: tuple[str, ...] = (*ENGINES[self.engine].formats, AUTO)
             if lacking := [format for format in (self.format, *self.layers.values()) if format not in known]:
                 raise ValueError(f"`engine: {self.engine}` has no {lacking[0]}; it has {', '.join(known[:-1])}")
+        if computes_itself(self.engine):
             if self.half != "bf16":
                 raise ValueError(f"`engine: {self.engine}` chooses the type of the other layers: leave `half` out")
             if self.static_scales and self.format not in (*QUANTIZED_FORMATS, AUTO):
@@ -171,7 +173,7 @@ class RecipeVariant(VariantSpec):
     def _choice_is_whole(self) -> "RecipeVariant":
         if not self.chooses_format and self.fastest != FastestSpec():
             raise ValueError("`fastest` is for `format: auto`, and `format` is something else: leave one of them out")
-        chosen = set(RunSpec.model_fields) - {"engine", *(("static_scales",) if self.engine in ENGINES else ())}
+        chosen = set(RunSpec.model_fields) - {"engine", *(("static_scales",) if computes_itself(self.engine) else ())}
         without_effect = self.changed("skip", "layers", "rounding", *sorted(chosen)) if self.chooses_format else ""
         if without_effect:
             raise ValueError(
@@ -205,7 +207,7 @@ class RecipeVariant(VariantSpec):
     @property
     def scaling_step(self) -> Step | None:
         """The step whose images give an engine its static scales, None where none does."""
-        wanted = self.static_scales and self.engine in ENGINES
+        wanted = self.static_scales and computes_itself(self.engine)
         return next((step for step in reversed(self.steps) if wanted and step.name == "calibrate"), None)
 
     @property
@@ -326,7 +328,7 @@ class Recipe(Spec):
             mistakes += [
                 f"`static_scales` of {variant.name} needs images: give it `steps: [calibrate]`"
                 for variant in self.variants
-                if variant.engine in ENGINES and variant.static_scales and variant.scaling_step is None
+                if computes_itself(variant.engine) and variant.static_scales and variant.scaling_step is None
             ]
         if self.require.batch_size not in (None, *self.evaluate.latency.batch_sizes):
             mistakes.append(f"require.batch_size {self.require.batch_size} is not in evaluate.latency.batch_sizes")

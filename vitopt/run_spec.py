@@ -11,15 +11,18 @@ from vitopt.token_schedule import Schedule
 
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 SdpaKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
-Engine = Literal["torch", "openvino", "onnxruntime"]
+Engine = Literal["torch", "openvino", "onnxruntime", "tensorrt", "aoti"]
 
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """A runtime beside torch.
+    """A runtime with a model file of its own.
 
     `module`: what implements `vitopt.engines.package.EngineModule`. `package`: what must be installed to run it, and
     `extra`, of vitopt, to make files for it. `formats`: those that it runs. `devices`: torch's names of where it runs.
+    `takes_tensors`: it is called with torch tensors on their device, not with numpy arrays. `for_one_device`: its file
+    runs on the kind of device that made it alone. `torch_model`: it compiles torch's own model in torch's formats.
+    `options`: the run options of torch that it takes.
     """
 
     module: str
@@ -27,25 +30,71 @@ class EngineFacts:
     extra: str
     formats: tuple[Format, ...]
     devices: tuple[str, ...] = ("cpu",)
+    takes_tensors: bool = False
+    for_one_device: bool = False
+    torch_model: bool = False
+    options: tuple[str, ...] = ()
+
+    @property
+    def example_packages(self) -> tuple[str, ...]:
+        """What runs an exported file beside numpy and Pillow."""
+        return tuple(dict.fromkeys((self.package, *(("torch",) if self.takes_tensors else ()))))
 
 
 ENGINES: dict[str, EngineFacts] = {
-    "openvino": EngineFacts("vitopt.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "w8a8")),
-    "onnxruntime": EngineFacts("vitopt.engines.onnxruntime", "onnxruntime", "onnx", ("fp32", "fp16", "w8a8")),
+    "openvino": EngineFacts(
+        "vitopt.engines.openvino", "openvino", "openvino", ("fp32", "bf16", "w8a8"), options=("static_scales",)
+    ),
+    "onnxruntime": EngineFacts(
+        "vitopt.engines.onnxruntime", "onnxruntime", "onnx", ("fp32", "fp16", "w8a8"), options=("static_scales",)
+    ),
+    "tensorrt": EngineFacts(
+        "vitopt.engines.tensorrt",
+        "tensorrt",
+        "tensorrt",
+        ("fp32", "fp16", "bf16", "w8a8", "fp8"),
+        devices=("cuda",),
+        takes_tensors=True,
+        for_one_device=True,
+        options=("static_scales",),
+    ),
+    "aoti": EngineFacts(
+        "vitopt.engines.aoti",
+        "torch",
+        "",
+        ("fp32", "fp16", "bf16", "w8a8", "fp8"),
+        devices=("cpu", "cuda"),
+        takes_tensors=True,
+        for_one_device=True,
+        torch_model=True,
+        options=(
+            "attention",
+            "fuse_qkv",
+            "class_token_last",
+            "carry_residual",
+            "static_scales",
+            "merge_tokens",
+            "size_bias",
+            "patch_product",
+            "channels_last",
+        ),
+    ),
 }
+
+
+def computes_itself(engine: str) -> bool:
+    """Whether a runtime of its own computes, and not torch's model, however that is compiled."""
+    return engine in ENGINES and not ENGINES[engine].torch_model
 
 
 def objective_of(engine: str) -> Literal["size", "latency"]:
     """What a kept layer costs where a recipe does not say."""
-    return "latency" if engine in ENGINES else "size"
+    return "latency" if computes_itself(engine) else "size"
 
 
 def granularity_of(engine: str) -> Literal["block", "kind"]:
     """The units of a sensitivity where a recipe does not say: a file of an engine takes long to make."""
-    return "kind" if engine in ENGINES else "block"
-
-
-_OF_ENGINES = {"engine", "static_scales"}  # what an engine beside torch takes of the options
+    return "kind" if computes_itself(engine) else "block"
 
 
 class RunSpec(Spec):
@@ -110,7 +159,8 @@ class RunSpec(Spec):
 
     @model_validator(mode="after")
     def _options_fit(self) -> "RunSpec":
-        if self.engine in ENGINES and (useless := self.changed(*(set(RunSpec.model_fields) - _OF_ENGINES))):
+        taken = ENGINES[self.engine].options if self.engine in ENGINES else RunSpec.model_fields
+        if useless := self.changed(*(set(RunSpec.model_fields) - {"engine", *taken})):
             raise ValueError(f"`engine: {self.engine}` computes in its own way, so leave {useless} out")
         for way in ("autotune", "compile_whole", "fused_kernels", "dependent_launch"):
             if getattr(self, way) and not self.compile:

@@ -20,7 +20,7 @@ from vitopt.environment import devices, launch, machine
 from vitopt.errors import CheckpointError, MeasurementError, RecordError, UnsupportedError, VitoptError
 from vitopt.measure.predictions import PREDICTIONS_FILE
 from vitopt.models.checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
-from vitopt.recipe import ENGINES, CalibrationSpec, FinetuneSpec, Recipe, RecipeVariant, Step
+from vitopt.recipe import ENGINES, CalibrationSpec, FinetuneSpec, Recipe, RecipeVariant, Step, computes_itself
 from vitopt.records import RECORD_FILE
 from vitopt.search.analysis import analyse_for
 from vitopt.search.fastest import Choice, find_fastest, how_measured, load_choice, save_choice
@@ -204,9 +204,7 @@ class VariantMaker:
                 variant.format,
                 variant.half,
                 variant.auto.model_dump(mode="json"),
-                [variant.engine, variant.static_scales, scales and scales.sha256]
-                if variant.engine in ENGINES
-                else None,
+                _of_engine(variant, scales) if computes_itself(variant.engine) else None,
                 skip_bad,
                 SENSITIVITY_SCHEMA,
             ],
@@ -280,6 +278,7 @@ class VariantMaker:
     def _variant_stage(self, settled: Settled) -> Stage[Path]:
         variant, base, images = settled.variant, settled.base, settled.images
         output = self.run.variant(variant.name)
+        compiled_in = ENGINES[variant.engine].options if variant.engine in ENGINES else ()
         rounding = None if variant.rounding is None else self._calibration(variant.rounding)[0]
 
         def work() -> str:
@@ -300,12 +299,10 @@ class VariantMaker:
             f"variant {variant.name}",
             inputs=[
                 base.fingerprint(),
-                variant.model_dump(mode="json", include={"format", "half", "skip", "layers", "rounding"}),
+                variant.model_dump(mode="json", include={"format", "half", "skip", "layers", "rounding", *compiled_in}),
                 None if images is None else [images.sha256, settled.purpose],
                 None if rounding is None else rounding.sha256,
-                [variant.static_scales, settled.scales and settled.scales.sha256]
-                if variant.engine in ENGINES
-                else None,
+                _of_engine(variant, settled.scales),
                 *self._inputs_of_rule(settled),
             ],
             files=_checkpoint_files(output),

@@ -65,6 +65,8 @@ def test_a_table_for_each_batch_size_names_every_row(tiny_checkpoint: Path) -> N
         (["--run", "eager,compil"], ["compil", "compile"]),
         (["--run", "eager", "--compile"], ["--compile", "--run"]),
         (["--run", "autotune"], ["autotune", "compile"]),
+        (["--format", "nf4", "--run", "engine=aoti"], ["aoti", "nf4", "w8a8"]),
+        (["--format", "fp32", "--engine", "openvino", "--static-scales"], ["fp32", "static_scales"]),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(options: list[str], words: list[str], tiny_checkpoint: Path) -> None:

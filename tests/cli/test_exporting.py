@@ -27,10 +27,11 @@ def test_it_writes_what_the_engine_needs_and_tells(tiny_checkpoint: Path, shapes
     ("options", "words"),
     [
         (["--engine", "openvino", "--format", "nf4"], ["openvino", "nf4", "fp32, bf16, w8a8"]),
-        (["--engine", "onnxruntime", "--format", "w8a8"], ["onnxruntime", "w8a8"]),
+        (["--engine", "onnxruntime", "--format", "bf16"], ["onnxruntime", "bf16"]),
         (["--engine", "openvino", "--skip", "fc2"], ["fp32", "`skip`"]),
         (["--engine", "openvino", "--data", "digits"], ["--data", "quantized --format"]),
         (["--engine", "openvino", "--format", "w8a8", "--data", "absent"], ["absent"]),
+        (["--engine", "aoti", "--format", "w8a8", "--data", "digits"], ["--data", "aoti", "vitopt calibrate"]),
     ],
 )
 def test_what_would_do_nothing_or_cannot_be_is_refused(

@@ -1,6 +1,8 @@
 """A checkpoint whose int8 is far from its fp32, and images to calibrate on."""
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,18 @@ import torch
 from conftest import make_checkpoint
 
 from vitopt.data.images import ImageSet, open_images
-from vitopt.engines import package
+from vitopt.engines import note, package
 from vitopt.engines.runtime import Prepared, prepare
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.recipe import DataSpec, VariantSpec
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What seals compiled files is not the key of who runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -39,9 +49,32 @@ def pixel_values() -> torch.Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
+# No module of these can be imported, wherever the interpreter finds them.
+ALONE = """
+import runpy, sys
+for name in sys.argv.pop(1).split(","):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="session")
+def classes_of() -> Callable[..., list[tuple[str, float]]]:
+    """What an example prints of a photo where some packages are not installed: classes with their percentages."""
+
+    def run(script: Path, photo: Path, without: str) -> list[tuple[str, float]]:
+        done = subprocess.run([sys.executable, "-c", ALONE, without, script, photo], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [(line.split(" %  ")[1], float(line.split(" %")[0])) for line in done.stdout.splitlines()]
+
+    return run
+
+
 class FakeEngine:
     """Stands in for a runtime: keeps torch's weights and computes with them."""
 
+    MODEL_FILE = "model.bin"
     EXAMPLE = "logits = numpy.zeros((1, 4))"
 
     def __init__(self, checkpoint):
@@ -71,7 +104,8 @@ def engine(checkpoint, monkeypatch):
     fake, version = FakeEngine(checkpoint), ["1"]
     monkeypatch.setattr(package, "engine_module", lambda name: fake)
     monkeypatch.setattr("vitopt.engines.runtime.engine_module", lambda name: fake)
-    monkeypatch.setattr(package, "installed_version", lambda name: version[0])
+    for room in (package, note):
+        monkeypatch.setattr(room, "installed_version", lambda name: version[0])
     monkeypatch.setattr("vitopt.environment.support.installed", lambda name: True)
     fake.version = version
     return fake

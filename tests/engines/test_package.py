@@ -1,8 +1,6 @@
 """What lies beside a checkpoint, what is exported, and how an export runs where nothing else is installed."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,24 +15,9 @@ from vitopt.recipe import VariantSpec
 
 FP32 = VariantSpec(name="v", format="fp32", engine="openvino")
 
-# No module of these can be imported, wherever the interpreter finds them.
-ALONE = """
-import runpy, sys
-for name in ("vitopt", "torch", "transformers"):
-    sys.modules[name] = None
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def classes(script, photo):
-    done = subprocess.run([sys.executable, "-c", ALONE, script, photo], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [(line.split(" %  ")[1], float(line.split(" %")[0])) for line in done.stdout.splitlines()]
-
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_an_export_classifies_a_photo_with_the_engine_alone(engine, checkpoint, shapes, tmp_path):
+def test_an_export_classifies_a_photo_with_the_engine_alone(engine, checkpoint, classes_of, shapes, tmp_path):
     pytest.importorskip(engine)
     if engine == "onnxruntime":
         pytest.importorskip("onnxscript")
@@ -42,7 +25,7 @@ def test_an_export_classifies_a_photo_with_the_engine_alone(engine, checkpoint, 
     made = package.export(checkpoint, FP32.model_copy(update={"engine": engine}), output, as_it_is=True)
     assert (made.engine, made.format) == (engine, "fp32")
     photo = next((shapes / "test").rglob("*.png"))
-    found = classes(output / "example.py", photo)
+    found = classes_of(output / "example.py", photo, without="vitopt,torch,transformers")
     from vitopt.prediction import predict
 
     (wanted,) = predict(checkpoint.location, [photo], top=4)

@@ -7,7 +7,7 @@ import torch
 
 from vitopt import inference
 from vitopt.data.images import open_images
-from vitopt.engines import package
+from vitopt.engines import note, package, runtime
 from vitopt.engines.runtime import prepare
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.inference import Candidate
@@ -113,3 +113,52 @@ def test_it_is_measured_beside_torch(engine, checkpoint, shapes, monkeypatch):
     second, third = measured[1].record, measured[2].record
     assert second.versus_baseline.agreement_percent == 100 and second.versus_baseline.mean_kl_divergence < 1e-6
     assert "w8a8" in third.failure
+
+
+class FakeGraphs:
+    """Stands in for CUDA graphs, which a CPU does not have."""
+
+    def __init__(self, call, cast):
+        self.call, self.cast, self.error = call, cast, None
+
+    def __call__(self, pixel_values):
+        if self.error is not None:
+            raise self.error
+        return self.call(self.cast(pixel_values)).clone()
+
+    def peak_bytes(self, shape):
+        return 7
+
+
+class OnDevice:
+    """A call that takes and gives tensors."""
+
+    fixed_shapes = False
+
+    def __call__(self, pixel_values):
+        assert isinstance(pixel_values, torch.Tensor)
+        return pixel_values.flatten(1)[:, :4] + 1
+
+
+@pytest.fixture
+def on_gpu(checkpoint, monkeypatch):
+    monkeypatch.setattr(runtime, "Graphs", FakeGraphs)
+    held = note.Package("tensorrt", "11", "bf16", checkpoint.fingerprint(), False, {})
+    made = {"device": torch.device("cuda"), "run": RunSpec(engine="tensorrt")}
+    return runtime.EngineRunnable("x", checkpoint, held, OnDevice(), **made)
+
+
+def test_calls_on_a_gpu_are_captured_and_stay_on_the_device(on_gpu, pixel_values):
+    assert torch.equal(on_gpu(pixel_values.double()), pixel_values.flatten(1)[:, :4] + 1)
+    assert on_gpu.fixed_shapes and on_gpu.graph_bytes(pixel_values.shape) == 7
+
+
+def test_what_cannot_be_captured_runs_without_a_graph_and_says_so(on_gpu, pixel_values, caplog):
+    on_gpu._graphs.error = torch.OutOfMemoryError("full")
+    with pytest.raises(torch.OutOfMemoryError):
+        on_gpu(pixel_values)
+    on_gpu._graphs.error = RuntimeError("operation not permitted when stream is capturing")
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(on_gpu(pixel_values), pixel_values.flatten(1)[:, :4] + 1)
+    assert not on_gpu.fixed_shapes and on_gpu.graph_bytes(pixel_values.shape) == 0
+    assert "not permitted" in caplog.text and "not permitted" in on_gpu.reasons["cuda graph"]

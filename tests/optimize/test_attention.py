@@ -123,7 +123,7 @@ def test_an_operator_tells_more_than_the_kernels_beside_it() -> None:
 
 def test_a_capture_is_given_the_code_that_was_compiled_before_it(tiny: Checkpoint) -> None:
     # transformers 5.17 hands its own sdpa a mask while a CUDA stream is capturing, and at no other time.
-    model = load_model(tiny, attention=implementation("sdpa", "auto", captured=True))
+    model = load_model(tiny, attention=implementation("sdpa", "auto", traced=True))
     assert attention_of(model.config._attn_implementation) == "sdpa"
     torch._dynamo.reset()
     for name in block_names(model, "vit"):
@@ -143,8 +143,8 @@ def test_a_capture_is_given_the_code_that_was_compiled_before_it(tiny: Checkpoin
 
 def test_only_a_capture_changes_how_plain_attention_is_known() -> None:
     assert implementation("sdpa", "auto") == "sdpa"
-    assert implementation("eager", "auto", captured=True) == "eager"
-    assert implementation("flash_attention_2", "auto", captured=True) == "flash_attention_2"
+    assert implementation("eager", "auto", traced=True) == "eager"
+    assert implementation("flash_attention_2", "auto", traced=True) == "flash_attention_2"
 
 
 def test_an_attention_that_notes_runs_as_itself_and_hands_on_what_is_asked() -> None:

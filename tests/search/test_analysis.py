@@ -435,6 +435,15 @@ def test_a_variant_gets_the_list_that_its_floor_asks_for(fragile: Checkpoint, im
     assert plan.counts() == {"nf4": 6 * (BLOCKS - 1), "bf16": 7}
 
 
+def test_an_engine_that_compiles_torchs_model_takes_torchs_analysis(
+    fragile: Checkpoint, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"device": "cpu", "batch_size": 8}
+    found = analyse(fragile, images, "w8a8", tmp_path / "sensitivity.json", **asked)
+    monkeypatch.setattr(analysis, "_Analysis", lambda *_: pytest.fail("analysed again"))
+    assert analyse(fragile, images, "w8a8", tmp_path / "sensitivity.json", engine="aoti", **asked) == found
+
+
 def test_calibration_images_must_not_be_test_images(images: ImageSet, shapes: Path) -> None:
     with pytest.raises(DataError, match="32 calibration images are also test images"):
         require_disjoint(images, images)

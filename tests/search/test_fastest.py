@@ -157,6 +157,12 @@ def fastest_of(checkpoint: Checkpoint, images: ImageSet, min_agreement: float = 
     return choice
 
 
+def test_candidates_of_a_compiled_file_are_torchs_formats_that_run_here() -> None:
+    found = candidates(CPU, "fp16", compile=True, engine="aoti")
+    assert [one.name for one in found] == ["fp32", "aoti-fp32", "aoti-bf16", "aoti-w8a8"]
+    assert all(one.fuse_qkv for one in found[1:]) and found[-1].half == "fp16"
+
+
 def test_all_candidates_are_measured_against_fp32(checkpoint: Checkpoint, shapes: Path) -> None:
     images = open_images(DataSpec(source=str(shapes)), "train")
     choice = fastest_of(checkpoint, images)

@@ -29,6 +29,7 @@ ENGINE = {"engine": "openvino"}
 class RoundingEngine:
     """Rounds the weights of int8 layers, those of fc2 coarsely; notes what it wrote, and on how many images."""
 
+    MODEL_FILE = "model.bin"
     EXAMPLE = ""
 
     def __post_init__(self):
@@ -71,7 +72,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> RoundingEngine:
     fake = RoundingEngine()
     for place in ("vitopt.engines.package", "vitopt.engines.runtime"):
         monkeypatch.setattr(f"{place}.engine_module", lambda name: fake)
-    for place in ("vitopt.engines.package", "vitopt.search.rebuilt"):
+    for place in ("vitopt.engines.package", "vitopt.engines.note", "vitopt.search.rebuilt"):
         monkeypatch.setattr(f"{place}.installed_version", lambda name: "1")
     monkeypatch.setattr("vitopt.environment.support.installed", lambda name: True)
     monkeypatch.setattr(rebuilt, "LATENCY", LatencySpec(iterations=4, rounds=2, warmup_seconds=0))

@@ -137,7 +137,11 @@ def _candidates(rows: Sequence[_Row], folder: Path, device: str) -> Iterator["Ca
     for number, (checkpoint, group) in enumerate(itertools.groupby(rows, key=lambda row: row.checkpoint)):
         same = list(group)
         # A variant's name may hold no spaces; the candidate's may.
-        variants = [VariantSpec(name="variant", format=row.format, **dict(row.run)) for row in same if row.format]
+        variants = [
+            validate(VariantSpec, {"name": "variant", "format": row.format, **dict(row.run)}, where=row.name)
+            for row in same
+            if row.format
+        ]
         if not variants:
             yield from (Candidate(row.name, checkpoint, row.run) for row in same)
             continue

@@ -11,7 +11,7 @@ from vitopt.cli.options import Fields, from_fields
 from vitopt.cli.printing import print_json, say
 from vitopt.errors import RecipeError
 from vitopt.formats import QUANTIZED_FORMATS
-from vitopt.recipe import CalibrationSpec, DataSpec, VariantSpec
+from vitopt.recipe import ENGINES, CalibrationSpec, DataSpec, RunSpec, VariantSpec, computes_itself
 from vitopt.recipe_file import validate
 
 
@@ -19,7 +19,9 @@ from vitopt.recipe_file import validate
 def export(
     *,
     checkpoint: CheckpointArgument,
-    engine: Annotated[Literal["openvino", "onnxruntime"], typer.Option(help="Runtime that the files are for.")],
+    engine: Annotated[
+        Literal["openvino", "onnxruntime", "tensorrt", "aoti"], typer.Option(help="Runtime that the files are for.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the model file and an example that runs it.")],
     format: Annotated[
         str | None, typer.Option(help="fp32, bf16 or w8a8; without it that of the checkpoint, or of its variant.")
@@ -36,14 +38,22 @@ def export(
             },
         ),
     ],
+    run: Annotated[RunSpec, Fields(ENGINES["aoti"].options)],
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Write what another runtime needs to classify photos: no vitopt, torch or transformers."""
+    """Write what another runtime needs to classify photos without vitopt and transformers.
+
+    aoti and tensorrt write for this kind of device alone. aoti compiles torch's own model, with its options.
+    """
     if data is not None and format not in QUANTIZED_FORMATS:
         raise RecipeError("--data: only a quantized --format, as w8a8, is calibrated on images")
     content: dict[str, Any] = {"name": "export", "format": format or "fp32", "skip": skip or [], "engine": engine}
-    content["static_scales"] = data is not None
+    content |= run.model_dump(include=run.model_fields_set)
+    if data is not None:
+        if not computes_itself(engine):
+            raise RecipeError(f"--data: {engine} takes the scales that `vitopt calibrate` left beside the checkpoint")
+        content["static_scales"] = True
     variant = validate(VariantSpec, content, where="export")
     if variant.skips_automatically:
         raise RecipeError(
@@ -61,7 +71,9 @@ def export(
             limited = data.model_copy(update={"limit": data.limit or CALIBRATION_IMAGES})
             images = open_images(limited, CalibrationSpec().split)
         with progress.task(f"exporting to {engine}", None):
-            made = write(opened, variant, output, device, images=images, as_it_is=format is None)
+            made = write(
+                opened, variant, output, device, images=images, as_it_is=format is None and not run.model_fields_set
+            )
         write_card_of_export(opened, made, output)
     files = sorted(file.name for file in output.iterdir() if not file.name.startswith("."))
     if as_json:

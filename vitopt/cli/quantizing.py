@@ -22,6 +22,7 @@ from vitopt.recipe import (
     RoundingSpec,
     RunSpec,
     VariantSpec,
+    computes_itself,
 )
 from vitopt.recipe_file import validate
 
@@ -76,8 +77,9 @@ def _scales(data: DataSpec, run: RunSpec) -> "ImageSet | None":
 
 
 def _refuse_useless_scales(context: typer.Context) -> None:
-    if context.params["engine"] not in ENGINES:
-        refuse(context, "static_scales", because="torch takes it when the checkpoint is run, and --engine is not given")
+    if not computes_itself(engine := context.params["engine"]):
+        because = "--engine is not given" if engine == "torch" else f"{engine} compiles its model"
+        refuse(context, "static_scales", because=f"torch takes it when the checkpoint is run, and {because}")
 
 
 def _refuse_without_effect(context: typer.Context) -> None:
@@ -280,7 +282,7 @@ def _choose_skip_list(
 def _refuse_useless_scores(context: typer.Context) -> None:
     _refuse_useless_scales(context)
     asked = context.params
-    if asked["engine"] in ENGINES:
+    if computes_itself(asked["engine"]):
         refuse(context, "batch_size", because=f"{asked['engine']} answers the images one by one")
     if asked["sample"] is None:
         refuse(context, "candidates", because="without --sample every unit is scored exactly")

@@ -1,6 +1,7 @@
 """From a photo to a class with numpy and Pillow alone: the example that lies beside every exported model."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from PIL import Image
 
 _TEXT = '''"""Class of a photo: python example.py photo.jpg
 
-Needs: pip install {package} numpy pillow
+Needs: pip install {packages} numpy pillow
 """
 
 import json
@@ -77,9 +78,10 @@ def pixels(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
     return np.ascontiguousarray(values.transpose(2, 0, 1)[None], dtype=np.float32)
 
 
-def example_text(package: str, lines: str) -> str:
-    """A script that prints the classes of a photo; `lines` make `logits` of `values`."""
-    return _TEXT.format(package=package, pixels=inspect.getsource(pixels), lines=lines.strip())
+def example_text(packages: Sequence[str], lines: str) -> str:
+    """A script that prints the classes of a photo; `lines` make `logits` of `values` by the first of `packages`."""
+    source = inspect.getsource(pixels)
+    return _TEXT.format(package=packages[0], packages=" ".join(packages), pixels=source, lines=lines.strip())
 
 
 def memory_text(package: str, lines: str) -> str:

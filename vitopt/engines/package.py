@@ -4,12 +4,11 @@ It needs the engine's own package, numpy and Pillow; `example.py` in it shows ho
 the checkpoint, under the engine's name.
 """
 
+import contextlib
 import importlib
-import importlib.metadata
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -22,6 +21,16 @@ from vitopt import storage
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor, batches, random_pixels
 from vitopt.engines.example import example_text, pixels
+from vitopt.engines.note import (
+    Package,
+    installed_version,
+    kind_of_device,
+    options_of,
+    read_package,
+    why_not_used,
+    write_note,
+)
+from vitopt.engines.seal import sealed
 from vitopt.environment import devices, support
 from vitopt.environment.devices import DTYPES
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
@@ -36,17 +45,17 @@ from vitopt.models.checkpoint import (
     save_checkpoint,
 )
 from vitopt.models.origin import QUANTIZE, note_origin
+from vitopt.optimize.formats import stored_formats
 from vitopt.optimize.plan import LayerPlan
-from vitopt.optimize.quantize import plan_for
+from vitopt.optimize.quantize import plan_for, quantize
+from vitopt.optimize.runtime import prepare
 from vitopt.recipe import ENGINES, VariantSpec
 from vitopt.transformation import seen
 
 logger = logging.getLogger(__name__)
 
-ENGINE_FILE = "engine.json"
 LABELS_FILE = "labels.json"
 CALIBRATED = "activation scales"  # as the step `calibrate` notes its images
-_SCHEMA = "vitopt.engine/1"
 
 
 class Call(Protocol):
@@ -54,8 +63,9 @@ class Call(Protocol):
 
     fixed_shapes: bool  # whether each batch size is built on its own
 
-    def __call__(self, pixel_values: np.ndarray) -> np.ndarray:
-        """`pixel_values`: (batch, 3, height, width), float32. Returns logits (batch, classes), float32."""
+    def __call__(self, pixel_values: Any) -> Any:
+        """`pixel_values`: (batch, 3, height, width), float32; a torch tensor on its device where the engine
+        `takes_tensors`, else an array. Returns logits (batch, classes) of the same kind."""
         ...
 
     def formats(self, modules: Iterable[str]) -> dict[str, str]:
@@ -66,6 +76,7 @@ class Call(Protocol):
 class EngineModule(Protocol):
     """What a file of this room must hold; `run_spec.ENGINES` names them."""
 
+    MODEL_FILE: str  # its name in the folder
     EXAMPLE: str  # lines of Python that make `logits` of `values`, the FOLDER of the model file and its SETTINGS
 
     def why_not(self, format: Format) -> str | None:
@@ -74,7 +85,7 @@ class EngineModule(Protocol):
 
     def write(
         self,
-        model: nn.Module,
+        model: Any,
         size: tuple[int, int],
         plan: LayerPlan,
         images: Sequence[np.ndarray] | None,
@@ -82,8 +93,9 @@ class EngineModule(Protocol):
     ) -> dict[str, Any]:
         """Write the model file and return the settings that `load` takes, plain data.
 
-        `model`: `Logits`. `images`: those that fix the scales of int8 activations, (1, 3, height, width) each; None
-        leaves them to each call.
+        `model`: `Logits` in fp32, or for an engine with `torch_model` the `TorchRunnable` that it compiles. `images`:
+        those that fix the scales of 8-bit activations, (1, 3, height, width) each; None leaves them to each call.
+        Settings that a record tells: `weight_bytes`, `ran`, `reasons`.
         """
         ...
 
@@ -105,50 +117,16 @@ class Logits(nn.Module):
         return logits
 
 
-@dataclass(frozen=True)
-class Package:
-    """What `engine.json` says: `version` of the engine that the file was made with, `checkpoint`: the fingerprint of
-    what it was made of, `calibrated`: whether images fixed its scales, `settings`: how the engine is to run it."""
-
-    engine: str
-    version: str | None
-    format: Format
-    checkpoint: str
-    calibrated: bool
-    settings: Mapping[str, Any]
-
-
 def engine_module(engine: str) -> EngineModule:
     """The file that implements an engine."""
     return cast(EngineModule, importlib.import_module(ENGINES[engine].module))
 
 
-def installed_version(engine: str) -> str | None:
-    """Version of the engine's package."""
-    return importlib.metadata.version(ENGINES[engine].package)
-
-
-def read_package(folder: Path) -> Package:
-    """What the folder of an engine holds.
-
-    Raises:
-        CheckpointError: `engine.json` cannot be read.
-    """
-    try:
-        content = json.loads((folder / ENGINE_FILE).read_text(encoding="utf-8"))
-        if content.pop("schema") != _SCHEMA:
-            raise ValueError(f"its schema is not {_SCHEMA}")
-        return Package(**content)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"{folder / ENGINE_FILE} cannot be read ({error}): make it again") from error
-
-
-def why_not_used(package: Package, checkpoint: Checkpoint) -> str | None:
-    """Why a file that lies beside a checkpoint is not that of this checkpoint and engine, or None when it is."""
-    if package.checkpoint != checkpoint.fingerprint():
-        return "the checkpoint beside it has changed since"
-    version = installed_version(package.engine)
-    return None if package.version == version else f"{package.engine} {package.version} made it, this is {version}"
+def answers(engine: str, call: Call, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Logits (batch, classes) of `pixel_values`, (batch, 3, height, width) on the engine's device."""
+    if ENGINES[engine].takes_tensors:
+        return cast(torch.Tensor, call(pixel_values))
+    return torch.from_numpy(call(pixel_values.numpy()))
 
 
 def make(
@@ -172,15 +150,23 @@ def make(
         MeasurementError: what was made gives logits that are not finite, or a float file others than torch.
         StorageError: the output would replace something else, is in use, or cannot be written.
     """
-    require_runs(checkpoint, variant, devices.resolve_device(device))
+    target = devices.resolve_device(device)
+    require_runs(checkpoint, variant, target)
     calibration = calibration_pixels(checkpoint, variant, images)
+    if ENGINES[variant.engine].torch_model:
+        with storage.temporary_folder() as place:
+            plan = quantize(checkpoint, variant, place / "made", device, images=chosen_on, purpose=purpose)
+            made = place / "made"
+            write_package(open_checkpoint(str(made)), variant, made / variant.engine, None, target)
+            storage.copy_folder(made, output)
+        return plan
     with storage.staged_folder(output) as folder:
         dtype = None if variant.format in QUANTIZED_FORMATS else DTYPES[variant.format]
         save_checkpoint(load_model(checkpoint, dtype=dtype), load_processor(checkpoint), folder)
         plan, uses = plan_for(checkpoint, variant), [] if chosen_on is None else [seen(chosen_on, purpose)]
         note_made(checkpoint, variant, plan, folder, images, uses)
         written = open_checkpoint(str(folder))
-        write_package(written, variant, folder / variant.engine, calibration)
+        write_package(written, variant, folder / variant.engine, calibration, target)
     return plan
 
 
@@ -201,21 +187,42 @@ def export(
     Raises:
         VitoptError: as `make`.
     """
+    target = devices.resolve_device(device)
     if as_it_is:
         beside = checkpoint.folder / variant.engine if checkpoint.folder else None
-        if beside is not None and beside.is_dir() and why_not_used(read_package(beside), checkpoint) is None:
+        if beside is not None and beside.is_dir() and fits(beside, checkpoint, target):
             storage.copy_folder(beside, output)
             return read_package(output)
         variant = variant.model_copy(update={"format": stored_format(checkpoint)})
-    require_runs(checkpoint, variant, devices.resolve_device(device))
-    with storage.staged_folder(output) as folder:
-        write_package(checkpoint, variant, folder, calibration_pixels(checkpoint, variant, images))
+    require_runs(checkpoint, variant, target)
+    with _held_as_asked(checkpoint, variant, device) as held, storage.staged_folder(output) as folder:
+        write_package(held, variant, folder, calibration_pixels(checkpoint, variant, images), target)
         note_made(checkpoint, variant, plan_for(checkpoint, variant), folder, images)
     return read_package(output)
 
 
+@contextlib.contextmanager
+def _held_as_asked(checkpoint: Checkpoint, variant: VariantSpec, device: str) -> Iterator[Checkpoint]:
+    """The checkpoint itself; for an engine that runs torch's formats it is held in that of the variant."""
+    if not ENGINES[variant.engine].torch_model or variant.format == stored_format(checkpoint):
+        yield checkpoint
+        return
+    with storage.temporary_folder() as place:
+        quantize(checkpoint, variant, place / "made", device)
+        yield open_checkpoint(str(place / "made"))
+
+
+def fits(folder: Path, checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Whether the files of an engine that lie in `folder` are those of the checkpoint, here."""
+    package = read_package(folder)
+    file = folder / engine_module(package.engine).MODEL_FILE
+    return why_not_used(package, file, checkpoint, device) is None
+
+
 def stored_format(checkpoint: Checkpoint) -> Format:
-    """Number format of a checkpoint's weights; the type that is named in its configuration."""
+    """Number format of a checkpoint's weights: the quantized one, else the type that is named in its configuration."""
+    if checkpoint.is_quantized and (stored := stored_formats(checkpoint.config)):
+        return stored[0]
     dtype = checkpoint.config.dtype or torch.float32
     return cast(Format, next((format for format, known in DTYPES.items() if known == dtype), "fp32"))
 
@@ -245,7 +252,7 @@ def require_runs(checkpoint: Checkpoint, variant: VariantSpec, device: torch.dev
         CheckpointError: the checkpoint is quantized.
     """
     support.require_engine(variant.engine, device)
-    if checkpoint.is_quantized:
+    if checkpoint.is_quantized and not ENGINES[variant.engine].torch_model:
         raise CheckpointError(
             f"{checkpoint.source} is quantized, and {variant.engine} makes its own int8: give the 16- or 32-bit one"
         )
@@ -259,7 +266,11 @@ def require_runs(checkpoint: Checkpoint, variant: VariantSpec, device: torch.dev
 
 
 def write_package(
-    checkpoint: Checkpoint, variant: VariantSpec, folder: Path, calibration: Sequence[np.ndarray] | None
+    checkpoint: Checkpoint,
+    variant: VariantSpec,
+    folder: Path,
+    calibration: Sequence[np.ndarray] | None,
+    device: torch.device,
 ) -> None:
     """Fill `folder` with what the variant's engine runs.
 
@@ -268,16 +279,20 @@ def write_package(
         MeasurementError: the written model does not compute what it should.
     """
     preprocess = Preprocessor(load_processor(checkpoint))
-    write_model(checkpoint, variant, folder, calibration)
+    write_model(checkpoint, variant, folder, calibration, device)
     storage.write_json(folder / LABELS_FILE, checkpoint.label_names)
     preprocess.processor.save_pretrained(folder)
     _require_same_pixels(preprocess, json.loads((folder / PREPROCESSOR_FILE).read_text(encoding="utf-8")))
     engine = engine_module(variant.engine)
-    storage.write_text(folder / "example.py", example_text(ENGINES[variant.engine].package, engine.EXAMPLE))
+    storage.write_text(folder / "example.py", example_text(ENGINES[variant.engine].example_packages, engine.EXAMPLE))
 
 
 def write_model(
-    checkpoint: Checkpoint, variant: VariantSpec, folder: Path, calibration: Sequence[np.ndarray] | None
+    checkpoint: Checkpoint,
+    variant: VariantSpec,
+    folder: Path,
+    calibration: Sequence[np.ndarray] | None,
+    device: torch.device,
 ) -> None:
     """Write the model file and `engine.json`, and prove that it computes; `calibration`: see `EngineModule.write`.
 
@@ -286,8 +301,13 @@ def write_model(
         MeasurementError: logits are not finite or, of a format that rounds nothing, not those of torch.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    engine, plan = engine_module(variant.engine), plan_for(checkpoint, variant)
-    model = Logits(load_model(checkpoint, dtype=torch.float32)).eval().requires_grad_(False)
+    engine, facts = engine_module(variant.engine), ENGINES[variant.engine]
+    plan = plan_for(checkpoint, variant)
+    model: Any
+    if facts.torch_model:
+        model = prepare(checkpoint, name=variant.name, device=device, run=variant.run)
+    else:
+        model = Logits(load_model(checkpoint, dtype=torch.float32)).eval().requires_grad_(False)
     settings = engine.write(model, checkpoint.image_size, plan, calibration, folder)
     package = Package(
         engine=variant.engine,
@@ -296,9 +316,12 @@ def write_model(
         checkpoint=checkpoint.fingerprint(),
         calibrated=calibration is not None,
         settings=settings,
+        device=kind_of_device(variant.engine, device),
+        options=options_of(variant.run),
+        seal=sealed(folder / engine.MODEL_FILE, checkpoint.fingerprint()) if facts.for_one_device else None,
     )
-    storage.write_json(folder / ENGINE_FILE, {"schema": _SCHEMA, **asdict(package)})
-    _require_same_logits(model, engine.load(folder, settings), checkpoint.image_size, variant)
+    write_note(package, folder)
+    _require_same_logits(model, engine.load(folder, settings), checkpoint.image_size, variant, device)
 
 
 def calibration_pixels(
@@ -309,6 +332,8 @@ def calibration_pixels(
     Raises:
         UnsupportedError: the variant asks for static scales, and there are no images.
     """
+    if ENGINES[variant.engine].torch_model:
+        return None
     if images is None:
         if not variant.static_scales:
             return None
@@ -322,11 +347,14 @@ def calibration_pixels(
     return [batch.pixel_values.numpy() for batch in stream]
 
 
-def _require_same_logits(model: nn.Module, call: Call, size: tuple[int, int], variant: VariantSpec) -> None:
+def _require_same_logits(
+    model: Any, call: Call, size: tuple[int, int], variant: VariantSpec, device: torch.device
+) -> None:
     values = random_pixels(2, size)
+    on_device = values.to(device)
     with torch.inference_mode():
-        wanted = model(values).numpy()
-    found = call(values.numpy())
+        wanted = model(on_device if ENGINES[variant.engine].torch_model else values).float().cpu().numpy()
+    found = answers(variant.engine, call, on_device).float().cpu().numpy()
     if found.shape != wanted.shape or not np.isfinite(found).all():
         raise MeasurementError(f"{variant.engine} gives logits that are not finite for this model in {variant.format}")
     error = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))

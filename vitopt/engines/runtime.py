@@ -14,21 +14,14 @@ from vitopt import storage
 from vitopt.data.images import ImageSet
 from vitopt.engines import package
 from vitopt.engines.example import memory_text
-from vitopt.engines.package import (
-    Call,
-    Package,
-    engine_module,
-    read_package,
-    require_runs,
-    stored_format,
-    why_not_used,
-    write_model,
-)
+from vitopt.engines.note import Package, read_package, why_not_used
+from vitopt.engines.package import Call, answers, engine_module, require_runs, stored_format, write_model
 from vitopt.errors import MeasurementError, UnsupportedError
 from vitopt.formats import QUANTIZED_FORMATS
 from vitopt.models.checkpoint import Checkpoint, empty_model, parameter_count
 from vitopt.models.names import Layer, linear_layers
 from vitopt.optimize import runtime
+from vitopt.optimize.compiled import Graphs
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.quantize import quantize
 from vitopt.optimize.runnable import CheckpointRunnable
@@ -58,10 +51,13 @@ class EngineRunnable(CheckpointRunnable):
     folder: Path | None = None
     reasons: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._graphs = Graphs(self.call, torch.Tensor.float) if self.device.type == "cuda" else None
+
     @property
     def fixed_shapes(self) -> bool:
-        """Whether each batch size is built on its own."""
-        return self.call.fixed_shapes
+        """Whether each batch size is built, or captured as a CUDA graph, on its own."""
+        return self._graphs is not None or self.call.fixed_shapes
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`pixel_values`: (batch, 3, height, width). Returns logits (batch, classes).
@@ -74,11 +70,24 @@ class EngineRunnable(CheckpointRunnable):
             raise UnsupportedError(
                 f"{self.name}: the {self.package.engine} file was made for {height} x {width} pixels, not {found}"
             )
-        return torch.from_numpy(self.call(pixel_values.numpy()))
+        if self._graphs is not None:
+            try:
+                return self._graphs(pixel_values)
+            except torch.OutOfMemoryError:
+                raise  # a smaller batch may fit
+            except RuntimeError as error:  # a capture allows less than a call
+                self._graphs = None
+                self.reasons["cuda graph"] = f"not captured: {' '.join(str(error).split())[:200]}"
+                logger.warning("%s: %s", self.name, self.reasons["cuda graph"])
+        return answers(self.package.engine, self.call, pixel_values)
+
+    def graph_bytes(self, shape: torch.Size) -> int:
+        """Memory that a captured CUDA graph for pixels of this shape keeps, else 0; an engine's own is not known."""
+        return self._graphs.peak_bytes(shape) if self._graphs is not None else 0
 
     def describe(self) -> dict[str, Any]:
         """Its fields of a record; formats are read back from what runs."""
-        asked, formats = self.asked, self._formats()
+        asked, formats, told = self.asked, self._formats(), self.package.settings
         wanted, computed = self.package.format, set(formats.values())
         if wanted not in QUANTIZED_FORMATS and wanted not in computed:
             instead = " and ".join(sorted(computed))
@@ -91,9 +100,9 @@ class EngineRunnable(CheckpointRunnable):
                 half=asked.half if asked else None,
                 skip=asked.skip if asked else (),
                 layers=dict(asked.layers) if asked else {},
-                asked={"engine": self.run.engine, "static_scales": self.run.static_scales},
-                ran={"engine": self.run.engine, "static_scales": self.package.calibrated},
-                reasons=self.reasons,
+                asked={"engine": self.run.engine, **self.package.options},
+                ran={"engine": self.run.engine, "static_scales": self.package.calibrated, **told.get("ran", {})},
+                reasons={**told.get("reasons", {}), **self.reasons},
             ),
             "model": self.describe_model(),
             "layer_plan": dict(Counter(formats.values())),
@@ -103,6 +112,8 @@ class EngineRunnable(CheckpointRunnable):
 
     def weight_bytes(self) -> int:
         """Bytes of the weights in the formats that they are computed in; what an engine keeps beside is not known."""
+        if (known := self.package.settings.get("weight_bytes")) is not None:
+            return int(known)
         formats = self._formats()
         layers = [(layer.parameters, _BYTES.get(formats[layer.logical], 4)) for layer in self._layers]
         rest = parameter_count(empty_model(self.checkpoint)) - sum(count for count, _ in layers)
@@ -186,24 +197,26 @@ def prepare(
     place = checkpoint.folder / run.engine if checkpoint.folder else None
     if asked is None and place is not None and place.is_dir():
         format = read_package(place).format
-    variant = VariantSpec(name="variant", format="fp32", engine=run.engine).model_copy(update={"format": format})
+    variant = VariantSpec(name="variant", format="fp32").model_copy(update={**dict(run), "format": format})
     require_runs(checkpoint, variant, device)
+    facts = ENGINES[run.engine]
     made = {"name": name, "device": device, "run": run, "asked": asked}
     if place is not None and place.is_dir():
-        beside = read_package(place)
-        reason = why_not_used(beside, checkpoint)
+        # A file of torch's model is only that which was asked for; another engine's may have static scales unasked.
+        wanted = run if run.changed(*facts.options) or (facts.torch_model and asked is not None) else None
+        file = place / engine_module(run.engine).MODEL_FILE
+        reason = why_not_used(read_package(place), file, checkpoint, device, wanted)
         if reason is None:
-            if run.static_scales and not beside.calibrated:
-                raise UnsupportedError(f"{place} has no static scales: make it with calibration images (--data)")
             return opened(checkpoint, place, **made)
         logger.warning("%s: the file of %s is not used, %s; it is made anew", name, run.engine, reason)
-    if format in QUANTIZED_FORMATS:  # the images that calibrated it are not at hand, nor is it known how it was made
+    # The images that calibrated it are not at hand, nor is it known how it was made.
+    if format in QUANTIZED_FORMATS and not facts.torch_model:
         raise UnsupportedError(
             f"{checkpoint.source} has no {format} file of {run.engine} that fits: make it with `vitopt export "
             f"--engine {run.engine} --format {format} --data CALIBRATION`, or as a variant of a recipe"
         )
     with storage.temporary_folder() as folder:
-        write_model(checkpoint, variant, folder, None)
+        write_model(checkpoint, variant, folder, None, device)
         return replace(opened(checkpoint, folder, **made), folder=None)
 
 

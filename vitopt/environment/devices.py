@@ -1,5 +1,6 @@
 """The device to run on, and what it is."""
 
+import hashlib
 import logging
 import os
 import platform
@@ -78,6 +79,16 @@ def processor_name() -> str:
             if line.startswith("model name") and (name := line.partition(":")[2].strip()) != "unknown":
                 return name
     return platform.processor() or platform.machine()
+
+
+def kind(device: torch.device) -> str:
+    """What machine code for `device` runs on: a name that differs wherever it might not."""
+    if device.type == "cuda":
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return f"{torch.cuda.get_device_name(device)} ({capability})"
+    lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines() if Path("/proc/cpuinfo").exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{processor_name()} (instructions {hashlib.sha256(flags.encode()).hexdigest()[:8]})"
 
 
 def gpu_facts(device: torch.device) -> dict[str, Any] | None:

@@ -107,9 +107,11 @@ def why_not_kernel(kernel: SdpaKernel, device: torch.device, dtype: torch.dtype)
 def why_not_engine(engine: str, device: torch.device) -> str | None:
     """Why a runtime other than torch cannot run on `device`, or None when it can."""
     facts = ENGINES[engine]
+    if device.type not in facts.devices:
+        return f"it runs on {' and '.join(facts.devices)}, not on {device.type}"
     if not installed(facts.package):
         return f"{facts.package} is not installed (pip install 'vitopt[{facts.extra}]')"
-    return None if device.type in facts.devices else f"it runs on {' and '.join(facts.devices)}, not on {device.type}"
+    return why_not_compile(device) if facts.torch_model else None
 
 
 def require_engine(engine: str, device: torch.device) -> None:

@@ -43,16 +43,16 @@ _SIGNS: tuple[tuple[str, "SdpaKernel"], ...] = (
 )
 
 
-def implementation(attention: "Attention", kernel: "SdpaKernel", captured: bool = False) -> str:
+def implementation(attention: "Attention", kernel: "SdpaKernel", traced: bool = False) -> str:
     """Name under which transformers knows an attention; one that is held to a kernel runs that or raises.
 
     The choice is made inside the attention function, where a compiler sees it: around the model it would be part
     of no guard, and code that was compiled for one kernel would serve all.
 
-    `captured` tells that the model will be captured as a CUDA graph. During a capture transformers (5.17 for one)
+    `traced` tells that the model will be captured as a CUDA graph or exported. Meanwhile transformers (5.17 and later)
     makes a mask for its own sdpa, which it makes at no other time; for a function of ours it never makes any.
     """
-    if attention != "sdpa" or (kernel == "auto" and not captured):
+    if attention != "sdpa" or (kernel == "auto" and not traced):
         return attention
     if kernel == "auto":
         AttentionInterface.register(_UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])

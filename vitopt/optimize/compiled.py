@@ -7,7 +7,7 @@ weights frozen in, so that they are packed once for the processor's matrix kerne
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -148,24 +148,23 @@ class _Captured:
     peak_bytes: int
 
 
-class GraphedModel:
-    """A model on a GPU whose calls replay a CUDA graph, captured for each shape that it meets.
+class Graphs:
+    """Calls on a GPU that replay a CUDA graph, captured for each shape of pixels that comes.
 
-    One of `blocks` is compiled for all of them; without any it is the whole model, and what ends a block can share a
-    kernel with what begins the next. Graphs share one memory pool: they are replayed one after another, and no output
-    outlives its call.
+    `call`: pixels as `cast` gives them -> logits. `preparing`: what surrounds the first calls, which may compile.
+    Graphs share one memory pool: they are replayed one after another, and no output outlives its call.
     """
 
-    def __init__(self, path: Path, blocks: Sequence[nn.Module], autotune: bool, dependent: bool = False):
-        self._path, self._blocks = path, blocks
-        self._autotune = autotune
+    def __init__(
+        self,
+        call: Callable[[torch.Tensor], torch.Tensor],
+        cast: Callable[[torch.Tensor], torch.Tensor],
+        preparing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ):
+        self._call, self._cast, self._preparing = call, cast, preparing
         self._captured: dict[torch.Size, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._stream: torch.cuda.Stream | None = None
-        options = compiler_options(autotune, dependent)
-        for block in blocks:
-            block.compile(fullgraph=True, dynamic=False, options=options)
-        self._model = path.model if blocks else torch.compile(path.model, dynamic=False, options=options)
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """As `Compiled`."""
@@ -185,22 +184,17 @@ class GraphedModel:
         captured = self._captured.get(shape)
         return captured.peak_bytes if captured else 0
 
-    def undo(self) -> None:
-        """As `Compiled`."""
-        for block in self._blocks:
-            block._compiled_call_impl = None
-
     def _capture(self, pixel_values: torch.Tensor) -> _Captured:
         device = pixel_values.device
-        pixels = self._path.cast(pixel_values).clone()
+        pixels = self._cast(pixel_values).clone()
         current = torch.cuda.current_stream(device)
         # One stream for all captures of this model: libraries keep a workspace for each that they meet.
         side = self._stream = self._stream or torch.cuda.Stream(device)
         # Compilation, autotuning and those workspaces must be done before: a capture allows none of them.
         side.wait_stream(current)
-        with torch.cuda.stream(side), compiling(self._autotune):
+        with torch.cuda.stream(side), self._preparing():
             for _ in range(_CALLS_BEFORE_CAPTURE):
-                self._model(pixel_values=pixels)
+                self._call(pixels)
         current.wait_stream(side)
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -210,8 +204,29 @@ class GraphedModel:
         capture = torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local")
         try:
             with torch.compiler.set_stance("fail_on_recompile"), capture:
-                logits = self._model(pixel_values=pixels).logits
+                logits = self._call(pixels)
         finally:
             torch.cuda.set_stream(current)  # a capture that broke off has not gone back to it
         peak = torch.cuda.max_memory_allocated(device) - before
         return _Captured(graph, pixels, logits, peak)
+
+
+class GraphedModel(Graphs):
+    """A model on a GPU whose calls replay a CUDA graph.
+
+    One of `blocks` is compiled for all of them; without any it is the whole model, and what ends a block can share a
+    kernel with what begins the next.
+    """
+
+    def __init__(self, path: Path, blocks: Sequence[nn.Module], autotune: bool, dependent: bool = False):
+        self._blocks = blocks
+        options = compiler_options(autotune, dependent)
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=False, options=options)
+        model = path.model if blocks else torch.compile(path.model, dynamic=False, options=options)
+        super().__init__(lambda pixels: model(pixel_values=pixels).logits, path.cast, lambda: compiling(autotune))
+
+    def undo(self) -> None:
+        """As `Compiled`."""
+        for block in self._blocks:
+            block._compiled_call_impl = None

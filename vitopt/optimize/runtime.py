@@ -97,7 +97,7 @@ class TorchRunnable(CheckpointRunnable):
 
     def __post_init__(self) -> None:
         layout = torch.channels_last if self.run.channels_last else torch.contiguous_format
-        self._path = Path(self.model, input_dtype(self.model), layout)
+        self.path = Path(self.model, input_dtype(self.model), layout)
         self._fused_layers: list[Any] = []
         if self.run.fused_kernels and "fused_kernels" not in self.reasons:
             from vitopt.optimize.kernels.blocks import fused_layers  # needs triton
@@ -111,7 +111,7 @@ class TorchRunnable(CheckpointRunnable):
             blocks = block_names(self.model, self.checkpoint.config.model_type)
             modules = [self.model.get_submodule(name) for name in blocks]
             ways = {"autotune": self.run.autotune, "whole": self.run.compile_whole}
-            self._compiled = compiled(self._path, modules, self.device, **ways, dependent=self._early)
+            self._compiled = compiled(self.path, modules, self.device, **ways, dependent=self._early)
 
     @property
     def _fused_products(self) -> int:
@@ -235,7 +235,7 @@ class TorchRunnable(CheckpointRunnable):
         return [sys.executable, "-m", "vitopt.optimize.alone", self.checkpoint.source, run, str(batch_size)]
 
     def _eager(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self._path(pixel_values)
+        return self.path(pixel_values)
 
     @property
     def _may_refuse(self) -> bool:
@@ -335,7 +335,7 @@ def prepare(
     attention = implementation(
         best_attention(config) if attention_reason else run.attention,
         "auto" if kernel_reason else run.sdpa_kernel,
-        captured=run.compile and device.type == "cuda",
+        traced=run.engine != "torch" or (run.compile and device.type == "cuda"),
     )
     model = load_model(checkpoint, device=device, attention=attention)
     if run.run_as is not None:

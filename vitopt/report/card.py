@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from vitopt import storage
 from vitopt.data.sources import hub_id, public_name
-from vitopt.engines.package import Package
+from vitopt.engines.note import Package
 from vitopt.formats import FORMATS, QUANTIZED_FORMATS
 from vitopt.models.checkpoint import Checkpoint, empty_model, open_checkpoint, parameter_count
 from vitopt.models.origin import FINETUNE, QUANTIZE, Origin, load_origin
@@ -24,7 +24,11 @@ from vitopt.report.rendering import templates
 from vitopt.report.summary import listed
 
 _TASK = "image-classification"
-_LIBRARIES = {"openvino": "openvino", "onnxruntime": "onnx"}  # the hub's names for what is no checkpoint
+_LIBRARIES = {
+    "openvino": "openvino",
+    "onnxruntime": "onnx",
+    "tensorrt": "tensorrt",
+}  # the hub's names for what is no checkpoint
 # From the root, the home folder or a parent one; what follows a word or a colon is part of an address or of a unit.
 _LOCAL_PATH = re.compile(r"(?<![\w:/.~])(?:~|\.{1,2})?/(?:[^\s/,;:()'\"`|]+/)*([^\s/,;:()'\"`|]+)/?")
 

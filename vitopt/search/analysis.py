@@ -25,7 +25,7 @@ from vitopt.models.names import Layer, block_names
 from vitopt.optimize.formats import quantization_config
 from vitopt.optimize.hybrid import Boundary, Hybrid
 from vitopt.optimize.quantize import plan_for
-from vitopt.recipe import ENGINES, Engine, VariantSpec
+from vitopt.recipe import Engine, VariantSpec, computes_itself
 from vitopt.run_spec import granularity_of, objective_of
 from vitopt.search.confirmation import divide, loss, loss_with_share
 from vitopt.search.costs import extra_bytes, extra_ms
@@ -72,10 +72,10 @@ def analyse(
     """Score every unit of `checkpoint` in `format`; with a `goal`, also search the skip list that meets it.
 
     With a goal a fixed part of the images scores and chooses, and the rest confirms (see `confirmation`).
-    `engine`: what computes; with `static_scales` the images `scales` fix the scales of its activations. Without
-    `granularity` and `objective` they are those of `granularity_of` and `objective_of`. `sample` first ranks all units
-    by their KL on so many images, labels unused, and scores only the best `candidates` exactly. `skip_bad` leaves out
-    images that cannot be decoded. The result is the file `output`;
+    `engine`: what computes; torch searches for one that compiles its model. With `static_scales` the images `scales`
+    fix the scales of its activations. Without `granularity` and `objective` they are those of `granularity_of` and
+    `objective_of`. `sample` first ranks all units by their KL on so many images, labels unused, and scores only the
+    best `candidates` exactly. `skip_bad` leaves out images that cannot be decoded. The result is the file `output`;
     finished units are stored beside it as they come, and an interrupted analysis goes on from there. A result at
     `output` that is of all the same stands; one at `known` is copied, and must be of all the same.
 
@@ -92,7 +92,8 @@ def analyse(
     if checkpoint.is_quantized:
         raise CheckpointError(f"{checkpoint.source} is quantized already; give the 16- or 32-bit checkpoint")
     target = devices.resolve_device(device)
-    if engine not in ENGINES:
+    if not computes_itself(engine):
+        engine = "torch"  # whose model it is
         support.require_format(format, target)
     started = time.perf_counter()
     granularity = granularity or granularity_of(engine)
@@ -112,7 +113,7 @@ def analyse(
     if goal is not None and goal.max_top1_drop is not None:
         logger.warning(power_note(goal.max_top1_drop, len(images)))
     analysis: _Analysis | Rebuilt
-    if engine in ENGINES:
+    if computes_itself(engine):
         variant = VariantSpec(name=format, format=format, engine=engine, static_scales=static_scales)
         analysis = Rebuilt(checkpoint, variant, granularity, scales, target)
     else:
@@ -170,7 +171,7 @@ def analyse_for(
         output,
         half=variant.half,
         engine=variant.engine,
-        static_scales=variant.engine in ENGINES and variant.static_scales,
+        static_scales=computes_itself(variant.engine) and variant.static_scales,
         scales=scales,
         granularity=auto.granularity,
         sample=auto.sample,

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -17,7 +18,7 @@ from vitopt.data.images import ImageSet
 from vitopt.engines.package import engine_module
 from vitopt.environment import devices, launch, support
 from vitopt.errors import RecipeError, RecordError, UnsupportedError
-from vitopt.formats import FORMATS, QUANTIZED_FORMATS, HalfFormat
+from vitopt.formats import FORMATS, QUANTIZED_FORMATS, Format, HalfFormat
 from vitopt.inference import made, measure
 from vitopt.measure.claims import at_least
 from vitopt.measure.comparison import paired_speedup
@@ -25,7 +26,7 @@ from vitopt.measure.intervals import Interval, wilson_interval
 from vitopt.measure.latency_statistics import Speedup
 from vitopt.measure.power import trials_to_bound_share
 from vitopt.models.checkpoint import Checkpoint
-from vitopt.recipe import ENGINES, Engine, EvaluateSpec, FastestSpec, Spec, VariantSpec
+from vitopt.recipe import ENGINES, Engine, EvaluateSpec, FastestSpec, Spec, VariantSpec, computes_itself
 from vitopt.records import Record
 
 logger = logging.getLogger(__name__)
@@ -85,8 +86,11 @@ def candidates(
         if support.why_not_engine(engine, device) is not None:
             return variants
         for format in ENGINES[engine].formats:
-            if engine_module(engine).why_not(format) is None and not (format == "fp16" and device.type == "cpu"):
-                variants.append(VariantSpec(name=f"{engine}-{format}", format=format, engine=engine))
+            if _why_not(engine, format, device) is None and not (format == "fp16" and device.type == "cpu"):
+                torchs: dict[str, Any] = {} if computes_itself(engine) else {"fuse_qkv": True}
+                if torchs and format in QUANTIZED_FORMATS:
+                    torchs["half"] = half
+                variants.append(VariantSpec(name=f"{engine}-{format}", format=format, engine=engine, **torchs))
         if static_scales:
             fixed = [one for one in variants if one.format in QUANTIZED_FORMATS]
             static = {"static_scales": True}
@@ -106,6 +110,12 @@ def candidates(
             name = f"{format}-compiled"
             variants.append(VariantSpec(name=name, format=format, compile=True, fuse_qkv=True, **held))
     return variants
+
+
+def _why_not(engine: str, format: Format, device: torch.device) -> str | None:
+    if computes_itself(engine):
+        return engine_module(engine).why_not(format)
+    return support.why_not_format(format, device)
 
 
 def choose(records: Sequence[Record], min_agreement_percent: float) -> str:

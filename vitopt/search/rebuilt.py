@@ -17,7 +17,8 @@ import torch
 from vitopt import progress, storage
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor
-from vitopt.engines.package import calibration_pixels, installed_version, require_runs, write_model
+from vitopt.engines.note import installed_version
+from vitopt.engines.package import calibration_pixels, require_runs, write_model
 from vitopt.engines.runtime import EngineRunnable, opened
 from vitopt.environment import machine
 from vitopt.measure.latency import clock_for, time_interleaved
@@ -177,10 +178,10 @@ class Rebuilt:
         variant = self._variant.model_copy(update=exact if names is None else {"skip": tuple(sorted(names))})
         what = "fp32" if names is None else " ".join(variant.skip) or "nothing"
         with progress.task(f"{variant.engine} keeping {what}", None), storage.temporary_folder() as folder:
-            write_model(self._checkpoint, variant, folder, None if names is None else self._scales)
+            write_model(self._checkpoint, variant, folder, None if names is None else self._scales, self._device)
             made = opened(self._checkpoint, folder, name=what, device=self._device, run=variant.run, asked=variant)
         return replace(made, folder=None)
 
     def _predictions(self, runnable: EngineRunnable, calibration: Calibration) -> Predictions:
         stream = progress.track(calibration.stream(), runnable.name, calibration.count)
-        return calibration.predictions([runnable(pixels.cpu()) for pixels in stream])
+        return calibration.predictions([runnable(pixels).cpu() for pixels in stream])
