@@ -8,8 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")
 
 import dataclasses
+import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,18 @@ def make_images(folder: Path, per_class: dict[str, int], seed: int = 0) -> Path:
             for index in range(count):
                 draw(kind, rng).save(folder / split / kind / f"{index:02d}.png")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """Commands point the root logger at a standard error that is closed when they end; libraries set levels."""
+    root = logging.root
+    handlers, level, levels = root.handlers[:], root.level, [handler.level for handler in root.handlers]
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for handler, before in zip(handlers, levels, strict=True):
+        handler.setLevel(before)
 
 
 @pytest.fixture(scope="session")
