@@ -90,3 +90,9 @@ def test_ranking_is_what_counting_pairs_gives() -> None:
     distances = rng.random(60)
     assert rank_correlation(scores, distances) == pytest.approx(stats.spearmanr(-scores, distances)[0])
     assert area_under_curve(scores, np.zeros(60, bool)) is None and rank_correlation(np.ones(60), distances) is None
+
+
+def test_images_that_are_nearly_all_right_do_not_make_answers_ever_surer() -> None:
+    logits = np.full((50, 3), -4.0)
+    logits[:, 0] = np.linspace(2, 9, 50)
+    assert temperature(logits, np.zeros(50, int)) == pytest.approx(1, abs=1e-3)
