@@ -87,7 +87,8 @@ class Router:
         """(batch,), bool, of the last call: the images that got the second pass."""
         return self._escalated
 
-    @torch.inference_mode()
+    # Not inference_mode: a copy made under it is another kind of tensor, for which a compiler compiles anew.
+    @torch.no_grad()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`pixel_values`: (batch, 3, height, width), on the device. Returns logits (batch, classes), float32."""
         rule = self.calibrated.rule
@@ -112,7 +113,7 @@ class Router:
             padded = chosen
         return logits.index_copy(0, chosen, self.second(pixel_values[padded])[: len(chosen)].float())
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def both_passes(self, pixel_values: torch.Tensor) -> None:
         """All images through both, as where none is sure: what takes the most memory."""
         self.passes.first_logits(pixel_values)
