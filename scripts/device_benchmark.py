@@ -83,7 +83,14 @@ PLANS = {
         _recipe("engines-gpu", 240, wants=("tensorrt", "onnx", "onnxscript", "torchao")),
         _recipe("imagenet-vit-tiny", 90, (SHARED,), ("torchao", "bitsandbytes")),
     ),
-    "cpu": (_recipe("waterfall-cpu-vit-l", 1200, wants=("torchao",)), _recipe("imagenet-vit-tiny", 600, (SHARED,))),
+    "cpu": (
+        _recipe("waterfall-cpu-vit-l", 1200, wants=("torchao",)),
+        _recipe("imagenet-vit-tiny", 600, (SHARED,)),
+        _recipe("engines-cpu", 900, (SHARED,), ("openvino", "nncf", "onnxruntime")),
+        _recipe("engines-cpu-vit-l", 1200, wants=("openvino", "nncf", "onnxruntime")),
+        _recipe("tokens-vit-tiny", 600, (SHARED,)),
+        _recipe("rounding-vit-tiny", 900, (SHARED,)),
+    ),
 }
 
 

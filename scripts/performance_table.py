@@ -24,8 +24,8 @@ from vitopt.report.table import HEADINGS, UNKNOWN, cautions, device_name, markdo
 SCHEMA = "vitopt.device/1"
 BEGIN, END = "<!-- performance tables: scripts/performance_table.py -->", "<!-- end of performance tables -->"
 GPU_RECIPES = ("goals-vit-l", "packed-vit-l", "waterfall-vit-l", "attention-vit-l", "engines-gpu")
-CPU_RECIPES = ("waterfall-cpu-vit-l",)
-FIDELITY_RECIPE = "imagenet-vit-tiny"
+CPU_RECIPES = ("waterfall-cpu-vit-l", "engines-cpu-vit-l")
+FIDELITY_RECIPES = ("imagenet-vit-tiny", "engines-cpu", "tokens-vit-tiny", "rounding-vit-tiny")
 _FIDELITY = ("top-1 %", "Δ points (95 %)", "agree %", "p50 ms", "speed-up", "weights", "on disk")
 UNMEASURED = "unmeasured"
 
@@ -104,14 +104,15 @@ def _of_device(results: Results) -> Iterator[str]:
         yield from _cautions(records)
         if (roofline := next((r.roofline for r in records if r.roofline), None)) is not None:
             yield _rates(records, roofline.copy_bytes_per_second)
-    if FIDELITY_RECIPE in results.records:
-        yield from _fidelity(results.records[FIDELITY_RECIPE], where, results.path)
+    for recipe in FIDELITY_RECIPES:
+        if recipe in results.records:
+            yield from _fidelity(recipe, results.records[recipe], where, results.path)
 
 
-def _fidelity(records: list[Record], where: str, path: Path) -> Iterator[str]:
+def _fidelity(recipe: str, records: list[Record], where: str, path: Path) -> Iterator[str]:
     """What each way to hold and to run a real model does to its answers."""
     images = next(record.accuracy.images for record in records if record.accuracy)
-    yield f"**{where}**: `{FIDELITY_RECIPE}`, {images} photos, batch 1 (`benchmarks/results/{path.name}`)"
+    yield f"**{where}**: `{recipe}`, {images} photos, batch 1 (`benchmarks/results/{path.name}`)"
     lines = [f"| variant | {' | '.join(_FIDELITY)} | KL, nats |", "|---|" + "---:|" * (len(_FIDELITY) + 1)]
     for record in records:
         if record.latency:
