@@ -88,6 +88,7 @@ PLANS = {
         _recipe("imagenet-vit-tiny", 600, (SHARED,)),
         _recipe("engines-cpu", 900, (SHARED,), ("openvino", "nncf", "onnxruntime")),
         _recipe("engines-cpu-vit-l", 1200, wants=("openvino", "nncf", "onnxruntime")),
+        _recipe("static-scales-vit-tiny", 600, (SHARED,), ("torchao",)),
         _recipe("tokens-vit-tiny", 600, (SHARED,)),
         _recipe("rounding-vit-tiny", 900, (SHARED,)),
     ),

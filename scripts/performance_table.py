@@ -25,7 +25,13 @@ SCHEMA = "vitopt.device/1"
 BEGIN, END = "<!-- performance tables: scripts/performance_table.py -->", "<!-- end of performance tables -->"
 GPU_RECIPES = ("goals-vit-l", "packed-vit-l", "waterfall-vit-l", "attention-vit-l", "engines-gpu")
 CPU_RECIPES = ("waterfall-cpu-vit-l", "engines-cpu-vit-l")
-FIDELITY_RECIPES = ("imagenet-vit-tiny", "engines-cpu", "tokens-vit-tiny", "rounding-vit-tiny")
+FIDELITY_RECIPES = (
+    "imagenet-vit-tiny",
+    "engines-cpu",
+    "static-scales-vit-tiny",
+    "tokens-vit-tiny",
+    "rounding-vit-tiny",
+)
 _FIDELITY = ("top-1 %", "Δ points (95 %)", "agree %", "p50 ms", "speed-up", "weights", "on disk")
 UNMEASURED = "unmeasured"
 
