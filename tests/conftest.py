@@ -103,14 +103,15 @@ def make_images(folder: Path, per_class: dict[str, int], seed: int = 0) -> Path:
 
 @pytest.fixture(autouse=True)
 def _logging() -> Iterator[None]:
-    """Commands point the root logger at a standard error that is closed when they end; libraries set levels."""
+    """Commands point the root logger at a standard error that is closed when they end, and libraries raise the level of
+    whatever handlers there are, pytest's own among them."""
     root = logging.root
-    handlers, level, levels = root.handlers[:], root.level, [handler.level for handler in root.handlers]
+    handlers, level = root.handlers[:], root.level
+    for handler in handlers:
+        handler.setLevel(logging.NOTSET)
     yield
     root.handlers[:] = handlers
     root.setLevel(level)
-    for handler, before in zip(handlers, levels, strict=True):
-        handler.setLevel(before)
 
 
 @pytest.fixture(scope="session")
