@@ -9,7 +9,7 @@ import typer
 from vitopt import storage
 from vitopt.adaptive_spec import AdaptiveSpec, TargetSpec
 from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, clear_errors, start
-from vitopt.cli.options import Fields, from_fields
+from vitopt.cli.options import Fields, calibration_fields, from_fields
 from vitopt.cli.printing import out, print_json, say
 from vitopt.cli.tables import Column, print_columns
 from vitopt.errors import RecipeError
@@ -28,14 +28,7 @@ _SHOWN = (0, 5, 10, 15, 20, 30, 50, 100)  # percent of escalated images, in the 
 def calibrate(
     *,
     checkpoint: CheckpointArgument,
-    data: Annotated[
-        DataSpec,
-        Fields(
-            ("source", "root", "labels", "group_column", "skip_bad_images"),
-            named={"source": "data", "root": "data_root"},
-            help={"source": "calibration images: the train split, or DATA:SPLIT; never your test images"},
-        ),
-    ],
+    data: Annotated[DataSpec, calibration_fields()],
     low: Annotated[int | None, typer.Option(help="Side in pixels of the first pass's images.")] = None,
     draft: Annotated[
         str | None, typer.Option(help="Checkpoint of the first pass; without it CHECKPOINT at a lower resolution.")

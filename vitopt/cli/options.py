@@ -31,6 +31,17 @@ class Fields:
     unset: tuple[str, ...] = ()
 
 
+def calibration_fields(
+    help: str = "calibration images: the train split, or DATA:SPLIT; never your test images",
+) -> Fields:
+    """Of a `DataSpec` whose images calibrate; how many is another spec's field."""
+    return Fields(
+        ("source", "root", "labels", "group_column", "skip_bad_images"),
+        named={"source": "data", "root": "data_root"},
+        help={"source": help},
+    )
+
+
 def given(context: typer.Context) -> set[str]:
     """Parameters that stand on the command line."""
     return {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]

@@ -7,7 +7,7 @@ import typer
 
 from vitopt import progress, storage
 from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, ThreadsOption, add_card, start
-from vitopt.cli.options import Fields, from_fields, refuse
+from vitopt.cli.options import Fields, calibration_fields, from_fields, refuse
 from vitopt.cli.printing import out, print_json, print_sensitivity, print_table, say
 from vitopt.errors import RecipeError
 from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
@@ -49,15 +49,6 @@ ENGINE_FIELDS = Fields(
 )
 HALF: HalfFormat = VariantSpec.model_fields["half"].default
 HalfOption = Annotated[HalfFormat, typer.Option(help="16-bit type of the layers that are not quantized.")]
-
-
-def _data_fields(what: str) -> Fields:
-    """Options of calibration images; how many is an option of the search."""
-    return Fields(
-        ("source", "root", "labels", "group_column", "skip_bad_images"),
-        named={"source": "data", "root": "data_root"},
-        help={"source": what},
-    )
 
 
 def _with_its_goal(auto: AutoSkipSpec) -> AutoSkipSpec:
@@ -126,7 +117,7 @@ def quantize(
     ] = None,
     data: Annotated[
         DataSpec | None,
-        _data_fields("images for --skip auto and --format auto: the train split, never your test images"),
+        calibration_fields("images for --skip auto and --format auto: the train split, never your test images"),
     ],
     fastest: Annotated[
         FastestSpec,
@@ -294,9 +285,7 @@ def _refuse_useless_scores(context: typer.Context) -> None:
 def sensitivity(
     *,
     checkpoint: CheckpointArgument,
-    data: Annotated[
-        DataSpec, _data_fields("calibration images: the train split, or DATA:SPLIT; never your test images")
-    ],
+    data: Annotated[DataSpec, calibration_fields()],
     format: Annotated[Format, typer.Option(help="Format whose damage is measured.")],
     output: Annotated[Path, typer.Option(help="Folder for sensitivity.json.")],
     half: HalfOption = HALF,

@@ -9,7 +9,7 @@ import typer
 
 from vitopt import storage
 from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, add_card, start
-from vitopt.cli.options import Fields, from_fields
+from vitopt.cli.options import Fields, calibration_fields, from_fields
 from vitopt.cli.printing import print_json, say
 from vitopt.recipe import DataSpec
 from vitopt.steps import STEPS
@@ -26,14 +26,7 @@ def _command(name: str) -> Callable[..., None]:
     def command(
         *,
         checkpoint: CheckpointArgument,
-        data: Annotated[
-            DataSpec,
-            Fields(
-                ("source", "root", "labels", "group_column", "skip_bad_images"),
-                named={"source": "data", "root": "data_root"},
-                help={"source": "calibration images: the train split, or DATA:SPLIT; never your test images"},
-            ),
-        ],
+        data: Annotated[DataSpec, calibration_fields()],
         output: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
         settings: Any,
         seed: Annotated[int, typer.Option(help="Seed of what is chosen by chance.")] = 0,

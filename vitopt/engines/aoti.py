@@ -5,10 +5,6 @@ any number of images. The file needs torch and none of the model's Python. Openi
 package does. https://docs.pytorch.org/docs/stable/user_guide/torch_compiler/torch.compiler_aot_inductor.html
 """
 
-import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +13,7 @@ import numpy as np
 import torch
 
 from vitopt.data.pixels import random_pixels
-from vitopt.environment import support
+from vitopt.environment import libraries, support
 from vitopt.errors import UnsupportedError
 from vitopt.formats import Format
 from vitopt.models.checkpoint import empty_model
@@ -57,12 +53,8 @@ def write(
         raise UnsupportedError(f"engine aoti compiles the model: {reason}")
     pixels = random_pixels(2, size).to(model.device)
     model(pixels)  # finds 8-bit products that the device refuses
-    inductor = logging.getLogger("torch._inductor")
-    level = inductor.level
-    inductor.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with libraries.silent("torch._inductor"), torch.no_grad():
             shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
             exported = torch.export.export(model.path, (pixels,), dynamic_shapes=shapes)
             # On the CPU weights are laid out once for the processor's matrix kernels.
@@ -75,8 +67,6 @@ def write(
         raise UnsupportedError(
             f"torch cannot compile this {type(model.model).__name__} to a file: {type(error).__name__}: {text[:300]}"
         ) from error
-    finally:
-        inductor.setLevel(level)
     ran = model.describe()["variant"].ran
     modules = {layer.logical: layer.module for layer in _layers(model)}
     return {

@@ -7,14 +7,10 @@ by one scale for a whole tensor, found in each call, or fixed by images (QDQ).
 """
 
 import ast
-import contextlib
 import copy
 import functools
-import io
 import json
-import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,7 @@ import torch
 from torch import nn
 
 from vitopt import storage, threads
-from vitopt.environment import support
+from vitopt.environment import libraries, support
 from vitopt.errors import UnsupportedError
 from vitopt.formats import Format
 from vitopt.optimize.plan import LayerPlan
@@ -36,6 +32,7 @@ logits = session.run(["logits"], {"pixel_values": values})[0]
 _OPSET = 18  # the first that the exporter writes without converting
 _LARGEST = 2**31 - 2**24  # bytes of weights in one protobuf file
 _SCOPES = "pkg.torch.onnx.name_scopes"  # of a node: the modules that it is of, outermost first, and itself
+_TALKERS = ("torch.onnx", "root", "onnxscript", "onnx_ir")  # loggers of what exports and quantizes
 _PRODUCTS = ("MatMul", "Gemm")
 _OF_GEMM = "_MatMul"  # onnxruntime makes a product and a sum of a Gemm before it quantizes dynamically
 _FORMATS = {"uint8": "w8a8", "int8": "w8a8", "float16": "fp16", "float": "fp32"}
@@ -70,7 +67,7 @@ def write(
     quantized = plan.modules("w8a8")
     half = bool(plan.modules("fp16"))
     try:
-        with _silence(), storage.temporary_folder() as scratch:
+        with libraries.silent(*_TALKERS), storage.temporary_folder() as scratch:
             float_file = scratch / MODEL_FILE if quantized else folder / MODEL_FILE
             _export(_InHalf(model) if half else model, size, float_file, {one.layer.module for one in plan.layers})
             if quantized:
@@ -229,19 +226,3 @@ def _open(file: Path, profile: Path | None = None) -> Any:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     with threads.unbound():  # else its threads would share the core of this one
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Without what exporting and quantizing print, of which a user can make nothing."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "root", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -6,12 +6,9 @@ whose scales of activations are fixed for a whole tensor; faster, and further fr
 https://github.com/openvinotoolkit/nncf
 """
 
-import contextlib
 import functools
-import io
 import logging
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import torch
 from torch import nn
 
 from vitopt import threads
-from vitopt.environment import support
+from vitopt.environment import libraries, support
 from vitopt.errors import UnsupportedError
 from vitopt.formats import Format
 from vitopt.optimize.plan import LayerPlan
@@ -58,7 +55,7 @@ def write(
     import openvino
 
     try:
-        with _silence():
+        with libraries.silent():
             converted = openvino.convert_model(model, example_input=torch.zeros(2, 3, *size), input=[-1, 3, *size])
     except Exception as error:  # its frontend raises whatever it runs into
         reason = " ".join(str(error).split())[:300]
@@ -87,7 +84,7 @@ def _quantized(model: Any, layers: set[str], images: Sequence[np.ndarray] | None
     if unknown := sorted(layers - set(products)):
         raise UnsupportedError(f"openvino has no {unknown[0]} in the converted model, so it cannot be int8")
     others = nncf.IgnoredScope(names=[name for name in products if name not in layers])
-    with _silence():
+    with libraries.silent():
         if images is None:
             return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=others)
         return nncf.quantize(
@@ -174,11 +171,3 @@ class OpenVINOCall:
         many = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
         with threads.unbound():  # else its threads would share the core of this one
             return self._core.compile_model(model, "CPU", settings | many).create_infer_request()
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Without tracing's warnings and nncf's bars, of which a user can make nothing."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield

@@ -5,11 +5,7 @@ The network is strongly typed (TensorRT 10 and 11): the ONNX file that torch wri
 https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/quantized-types-explicit-quantization.html
 """
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +15,7 @@ import torch
 from torch import nn
 
 from vitopt import storage
-from vitopt.environment import support
+from vitopt.environment import libraries, support
 from vitopt.environment.devices import DTYPES
 from vitopt.errors import MeasurementError, UnsupportedError
 from vitopt.formats import FORMATS, QUANTIZED_FORMATS, Format
@@ -157,13 +153,11 @@ def _export(model: nn.Module, size: tuple[int, int], file: Path) -> None:
     Raises:
         UnsupportedError: torch cannot write it.
     """
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     options: dict[str, Any] = {"opset_version": _OPSET, "external_data": True, "dynamo": True, "verbose": False}
     names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
     shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with libraries.silent("torch.onnx"):
             torch.onnx.export(model, (torch.zeros(2, 3, *size),), file, dynamic_shapes=shapes, **names, **options)
     except Exception as error:  # the exporter raises whatever it runs into
         reason = " ".join(str(error).split())[:300]

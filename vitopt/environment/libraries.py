@@ -1,10 +1,13 @@
 """The libraries that results depend on: their versions, and keeping them quiet."""
 
+import contextlib
 import importlib.metadata
+import io
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 LIBRARIES = (
@@ -67,6 +70,23 @@ def quiet_libraries() -> None:
 
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def silent(*loggers: str) -> Iterator[None]:
+    """Without warnings, what is printed, and what these loggers say below an error: exporters and compilers tell much
+    of which a user can make nothing."""
+    known = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in known]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in known:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(known, levels, strict=True):
+                logger.setLevel(level)
 
 
 def import_bitsandbytes() -> Any:
