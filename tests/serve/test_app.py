@@ -130,8 +130,18 @@ def test_the_inference_protocol_answers_each_image_in_its_place(client):
     found = one.post("/v2/models/fake/infer", json=body).json()["outputs"][0]
     assert found["shape"] == [5, 3]
     assert np.reshape(found["data"], (5, 3)).tolist() == pixels[:, :, 0, 0].tolist()
+    assert one.post("/v2/models/fake/versions/1/infer", json=body).json()["outputs"] == [found]
     refused = one.post("/v2/models/fake/infer", content=b"{}")
     assert refused.status_code == 400 and "inputs" in refused.json()["error"]
+
+
+def test_a_models_version_is_the_one_that_its_metadata_names(client):
+    one = client()
+    for path in ("", "/ready"):
+        plain = one.get(f"/v2/models/fake{path}")
+        assert one.get(f"/v2/models/fake/versions/1{path}").json() == plain.json()
+        assert one.get(f"/v2/models/fake/versions/2{path}").status_code == 404
+    assert one.get("/v2/models/fake").json()["versions"] == ["1"]
 
 
 def test_requests_are_divided_among_models(client):
@@ -149,7 +159,8 @@ def test_a_token_protects_all_but_health(client):
         for path in ("/metrics", "/models"):
             assert one.get(path, headers=headers).status_code == 401
         assert one.post("/predict", content=photo((0, 0, 0)), headers=headers).status_code == 401
-        assert one.post("/v2/models/fake/infer", content=b"{}", headers=headers).status_code == 401
+        for path in ("", "/versions/1"):
+            assert one.post(f"/v2/models/fake{path}/infer", content=b"{}", headers=headers).status_code == 401
     assert one.get("/v2/health/ready").status_code == 200
     right = {"Authorization": "Bearer secret"}
     assert one.post("/predict", content=photo((0, 0, 0)), headers=right).status_code == 200

@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import numpy as np
@@ -78,6 +79,10 @@ def test_an_answer_is_json_unless_bytes_are_wanted():
         (request(pixels(9)), "1 to 8 images"),
         (request(pixels(0)), "1 to 8 images"),
         (request(pixels(), data={"outputs": [{"name": "boxes"}]}), "one output"),
+        (
+            request(pixels(), data={"outputs": [{"name": "logits", "parameters": {"classification": 3}}]}),
+            "classification",
+        ),
         (request(pixels(), shape=[1, *SHAPE]), "does not fill"),
         (request(pixels(), shape=[2, *SHAPE]).replace(b"0.", b'"a",', 1), "does not fill"),
         (request(pixels() * np.inf).replace(b"-Infinity", b"1e999").replace(b"Infinity", b"1e999"), "finite"),
@@ -93,6 +98,11 @@ def test_a_body_that_does_not_fit_is_one_line(body, said):
 def test_a_wrong_length_of_the_json_is_named(length):
     with pytest.raises(RecipeError, match="Inference-Header-Content-Length"):
         read(request(pixels()), {"Inference-Header-Content-Length": length})
+
+
+def test_a_compressed_body_is_named():
+    with pytest.raises(RecipeError, match="gzip"):
+        read(gzip.compress(request(pixels())), {"Content-Encoding": "gzip"})
 
 
 def test_bytes_of_another_length_are_named():

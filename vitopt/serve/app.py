@@ -141,17 +141,20 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, token: str | None 
         return _ready(all(one.model.is_ready for one in served.values()), response)
 
     @app.get("/v2/models/{name}")
+    @app.get(f"/v2/models/{{name}}/versions/{protocol.VERSION}", include_in_schema=False)
     def metadata(name: str) -> dict[str, Any]:
         """What a model takes and gives."""
         one = named(name)
         return protocol.metadata(name, one.model.image_shape, len(one.labels))
 
     @app.get("/v2/models/{name}/ready")
+    @app.get(f"/v2/models/{{name}}/versions/{protocol.VERSION}/ready", include_in_schema=False)
     def model_ready(name: str, response: Response) -> dict[str, bool]:
         """Whether this model is loaded and warm."""
         return _ready(named(name).model.is_ready, response)
 
     @app.post("/v2/models/{name}/infer", dependencies=protected)
+    @app.post(f"/v2/models/{{name}}/versions/{protocol.VERSION}/infer", dependencies=protected, include_in_schema=False)
     async def infer(name: str, request: Request) -> Response:
         """Logits of pixels that the caller prepared: `pixel_values`, FP32, (images, 3, height, width)."""
         one = named(name)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vitopt.errors import RecipeError
 
-INPUT, OUTPUT = "pixel_values", "logits"
+INPUT, OUTPUT, VERSION = "pixel_values", "logits", "1"
 _JSON_LENGTH = "Inference-Header-Content-Length"
 _FLOATS = np.dtype("<f4")
 
@@ -64,7 +64,7 @@ def metadata(name: str, shape: tuple[int, ...], outputs: int) -> dict[str, Any]:
     """What a model takes and gives; -1 is any number of images. `shape`: (3, height, width)."""
     return {
         "name": name,
-        "versions": ["1"],
+        "versions": [VERSION],
         "platform": "vitopt",
         "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, *shape]}],
         "outputs": [{"name": OUTPUT, "datatype": "FP32", "shape": [-1, outputs]}],
@@ -77,6 +77,8 @@ def read_request(body: bytes, headers: Mapping[str, str], shape: tuple[int, ...]
     Raises:
         RecipeError: it is malformed, or its tensor is not what the model takes; the message says what it must be.
     """
+    if (encoding := headers.get("Content-Encoding", "identity")) != "identity":
+        raise RecipeError(f"the body is compressed ({encoding}): send it as it is")
     length = headers.get(_JSON_LENGTH)
     if length is not None and not (length.isdigit() and int(length) <= len(body)):
         raise RecipeError(f"the header {_JSON_LENGTH} must be the length of the JSON part of the body")
@@ -95,6 +97,8 @@ def read_request(body: bytes, headers: Mapping[str, str], shape: tuple[int, ...]
         raise RecipeError(f"shape {tensor.shape}: this model takes {wanted}, and 1 to {most} images in a request")
     if any(output.name != OUTPUT for output in request.outputs):
         raise RecipeError(f"this model has one output, {OUTPUT}")
+    if any("classification" in output.parameters for output in request.outputs):
+        raise RecipeError("this model gives logits and ranks no classes: leave the parameter classification out")
     try:
         if (size := tensor.parameters.get("binary_data_size")) is not None:
             if size != len(body) - split:
@@ -117,7 +121,9 @@ def write_response(name: str, asked: Asked, logits: np.ndarray) -> tuple[bytes, 
     """Body and headers of an answer; `logits`: (images, outputs)."""
     values = np.ascontiguousarray(logits, dtype=_FLOATS)
     output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": list(values.shape)}
-    answer = {"model_name": name, "model_version": "1", "outputs": [output]} | ({"id": asked.id} if asked.id else {})
+    answer = {"model_name": name, "model_version": VERSION, "outputs": [output]} | (
+        {"id": asked.id} if asked.id else {}
+    )
     if not asked.binary:
         output["data"] = values.ravel().tolist()
         return json.dumps(answer, allow_nan=False).encode(), {"Content-Type": "application/json"}
