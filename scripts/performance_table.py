@@ -1,4 +1,4 @@
-"""README's performance tables, made from the files that `scripts/device_benchmark.py` wrote.
+"""README's performance tables, made of what `scripts/device_benchmark.py` and `scripts/serving_comparison.py` wrote.
 
     python scripts/performance_table.py           writes them between the markers in README.md
     python scripts/performance_table.py --check   exits with 1 if README.md says anything else
@@ -7,6 +7,7 @@ Rows come from the recipes: one that no file holds a figure for is named as unme
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from vitopt.recipe_file import load_recipe
 from vitopt.records import Record, upgraded
 from vitopt.report.table import HEADINGS, UNKNOWN, cautions, device_name, markdown_text, row
 
-SCHEMA = "vitopt.device/1"
+SCHEMA, SERVING_SCHEMA = "vitopt.device/1", "vitopt.serving/1"
 BEGIN, END = "<!-- performance tables: scripts/performance_table.py -->", "<!-- end of performance tables -->"
 GPU_RECIPES = ("goals-vit-l", "packed-vit-l", "waterfall-vit-l", "attention-vit-l", "engines-gpu")
 CPU_RECIPES = ("waterfall-cpu-vit-l", "engines-cpu-vit-l")
@@ -33,6 +34,7 @@ FIDELITY_RECIPES = (
     "rounding-vit-tiny",
 )
 _FIDELITY = ("top-1 %", "Δ points (95 %)", "agree %", "p50 ms", "speed-up", "weights", "on disk")
+_SERVING = ("offered/s", "answered/s", "p50 ms", "p99 ms (95 %)", "refused", "errors", "top-1 %", "batch", "CPU ms")
 UNMEASURED = "unmeasured"
 
 
@@ -56,7 +58,8 @@ def main() -> None:
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
-    after = replaced(before, tables(load_results(ROOT / "benchmarks" / "results")))
+    folder = ROOT / "benchmarks" / "results"
+    after = replaced(before, "\n\n".join([tables(load_results(folder)), *serving_tables(folder)]))
     if arguments.check and after != before:
         sys.exit("README.md is not what the results say: run python scripts/performance_table.py")
     if not arguments.check:
@@ -176,6 +179,59 @@ def _rates(records: list[Record], copy_bytes_per_second: float) -> str:
 
 def _significant(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def serving_tables(folder: Path) -> Iterator[str]:
+    """Of each device, from its last file by name."""
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.name):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("schema") == SERVING_SCHEMA:
+            found[device_name(content["environment"])] = (
+                f"{serving_table(content)}\n\n(`benchmarks/results/{path.name}`)"
+            )
+    yield from found.values()
+
+
+def serving_table(content: dict[str, Any]) -> str:
+    """What each server did at each rate, then what a million requests cost at the highest rate that it keeps."""
+    environment, target, price = content["environment"], content["target_p99_ms"], content["price_per_hour"]
+    lines = [f"| server | {' | '.join(_SERVING)} |", "|---|" + "---:|" * len(_SERVING)]
+    costs = [f"| server | answered/s with p99 ≤ {target:g} ms | a million at {price:g} an hour |", "|---|---:|---:|"]
+    for server in content["servers"]:
+        rows = sorted((row for row in content["rows"] if row["server"] == server), key=lambda row: row["rate"])
+        lines += [f"| {' | '.join(serving_cells(row))} |" for row in rows]
+        kept = list(itertools.takewhile(lambda row: row["kept"], rows))  # a lucky row above one that misses is no proof
+        rate = kept[-1]["answered"] / kept[-1]["seconds"] if kept else None
+        figures = f"{rate:.1f} | {price / 3600 / rate * 1e6:.2f}" if rate else f"{UNKNOWN} | {UNKNOWN}"
+        costs.append(f"| {server} | {figures} |")
+    where = (
+        f"**{device_name(environment)}**, {environment['cpu_count']} cores, which the client shares: photos over HTTP"
+    )
+    failed = [f"- {markdown_text(f'{server}: {why}')}" for server, why in content["failed"].items()]
+    return "\n\n".join(["\n".join(part) for part in ([where], lines, costs, failed) if part])
+
+
+def serving_cells(row: dict[str, Any]) -> list[str]:
+    """One server at one rate."""
+    latency, answered, batch, cpu = row["latency"], row["answered"], row["mean_batch"], row["cpu_ms"]
+    p50 = p99 = UNKNOWN
+    if latency:
+        p50 = f"{latency['p50_ms']:.0f}"
+        limits = [UNKNOWN if limit is None else f"{limit:.0f}" for limit in latency["p99_ci95_ms"]]
+        p99 = UNKNOWN if latency["p99_ms"] is None else f"{latency['p99_ms']:.0f} ({' to '.join(limits)})"
+    return [
+        row["server"],
+        f"{row['rate']:g}",
+        f"{answered / row['seconds']:.1f}",
+        p50,
+        p99,
+        str(row["refused"]),
+        str(sum(row["errors"].values())),
+        f"{100 * row['right'] / answered:.1f}" if answered else UNKNOWN,
+        UNKNOWN if batch is None else f"{batch:.1f}",
+        UNKNOWN if cpu is None else f"{cpu:.1f}",
+    ]
 
 
 def _unmeasured(results: list[Results]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from vitopt.prediction import predict
 from vitopt.records import Accuracy, Latency, Memory, Record, Roofline, Variant, VersusBaseline
 
 ROOT = Path(__file__).parents[1]
@@ -405,3 +406,106 @@ def test_a_floor_is_shown_often_enough_for_its_errors_to_count(coverage: ModuleT
     goal = coverage.Goal(max_top1_drop=0.97 * coverage.true_drop(coverage.VARIANCE))
     decisions = [coverage.search(rng, "steep", goal, 4096)[0].decision for _ in range(30)]
     assert decisions.count("shown") >= 15
+
+
+@pytest.fixture(scope="module")
+def comparison() -> ModuleType:
+    pytest.importorskip("aiohttp")
+    return script("serving_comparison")
+
+
+ANSWERS = """
+import http.server, json, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open(sys.argv[1], "w").write(str(child.pid))
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def answer(self, content):
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        model = {"name": "one", "ready": True, "process": 1, "runs": {}, "labels": LABELS}
+        self.answer([model] if self.path == "/models" else {})
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        sum(range(100_000))
+        self.answer({"classes": [{"label": "", "index": 0, "percent": 100.0}], "batch": 3})
+    def log_message(self, *_):
+        pass
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve_forever()
+"""
+
+
+def test_servers_are_sent_the_same_load_and_one_that_fails_costs_only_itself(
+    comparison: ModuleType, shapes: Path, tmp_path: Path
+) -> None:
+    labels = ["circle", "cross", "square", "stripe"]
+    photos = comparison.write_photos(f"{shapes}:test", "name", labels, tmp_path / "photos", 8)
+    assert len(list(photos.glob("*.jpg"))) == 8
+    code = f"LABELS = {labels}\n{ANSWERS}"
+    servers = [
+        *(comparison.Server(name, (sys.executable, "-c", code, str(tmp_path / name))) for name in ("a", "b")),
+        comparison.Server("broken", (sys.executable, "-c", "raise SystemExit('no such engine')")),
+    ]
+    with comparison.started(servers, tmp_path) as (running, failed):
+        rows = list(comparison.compare(running, photos, [40, 50], requests=20, seconds=0.1, target_ms=5000))
+        slow = list(comparison.compare(running[:1], photos, [100, 101, 102], requests=40, seconds=0.1, target_ms=1e-6))
+    assert failed == {"broken": "no such engine"}
+    assert [(row.server, row.rate) for row in rows] == [("a", 40), ("b", 40), ("b", 50), ("a", 50)]  # they take turns
+    for row in rows:
+        assert row.kept and row.answered == row.sent > 5 and row.mean_batch == 3 and row.cpu_ms >= 0
+    assert rows[0].sent == rows[1].sent and rows[0].right == rows[1].right  # the same images
+    assert len(slow) == 2 and not any(row.kept for row in slow)  # twice in turn is enough
+    for name in ("a", "b"):
+        status = Path(f"/proc/{(tmp_path / name).read_text()}/status")
+        assert not status.exists() or "zombie" in status.read_text()  # what a server had started ended with it
+
+
+def served(server: str, rate: float, kept: bool = True, **changes: Any) -> dict[str, Any]:
+    latency = {"p50_ms": 20.0, "p99_ms": 40.0, "p99_ci95_ms": [35.0, None]}
+    counts = {"sent": 100, "answered": 100, "refused": 0, "errors": {}, "right": 90, "mean_batch": 2.0, "cpu_ms": 30.0}
+    return {
+        "server": server,
+        "rate": rate,
+        "seconds": 100 / rate,
+        "latency": latency,
+        "kept": kept,
+        **counts,
+        **changes,
+    }
+
+
+def test_a_servers_cost_is_that_of_the_highest_rate_below_which_it_keeps_all(table: ModuleType, tmp_path: Path) -> None:
+    rows = [served("fast", 40), served("fast", 10), served("lucky", 10), served("lucky", 20, kept=False)]
+    rows += [served("lucky", 40), served("dead", 10, kept=False, answered=0, errors={"500: x": 7}, latency=None)]
+    environment = {"processor": "Some CPU", "gpu": None, "cpu_count": 2}
+    content = {"schema": table.SERVING_SCHEMA, "environment": environment, "target_p99_ms": 50, "price_per_hour": 3.6}
+    content |= {"servers": dict.fromkeys(("fast", "lucky", "dead"), ""), "failed": {"gone": "no ray"}, "rows": rows}
+    (tmp_path / "serving-cpu.json").write_text(json.dumps(content))
+    (text,) = table.serving_tables(tmp_path)
+    assert "| fast | 40.0 | 25.00 |" in text  # 3.6 an hour is a thousandth a second
+    assert "| lucky | 10.0 | 100.00 |" in text and "| dead | – | – |" in text and "- gone: no ray" in text
+    assert "| fast | 40 | 40.0 | 20 | 40 (35 to –) | 0 | 0 | 90.0 | 2.0 | 30.0 |" in text
+    assert "| dead | 10 | 0.0 | – | – | 0 | 7 | – |" in text
+    assert table.load_results(tmp_path) == []
+
+
+def test_the_servers_beside_vitopt_answer_as_the_checkpoint_does(shapes: Path) -> None:
+    pytest.importorskip("uvicorn")
+    testing = pytest.importorskip("fastapi.testclient")
+    peers, checkpoint = script("serving_peers"), ROOT / "vitopt" / "assets" / "vit-quickstart"
+    photos = sorted((shapes / "test").rglob("*.png"))[::8]
+    expected = [one["classes"][0] for one in predict(str(checkpoint), photos, top=1, device="cpu")]
+    assert len(photos) == 3
+    classifier = peers.Classifier(str(checkpoint), "float32", sizes=(1, 2, 4))
+    pixels = [classifier.pixels(photo.read_bytes()) for photo in photos]
+    assert classifier.classify(pixels) == [one["index"] for one in expected]  # in a batch of four
+    client = testing.TestClient(peers.plain_app(classifier))
+    assert client.get("/v2/health/ready").status_code == 200
+    labels = client.get("/models").json()[0]["labels"]
+    found = client.post("/predict", content=photos[0].read_bytes()).json()
+    assert found["batch"] == 1 and labels[found["classes"][0]["index"]] == expected[0]["label"]
