@@ -888,7 +888,7 @@ def test_a_quantized_checkpoint_is_not_quantized_again(tiny_checkpoint: Path, sh
     assert "is quantized already; start from the 16- or 32-bit checkpoint" in refusal(
         "quantize", tmp_path / "nf4", "--format", "int8", "--output", tmp_path / "out"
     )
-    assert "is quantized; fine-tune the 16- or 32-bit checkpoint, then quantize" in refusal(
+    assert "is quantized already; start from the 16- or 32-bit checkpoint" in refusal(
         "finetune", tmp_path / "nf4", "--data", shapes, "--output", tmp_path / "out"
     )
 
