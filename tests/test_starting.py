@@ -15,12 +15,10 @@ from vitopt import pipeline, starting
 from vitopt.checks import plans
 from vitopt.environment import devices, support
 from vitopt.errors import CheckpointError, DataError
-from vitopt.measure import evaluator
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.preview import Preview
 from vitopt.recipe import Recipe
 from vitopt.recipe_file import load_recipe
-from vitopt.records import Memory
 from vitopt.starting import starting_recipe
 
 CPU = torch.device("cpu")
@@ -58,8 +56,6 @@ def test_a_first_recipe_runs_and_recommends(
     tiny_checkpoint: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(support, "why_not_compile", lambda device: "tests of compilation are elsewhere")
-    memory = Memory(peak_bytes=1, kind="resident_set", batch_size=1)  # of a process of its own, which takes seconds
-    monkeypatch.setattr(evaluator, "peak_memory", lambda runnable, batch_size: memory)
     text = starting_recipe(str(tiny_checkpoint), str(shapes), "mine")
     assert "about 1 min here" in text and "nothing is fine-tuned" in text
     quick = "evaluate.latency.iterations=4", "evaluate.latency.warmup_seconds=0.1", "evaluate.look_alikes=false"

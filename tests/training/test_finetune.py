@@ -30,16 +30,6 @@ SHORT = FinetuneSpec(epochs=2, batch_size=8, learning_rate=3e-3, rank=4)
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(str(tiny_checkpoint))
-
-
-@pytest.fixture(scope="module")
-def train(shapes: Path) -> ImageSet:
-    return open_images(DataSpec(source=str(shapes)), "train")
-
-
-@pytest.fixture(scope="module")
 def test(shapes: Path) -> ImageSet:
     return open_images(DataSpec(source=str(shapes)), "test")
 
