@@ -102,6 +102,7 @@ def spent():
     return {task.name: int((task / "schedstat").read_text().split()[0]) for task in tasks}
 
 from vitopt.engines import openvino
+assert openvino.why_not("fp32") is None
 call = openvino.load(Path(sys.argv[1]), {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"})
 pixel_values = torch.zeros(64, 3, 32, 32).numpy()
 call(pixel_values)

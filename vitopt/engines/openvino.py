@@ -34,7 +34,8 @@ _PRODUCTS = ("MatMul", "Convolution", "ScaledDotProductAttention")
 
 def why_not(format: Format) -> str | None:
     """Why this processor cannot compute in a format, or None when it can."""
-    able = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    with threads.unbound():
+        able = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return None if format != "bf16" or "BF16" in able else "this processor has no bf16 arithmetic"
 
 
@@ -111,7 +112,8 @@ class OpenVINOCall:
     fixed_shapes = True
 
     def __init__(self, file: Path, settings: Mapping[str, str]) -> None:
-        self._model = _core().read_model(file)
+        with threads.unbound():
+            self._model = _core().read_model(file)
         self._settings = dict(settings)
         self._compiled: dict[tuple[int, ...], Any] = {}
 
@@ -171,8 +173,7 @@ class OpenVINOCall:
 
 @functools.cache
 def _core() -> Any:
-    """OpenVINO takes the CPUs that it finds here for all that there are, so not those of a thread that OpenMP holds."""
-    with threads.unbound():
-        import openvino
+    """To be used `unbound`: OpenVINO takes the CPUs that its first caller may use for all that there are."""
+    import openvino
 
-        return openvino.Core()
+    return openvino.Core()
