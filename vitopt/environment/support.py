@@ -57,15 +57,15 @@ def why_not_compile(device: torch.device) -> str | None:
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        return _why_compiler_fails(get_cpp_compiler())
+        return _why_compiler_fails(get_cpp_compiler(), sysconfig.get_path("include"))
     except InvalidCxxCompiler:
         return "no C++ compiler is found (install g++, or name one in CXX)"
 
 
 @functools.cache
-def _why_compiler_fails(compiler: str) -> str | None:
-    """Why a C++ compiler cannot compile what torch gives it, tried on the headers; None when it can."""
-    command = [compiler, "-fopenmp", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-x", "c++", "-"]
+def _why_compiler_fails(compiler: str, headers: str) -> str | None:
+    """Why a C++ compiler cannot compile what torch gives it, tried on Python's `headers`; None when it can."""
+    command = [compiler, "-fopenmp", "-fsyntax-only", f"-I{headers}", "-x", "c++", "-"]
     done = subprocess.run(command, input="#include <Python.h>\n#include <omp.h>\n", capture_output=True, text=True)
     if done.returncode == 0:
         return None
