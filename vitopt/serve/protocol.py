@@ -121,9 +121,8 @@ def write_response(name: str, asked: Asked, logits: np.ndarray) -> tuple[bytes, 
     """Body and headers of an answer; `logits`: (images, outputs)."""
     values = np.ascontiguousarray(logits, dtype=_FLOATS)
     output: dict[str, Any] = {"name": OUTPUT, "datatype": "FP32", "shape": list(values.shape)}
-    answer = {"model_name": name, "model_version": VERSION, "outputs": [output]} | (
-        {"id": asked.id} if asked.id else {}
-    )
+    answer: dict[str, Any] = {"model_name": name, "model_version": VERSION, "outputs": [output]}
+    answer |= {"id": asked.id} if asked.id else {}
     if not asked.binary:
         output["data"] = values.ravel().tolist()
         return json.dumps(answer, allow_nan=False).encode(), {"Content-Type": "application/json"}
