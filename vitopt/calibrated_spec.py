@@ -23,7 +23,7 @@ class AutoSkipSpec(CalibrationSpec):
     max_kl: float | None = Field(
         None,
         gt=0,
-        description="largest KL in nats; where no goal is given, 0.005 for an engine instead of one of top-1",
+        description="largest KL in nats; 0.005 for an engine that is given no goal at all",
     )
     objective: Literal["size", "latency"] | None = Field(
         None, description="what a kept layer costs; null is size, and latency for an engine"
