@@ -108,8 +108,8 @@ def _gain(unit: UnitScores, quantized: Loss) -> float:
 def _excess(goal: Goal, most_kl: float, quantized: Loss, loss: Loss) -> float:
     """KL in nats by which a mixture is over what the search aims at; zero or less is within it.
 
-    KL and a share of it are aimed at with the upper end of their intervals on the choosing images: the confirming images
-    are more, and show about four of five such lists.
+    KL and a share of it are aimed at with the upper end of their intervals on the choosing images: the confirming
+    images are more, and show about four of five such lists.
     """
     over = [loss.kl - most_kl] if goal.max_top1_drop is not None else []
     if goal.max_kl_share is not None:
