@@ -55,14 +55,14 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def image(self, index: int, small: bool = False) -> Image.Image:
-        """Decode one image as RGB, turned upright; `small` is quicker for JPEG files, of 64 pixels or more a side.
+    def image(self, index: int, *, smallest_side: int | None = None) -> Image.Image:
+        """Decode one image as RGB, turned upright; `smallest_side`: see `vitopt.data.decoding.decoded`.
 
         Raises:
             BadImageError: truncated, not an image, or more than MAX_PIXELS pixels; the message names it.
         """
         try:
-            return decoded(lambda: self.reader.image(self.rows[index], small))
+            return decoded(lambda: self.reader.image(self.rows[index]), smallest_side=smallest_side)
         except BadImageError as error:
             raise BadImageError(
                 f"image {self.ids[index]} cannot be decoded ({error}): replace it, or leave it out with "
