@@ -22,7 +22,7 @@ from PIL import Image
 
 from vitopt.data.decoding import IMAGE_ENDINGS, ArrayReader, FileReader, HubReader, Reader, decoded
 from vitopt.data.division import held_out
-from vitopt.data.folders import TABLE, Boundary, list_folder, subfolders
+from vitopt.data.folders import TABLE, Boundary, list_folder, subfolders, why_not_read
 from vitopt.data.labels import as_indices, classes_of
 from vitopt.data.sources import may_be_on_hub, parse_source
 from vitopt.errors import BadImageError, DataError
@@ -186,7 +186,7 @@ def image_files(paths: Sequence[Path]) -> ImageSet:
         place = existing(path)
         if place is None:
             raise BadImageError(f"no image at {path}")
-        if reason := Boundary(place.resolve().parent).why_not(place):
+        if reason := why_not_read(place.stat()):
             raise BadImageError(f"no image at {path}: it {reason}")
     return ImageSet(
         name="files",
