@@ -99,7 +99,8 @@ def classify(
     )
     with progress.task("predicting", len(images)) as counted:
         for batch in on_device(stream, device):
-            answers = {index: _unreadable(images, index) for index in batch.bad}
+            no_path = {"path": None} if isinstance(runnable, Router) else {}  # all have the same columns
+            answers = {index: _unreadable(images, index) | no_path for index in batch.bad}
             if batch.indices:
                 logits = padded_call(runnable, batch.pixel_values, batch_size).float()
                 if not bool(logits.isfinite().all()):
