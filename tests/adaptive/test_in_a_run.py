@@ -1,7 +1,6 @@
 """Adaptive variants of a run: made once, measured like all others, told in record, table and page."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,15 @@ from conftest import make_checkpoint
 
 from vitopt import api, checks, pipeline
 from vitopt.errors import DataError, RecipeError
-from vitopt.measure import evaluator
 from vitopt.measure.predictions import load_predictions
 from vitopt.models.calibration import load_uses
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.pipeline import RunResult
 from vitopt.recipe import Recipe
 from vitopt.recipe_file import validate
-from vitopt.records import Memory
 from vitopt.report.table import cautions, comparison
 
 HALF = {"escalation_rate": 0.5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_process_for_memory() -> Iterator[None]:
-    memory = Memory(peak_bytes=10**9, kind="resident_set", batch_size=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluator, "peak_memory", lambda subject, batch_size: memory)
-        yield
 
 
 def recipe(model: Path, data: Path, *variants: dict[str, Any]) -> Recipe:
@@ -178,6 +167,27 @@ def test_a_recipe_is_refused_before_anything_is_made(tiny_checkpoint: Path, shap
     with pytest.raises(RecipeError, match=r"`adaptive` of a needs `data`"):
         content = tested.model_dump(mode="json", exclude_unset=True)
         validate(Recipe, {key: content[key] for key in ("name", "model", "variants")}, where="r")
+
+
+def test_a_draft_has_the_classes_that_the_run_trains(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    draft = make_checkpoint(tmp_path / "draft", blocks=1)
+    source = make_checkpoint(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["id2label"] = {row: f"other {row}" for row in config["id2label"]}
+    config["label2id"] = {name: int(row) for row, name in config["id2label"].items()}
+    (source / "config.json").write_text(json.dumps(config))
+
+    def check(draft: Path) -> None:
+        content = recipe(source, shapes, adaptive("a", draft=str(draft))).model_dump(mode="json", exclude_unset=True)
+        asked = validate(Recipe, content | {"finetune": {"epochs": 1}}, where="r")
+        assert asked.data is not None
+        checks.plans(asked)
+        images = checks.tested_images(asked, asked.data)
+        checks.require_images(asked, open_checkpoint(str(source)), asked.data, images)
+
+    with pytest.raises(DataError, match="draft that was fine-tuned"):
+        check(source)
+    check(draft)
 
 
 def test_a_first_pass_shares_its_training_with_a_variant(tiny_checkpoint: Path, shapes: Path) -> None:
