@@ -2,7 +2,7 @@
 
 A layer computes with what NF4 holds of weight and update together (as L4Q, arXiv 2402.04902), so that `quantize` makes
 of the merged weights what the last step computed with. As published, QLoRA computes with packed weight plus exact
-update: packing their sum then rounds away what was learned.
+update, whose sum no NF4 checkpoint holds.
 """
 
 from typing import Any
