@@ -9,14 +9,14 @@ from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from vitopt.data.images import ImageSet, open_images
+from vitopt.data.images import ImageSet
 from vitopt.data.pixels import random_pixels
 from vitopt.errors import PatternError, UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint, weight_bytes
 from vitopt.models.names import linear_layers
 from vitopt.models.origin import load_origin
 from vitopt.optimize.quantize import quantize
-from vitopt.recipe import DataSpec, FinetuneSpec, VariantSpec
+from vitopt.recipe import FinetuneSpec, VariantSpec
 from vitopt.training import finetune as training
 from vitopt.training.finetune import TrainingReport, finetune
 from vitopt.training.qat import round_nf4
@@ -26,16 +26,6 @@ SPEC = FinetuneSpec(
     format="nf4", epochs=12, batch_size=16, learning_rate=1e-2, rank=8, flip=False, augment=False, precision="fp32"
 )
 PIXELS = random_pixels(8, (32, 32))
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(str(tiny_checkpoint))
-
-
-@pytest.fixture(scope="module")
-def train(shapes: Path) -> ImageSet:
-    return open_images(DataSpec(source=str(shapes)), "train")
 
 
 @pytest.fixture(scope="module")
