@@ -50,8 +50,9 @@ def serve(
         checkpoint = open_checkpoint(source)
         loading = Loading(source, run.model_dump(exclude_unset=True), device, spec.batch_sizes, threads)
         model = ServedModel(name, loading, spec, checkpoint.image_size)
+        preprocess = Preprocessor(load_processor(checkpoint), scaled=run.scaled_decoding)
         independent = checkpoint.config.problem_type == "multi_label_classification"
-        served[name] = Served(model, Preprocessor(load_processor(checkpoint)), checkpoint.label_names, independent)
+        served[name] = Served(model, preprocess, checkpoint.label_names, independent)
     app = create_app(served, spec, os.environ.get(TOKEN_VARIABLE))
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal that ended it once more
         asyncio.run(_serve(served, app, spec, announce))
