@@ -26,7 +26,11 @@ class FinetuneSpec(Spec):
         description="LoRA updates beside the weights, or full: every weight is trained; qat: as full, with layers that "
         "compute with what `format` will hold",
     )
-    format: Format | None = Field(None, description=f"what qat trains for: {', '.join(TRAINABLE)}")
+    format: Format | None = Field(
+        None,
+        description=f"what is trained for: {', '.join(TRAINABLE)} with qat; nf4 with lora, which packs the weights "
+        "beside its updates (QLoRA) to save memory",
+    )
     rank: int = Field(8, ge=1, le=1024, description="rank of the LoRA updates")
     alpha: float = Field(32, gt=0, le=1e6, description="LoRA scale; updates count alpha / rank")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout before the LoRA updates")
@@ -59,12 +63,17 @@ class FinetuneSpec(Spec):
 
     @model_validator(mode="after")
     def _keys_fit_the_method(self) -> "FinetuneSpec":
-        useless = {"lora": ("format",), "full": (*_OF_LORA, "targets", "format"), "qat": _OF_LORA}
+        useless = {"lora": (), "full": (*_OF_LORA, "targets", "format"), "qat": _OF_LORA}
         if without_effect := self.changed(*useless[self.method]):
             raise ValueError(f"with `method: {self.method}`, {without_effect} would do nothing: leave it out")
         if self.method == "qat" and self.format not in TRAINABLE:
             missing = "needs a `format`" if self.format is None else f"cannot train for {self.format}"
             raise ValueError(f"`method: qat` {missing}: take one of {', '.join(TRAINABLE)}")
+        if self.method == "lora" and self.format is not None:
+            if self.format != "nf4":
+                raise ValueError(f"`method: lora` packs weights in nf4 alone, not in {self.format}: take `method: qat`")
+            if without_effect := self.changed("dropout"):
+                raise ValueError(f"with `format: nf4`, {without_effect} would do nothing: leave it out")
         return self
 
     @model_validator(mode="after")

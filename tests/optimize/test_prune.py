@@ -90,20 +90,41 @@ def test_units_that_others_make_up_for_cost_nothing(
     torch.testing.assert_close(after, before, rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("idle", [0, 1, 2])
 def test_a_block_that_does_nothing_goes_first(
-    tiny: Checkpoint, images: ImageSet, copy_of: Callable[[Path], Path], tmp_path: Path
+    idle: int, tiny: Checkpoint, images: ImageSet, copy_of: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     assert tiny.folder is not None
     folder = copy_of(tiny.folder)
     model = AutoModelForImageClassification.from_pretrained(folder)
     with torch.no_grad():
-        for last in (model.vit.layers[1].attention.o_proj, model.vit.layers[1].mlp.fc2):
+        for last in (model.vit.layers[idle].attention.o_proj, model.vit.layers[idle].mlp.fc2):
             last.weight.zero_(), last.bias.zero_()
     model.save_pretrained(folder)
     outcome = prune(open_checkpoint(str(folder)), PruneSpec(depth=1), tmp_path / "out", "cpu", images=images)
-    assert outcome.removed == (1,) and "block.1" in outcome.summary()
+    assert outcome.removed == (idle,) and f"block.{idle}" in outcome.summary()
     pixels = pixels_of(tiny, images)
     torch.testing.assert_close(plain_logits(tmp_path / "out", pixels), plain_logits(folder, pixels))
+
+
+def test_blocks_go_one_by_one_each_time_the_one_that_changes_answers_least(
+    tiny: Checkpoint, images: ImageSet, tmp_path: Path
+) -> None:
+    """Against models that lack one block after another, run whole."""
+    assert tiny.folder is not None
+    model = AutoModelForImageClassification.from_pretrained(tiny.folder).eval()
+    pixels, blocks, left = pixels_of(tiny, images), list(model.vit.layers), [0, 1, 2]
+
+    def loss(kept: list[int]) -> float:
+        model.vit.layers = torch.nn.ModuleList(blocks[number] for number in kept)
+        with torch.inference_mode():
+            return kl(before, model(pixels).logits)
+
+    before = plain_logits(tiny.folder, pixels)
+    for _ in range(2):
+        left = min(([other for other in left if other != number] for number in left), key=loss)
+    outcome = prune(tiny, PruneSpec(depth=2), tmp_path / "out", "cpu", images=images)
+    assert outcome.removed == tuple(number for number in range(3) if number not in left)
 
 
 def test_what_is_told_is_what_the_written_checkpoint_does(tiny: Checkpoint, images: ImageSet, tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_every_step_of_a_checkpoint_is_told(tiny_checkpoint, copy_of) -> None:
         {"step": "prune", "removed_blocks": (3, 5), "units": None, "images": 64},
         {"step": FINETUNE, **TRAINED, "method": "qat", "format": "w8a8", "image_size": 16, "teacher": "larger-vit"},
         {"step": "calibrate", "images": 128},
+        {"step": FINETUNE, **TRAINED, "format": "nf4"},
     ):
         note_origin(open_checkpoint(str(folder)), folder, **step)
 
@@ -124,6 +125,7 @@ def test_every_step_of_a_checkpoint_is_told(tiny_checkpoint, copy_of) -> None:
     assert lines[0].startswith("- Step `prune`: removed_blocks 3 5, images 64 (vitopt")
     assert "all weights, as w8a8 holds them at 16 x 16 pixels, distilled from `larger-vit`: 3 epochs" in lines[1]
     assert "observed on 128 images" in lines[2]
+    assert "LoRA (rank 4, alpha 32, merged afterwards; trained beside weights packed in nf4): 3 epochs" in lines[3]
 
 
 def test_what_is_not_known_is_left_out(tiny_checkpoint, copy_of, make: SimpleNamespace, tmp_path) -> None:

@@ -133,7 +133,8 @@ def test_a_resumed_training_is_rounded_too(
         ({"method": "qat", "format": "int8"}, "cannot train for int8"),
         ({"method": "qat", "format": "nf4", "rank": 4}, "`rank`"),
         ({"method": "full", "format": "nf4"}, "`format`"),
-        ({"format": "nf4"}, "`format`"),
+        ({"format": "w8a8"}, "nf4 alone, not in w8a8"),
+        ({"format": "nf4", "dropout": 0.2}, "`dropout`"),
     ],
 )
 def test_keys_that_the_method_has_no_use_for_are_refused(keys: dict[str, Any], named: str) -> None:

@@ -24,6 +24,7 @@ from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, par
 from vitopt.models.forward import logits
 from vitopt.models.names import block_names, linear_layers
 from vitopt.models.origin import note_origin
+from vitopt.optimize.hybrid import Hybrid
 from vitopt.steps import PruneSpec
 from vitopt.transformation import note_images, require_float, require_images
 
@@ -168,13 +169,20 @@ def _remove_blocks(
     trials = sum(len(kept) - done for done in range(count))
     with progress.task("removing blocks", trials) as bar:
         for _ in range(count):
-            losses = {}
-            for number in kept:
+            losses, last = {}, len(kept) - 1
+            whole, shorter = (Hybrid(model, model, names[:length]) for length in (last + 1, last))
+            # What the blocks before the removed one give stays the same, so it is kept.
+            inputs = [whole.block_input(batch, 0) for batch in pixels]
+            for place, number in enumerate(kept):
+                if 0 < place < last:
+                    keep(kept)
+                    inputs = [whole.advance(hidden, place - 1) for hidden in inputs]
                 keep([other for other in kept if other != number])
-                losses[number] = _divergence(reference, _answers(model, pixels))
+                answers = torch.cat([shorter.logits_from(hidden, min(place, last - 1)) for hidden in inputs])
+                losses[number] = _divergence(reference, functional.log_softmax(answers, -1).to(reference.device))
                 bar.advance()
             kept.remove(min(losses, key=lambda number: losses[number]))
-    keep(kept)
+            keep(kept)
     return tuple(number for number in blocks if number not in kept)
 
 

@@ -18,7 +18,7 @@ from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Augmentation, PixelDataset, Preprocessor
 from vitopt.data.sources import hub_id, public_name
-from vitopt.environment import devices, launch
+from vitopt.environment import devices, launch, libraries
 from vitopt.errors import CheckpointError, DataError, MeasurementError, RecipeError
 from vitopt.measure.chance import explain_guessing, is_guessing
 from vitopt.models.calibration import TRAINING
@@ -27,6 +27,7 @@ from vitopt.models.checkpoint import (
     load_model,
     load_processor,
     open_checkpoint,
+    parameter_count,
     save_checkpoint,
 )
 from vitopt.models.classes import why_not_trained
@@ -94,7 +95,7 @@ def finetune(
     """Fine-tune `checkpoint` on `images` and write a merged fp32 checkpoint to `output`.
 
     LoRA's low-rank updates are merged into the weights, so the result has the modules of the original. The weights of a
-    quantization-aware training are not rounded yet: `quantize` rounds them as the training did. The
+    training for a `format` are not rounded yet: `quantize` rounds them as the training did. The
     trainer's state lies beside `output` until the training is complete; the same call goes on from there.
     Images with sets of labels train independent labels (binary cross-entropy). `preprocess` prepares the images
     instead of the checkpoint's own processor, which goes with the result nevertheless; a teacher always takes those
@@ -111,7 +112,7 @@ def finetune(
         MeasurementError: the GPU's memory is full; or the loss or a weight is no longer a number, and then
             nothing is kept of such a training.
         StorageError: the output would replace something else, is in use, or cannot be written.
-        UnsupportedError: a tracker opens no run; or the format of a quantization-aware training holds no layer.
+        UnsupportedError: a tracker opens no run; or the `format` of the training holds no layer.
     """
     if images is None:
         raise DataError(f"{checkpoint.source} cannot be fine-tuned without images: give some to train on")
@@ -186,9 +187,10 @@ def _finetune(
         # it would find no weight and go on from the original ones without a word.
         model = load_model(open_checkpoint(str(state / f"checkpoint-{resumed_from}")), dtype=torch.float32)
     if spec.method == "qat":
+        libraries.import_bitsandbytes()
         train_rounded(model, spec)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    total = parameter_count(model)
     augment = Augmentation(flip=spec.flip) if spec.augment else None
     pixels = PixelDataset(train, preprocess, augment, None if teacher is None else teacher.preprocess)
     with explained_io(output), progress.task("fine-tuning", steps(spec, len(train))) as bar:
@@ -274,6 +276,7 @@ def _if_known(test: ImageSet, labels: list[str]) -> ImageSet | None:
 
 
 def _with_lora(model: PreTrainedModel, model_type: str, spec: FinetuneSpec) -> Any:
+    libraries.import_bitsandbytes()  # before peft does
     from peft import LoraConfig, get_peft_model
 
     layers = linear_layers(model, model_type)
@@ -281,11 +284,15 @@ def _with_lora(model: PreTrainedModel, model_type: str, spec: FinetuneSpec) -> A
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
+        lora_dropout=0 if spec.format else spec.dropout,  # of a weight that is one with its update there is none
         target_modules=[layer.module for layer in layers if layer.logical in chosen and not layer.is_head],
         # The head is trained whole; peft has no task type for image classification to do this by itself.
         modules_to_save=[layer.module for layer in layers if layer.is_head],
     )
+    if spec.format is not None:
+        from vitopt.training.qlora import pack
+
+        config._register_custom_module(pack(model, spec))
     return get_peft_model(model, config)
 
 

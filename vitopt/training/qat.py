@@ -74,7 +74,9 @@ ROUNDINGS: dict[str, tuple[Rounding, Rounding | None]] = {
 }
 
 
-class _StraightThrough(torch.autograd.Function):
+class StraightThrough(torch.autograd.Function):
+    """`apply(values, rounding)`: rounded values, whose gradients are those of the values."""
+
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, rounding: Rounding) -> torch.Tensor:
         return rounding(values).to(values.dtype)
@@ -96,23 +98,29 @@ class RoundedLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """`input`: (..., columns). Returns (..., out features)."""
         if self._of_inputs is not None:
-            input = _StraightThrough.apply(input, self._of_inputs)
-        return functional.linear(input, _StraightThrough.apply(self.weight, self._of_weight), self.bias)
+            input = StraightThrough.apply(input, self._of_inputs)
+        return functional.linear(input, StraightThrough.apply(self.weight, self._of_weight), self.bias)
 
 
-def train_rounded(model: PreTrainedModel, spec: FinetuneSpec) -> None:
-    """Let the layers of `spec.targets` that `quantize` would hold in `spec.format` compute so, in place.
+def held_layers(model: PreTrainedModel, spec: FinetuneSpec) -> list[str]:
+    """Modules of the layers of `spec.targets` that `quantize` would hold in `spec.format`.
 
     Raises:
         PatternError: a target matches no layer.
         UnsupportedError: the format can hold none of them.
     """
     assert spec.format is not None
-    plan = plan_layers(model, model.config.model_type, VariantSpec(name="qat", format=spec.format))
+    plan = plan_layers(model, model.config.model_type, VariantSpec(name="trained", format=spec.format))
     chosen = select(spec.targets, [planned.layer for planned in plan.layers])
-    rounded = {p.layer.module for p in plan.layers if p.format == spec.format and p.layer.logical in chosen}
-    if not rounded:
+    held = [p.layer.module for p in plan.layers if p.format == spec.format and p.layer.logical in chosen]
+    if not held:
         raise UnsupportedError(f"no layer of `targets` is held in {spec.format}: name others, as block")
-    for name in rounded:
+    return held
+
+
+def train_rounded(model: PreTrainedModel, spec: FinetuneSpec) -> None:
+    """Let the layers that `held_layers` names compute with what `spec.format` will hold, in place."""
+    assert spec.format is not None
+    for name in held_layers(model, spec):
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, RoundedLinear(model.get_submodule(name), spec.format))
