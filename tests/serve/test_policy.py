@@ -57,3 +57,11 @@ def test_retry_after_is_at_least_a_second():
     assert retry_after(0.2, 0.1) == 1
     assert retry_after(3.2, 0.1) == 4
     assert retry_after(2.5, None) == 3
+
+
+def test_a_batch_that_was_not_filled_up_is_held_against_its_own_size():
+    seconds = times(b1=0.1, b4=0.4)
+    seconds.observe(3, 0.3)  # just what it takes, in proportion
+    assert (seconds[1], seconds[4]) == (pytest.approx(0.1), pytest.approx(0.4))
+    seconds.observe(3, 0.6)
+    assert seconds[1] == pytest.approx(0.1 * 2**0.1) and seconds[4] == pytest.approx(0.4 * 2**0.1)

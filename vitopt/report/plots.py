@@ -25,7 +25,7 @@ from vitopt.report.table import batch_sizes, human_bytes, milliseconds, with_int
 from vitopt.report.waterfall import Step, steps
 
 MOST_DOTS = 80  # per variant; evenly thinned by rank, which leaves the distribution as it is
-_OWN_FILE = re.compile(r"((accuracy-latency|latency|waterfall)-\d+|weights|memory)\.(svg|png)")
+_OWN_FILE = re.compile(r"((accuracy-latency|latency|waterfall)-\d+|load|weights|memory)\.(svg|png)")
 _LONGEST_LINE = 56  # characters that fit beside each other
 _LONGEST_LABEL = 24
 _ROW = 40.0  # points per variant
@@ -49,6 +49,7 @@ def save_plots(
         ):
             title = f"Batch size {size}"
             drawn.append(Plot(f"{name}-{size}", kind, title, f"{what}. {title}", figure, size))
+    drawn.append(Plot("load", "serving", "Latency against load", "p50 and p99 at each rate", latency_load(records)))
     drawn.append(Plot("weights", "size", "Weights", "Weights in memory and on disk", sizes(records)))
     drawn.append(Plot("memory", "size", "Peak memory", "Peak memory", memory(records)))
     plots = rendered(drawn, folder)
@@ -126,6 +127,50 @@ def latency_samples(records: Sequence[Record], batch_size: int) -> Figure | None
         if latency.p95_ms is not None:
             _tick(axes, place, latency.p95_ms, 0.15, colour, 1.1)
     axes.set_xlim(0, edge)
+    return figure
+
+
+@styled()
+def latency_load(records: Sequence[Record]) -> Figure | None:
+    """p99 (its interval as a whisker) and below it p50 against requests per second; None where nothing was served.
+
+    Hollow where requests were refused or failed; the targets are dotted.
+    """
+    shown = [
+        (record, rates)
+        for record in records
+        if record.serving and (rates := [(one, one.latency) for one in record.serving.rates if one.latency])
+    ]
+    if not shown:
+        return None
+    figure, axes = blank(300)
+    ends = []
+    for record, rates in shown:
+        colour = colour_of(record.variant.format)
+        x = [one.rate for one, _ in rates]
+        p50, p99 = [latency.p50_ms for _, latency in rates], [latency.highest for _, latency in rates]
+        axes.plot(x, p50, color=colour, alpha=0.45, linewidth=1.2)
+        axes.plot(x, p99, color=colour, linewidth=1.6)
+        for one, latency in rates:
+            low, high = latency.p99_ci95_ms
+            if low is not None:
+                axes.plot([one.rate] * 2, [low, high or latency.highest], color=colour, alpha=0.4, linewidth=1.2)
+            face = colour if one.answered == one.sent else "none"
+            axes.plot(one.rate, latency.highest, "o", color=colour, markersize=5, markerfacecolor=face)
+        ends.append((short(record.variant.name, _LONGEST_LABEL), x[-1], p99[-1]))
+    for target in {record.serving.target_p99_ms for record, _ in shown if record.serving}:
+        if target is not None:
+            axes.axhline(target, color=INK, alpha=0.6, linewidth=1, linestyle=":")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.1, y=0.08)
+    axes.set_xlim(left=0)
+    axes.grid(True)
+    axes.set(xlabel="requests/s", ylabel="latency, ms")
+    names, x_ends, y_ends = zip(*ends, strict=True)
+    label_points(figure, axes, names, np.array(x_ends), np.array(y_ends))
     return figure
 
 

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 
 class BatchTimes:
     """Seconds that a batch of each size takes: measured at the start, and followed as the machine gets busier."""
@@ -19,12 +21,14 @@ class BatchTimes:
     def __getitem__(self, size: int) -> float:
         return self._seconds[size]
 
-    def observe(self, size: int, seconds: float) -> None:
-        """A batch took so long; exponential moving average, which moves all sizes by the same factor.
+    def observe(self, images: int, seconds: float) -> None:
+        """A batch of so many took so long; exponential moving average, which moves all sizes by the same factor.
 
         Sizes that are rarely run would else keep times of a machine that had nothing else to do.
         """
-        factor = (seconds / self._seconds[size]) ** self._follow
+        # Between sizes, as a batch that nobody filled up is, time is taken to grow evenly.
+        expected = float(np.interp(images, list(self._seconds), list(self._seconds.values())))
+        factor = (seconds / expected) ** self._follow
         self._seconds = {known: time * factor for known, time in self._seconds.items()}
 
     @property
