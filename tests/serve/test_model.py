@@ -96,6 +96,32 @@ def test_a_request_that_would_be_late_is_refused_at_once_but_never_a_lone_one(mo
     assert run(served, work).logits[0] == 1
 
 
+def test_what_takes_longer_than_expected_is_let_in_less(model, processes):
+    served = model(target_p99_ms=40)  # of which the running batch, one ahead and its own take at most 24
+
+    async def taken():
+        processes[0].hold.clear()
+        first = asyncio.create_task(served.classify(image_of(1)))
+        await until(lambda: len(processes[0].calls) == calls + 1)
+        second = asyncio.create_task(served.classify(image_of(2)))
+        await asyncio.sleep(0)
+        processes[0].hold.set()
+        return await asyncio.gather(first, second, return_exceptions=True)
+
+    async def work():
+        nonlocal calls
+        before = await taken()
+        for _ in range(30):
+            served._delay.observe(0.01, 0.1)  # ten times as long
+        calls = len(processes[0].calls)
+        return before, await taken()
+
+    calls = 0
+    before, after = run(served, work)
+    assert [type(one).__name__ for one in before] == ["Answer", "Answer"]
+    assert [type(one).__name__ for one in after] == ["Answer", "Busy"]
+
+
 @pytest.mark.parametrize("when", ["decoding", "waiting", "in a batch"])
 def test_a_client_that_goes_away_frees_its_place(model, processes, when):
     served = model(queue=4, decoders=1)

@@ -22,8 +22,8 @@ def test_a_batch_of_an_adaptive_model_tells_paths_and_is_not_filled_up(tiny_chec
     sizes, first_logits = [], Passes.first_logits
     monkeypatch.setattr(Passes, "first_logits", lambda of, batch: sizes.append(len(batch)) or first_logits(of, batch))
     answers = _call(runnable, pixels, 8)
-    expected = list(predict(str(folder), photos, top=1))
     assert sizes == [len(photos)]
+    expected = list(predict(str(folder), photos, top=1))
     assert answers.paths == [one["path"] for one in expected] and set(answers.paths) == {"first", "second"}
     assert answers.logits.argmax(1).tolist() == [one["classes"][0]["index"] for one in expected]
 

@@ -134,7 +134,7 @@ def latency_samples(records: Sequence[Record], batch_size: int) -> Figure | None
 def latency_load(records: Sequence[Record]) -> Figure | None:
     """p99 (its interval as a whisker) and below it p50 against requests per second; None where nothing was served.
 
-    Hollow where requests were refused or failed; the targets are dotted.
+    p99 is hollow where requests were refused or failed, and takes 100 answers; the targets are dotted.
     """
     shown = [
         (record, rates)
@@ -147,20 +147,21 @@ def latency_load(records: Sequence[Record]) -> Figure | None:
     ends = []
     for record, rates in shown:
         colour = colour_of(record.variant.format)
-        x = [one.rate for one, _ in rates]
-        p50, p99 = [latency.p50_ms for _, latency in rates], [latency.highest for _, latency in rates]
-        axes.plot(x, p50, color=colour, alpha=0.45, linewidth=1.2)
-        axes.plot(x, p99, color=colour, linewidth=1.6)
-        for one, latency in rates:
-            low, high = latency.p99_ci95_ms
-            if low is not None:
-                axes.plot([one.rate] * 2, [low, high or latency.highest], color=colour, alpha=0.4, linewidth=1.2)
+        axes.plot(
+            *zip(*((one.rate, of.p50_ms) for one, of in rates), strict=True), color=colour, alpha=0.45, linewidth=1.2
+        )
+        known = [(one, of, of.p99_ms) for one, of in rates if of.p99_ms is not None]
+        for one, of, p99 in known:
+            low, high = of.p99_ci95_ms
+            axes.plot([one.rate] * 2, [low or p99, high or p99], color=colour, alpha=0.4, linewidth=1.2)
             face = colour if one.answered == one.sent else "none"
-            axes.plot(one.rate, latency.highest, "o", color=colour, markersize=5, markerfacecolor=face)
-        ends.append((short(record.variant.name, _LONGEST_LABEL), x[-1], p99[-1]))
+            axes.plot(one.rate, p99, "o", color=colour, markersize=5, markerfacecolor=face)
+        axes.plot([one.rate for one, *_ in known], [p99 for *_, p99 in known], color=colour, linewidth=1.6)
+        last = (known[-1][0].rate, known[-1][2]) if known else (rates[-1][0].rate, rates[-1][1].p50_ms)
+        ends.append((short(record.variant.name, _LONGEST_LABEL), *last))
     for target in {record.serving.target_p99_ms for record, _ in shown if record.serving}:
         if target is not None:
-            axes.axhline(target, color=INK, alpha=0.6, linewidth=1, linestyle=":")
+            axes.axhline(target, color=INK, alpha=0.8, linewidth=1.4, linestyle=":")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -22,7 +22,7 @@ def best_rates(records: Sequence[Record]) -> Table:
 def all_rates(records: Sequence[Record]) -> list[Table]:
     """A table for each variant that was served: a row for each rate."""
     return [
-        tabulate(f"{record.variant.name}: what callers felt at each rate", _RATES, record.serving.rates, 0)
+        tabulate(f"{record.variant.name}: what callers felt at each rate", _RATES, record.serving.rates)
         for record in records
         if record.serving
     ]

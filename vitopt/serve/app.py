@@ -32,7 +32,7 @@ from vitopt.serve.model import Answer, Busy, ServedModel
 from vitopt.serve.process import ModelLost
 from vitopt.serve.settings import ServeSpec
 
-_PAGE = Path(__file__).parent / "page.html"
+_PAGES = Path(__file__).parent
 _TOP = 5
 
 
@@ -101,7 +101,9 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, metrics: Metrics, 
         if token is not None and (given is None or not secrets.compare_digest(given.credentials, token)):
             raise HTTPException(401, "this server wants its bearer token", {"WWW-Authenticate": "Bearer"})
 
-    app = FastAPI(title="vitopt", version=__version__, lifespan=lambda _: running(served))
+    app = FastAPI(
+        title="vitopt", version=__version__, lifespan=lambda _: running(served), docs_url=None, redoc_url=None
+    )
     protected = [Depends(authorised)]
 
     def named(name: str | None) -> Served:
@@ -128,20 +130,24 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, metrics: Metrics, 
     @app.post("/predict", dependencies=protected, openapi_extra=protocol.IMAGE_BODY)
     async def predict(
         request: Request,
-        model: Annotated[str | None, Query(description="one of several models")] = None,
+        model: Annotated[str | None, Query(description="one of several models; else the first, or in turn")] = None,
         top: Annotated[int, Query(ge=1, description="classes, best first")] = _TOP,
+        logits: Annotated[bool, Query(description="all logits too")] = False,
     ) -> dict[str, Any]:
         """Classes of one image: its bytes as the body, or as a multipart form's first file."""
         one = named(model)
         content = await image_of(request, spec.max_bytes)
         found = await answer(one, one.fill(content, spec.max_pixels))
         refuse_broken(found.logits)
-        return {
+        more: dict[str, Any] = {"path": found.path} if found.path else {}
+        if logits:
+            more["logits"] = found.logits.tolist()
+        return more | {
             "model": one.model.name,
             "classes": one.classes(found.logits, top),
             "milliseconds": {"decode": found.decode_ms, "wait": found.wait_ms, "model": found.model_ms},
             "batch": found.batch,
-        } | ({"path": found.path} if found.path else {})
+        }
 
     @app.get("/v2")
     def server() -> dict[str, Any]:
@@ -171,7 +177,7 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, metrics: Metrics, 
 
     @app.post("/v2/models/{name}/infer", dependencies=protected)
     async def infer(name: str, request: Request) -> Response:
-        """Logits of pixels that the caller prepared: `pixel_values`, FP32, (images, 3, height, width)."""
+        """Logits of pixels that the caller prepared: pixel_values, FP32, (images, 3, height, width)."""
         one = named(name)
         body = await _body(request, spec.max_bytes)
         try:
@@ -194,7 +200,12 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, metrics: Metrics, 
 
     @app.get("/", include_in_schema=False)
     def page() -> HTMLResponse:
-        return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
+        return HTMLResponse((_PAGES / "page.html").read_text(encoding="utf-8"))
+
+    @app.get("/docs", include_in_schema=False)
+    def docs() -> HTMLResponse:
+        # FastAPI's own page is empty where the network that its scripts come from cannot be reached.
+        return HTMLResponse((_PAGES / "docs.html").read_text(encoding="utf-8"))
 
     @app.get("/models", dependencies=protected)
     def models() -> list[dict[str, Any]]:

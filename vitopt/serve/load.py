@@ -161,7 +161,7 @@ class Client:
 
         async def learnt(which: int) -> _Reply:
             async with room:
-                reply = await self._one(session, which, top=len(self.described["labels"]))
+                reply = await self._one(session, which, logits=True)
                 self._require(which, reply)
                 return reply
 
@@ -174,24 +174,15 @@ class Client:
             raise MeasurementError(f"{self.url} does not answer the image {self.images.ids[which]} ({why})")
 
     def _predictions(self, replies: Sequence[_Reply]) -> Predictions:
-        """Logits are those of the probabilities, which tell a softmax up to a constant and a sigmoid whole."""
-        shares = np.empty((len(replies), len(self.described["labels"])))
-        for row, reply in zip(shares, replies, strict=True):
-            for one in reply.body["classes"]:
-                row[one["index"]] = one["percent"] / 100
-        outputs = self.described.get("outputs", "classes")
-        floor = np.finfo(np.float32).tiny
-        logits = np.log(np.maximum(shares, floor))
-        if outputs != "classes":
-            logits -= np.log(np.maximum(1 - shares, floor))
+        logits = np.array([reply.body["logits"] for reply in replies], np.float32)
         paths = [reply.body.get("path") for reply in replies]
         return Predictions(
             ids=self.images.ids,
             image_sha256=self.images.image_hashes,
-            labels=self.images.targets(shares.shape[1]),
-            logits=logits.astype(np.float32),
+            labels=self.images.targets(logits.shape[1]),
+            logits=logits,
             groups=self.images.groups,
-            outputs=outputs,
+            outputs=self.described.get("outputs", "classes"),
             escalated=np.array([path == "second" for path in paths]) if paths[0] else None,
         )
 
@@ -277,9 +268,9 @@ class Client:
             "peak_bytes": int(max(held)) if held else None,
         }
 
-    async def _one(self, session: aiohttp.ClientSession, which: int, top: int = 1) -> _Reply:
+    async def _one(self, session: aiohttp.ClientSession, which: int, logits: bool = False) -> _Reply:
         try:
-            address, asked = f"{self.url}/predict", {"top": top, "model": self.model}
+            address, asked = f"{self.url}/predict", {"top": 1, "model": self.model, "logits": str(logits)}
             async with session.post(address, params=asked, data=self._contents[which]) as answer:
                 body: dict[str, Any] = await answer.json()
                 error = "" if answer.status in (200, 503) else f"{answer.status}: {body.get('error')}"

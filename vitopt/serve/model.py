@@ -17,7 +17,7 @@ from vitopt.errors import MeasurementError, VitoptError
 from vitopt.measure.conditions import Gpu
 from vitopt.prediction import Pass
 from vitopt.serve.metrics import RESULTS, STAGES, Metrics
-from vitopt.serve.policy import BatchTimes, batch_size, expected_wait, retry_after
+from vitopt.serve.policy import BatchTimes, Delay, batch_size, expected_wait, retry_after
 from vitopt.serve.process import Loading, ModelLost, ModelProcess, Ready, Slots
 from vitopt.serve.settings import ServeSpec
 
@@ -54,6 +54,7 @@ class Answer:
 class _Request:
     slot: int
     arrived: float
+    expected_s: float
     future: "asyncio.Future[Answer]"
     decoded: float = 0.0
 
@@ -79,6 +80,7 @@ class ServedModel:
         self._work = asyncio.Event()
         self._stopping = False
         self._times: BatchTimes | None = None
+        self._delay = Delay()
         self._running_until = 0.0
         self._decode_s = 0.0
         self.load_s = 10.0  # seconds; until it is known
@@ -155,6 +157,7 @@ class ServedModel:
             self._withdraw(request)
             raise
         self._ended["answered"].inc()
+        self._delay.observe(request.expected_s, time.perf_counter() - request.arrived)
         stages = {"decode": answer.decode_ms, "wait": answer.wait_ms, "model": answer.model_ms}
         for stage, ms in (stages | {"all": sum(stages.values())}).items():
             self._stages[stage].observe(ms / 1e3)
@@ -166,12 +169,13 @@ class ServedModel:
         if self._times is None or self._stopping:
             self._ended["refused"].inc()
             raise Busy("the model is not loaded", max(1, round(self.load_s)))
-        wait = expected_wait(self.waiting, self._running_until - now, self._times) + self._decode_s
-        too_late = self._target_s is not None and wait > self._target_s and self.waiting > 0
+        decoding = self._decode_s, self._spec.decoders
+        wait = expected_wait(self.waiting, self._running_until - now, self._times, *decoding)
+        too_late = self._target_s is not None and wait * self._delay.factor > self._target_s and self.waiting > 0
         if not self._free or too_late:
             self._ended["refused"].inc()
             raise Busy("too many requests wait", retry_after(wait, self._target_s))
-        return _Request(self._free.popleft(), now, asyncio.get_running_loop().create_future())
+        return _Request(self._free.popleft(), now, wait, asyncio.get_running_loop().create_future())
 
     async def _decode(self, request: _Request, fill: Callable[[np.ndarray], None]) -> None:
         def timed() -> float:

@@ -37,6 +37,23 @@ class BatchTimes:
         return max(size / seconds for size, seconds in self._seconds.items())
 
 
+class Delay:
+    """How many times longer than expected all but one in a hundred requests take, followed as they end.
+
+    An expectation is a mean: who lets in what is expected just in time answers half of it late. Each request that takes
+    longer moves the factor up, each other one a ninety-ninth of that down, so it rests where 1 % take longer
+    (Robbins and Monro 1951, "A stochastic approximation method").
+    """
+
+    def __init__(self, follow: float = 0.05) -> None:
+        self.factor, self._follow = 1.0, follow
+
+    def observe(self, expected_s: float, seconds: float) -> None:
+        """A request that was expected to take `expected_s` took `seconds`."""
+        share = 0.99 if seconds > expected_s * self.factor else -0.01
+        self.factor = min(max(self.factor * math.exp(self._follow * share), 1.0), 10.0)
+
+
 def batch_size(ages: Sequence[float], times: BatchTimes, target_s: float | None) -> int:
     """Size of the batch to run now, for requests that wait since `ages` seconds, oldest first.
 
@@ -48,9 +65,13 @@ def batch_size(ages: Sequence[float], times: BatchTimes, target_s: float | None)
     return max(in_time or times.sizes, key=lambda size: (min(waiting, size) / times[size], -size))
 
 
-def expected_wait(ahead: int, running_s: float, times: BatchTimes) -> float:
-    """Seconds until a new request is answered: the rest of the running batch, those `ahead`, its own batch."""
-    return max(running_s, 0.0) + ahead / times.best_rate + times[times.sizes[0]]
+def expected_wait(ahead: int, running_s: float, times: BatchTimes, decode_s: float = 0.0, decoders: int = 1) -> float:
+    """Seconds until a new request is answered: the rest of the running batch, those `ahead`, its own image and batch.
+
+    Those ahead go at the rate of what is slower, the model or so many `decoders` that take `decode_s` for an image.
+    """
+    each = max(1 / times.best_rate, decode_s / decoders)
+    return max(running_s, 0.0) + ahead * each + decode_s + times[times.sizes[0]]
 
 
 def retry_after(wait_s: float, target_s: float | None) -> int:
