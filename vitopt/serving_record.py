@@ -10,7 +10,7 @@ Limits = tuple[float | None, float | None]  # a limit that so few requests canno
 class CallerLatency(Section):
     """Milliseconds from when a request was due to its answer; a percentile that so few cannot show is null."""
 
-    count: int
+    count: int = Field(description="of requests")
     mean_ms: float
     std_ms: float
     min_ms: float
@@ -32,8 +32,8 @@ class ServedRate(Section):
 
     rate: float = Field(description="requests per second, at random times that do not wait for answers")
     seconds: float = Field(description="until the last answer")
-    sent: int
-    answered: int
+    sent: int = Field(description="requests that were due in that time")
+    answered: int = Field(description="with 200")
     refused: int = Field(description="with 503")
     errors: dict[str, int] = Field(description="requests by what else went wrong")
     latency: CallerLatency | None = Field(description="of answered requests")
@@ -43,7 +43,7 @@ class ServedRate(Section):
         None,
         description="answers that are not the image's own: another class or percent than without a load",
     )
-    mean_batch: float | None
+    mean_batch: float | None = Field(description="requests in the batch of an answer")
     busy_percent: float | None = Field(None, description="time in which the model computed")
     cpu_percent: float | None = Field(None, description="of all cores of the server's machine, by server and model")
     gpu_percent: float | None = Field(None, description="mean over looks at the model's GPU, one a second")

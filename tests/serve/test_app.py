@@ -174,9 +174,10 @@ def test_metrics_are_what_prometheus_reads(client):
 
 def test_the_page_and_the_list_of_the_interface_are_there(client):
     one = client()
-    page = one.get("/")
-    assert page.headers["content-type"].startswith("text/html") and "Drop an image" in page.text
-    assert "http" not in re.sub(r"<!doctype html>", "", page.text)  # nothing from elsewhere
+    for path, words in (("/", "Drop an image"), ("/docs", "openapi.json")):
+        page = one.get(path)
+        assert page.headers["content-type"].startswith("text/html") and words in page.text
+        assert "http" not in page.text  # nothing from elsewhere
     paths = one.get("/openapi.json").json()["paths"]
     assert "image/jpeg" in json.dumps(paths["/predict"]) and "/v2/models/{name}/infer" in paths
 
@@ -193,3 +194,12 @@ def test_names_that_stand_twice_are_told_apart(client):
     one = client(labels=["crane", "crane", "maillot"])
     found = one.post("/predict?top=3", content=photo((250, 10, 40), format="PNG")).json()["classes"]
     assert [one["label"] for one in found] == ["crane (output 0)", "maillot", "crane (output 1)"]
+
+
+def test_a_model_is_described_as_a_record_does_and_gives_its_logits(client):
+    one = client()
+    (described,) = one.get("/models").json()
+    assert described["record"]["variant"] == {"name": "fake", "format": "fp32"}
+    assert described["batch_ms"] == {"1": 10, "2": 12, "4": 14} and described["labels"] == LABELS
+    answer = one.post("/predict?logits=true", content=photo((250, 10, 40), format="PNG")).json()
+    assert answer["logits"] == pytest.approx([2.5, 0.1, 0.4])
