@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from vitopt.recipe_file import load_recipe
-from vitopt.records import Record, upgraded
+from vitopt.record_upgrade import upgraded
+from vitopt.records import Record
 from vitopt.report.table import HEADINGS, UNKNOWN, cautions, device_name, markdown_text, row
 
 SCHEMA = "vitopt.device/1"

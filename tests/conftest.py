@@ -34,9 +34,13 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from vitopt.data.images import ImageSet, open_images
+from vitopt.measure import evaluator, memory
 from vitopt.models.architectures import known_architecture
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
 from vitopt.models.families import FAMILIES, TIMM
+from vitopt.recipe import DataSpec
+from vitopt.records import Memory
 
 CLASSES = ("circle", "cross", "square", "stripe")
 IMAGE_SIZE = 32
@@ -114,6 +118,20 @@ def _logging() -> Iterator[None]:
     root.setLevel(level)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_for_memory() -> Iterator[None]:
+    """On the CPU a process of its own tells what a model needs, which takes seconds; tests of memory.py call it."""
+
+    def fake(runnable: Any, batch_size: int) -> Memory | None:
+        if runnable.device.type != "cpu":
+            return memory.peak_memory(runnable, batch_size)
+        return Memory(peak_bytes=10**9, kind="resident_set", batch_size=batch_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "peak_memory", fake)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder that tests must not change; `copy_of` gives one that they may."""
@@ -124,6 +142,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An image folder with train (8 per class) and test (6 per class) splits that tests must not change."""
     return make_images(tmp_path_factory.mktemp("shapes") / "shapes", {"train": 8, "test": 6})
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_checkpoint: Path) -> Checkpoint:
+    return open_checkpoint(str(tiny_checkpoint))
+
+
+@pytest.fixture(scope="session")
+def train(shapes: Path) -> ImageSet:
+    """The 32 images of `shapes` to train on."""
+    return open_images(DataSpec(source=str(shapes)), "train")
 
 
 @pytest.fixture

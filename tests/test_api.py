@@ -19,19 +19,11 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import vitopt
 from vitopt.errors import CheckpointError, DataError, MeasurementError, RecipeError, RecordError, StorageError
-from vitopt.measure import evaluator
-from vitopt.records import Memory, Record, Variant, load_record
+from vitopt.records import Record, Variant, load_record
 from vitopt.report.page import write_report
 
 README = Path(__file__).parents[1] / "README.md"
 QUICK = {"latency": {"iterations": 3, "warmup_seconds": 0}, "end_to_end": False, "look_alikes": False}
-
-
-@pytest.fixture(autouse=True)
-def no_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that loads the libraries to tell its memory takes seconds, and `test_memory.py` has one."""
-    memory = Memory(peak_bytes=1, kind="resident_set", batch_size=1)
-    monkeypatch.setattr(evaluator, "peak_memory", lambda runnable, batch_size: memory)
 
 
 def test_the_import_is_light_and_knows_its_functions() -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,22 +34,10 @@ from vitopt.models.checkpoint import Checkpoint, open_checkpoint
 from vitopt.models.origin import load_origin
 from vitopt.recipe import DataSpec
 from vitopt.recipe_file import load_recipe
-from vitopt.records import Memory, load_record
+from vitopt.records import load_record
 
 QUICK = ["--iterations", "6", "--rounds", "3"]
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    """No process for memory, no long warm-up: both are tested where they belong."""
-
-    def fake(subject: Any, batch_size: int) -> Memory:
-        return Memory(peak_bytes=10**9, kind="resident_set", batch_size=batch_size)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluator, "peak_memory", fake)
-        yield
 
 
 def write_recipe(folder: Path, model: Path | str, data: Path | str, **changes: Any) -> Path:
@@ -888,7 +876,7 @@ def test_a_quantized_checkpoint_is_not_quantized_again(tiny_checkpoint: Path, sh
     assert "is quantized already; start from the 16- or 32-bit checkpoint" in refusal(
         "quantize", tmp_path / "nf4", "--format", "int8", "--output", tmp_path / "out"
     )
-    assert "is quantized; fine-tune the 16- or 32-bit checkpoint, then quantize" in refusal(
+    assert "is quantized already; start from the 16- or 32-bit checkpoint" in refusal(
         "finetune", tmp_path / "nf4", "--data", shapes, "--output", tmp_path / "out"
     )
 

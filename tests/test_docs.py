@@ -14,10 +14,8 @@ from commands import vitopt
 from conftest import make_images
 
 from vitopt.environment import support
-from vitopt.measure import evaluator
 from vitopt.optimize import compiled
 from vitopt.recipe_file import load_recipe
-from vitopt.records import Memory
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("first-model", "formats", "report", "gpu", "ci", "notebook")
@@ -92,14 +90,11 @@ def names(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 def workplace(names: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the recipe and the run of the first page, which the other pages go on from."""
     folder = tmp_path_factory.mktemp("workplace")
-    memory = Memory(peak_bytes=1, kind="resident_set", batch_size=1)
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
-        # Compiling and a process of its own for each model take most of the time, and have tests of their own. What
-        # cannot be compiled runs eager.
+        # Compiling takes most of the time, and has tests of its own. What cannot be compiled runs eager.
         patch.setattr(support, "why_not_compile", lambda device: "it takes too long here")
         patch.setattr(compiled.FrozenModel, "__call__", not_compiled)
         patch.setattr(compiled.GraphedModel, "__call__", not_compiled)
-        patch.setattr(evaluator, "peak_memory", lambda runnable, batch_size: memory)
         for command in ("vitopt init MODEL DATA > recipe.yaml", "vitopt run recipe.yaml"):
             run_shell(command, "the first page", names)
         yield folder

@@ -22,7 +22,6 @@ from vitopt.data.pixels import Preprocessor, random_pixels
 from vitopt.environment.support import why_not_format
 from vitopt.errors import CheckpointError
 from vitopt.inference import Candidate
-from vitopt.measure import evaluator
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint
 from vitopt.models.families import FAMILIES, TIMM
 from vitopt.models.forward import flops_per_image
@@ -139,9 +138,7 @@ def test_evaluates_in_every_format_to_the_logits_of_plain_transformers(
     originals: dict[str, Checkpoint],
     images: ImageSet,
     root: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: None)  # a process for each
     candidates = [
         Candidate(name=format, source=str(root / f"{name}-{format}"), run=RunSpec(), asked=None) for format in FORMATS
     ]

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from vitopt.pipeline import RunResult
 from vitopt.prediction import predict
 from vitopt.recipe import DataSpec, Recipe
 from vitopt.recipe_file import load_recipe
-from vitopt.records import SCHEMA, Memory, load_record
+from vitopt.records import SCHEMA, load_record
 from vitopt.report.table import cautions
 from vitopt.stages import RunFolder
 from vitopt.variants import Settled
@@ -49,17 +49,6 @@ VERSIONS = libraries.versions()
 NAMES = ("fp32", "nf4-skip", "nf4-fa2", "int8")
 CHECKPOINT = {"config.json", "model.safetensors", "preprocessor_config.json"}
 LISTED = CHECKPOINT | {LIST_FILE}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_process_for_memory() -> Iterator[None]:
-    # tests/measure/test_memory.py starts it; here it would take most of the time.
-    def fake(subject: Any, batch_size: int) -> Memory:
-        return Memory(peak_bytes=10**9, kind="resident_set", batch_size=batch_size)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluator, "peak_memory", fake)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 
 from vitopt import pipeline
 from vitopt.data.images import ImageSet, open_images
-from vitopt.measure import evaluator, forecast
+from vitopt.measure import forecast
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.preview import preview
 from vitopt.recipe import DataSpec, Recipe
@@ -139,7 +139,6 @@ def test_only_what_does_not_stand_takes_time(
 ) -> None:
     monkeypatch.setattr(forecast, "seconds_per_image", lambda *_: 0.1)
     monkeypatch.setattr(forecast, "seconds_to_decode", lambda *_: 0.01)
-    monkeypatch.setattr(evaluator, "peak_memory", lambda *_: None)
     monkeypatch.setattr(pipeline, "_write_report", lambda *_: None)
     auto = {"name": "auto", "format": "nf4", "skip": "auto"}
     auto["auto"] = {"max_top1_drop": None, "max_kl_share": 0.9, "images": 8}

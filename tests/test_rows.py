@@ -7,24 +7,17 @@ from typing import Any
 import pytest
 
 from vitopt import pipeline, rows
-from vitopt.measure import evaluator
 from vitopt.measure.accuracy import adjusted
 from vitopt.measure.comparison import compare_stored, paired_speedup
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.recipe import Recipe
-from vitopt.records import Memory, Record, load_record
+from vitopt.records import Record, load_record
 from vitopt.report.table import cautions
 from vitopt.stages import RunFolder
 from vitopt.variants import Settled
 
 TIMED = {"latency": {"iterations": 8, "rounds": 4, "warmup_seconds": 0}, "end_to_end": False, "look_alikes": False}
 FP32, INT8, NF4 = ({"name": name, "format": name} for name in ("fp32", "int8", "nf4"))
-
-
-@pytest.fixture(autouse=True)
-def _no_process_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = Memory(peak_bytes=10**9, kind="resident_set", batch_size=1)
-    monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: memory)
 
 
 @pytest.fixture

@@ -15,15 +15,19 @@ from vitopt import pipeline, starting
 from vitopt.checks import plans
 from vitopt.environment import devices, support
 from vitopt.errors import CheckpointError, DataError
-from vitopt.measure import evaluator
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.preview import Preview
 from vitopt.recipe import Recipe
 from vitopt.recipe_file import load_recipe
-from vitopt.records import Memory
 from vitopt.starting import starting_recipe
 
 CPU = torch.device("cpu")
+# A compiler on a machine without Python's headers.
+NO_HEADERS = """#!/bin/sh
+[ "$1" = --version ] && exit
+echo "<stdin>:1:10: fatal error: Python.h: No such file" >&2
+exit 1
+"""
 A_COMPILER = support.why_not_compile(CPU) is None
 
 
@@ -52,8 +56,6 @@ def test_a_first_recipe_runs_and_recommends(
     tiny_checkpoint: Path, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(support, "why_not_compile", lambda device: "tests of compilation are elsewhere")
-    memory = Memory(peak_bytes=1, kind="resident_set", batch_size=1)  # of a process of its own, which takes seconds
-    monkeypatch.setattr(evaluator, "peak_memory", lambda runnable, batch_size: memory)
     text = starting_recipe(str(tiny_checkpoint), str(shapes), "mine")
     assert "about 1 min here" in text and "nothing is fine-tuned" in text
     quick = "evaluate.latency.iterations=4", "evaluate.latency.warmup_seconds=0.1", "evaluate.look_alikes=false"
@@ -100,15 +102,26 @@ def test_an_engine_that_is_installed_has_its_rows(
 
 
 @pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize("script, reason", [(None, "no C++ compiler"), (NO_HEADERS, "c++ does not compile Python.h")])
 def test_what_cannot_be_compiled_is_left_out_with_the_reason(
-    tiny_checkpoint: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
+    script: str | None,
+    reason: str,
+    tiny_checkpoint: Path,
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(devices, "resolve_device", lambda requested="auto": CPU)
     monkeypatch.setattr(devices, "computes_in_bf16", lambda device: True)
-    with torch._inductor.config.patch({"cpp.cxx": ("/nowhere/c++",)}):
+    compiler = tmp_path / "c++"
+    if script:
+        compiler.write_text(script)
+        compiler.chmod(0o755)
+    with torch._inductor.config.patch({"cpp.cxx": (str(compiler),)}):
         text = starting_recipe(str(tiny_checkpoint), str(shapes), "mine")
     assert set(rows(text)) == {"fp32", "bf16", "nf4"}
-    assert "# Left out: w8a8-compiled (no C++ compiler" in text
+    left_out = next(line for line in text.splitlines() if line.startswith("# Left out: w8a8-compiled"))
+    assert reason in left_out
 
 
 @pytest.mark.usefixtures("untimed")

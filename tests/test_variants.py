@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,9 @@ from conftest import calibration_hashes
 from vitopt import checks, pipeline, storage
 from vitopt.data.images import ImageSet, open_images
 from vitopt.errors import DataError, UnsupportedError
-from vitopt.measure import evaluator
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint, save_checkpoint
 from vitopt.pipeline import RunResult
 from vitopt.recipe import DataSpec, FinetuneSpec, Recipe
-from vitopt.records import Memory
 from vitopt.stages import RunFolder
 from vitopt.steps import STEPS
 from vitopt.training import finetune as training
@@ -24,14 +22,6 @@ from vitopt.transformation import note_images
 from vitopt.variants import Settled, VariantMaker
 
 FIRST, SECOND = {"finetune": {"method": "full", "epochs": 1, "batch_size": 8}}, {"finetune": {"epochs": 2}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_process_for_memory() -> Iterator[None]:
-    memory = Memory(peak_bytes=10**9, kind="resident_set", batch_size=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluator, "peak_memory", lambda subject, batch_size: memory)
-        yield
 
 
 def recipe(model: Path, data: Path, *variants: dict[str, Any]) -> Recipe:

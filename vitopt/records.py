@@ -5,19 +5,17 @@ meaning or goes away; records of another schema are refused rather than misread.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
-from vitopt import storage
+from vitopt import record_upgrade, storage
 from vitopt.errors import RecordError
 from vitopt.section import Section
 from vitopt.serving_record import Serving
 
-SCHEMA = "vitopt.record/2"
-_OLD_SCHEMA = "vitopt.record/1"
+SCHEMA = record_upgrade.NEW
 RECORD_FILE = "record.json"
 
 Option = str | bool | None  # what an option of a run is set to
@@ -370,7 +368,7 @@ def load_record(path: Path) -> Record:
         raise RecordError(f"no record at {file}: run `vitopt evaluate` or `vitopt run` first") from error
     except ValueError as error:
         raise RecordError(f"{file} is not a JSON record: {error}; measure again") from error
-    content = upgraded(content)
+    content = record_upgrade.upgraded(content)
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
         raise RecordError(
@@ -382,31 +380,3 @@ def load_record(path: Path) -> Record:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise RecordError(f"{file} is not a complete record: {where}: {first['msg']}; measure again") from error
-
-
-def upgraded(content: Any) -> Any:
-    """The JSON of a record in today's schema, where it is of the one before; anything else as it is."""
-    if not isinstance(content, dict) or content.get("schema") != _OLD_SCHEMA:
-        return content
-    old = dict(content.get("variant") or {})
-    take: Callable[..., Any] = lambda *names: next((old.pop(name) for name in names if name in old), None)  # noqa: E731
-    switches = {"channels_last": take("channels_last"), "autotune": take("autotune")}
-    fused = bool(take("fused_attentions"))
-    asked = {"attention": take("attention_requested"), "sdpa_kernel": take("sdpa_kernel_requested")}
-    ran = {"attention": take("attention_used"), "sdpa_kernel": take("sdpa_kernel_used")}
-    reasons = {"attention": take("attention_reason"), "sdpa_kernel": take("sdpa_kernel_reason")}
-    asked |= switches | {"fuse_qkv": fused, "compile": take("compile_requested")}
-    compiled = take("compile_used")
-    ran |= switches | {"fuse_qkv": fused, "compile": compiled, "autotune": bool(compiled and switches["autotune"])}
-    reasons["compile"] = take("compile_reason")
-    old |= {
-        "asked": asked,
-        "ran": ran if ran["attention"] is not None else {},
-        "reasons": {option: why for option, why in reasons.items() if why is not None},
-    }
-    return content | {"schema": SCHEMA, "variant": old}
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of a record, every field described."""
-    return Record.model_json_schema(by_alias=True)

@@ -5,6 +5,7 @@ from typing import Protocol, TypeVar
 
 from vitopt.data.duplicates import perceptual_hashes
 from vitopt.data.images import ImageSet
+from vitopt.errors import CheckpointError, DataError
 from vitopt.models.calibration import Use, load_uses, save_uses
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
 from vitopt.steps import BASE, FinetuneSpec
@@ -43,6 +44,27 @@ class Transformation(Protocol[SpecT]):
         *,
         images: ImageSet | None = None,
     ) -> Outcome: ...
+
+
+def require_float(checkpoint: Checkpoint) -> None:
+    """Refuse to start from weights that are rounded already.
+
+    Raises:
+        CheckpointError: the checkpoint is quantized.
+    """
+    if checkpoint.is_quantized:
+        raise CheckpointError(f"{checkpoint.source} is quantized already; start from the 16- or 32-bit checkpoint")
+
+
+def require_images(images: ImageSet | None, what: str, remedy: str = "data") -> ImageSet:
+    """`images`, of which there is at least one; `what` looks at them.
+
+    Raises:
+        DataError: there are none.
+    """
+    if images is None or len(images) == 0:
+        raise DataError(f"{what} looks at calibration images, and there are none: give it {remedy}")
+    return images
 
 
 def teacher_of(spec: FinetuneSpec, start: Checkpoint) -> Checkpoint | None:

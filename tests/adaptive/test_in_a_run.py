@@ -1,7 +1,6 @@
 """Adaptive variants of a run: made once, measured like all others, told in record, table and page."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,15 @@ from conftest import make_checkpoint
 
 from vitopt import api, checks, pipeline
 from vitopt.errors import DataError, RecipeError
-from vitopt.measure import evaluator
 from vitopt.measure.predictions import load_predictions
 from vitopt.models.calibration import load_uses
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.pipeline import RunResult
 from vitopt.recipe import Recipe
 from vitopt.recipe_file import validate
-from vitopt.records import Memory
 from vitopt.report.table import cautions, comparison
 
 HALF = {"escalation_rate": 0.5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_process_for_memory() -> Iterator[None]:
-    memory = Memory(peak_bytes=10**9, kind="resident_set", batch_size=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluator, "peak_memory", lambda subject, batch_size: memory)
-        yield
 
 
 def recipe(model: Path, data: Path, *variants: dict[str, Any]) -> Recipe:

@@ -8,15 +8,7 @@ from commands import done, printed, refusal, vitopt
 
 from vitopt import inference
 from vitopt.errors import UnsupportedError
-from vitopt.measure import evaluator
-from vitopt.records import Memory, load_record
-
-
-@pytest.fixture(autouse=True)
-def _no_process_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = Memory(peak_bytes=10**9, kind="resident_set", batch_size=1)
-    monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: memory)
-
+from vitopt.records import load_record
 
 QUICK = ["--iterations", "2", "--rounds", "1", "--device", "cpu"]
 

@@ -5,10 +5,8 @@ from commands import printed, refusal
 
 from vitopt.data.images import open_images
 from vitopt.engines import package
-from vitopt.measure import evaluator
 from vitopt.models.calibration import load_uses
 from vitopt.recipe import DataSpec, EvaluateSpec, FastestSpec
-from vitopt.records import Memory
 from vitopt.search import fastest
 
 ENGINE = ["--engine", "openvino"]
@@ -17,8 +15,6 @@ ENGINE = ["--engine", "openvino"]
 @pytest.fixture
 def everywhere(engine, monkeypatch):
     monkeypatch.setattr(fastest, "engine_module", lambda name: engine)
-    memory = Memory(peak_bytes=1, kind="resident_set", batch_size=1)
-    monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: memory)
     return engine
 
 

@@ -11,11 +11,9 @@ from vitopt.engines import note, package, runtime
 from vitopt.engines.runtime import prepare
 from vitopt.errors import CheckpointError, MeasurementError, UnsupportedError
 from vitopt.inference import Candidate
-from vitopt.measure import evaluator
 from vitopt.measure.memory import peak_memory
 from vitopt.models.checkpoint import load_model, load_processor, open_checkpoint, save_checkpoint
 from vitopt.recipe import DataSpec, EvaluateSpec, RunSpec, VariantSpec
-from vitopt.records import Memory
 
 QUICK = {"end_to_end": False, "look_alikes": False}
 RUN = RunSpec(engine="openvino")
@@ -99,9 +97,7 @@ def test_a_broken_note_is_an_error(engine, checkpoint, tmp_path):
         opened(tmp_path / "v", FP32)
 
 
-def test_it_is_measured_beside_torch(engine, checkpoint, shapes, monkeypatch):
-    memory = Memory(peak_bytes=10**9, kind="resident_set", batch_size=1)
-    monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: memory)
+def test_it_is_measured_beside_torch(engine, checkpoint, shapes):
     spec = EvaluateSpec.model_validate({"latency": {"iterations": 4, "rounds": 2, "warmup_seconds": 0}} | QUICK)
     candidates = [
         Candidate("torch", checkpoint.location),

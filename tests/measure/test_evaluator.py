@@ -75,16 +75,6 @@ class Compiling(Clock):
         return taken_ms
 
 
-@pytest.fixture(autouse=True)
-def _no_process_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    # tests/measure/test_memory.py starts it; here it would take most of the time.
-    monkeypatch.setattr(evaluator, "peak_memory", fake_memory)
-
-
-def fake_memory(subject: Any, batch_size: int) -> Memory:
-    return Memory(peak_bytes=10**9, kind="resident_set", batch_size=batch_size)
-
-
 @pytest.fixture(scope="module")
 def images(shapes: Path, tiny_checkpoint: Path) -> ImageSet:
     labels = open_checkpoint(str(tiny_checkpoint)).label_names
@@ -106,9 +96,7 @@ def subjects(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def measured(subjects: list[TorchRunnable], images: ImageSet) -> list[Measured]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluator, "peak_memory", fake_memory)
-        return evaluate(subjects, SPEC, images=images, baseline="base")
+    return evaluate(subjects, SPEC, images=images, baseline="base")
 
 
 @pytest.fixture(scope="module")
@@ -389,7 +377,6 @@ def test_a_batch_whose_pixels_do_not_fit_fails_alone(tiny_checkpoint: Path, monk
         return torch.zeros(batch_size, 3, *size)
 
     monkeypatch.setattr(latency_rows, "random_pixels", small_memory)
-    monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: None)
     spec = EvaluateSpec(latency=LatencySpec(batch_sizes=(1, 8), iterations=4, rounds=2))
     (measured,) = inference.measure([inference.Candidate("v", str(tiny_checkpoint))], spec, device="cpu")
     assert [row.batch_size for row in measured.record.latency] == [1]

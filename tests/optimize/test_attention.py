@@ -3,7 +3,6 @@
 import functools
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -14,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vitopt.data.pixels import random_pixels
 from vitopt.errors import UnsupportedError
-from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
+from vitopt.models.checkpoint import Checkpoint, load_model
 from vitopt.models.names import block_names
 from vitopt.optimize.attention import attention_of, implementation, noting, recognise
 from vitopt.optimize.runtime import TorchRunnable, prepare
@@ -22,11 +21,6 @@ from vitopt.recipe import RunSpec
 
 CPU = torch.device("cpu")
 PIXELS = random_pixels(3, (32, 32))
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(str(tiny_checkpoint))
 
 
 def running(checkpoint: Checkpoint, name: str = "v", **run: object) -> TorchRunnable:

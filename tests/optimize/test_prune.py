@@ -29,11 +29,6 @@ DESCRIBED = ["vit", "deit", "vit_msn", "ijepa", "beit", "clip"]
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(str(tiny_checkpoint))
-
-
-@pytest.fixture(scope="module")
 def images(shapes: Path) -> ImageSet:
     return open_images(DataSpec(source=str(shapes)), "train")
 

@@ -1,7 +1,6 @@
 """Models with fewer tokens in their blocks: the same answers without a step, those of a loop over blocks with some."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from vitopt.data.pixels import random_pixels
 from vitopt.errors import RecipeError, UnsupportedError
-from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
+from vitopt.models.checkpoint import Checkpoint, load_model
 from vitopt.models.families import FAMILIES
 from vitopt.models.names import block_names
 from vitopt.optimize.reduction import reduce_tokens, set_removed, token_counts
@@ -24,11 +23,6 @@ REDUCED = ("vit", "deit", "vit_msn")
 
 def prepared(checkpoint: Checkpoint, **run: object) -> TorchRunnable:
     return prepare(checkpoint, name="mine", device=CPU, run=RunSpec(**run))
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(str(tiny_checkpoint))
 
 
 def in_float64(checkpoint: Checkpoint, pixels: torch.Tensor, removed: tuple[int, ...], bias: bool) -> torch.Tensor:

@@ -20,11 +20,6 @@ from vitopt.recipe import RunSpec, VariantSpec
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(str(tiny_checkpoint))
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_attention_asked_for_runs(tiny: Checkpoint, attention: str) -> None:
     runnable = prepare(tiny, name="v", device=CPU, run=RunSpec(attention=attention))

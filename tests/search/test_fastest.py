@@ -18,7 +18,7 @@ from vitopt.measure import evaluator
 from vitopt.measure.intervals import wilson_interval
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
 from vitopt.recipe import DataSpec, EvaluateSpec, FastestSpec, LatencySpec, VariantSpec
-from vitopt.records import Dataset, Latency, Memory, Record, Variant, VersusBaseline
+from vitopt.records import Dataset, Latency, Record, Variant, VersusBaseline
 from vitopt.search import fastest
 from vitopt.search.fastest import candidates, choose, find_fastest, load_choice, save_choice
 
@@ -144,9 +144,7 @@ def test_candidates_of_an_engine_are_its_formats(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture
-def checkpoint(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
-    memory = Memory(peak_bytes=1, kind="resident_set", batch_size=1)
-    monkeypatch.setattr(evaluator, "peak_memory", lambda subject, batch_size: memory)
+def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
     return open_checkpoint(str(tiny_checkpoint))
 
 

@@ -20,11 +20,6 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(str(tiny_checkpoint))
-
-
-@pytest.fixture(scope="module")
 def images(shapes: Path) -> ImageSet:
     return open_images(DataSpec(source=str(shapes)), "train")
 

@@ -166,3 +166,4 @@ def test_a_variant_gets_its_list_in_its_engine(engine, checkpoint, images, tmp_p
     variant = VariantSpec(name="v", format="w8a8", engine="openvino", static_scales=True, **asked)
     result = analyse_for(checkpoint, images, variant, tmp_path / "s.json", scales=images.subset(range(2)))
     assert "fc2" in result.search.chosen and result.inputs["engine"] == "openvino"
+    assert [count for _, count in engine.wrote].count(None) == 1  # the fp32 file, for scores and search

@@ -8,29 +8,19 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from vitopt.data.images import ImageSet, open_images
+from vitopt.data.images import ImageSet
 from vitopt.data.pixels import random_pixels
 from vitopt.errors import PatternError, UnsupportedError
 from vitopt.models.checkpoint import Checkpoint, load_model, open_checkpoint
 from vitopt.models.names import linear_layers
 from vitopt.models.origin import load_origin
 from vitopt.optimize.quantize import quantize
-from vitopt.recipe import DataSpec, FinetuneSpec, Recipe, VariantSpec
+from vitopt.recipe import FinetuneSpec, Recipe, VariantSpec
 from vitopt.training import finetune as training
 from vitopt.training.finetune import finetune
 from vitopt.training.qat import ROUNDINGS, RoundedLinear, round_int4, train_rounded
 
 FORMATS = [pytest.param({"format": "nf4"}, id="nf4"), pytest.param({"format": "w8a8"}, id="w8a8")]
-
-
-@pytest.fixture(scope="module")
-def tiny(tiny_checkpoint: Path) -> Checkpoint:
-    return open_checkpoint(str(tiny_checkpoint))
-
-
-@pytest.fixture(scope="module")
-def train(shapes: Path) -> ImageSet:
-    return open_images(DataSpec(source=str(shapes)), "train")
 
 
 def dequantized(linear: Any) -> torch.Tensor:

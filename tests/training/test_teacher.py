@@ -42,11 +42,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return open_checkpoint(str(make_checkpoint(tmp_path_factory.mktemp("teacher") / "teacher-vit", seed=1)))
 
 
-@pytest.fixture(scope="module")
-def train(shapes: Path) -> ImageSet:
-    return open_images(DataSpec(source=str(shapes)), "train")
-
-
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 def test_the_loss_is_that_of_its_formula(temperature: float) -> None:
     rng = np.random.default_rng(0)

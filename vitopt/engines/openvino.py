@@ -34,9 +34,8 @@ _PRODUCTS = ("MatMul", "Convolution", "ScaledDotProductAttention")
 
 def why_not(format: Format) -> str | None:
     """Why this processor cannot compute in a format, or None when it can."""
-    import openvino
-
-    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    with threads.unbound():
+        able = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return None if format != "bf16" or "BF16" in able else "this processor has no bf16 arithmetic"
 
 
@@ -113,10 +112,8 @@ class OpenVINOCall:
     fixed_shapes = True
 
     def __init__(self, file: Path, settings: Mapping[str, str]) -> None:
-        import openvino
-
-        self._core = openvino.Core()
-        self._model = self._core.read_model(file)
+        with threads.unbound():
+            self._model = _core().read_model(file)
         self._settings = dict(settings)
         self._compiled: dict[tuple[int, ...], Any] = {}
 
@@ -125,7 +122,8 @@ class OpenVINOCall:
         shape = pixel_values.shape
         if shape not in self._compiled:
             self._compiled[shape] = self._compile(shape, self._settings)
-        return np.array(self._compiled[shape].infer([pixel_values])[0])  # not in the request's memory
+        with threads.unbound():  # its threads start in the first call
+            return np.array(self._compiled[shape].infer([pixel_values])[0])  # not in the request's memory
 
     def formats(self, modules: Iterable[str]) -> dict[str, str]:
         """Format in which each linear module's product is computed, from the compiled graph.
@@ -169,5 +167,13 @@ class OpenVINOCall:
         model = self._model.clone()
         model.reshape(list(shape))
         many = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-        with threads.unbound():  # else its threads would share the core of this one
-            return self._core.compile_model(model, "CPU", settings | many).create_infer_request()
+        with threads.unbound():
+            return _core().compile_model(model, "CPU", settings | many).create_infer_request()
+
+
+@functools.cache
+def _core() -> Any:
+    """To be used `unbound`: OpenVINO takes the CPUs that its first caller may use for all that there are."""
+    import openvino
+
+    return openvino.Core()

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vitopt import storage
+from vitopt import storage, threads
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor, batches, random_pixels
 from vitopt.engines.example import example_text, pixels
@@ -308,7 +308,8 @@ def write_model(
         model = prepare(checkpoint, name=variant.name, device=device, run=variant.run)
     else:
         model = Logits(load_model(checkpoint, dtype=torch.float32)).eval().requires_grad_(False)
-    settings = engine.write(model, checkpoint.image_size, plan, calibration, folder)
+    with threads.unbound():  # quantizers compute, and compilers start processes
+        settings = engine.write(model, checkpoint.image_size, plan, calibration, folder)
     package = Package(
         engine=variant.engine,
         version=installed_version(variant.engine),

@@ -6,9 +6,7 @@ import hashlib
 import os
 import platform
 import shlex
-import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any, get_args
 
@@ -86,20 +84,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _why_compiler_fails(device: torch.device) -> str | None:
-    """Why the C++ compiler cannot compile what torch gives it on a CPU, tried on the headers; None when it can."""
-    if device.type != "cpu":
-        return None
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    command = [get_cpp_compiler(), "-fopenmp", "-fsyntax-only", f"-I{sysconfig.get_path('include')}", "-x", "c++", "-"]
-    done = subprocess.run(command, input="#include <Python.h>\n#include <omp.h>\n", capture_output=True, text=True)
-    if done.returncode == 0:
-        return None
-    first = next((line for line in done.stderr.splitlines() if "error" in line), f"it ended with {done.returncode}")
-    return f"{command[0]} does not compile Python.h and omp.h: {first}"
-
-
 def diagnose(device: torch.device) -> dict[str, dict[str, Any]]:
     """What `vitopt doctor` prints: the machine, the libraries, and what can run (None) or why it cannot."""
     # All else here is also told where torch is installed and pydantic is not.
@@ -116,7 +100,7 @@ def diagnose(device: torch.device) -> dict[str, dict[str, Any]]:
     reasons |= {f"attention {name}": support.why_not_attention(name, device, half) for name in get_args(Attention)}
     kernels = [kernel for kernel in get_args(SdpaKernel) if kernel != "auto"]
     reasons |= {f"sdpa kernel {name}": support.why_not_kernel(name, device, half) for name in kernels}
-    reasons["torch.compile"] = support.why_not_compile(device) or _why_compiler_fails(device)
+    reasons["torch.compile"] = support.why_not_compile(device)
     reasons |= {f"engine {name}": support.why_not_engine(name, device) for name in ENGINES}
     machine = facts | {f"gpu {key}": value for key, value in gpu.items()}
     if device.type == "cpu":

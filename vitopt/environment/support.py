@@ -1,6 +1,9 @@
 """What a device can run, and why not the rest: formats, attention, kernels."""
 
+import functools
 import importlib.util
+import subprocess
+import sysconfig
 
 import torch
 
@@ -54,10 +57,20 @@ def why_not_compile(device: torch.device) -> str | None:
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        get_cpp_compiler()
+        return _why_compiler_fails(get_cpp_compiler(), sysconfig.get_path("include"))
     except InvalidCxxCompiler:
         return "no C++ compiler is found (install g++, or name one in CXX)"
-    return None
+
+
+@functools.cache
+def _why_compiler_fails(compiler: str, headers: str) -> str | None:
+    """Why a C++ compiler cannot compile what torch gives it, tried on Python's `headers`; None when it can."""
+    command = [compiler, "-fopenmp", "-fsyntax-only", f"-I{headers}", "-x", "c++", "-"]
+    done = subprocess.run(command, input="#include <Python.h>\n#include <omp.h>\n", capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    first = next((line for line in done.stderr.splitlines() if "error" in line), f"it ended with {done.returncode}")
+    return f"{compiler} does not compile Python.h and omp.h: {first}"
 
 
 def why_not_fused_kernels(device: torch.device) -> str | None:

@@ -11,14 +11,13 @@ from vitopt import progress, storage
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor, batches
 from vitopt.environment import devices
-from vitopt.errors import CheckpointError, DataError
 from vitopt.models.activations import LayerInputs, save_activations
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, save_checkpoint
 from vitopt.models.origin import note_origin
 from vitopt.optimize.inputs import collect
 from vitopt.optimize.static import KINDS
 from vitopt.steps import CalibrateSpec
-from vitopt.transformation import note_images
+from vitopt.transformation import note_images, require_float, require_images
 
 _BATCH = 16
 
@@ -53,10 +52,8 @@ def calibrate(
         MeasurementError: an input is no finite number.
         StorageError: the output would replace something else, is in use, or cannot be written.
     """
-    if images is None or len(images) == 0:
-        raise DataError("`calibrate` observes layers on calibration images, and there are none: give it data")
-    if checkpoint.is_quantized:
-        raise CheckpointError(f"{checkpoint.source} is quantized already; start from the 16- or 32-bit checkpoint")
+    images = require_images(images, "`calibrate`")
+    require_float(checkpoint)
     with storage.reserved(output, checkpoint.folder):
         target = devices.resolve_device(device)
         model, processor = load_model(checkpoint, device=target), load_processor(checkpoint)

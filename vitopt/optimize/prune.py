@@ -19,13 +19,13 @@ from vitopt import progress, storage
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor, batches
 from vitopt.environment import devices
-from vitopt.errors import CheckpointError, DataError, MeasurementError, RecipeError
+from vitopt.errors import MeasurementError, RecipeError
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, parameter_count, save_checkpoint
 from vitopt.models.forward import logits
 from vitopt.models.names import block_names, linear_layers
 from vitopt.models.origin import note_origin
 from vitopt.steps import PruneSpec
-from vitopt.transformation import note_images
+from vitopt.transformation import note_images, require_float, require_images
 
 _BATCH = 16
 _OF_BACKBONES = ("stage_names", "out_features", "out_indices")
@@ -118,10 +118,8 @@ def prune(
         MeasurementError: an activation is no finite number.
         StorageError: the output would replace something else, is in use, or cannot be written.
     """
-    if images is None or len(images) == 0:
-        raise DataError("`prune` finds what is needed least on calibration images, and there are none: give it data")
-    if checkpoint.is_quantized:
-        raise CheckpointError(f"{checkpoint.source} is quantized already; start from the 16- or 32-bit checkpoint")
+    images = require_images(images, "`prune`")
+    require_float(checkpoint)
     config = pruned_config(checkpoint.config, spec)
     with storage.reserved(output, checkpoint.folder), torch.inference_mode():
         target = devices.resolve_device(device)

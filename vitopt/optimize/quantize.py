@@ -32,7 +32,7 @@ from vitopt.optimize.refused import fit_where_refused
 from vitopt.optimize.rounded_model import round_on_images
 from vitopt.optimize.static import KINDS
 from vitopt.recipe import VariantSpec
-from vitopt.transformation import note_images, seen
+from vitopt.transformation import note_images, require_float, seen
 
 
 def plan_for(checkpoint: Checkpoint, variant: VariantSpec) -> LayerPlan:
@@ -66,8 +66,7 @@ def quantize(
         DataError: weights are to be rounded on calibration images, and there are none.
         StorageError: the output would replace something else, is in use, or cannot be written.
     """
-    if checkpoint.is_quantized:
-        raise CheckpointError(f"{checkpoint.source} is quantized already; start from the 16- or 32-bit checkpoint")
+    require_float(checkpoint)
     with storage.reserved(output, checkpoint.folder):
         return _quantize(checkpoint, variant, output, device, images, purpose, calibration)
 

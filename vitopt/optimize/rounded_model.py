@@ -8,7 +8,6 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Augmentation, PixelDataset, Preprocessor, batches
-from vitopt.errors import DataError
 from vitopt.formats import QUANTIZED_FORMATS
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor
 from vitopt.optimize.blockwise import round_blocks
@@ -17,6 +16,7 @@ from vitopt.optimize.packed import PACKINGS
 from vitopt.optimize.plan import LayerPlan
 from vitopt.optimize.tuning import tune
 from vitopt.recipe import RoundingSpec
+from vitopt.transformation import require_images
 
 _BATCH = 16
 _SEED = 0
@@ -33,8 +33,7 @@ def round_on_images(
         DataError: there are no images.
         MeasurementError: what a layer is given, or the logits, are no finite numbers.
     """
-    if images is None or len(images) == 0:
-        raise DataError("`rounding: gptq` looks at calibration images, and there are none: give it data (--calibrate)")
+    images = require_images(images, "`rounding: gptq`", "data (--calibrate)")
     device = next(quantized.parameters()).device
     planned = {item.layer: PACKINGS[item.format] for item in plan.layers if item.format in QUANTIZED_FORMATS}
     model = load_model(checkpoint, dtype=torch.float32, device=device)

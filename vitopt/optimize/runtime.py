@@ -3,7 +3,6 @@
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,6 @@ from transformers import PreTrainedModel
 
 from vitopt.environment import support
 from vitopt.errors import UnsupportedError
-from vitopt.models.activations import load_activations
 from vitopt.models.checkpoint import (
     Checkpoint,
     disk_bytes,
@@ -25,57 +23,18 @@ from vitopt.models.forward import flops_per_image, input_dtype
 from vitopt.models.names import block_names
 from vitopt.optimize import class_token, refused
 from vitopt.optimize.attention import attention_of, implementation, kernel_used
-from vitopt.optimize.blocks import carry_residuals, join_gelu, narrow_last_block
 from vitopt.optimize.compiled import Compiled, Path, compiled
 from vitopt.optimize.expand import EXPANDABLE, expand
 from vitopt.optimize.formats import live_formats, stored_formats
-from vitopt.optimize.fuse import FusedAttention, fuse_projections
-from vitopt.optimize.patches import multiply_patches
-from vitopt.optimize.reduction import reduce_tokens, token_counts
+from vitopt.optimize.fuse import FusedAttention
+from vitopt.optimize.reduction import token_counts
+from vitopt.optimize.rewrites import REWRITES, rewrite, save_arithmetic
 from vitopt.optimize.runnable import CheckpointRunnable
-from vitopt.optimize.static import StaticLinear, use_static_scales
+from vitopt.optimize.static import StaticLinear
 from vitopt.recipe import HeldSpec, RunSpec
 from vitopt.records import Option, Size, Variant
 
 logger = logging.getLogger(__name__)
-
-# option -> what changes the model in place and tells how much, given the names of its blocks, its checkpoint and all
-# options; why it changes nothing. The last block's own attention is made before queries, keys and values are stacked,
-# what is stacked is quantized by one scale, and tokens are reduced by the attention that is there in the end.
-_REWRITES: dict[str, tuple[Callable[[nn.Module, tuple[str, ...], Checkpoint, RunSpec], int], str]] = {
-    "patch_product": (lambda model, *_: multiply_patches(model), "no patch embedding here is a plain convolution"),
-    "class_token_last": (
-        lambda model, blocks, *_: narrow_last_block(model, blocks),
-        "this model's head or last block (eager, or of another kind) needs all",
-    ),
-    "carry_residual": (
-        lambda model, blocks, *_: carry_residuals(model, blocks),
-        "the blocks of this family are of another kind",
-    ),
-    "gelu_epilogue": (lambda model, *_: join_gelu(model), "no GELU here follows an unquantized product"),
-    "fuse_qkv": (
-        lambda model, *_: fuse_projections(model),
-        "no query, key and value here can be fused (packed, eager, or another attention)",
-    ),
-    "fused_kernels": (
-        lambda model, blocks, *_: _with_fused_products(model, blocks),
-        "no block here has an unquantized MLP with GELU, or query, key and value as one unquantized product",
-    ),
-    "static_scales": (
-        lambda model, _, checkpoint, __: _with_static_scales(model, checkpoint),
-        "no layer here is w8a8 or fp8 and loses little by one scale",
-    ),
-    "merge_tokens": (lambda model, blocks, _, run: reduce_tokens(model, blocks, run), "the schedule removes none"),
-    "prune_tokens": (lambda model, blocks, _, run: reduce_tokens(model, blocks, run), "the schedule removes none"),
-}
-# Those that change how much arithmetic an image takes.
-_SAVING = ("class_token_last", "merge_tokens", "prune_tokens")
-
-# option -> why a device cannot
-_NEEDS: dict[str, Callable[[torch.device], str | None]] = {
-    "fused_kernels": support.why_not_fused_kernels,
-    "dependent_launch": support.why_not_dependent_launch,
-}
 
 
 @dataclass
@@ -179,8 +138,8 @@ class TorchRunnable(CheckpointRunnable):
         return {
             "attention": self.attention_used,
             "sdpa_kernel": None,  # a profiled call tells
-            **{option: getattr(self.run, option) or False for option in _REWRITES if option not in self.reasons},
-            **{option: False for option in _REWRITES if option in self.reasons},
+            **{option: getattr(self.run, option) or False for option in REWRITES if option not in self.reasons},
+            **{option: False for option in REWRITES if option in self.reasons},
             "size_bias": self.run.size_bias and self.run.merge_tokens is not None,
             "fuse_pruned": self.run.fuse_pruned,
             "static_scales": f"{self._static_layers} layers" if self._static_layers else False,
@@ -194,14 +153,9 @@ class TorchRunnable(CheckpointRunnable):
 
     def flops_per_image(self) -> int:
         """Arithmetic of one image, of what runs."""
-        options = [option for option in _SAVING if getattr(self.run, option) and option not in self.reasons]
-
-        def rewrite(model: nn.Module) -> None:
-            blocks = block_names(model, self.checkpoint.config.model_type)
-            for option in options:
-                _REWRITES[option][0](model, blocks, self.checkpoint, self.run)
-
-        return flops_per_image(self.checkpoint, rewrite)
+        return flops_per_image(
+            self.checkpoint, lambda model: save_arithmetic(model, self.checkpoint, self.run, self.reasons)
+        )
 
     def weight_bytes(self) -> int:
         """Bytes of the weights as held."""
@@ -341,17 +295,9 @@ def prepare(
     if run.run_as is not None:
         expand(model, checkpoint.config.model_type, run.run_as)
     model.requires_grad_(False)
-    blocks = block_names(model, checkpoint.config.model_type)
-    for option, why_not in _NEEDS.items():
-        if getattr(run, option) and (missing := why_not(device)):
-            reasons[option] = missing
-            logger.warning("%s: %s is left out: %s", name, option, missing)
-    for option, (rewrite, reason) in _REWRITES.items():
-        if getattr(run, option) and option not in reasons and rewrite(model, blocks, checkpoint, run) == 0:
-            reasons[option] = reason
-            logger.warning("%s: %s", name, reason)
+    reasons |= rewrite(model, checkpoint, run, device, name)
     if watch_class_token:
-        class_token.watch(model, blocks)
+        class_token.watch(model, block_names(model, checkpoint.config.model_type))
     if run.channels_last:
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
@@ -366,23 +312,6 @@ def prepare(
         reasons=reasons,
         layers=live_formats(model, checkpoint.config.model_type),
     )
-
-
-def _with_fused_products(model: nn.Module, blocks: tuple[str, ...]) -> int:
-    from vitopt.optimize.kernels.blocks import fuse_products  # needs triton
-
-    return fuse_products(model, blocks)
-
-
-def _with_static_scales(model: nn.Module, checkpoint: Checkpoint) -> int:
-    observed = load_activations(checkpoint.folder)
-    # A baseline in floating point beside the checkpoint that is asked for has nothing to be observed.
-    if not observed and not {"w8a8", "fp8"}.isdisjoint(live_formats(model, checkpoint.config.model_type).values()):
-        raise UnsupportedError(
-            f"`static_scales` needs what layers take over calibration images, and nobody observed {checkpoint.source}: "
-            "give the variant the step `calibrate`"
-        )
-    return use_static_scales(model, checkpoint.config.model_type, observed)
 
 
 def _fall_back(name: str, wanted: str, reason: str, instead: str, strict: bool) -> None:

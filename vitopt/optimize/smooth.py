@@ -16,7 +16,7 @@ from vitopt import progress, storage
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor, batches, random_pixels
 from vitopt.environment import devices
-from vitopt.errors import CheckpointError, DataError, UnsupportedError
+from vitopt.errors import UnsupportedError
 from vitopt.layers import QKV
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, save_checkpoint
 from vitopt.models.families import FAMILIES
@@ -25,7 +25,7 @@ from vitopt.models.names import block_names
 from vitopt.models.origin import note_origin
 from vitopt.optimize.inputs import Inputs, collect
 from vitopt.steps import SmoothSpec
-from vitopt.transformation import note_images
+from vitopt.transformation import note_images, require_float, require_images
 
 _BATCH = 16
 _STRENGTHS = (0.25, 0.5, 0.75, 0.9, 1.0)
@@ -65,10 +65,8 @@ def smooth(
         MeasurementError: an input is no finite number.
         StorageError: the output would replace something else, is in use, or cannot be written.
     """
-    if images is None or len(images) == 0:
-        raise DataError("`smooth` looks at layers on calibration images, and there are none: give it data")
-    if checkpoint.is_quantized:
-        raise CheckpointError(f"{checkpoint.source} is quantized already; start from the 16- or 32-bit checkpoint")
+    images = require_images(images, "`smooth`")
+    require_float(checkpoint)
     with storage.reserved(output, checkpoint.folder):
         model, processor = load_model(checkpoint, device=devices.resolve_device(device)), load_processor(checkpoint)
         stream = progress.track(

@@ -16,7 +16,7 @@ from vitopt.data.labels import fit_labels
 from vitopt.data.pixels import Preprocessor
 from vitopt.environment import devices, machine, support
 from vitopt.environment.devices import DTYPES
-from vitopt.errors import BadImageError, CheckpointError, DataError, RecipeError
+from vitopt.errors import BadImageError, DataError, RecipeError
 from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
 from vitopt.measure.logit_statistics import mean_kl_divergence
 from vitopt.measure.predictions import Predictions
@@ -44,6 +44,7 @@ from vitopt.search.sensitivity import (
     units,
 )
 from vitopt.search.skiplist import Objective, search_skip_list
+from vitopt.transformation import require_float
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,7 @@ def analyse(
     """
     if format not in QUANTIZED_FORMATS:
         raise RecipeError(f"format {format} quantizes nothing; sensitivity needs one of {', '.join(QUANTIZED_FORMATS)}")
-    if checkpoint.is_quantized:
-        raise CheckpointError(f"{checkpoint.source} is quantized already; give the 16- or 32-bit checkpoint")
+    require_float(checkpoint)
     target = devices.resolve_device(device)
     if not computes_itself(engine):
         engine = "torch"  # whose model it is

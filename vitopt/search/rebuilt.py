@@ -78,7 +78,7 @@ class Rebuilt:
     def sample_scores(self, images: ImageSet) -> dict[str, float]:
         """KL on a few images with each unit kept; labels are not used."""
         sample = self._calibration(images)
-        exact = self._predictions(self._runnable(None), sample)
+        exact = self._predictions(self._exact, sample)
         return {
             unit.name: loss(exact, exact, self._predictions(self._runnable(frozenset({unit.name})), sample)).kl
             for unit in self.units
@@ -86,7 +86,7 @@ class Rebuilt:
 
     def scores(self, chosen: Sequence[Unit]) -> list[UnitScores]:
         """What keeping each of `chosen` brings back and costs."""
-        self.exact = self._predictions(self._runnable(None), self.calibration)
+        self.exact = self._predictions(self._exact, self.calibration)
         packed = self._measured(_NONE).predictions
         self.quantized = loss(self.exact, self.exact, packed)
         found = {unit.name: self._measured(frozenset({unit.name})) for unit in chosen}
@@ -111,7 +111,7 @@ class Rebuilt:
 
         def confirm(names: frozenset[str]) -> Loss:
             others = self._calibration(confirming)
-            three = (self._runnable(None), self._quantized, self._runnable(names) if names else self._quantized)
+            three = (self._exact, self._quantized, self._runnable(names) if names else self._quantized)
             return loss_with_share(*(self._predictions(one, others) for one in three))
 
         def cost(names: frozenset[str]) -> float:
@@ -167,6 +167,10 @@ class Rebuilt:
             return None
         medians = {name: float(np.median(timing.samples_ms)) for name, timing in timings.items()}
         return medians["kept"] - medians["quantized"]
+
+    @functools.cached_property
+    def _exact(self) -> EngineRunnable:
+        return self._runnable(None)
 
     @functools.cached_property
     def _quantized(self) -> EngineRunnable:

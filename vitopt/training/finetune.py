@@ -47,7 +47,7 @@ from vitopt.training.trainer import (
     top1_percent,
     uses_bf16,
 )
-from vitopt.transformation import note_images, teacher_of
+from vitopt.transformation import note_images, require_float, teacher_of
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +115,7 @@ def finetune(
     """
     if images is None:
         raise DataError(f"{checkpoint.source} cannot be fine-tuned without images: give some to train on")
-    if checkpoint.is_quantized:
-        raise CheckpointError(
-            f"{checkpoint.source} is quantized; fine-tune the 16- or 32-bit checkpoint, then quantize"
-        )
+    require_float(checkpoint)
     if reason := why_not_trained(checkpoint.config):
         raise CheckpointError(f"{checkpoint.source} cannot be fine-tuned: {reason}; take a model with one head")
     if spec.image_size and (reason := why_not_resized(checkpoint.config, spec.image_size)):

@@ -133,7 +133,7 @@ def test_layers_of_one_shape_are_measured_once_against_compiled_code(
 def test_a_run_chooses_before_it_compiles_a_shape_and_says_what_torch_keeps(
     tiny_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitopt.optimize.runtime._NEEDS", {"fused_kernels": lambda device: None})
+    monkeypatch.setattr("vitopt.optimize.rewrites._NEEDS", {"fused_kernels": lambda device: None})
     events: list[object] = []
 
     def choose(model: nn.Module, call: Callable[[], object], **how: bool) -> tuple[str, ...]:
