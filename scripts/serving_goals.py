@@ -60,10 +60,11 @@ def main() -> None:
     parser.add_argument("--run", action="append", default=[], help="OPTION or OPTION=VALUE of how the model is run")
     parser.add_argument("--serve", action="append", default=[], help="OPTION=VALUE of `vitopt serve`")
     parser.add_argument("--labels", default="name")
+    parser.add_argument("--limit", type=int, help="images")
     given = parser.parse_args()
     options = {name.replace("-", "_"): value or True for name, _, value in (text.partition("=") for text in given.run)}
     run = validate(RunSpec, options, where="--run")
-    images = open_images(DataSpec(source=given.data, labels=given.labels), None)
+    images = open_images(DataSpec(source=given.data, labels=given.labels, limit=given.limit), None)
     flags = [f"--{text}" for text in [*given.run, *given.serve, f"target-p99-ms={given.target_p99_ms}", "port=0"]]
     with storage.claimed(given.output, given.checkpoint):
         offline = offline_figures(given.checkpoint, images, run)

@@ -19,6 +19,7 @@ import aiohttp
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
+from vitopt import progress
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.errors import MeasurementError, UnsupportedError
@@ -88,7 +89,8 @@ class Client:
         Raises:
             MeasurementError: the server does not answer one of them.
         """
-        return asyncio.run(self._alone())
+        with progress.task("requests one after another", None):
+            return asyncio.run(self._alone())
 
     def learn(self) -> Predictions:
         """Send each image once, nearly alone. Answers under load are then held against these.
@@ -96,12 +98,14 @@ class Client:
         Raises:
             MeasurementError: the server does not answer one of them.
         """
-        self._own = asyncio.run(self._learn())
+        with progress.task("each image without a load", None):
+            self._own = asyncio.run(self._learn())
         return self._predictions(self._own)
 
     def send(self, rate: float, seconds: float, seed: int = 0) -> ServedRate:
         """Send images, chosen at random, at `rate` requests a second for so many seconds, and wait for all answers."""
-        return asyncio.run(self._send(rate, seconds, seed))
+        with progress.task(f"{rate:.1f} requests/s for {seconds:g} s", None):
+            return asyncio.run(self._send(rate, seconds, seed))
 
     def highest_rate(
         self, target_ms: float, seconds: float, seed: int = 0, alone: CallerLatency | None = None
