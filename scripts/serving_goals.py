@@ -31,7 +31,9 @@ import numpy as np
 from vitopt import storage
 from vitopt.adaptive.runtime import prepare
 from vitopt.data.images import ImageSet, open_images
+from vitopt.data.labels import fit_labels
 from vitopt.environment import devices
+from vitopt.errors import VitoptError
 from vitopt.measure.predictions import Predictions, save_predictions
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.prediction import classify
@@ -65,6 +67,7 @@ def main() -> None:
     options = {name.replace("-", "_"): value or True for name, _, value in (text.partition("=") for text in given.run)}
     run = validate(RunSpec, options, where="--run")
     images = open_images(DataSpec(source=given.data, labels=given.labels, limit=given.limit), None)
+    fit_labels(images, open_checkpoint(given.checkpoint).label_names)  # refused before the long work
     flags = [f"--{text}" for text in [*given.run, *given.serve, f"target-p99-ms={given.target_p99_ms}", "port=0"]]
     with storage.claimed(given.output, given.checkpoint):
         offline = offline_figures(given.checkpoint, images, run)
@@ -210,4 +213,7 @@ def goals(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except VitoptError as error:
+        sys.exit(f"error: {error}")

@@ -11,6 +11,8 @@ from vitopt.spec import BatchSize, CalibrationSpec, ImageCount
 # image tells something, and runs a model of L blocks about L times for each; confirming counts the few images that
 # change sides, and runs three models for each: many confirming images are needed, and they are cheap.
 CHOOSING = 4
+SKIP_GOALS = ("max_top1_drop", "max_kl_share", "max_kl")
+ENGINE_MAX_KL = 0.005  # nats; on ImageNet about two of a hundred photos then change class
 
 
 class AutoSkipSpec(CalibrationSpec):
@@ -18,6 +20,11 @@ class AutoSkipSpec(CalibrationSpec):
 
     max_top1_drop: float | None = Field(1.0, gt=0, le=100, description="largest loss of top-1 in points")
     max_kl_share: float | None = Field(None, gt=0, lt=1, description="largest KL, as a share of the quantized model's")
+    max_kl: float | None = Field(
+        None,
+        gt=0,
+        description="largest KL in nats; 0.005 for an engine that is given no goal at all",
+    )
     objective: Literal["size", "latency"] | None = Field(
         None, description="what a kept layer costs; null is size, and latency for an engine"
     )
@@ -40,9 +47,18 @@ class AutoSkipSpec(CalibrationSpec):
 
     @model_validator(mode="after")
     def _has_a_goal(self) -> "AutoSkipSpec":
-        if self.max_top1_drop is None and self.max_kl_share is None:
-            raise ValueError("give max_top1_drop or max_kl_share, else there is no floor to keep to")
+        if self.max_top1_drop is None and self.max_kl_share is None and self.max_kl is None:
+            raise ValueError("give max_top1_drop, max_kl_share or max_kl, else there is no floor to keep to")
         return self
+
+    def for_engine(self) -> "AutoSkipSpec":
+        """The same with the goal that an engine's search has by default: one of KL, which few images show.
+
+        Its units are few and coarse, and its figures are of whole files. A hundred images tell nothing about a point of
+        top-1, which would then keep all of them.
+        """
+        given = set(SKIP_GOALS) & self.model_fields_set
+        return self if given else self.model_copy(update={"max_top1_drop": None, "max_kl": ENGINE_MAX_KL})
 
 
 class FastestSpec(CalibrationSpec):

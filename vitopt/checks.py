@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from vitopt.adaptive.make import require_low, require_untrained
-from vitopt.adaptive.passes import require_same_classes
+from vitopt.adaptive.passes import require_same_classes, require_same_labels
 from vitopt.data.images import ALL, ImageSet, open_images
 from vitopt.data.labels import fit_labels
 from vitopt.data.sources import parse_source
@@ -52,7 +52,10 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
         except (PatternError, RecipeError, UnsupportedError) as error:
             mistakes.append(f"variant {variant.name}: {error}")
         if variant.adaptive is not None:
-            mistakes += [f"variant {variant.name}: {line}" for line in _mistakes_of_first_pass(variant, checkpoint)]
+            mistakes += [
+                f"variant {variant.name}: {line}"
+                for line in _mistakes_of_first_pass(variant, checkpoint, recipe.trains)
+            ]
     for variant in recipe.variants:
         config = checkpoint.config
         for step in variant.steps:
@@ -80,8 +83,8 @@ def plans(recipe: Recipe) -> dict[str, LayerPlan]:
     return resolved
 
 
-def _mistakes_of_first_pass(variant: RecipeVariant, checkpoint: Checkpoint) -> Iterator[str]:
-    """What can be told of an adaptive variant before anything is made."""
+def _mistakes_of_first_pass(variant: RecipeVariant, checkpoint: Checkpoint, trains: bool) -> Iterator[str]:
+    """What can be told of an adaptive variant before anything is made; `trains`: classes may yet change."""
     spec = variant.adaptive
     assert spec is not None
     try:
@@ -92,7 +95,7 @@ def _mistakes_of_first_pass(variant: RecipeVariant, checkpoint: Checkpoint) -> I
         if (run := spec.run_of_first(variant.run)).schedule is not None:
             sizes = [getattr(step.settings, "image_size", None) for step in reversed(spec.steps)]
             token_counts(_of_size(first.config, next(filter(None, [spec.low, *sizes]), None)), run)
-        if spec.draft and not variant.trains:
+        if spec.draft and not trains:
             require_same_classes(first, checkpoint)
         if spec.draft and not variant.chooses_format:
             plan_for(first, variant.skipping(()) if variant.skips_automatically else variant)
@@ -164,8 +167,8 @@ def require_images(recipe: Recipe, source: Checkpoint, data: DataSpec, test: Ima
     """Refuse, before the first long stage, images that would fail a later one; warn of tested ones that train.
 
     Raises:
-        DataError: a variant will not know the tested classes, or other classes than another; or calibration images are
-            tested too.
+        DataError: a variant will not know the tested classes, or other classes than another or than its first pass; or
+            calibration images are tested too.
         RecipeError: there are too few images to choose a format on.
     """
     if recipe.trains:
@@ -194,18 +197,34 @@ def require_images(recipe: Recipe, source: Checkpoint, data: DataSpec, test: Ima
 
 
 def _classes(recipe: Recipe, source: Checkpoint, train: ImageSet) -> dict[str, list[str]]:
-    """Names of the head's outputs of each variant."""
+    """Names of the head's outputs of each variant.
+
+    Raises:
+        DataError: the first pass of one has others.
+    """
+    trained = _labels_after([recipe.finetune], source.label_names, train)
+    classes = {}
+    for variant in recipe.variants:
+        classes[variant.name] = _labels_after([step.settings for step in variant.steps], trained, train)
+        if (spec := variant.adaptive) is not None:
+            before = open_checkpoint(spec.draft, config_only=True).label_names if spec.draft else classes[variant.name]
+            first = _labels_after([step.settings for step in spec.steps], before, train)
+            try:
+                require_same_labels(spec.draft or "the first pass", first, variant.name, classes[variant.name])
+            except CheckpointError as error:
+                raise DataError(f"variant {variant.name}: adaptive: {error}") from error
+    return classes
+
+
+def _labels_after(steps: Sequence[Any], labels: list[str], train: ImageSet) -> list[str]:
+    """Names of the outputs of a head that had the names `labels`, after these steps."""
     from vitopt.training.finetune import head_labels
 
-    def after(steps: Sequence[Any], start: list[str]) -> list[str]:
-        labels = start
-        for spec in (step for step in steps if isinstance(step, FinetuneSpec)):
-            other = None if spec.teacher in (None, BASE) else open_checkpoint(str(spec.teacher), config_only=True)
-            labels = head_labels(labels, train, spec, start if other is None else other.label_names)
-        return labels
-
-    trained = after([recipe.finetune], source.label_names)
-    return {variant.name: after([step.settings for step in variant.steps], trained) for variant in recipe.variants}
+    start = labels
+    for spec in (step for step in steps if isinstance(step, FinetuneSpec)):
+        other = None if spec.teacher in (None, BASE) else open_checkpoint(str(spec.teacher), config_only=True)
+        labels = head_labels(labels, train, spec, start if other is None else other.label_names)
+    return labels
 
 
 def require_attention(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> None:

@@ -118,7 +118,7 @@ def _judged(run: RunFolder, recipe: Recipe, records: list[Record]) -> list[Recor
         requirements: tuple[Requirement, ...] = ()
         if baseline is not None and record is not baseline:
             variant = asked[record.variant.name]
-            floor = judge_floor(variant.auto, record, baseline) if variant.skips_automatically else ()
+            floor = judge_floor(variant.search_spec, record, baseline) if variant.skips_automatically else ()
             requirements = floor + judge(recipe.require, record, baseline)
         record = record.model_copy(update={"requirements": requirements})
         if record != stored and launch.is_main_process():

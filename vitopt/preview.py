@@ -114,8 +114,10 @@ def _claims(recipe: Recipe, counted: dict[str, int]) -> list[Claim]:
     wanted = [need for need in needs(recipe.require) if need.requirement != "max_megabytes"]
     claims = [Claim("every variant", need, there[need.unit]) for need in wanted]
     for variant in recipe.variants:
-        if variant.skips_automatically and variant.auto.max_top1_drop is not None:
-            floor = needs(RequireSpec(max_top1_drop=variant.auto.max_top1_drop))
+        if variant.skips_automatically:
+            floor = needs(
+                RequireSpec(max_top1_drop=variant.search_spec.max_top1_drop, max_kl=variant.search_spec.max_kl)
+            )
             claims += [Claim(f"floor of {variant.name}", need, there["images"]) for need in floor]
     return claims
 
@@ -145,7 +147,7 @@ def _stages(
     kept = [name for name in names if f"evaluate {name}" in standing]
     measured = rows_to_measure(recipe, kept, dict.fromkeys(names))
     stages = forecast.stages(recipe, checkpoint, seconds, decode, counted, compared, measured)
-    goals = {f"sensitivity {v.name}": Goal(v.auto.max_top1_drop, v.auto.max_kl_share).words() for v in recipe.variants}
+    goals = {f"sensitivity {v.name}": Goal.of(v.search_spec).words() for v in recipe.variants}
     for index, stage in enumerate(stages):
         if stage.name in standing:
             stages[index] = StageTime(stage.name, 0.0, stands=True)

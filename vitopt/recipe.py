@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 # All that a recipe can say is imported from here.
 from vitopt.adaptive_spec import AdaptiveSpec as AdaptiveSpec
 from vitopt.calibrated_spec import CHOOSING as CHOOSING
+from vitopt.calibrated_spec import SKIP_GOALS as SKIP_GOALS
 from vitopt.calibrated_spec import AutoSkipSpec as AutoSkipSpec
 from vitopt.calibrated_spec import FastestSpec as FastestSpec
 from vitopt.calibrated_spec import RoundingSpec as RoundingSpec
@@ -153,6 +154,11 @@ class VariantSpec(RunSpec, HeldSpec):
     def skips_automatically(self) -> bool:
         """Whether a sensitivity analysis has yet to choose the skip list."""
         return self.skip == (AUTO,)
+
+    @property
+    def search_spec(self) -> AutoSkipSpec:
+        """How `skip: auto` chooses, with the goal of its engine where none is given."""
+        return self.auto.for_engine() if computes_itself(self.engine) else self.auto
 
     def skipping(self, chosen: Sequence[str]) -> Self:
         """The same variant with this skip list."""

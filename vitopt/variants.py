@@ -203,7 +203,7 @@ class VariantMaker:
                 images.sha256,
                 variant.format,
                 variant.half,
-                variant.auto.model_dump(mode="json"),
+                variant.search_spec.model_dump(mode="json"),
                 _of_engine(variant, scales) if computes_itself(variant.engine) else None,
                 skip_bad,
                 SENSITIVITY_SCHEMA,

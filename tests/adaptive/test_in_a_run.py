@@ -169,6 +169,27 @@ def test_a_recipe_is_refused_before_anything_is_made(tiny_checkpoint: Path, shap
         validate(Recipe, {key: content[key] for key in ("name", "model", "variants")}, where="r")
 
 
+def test_a_draft_has_the_classes_that_the_run_trains(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
+    draft = make_checkpoint(tmp_path / "draft", blocks=1)
+    source = make_checkpoint(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    config["id2label"] = {row: f"other {row}" for row in config["id2label"]}
+    config["label2id"] = {name: int(row) for row, name in config["id2label"].items()}
+    (source / "config.json").write_text(json.dumps(config))
+
+    def check(draft: Path) -> None:
+        content = recipe(source, shapes, adaptive("a", draft=str(draft))).model_dump(mode="json", exclude_unset=True)
+        asked = validate(Recipe, content | {"finetune": {"epochs": 1}}, where="r")
+        assert asked.data is not None
+        checks.plans(asked)
+        images = checks.tested_images(asked, asked.data)
+        checks.require_images(asked, open_checkpoint(str(source)), asked.data, images)
+
+    with pytest.raises(DataError, match="draft that was fine-tuned"):
+        check(source)
+    check(draft)
+
+
 def test_a_first_pass_shares_its_training_with_a_variant(tiny_checkpoint: Path, shapes: Path) -> None:
     steps = [{"finetune": {"image_size": 16, "epochs": 1}}]
     asked = recipe(

@@ -87,18 +87,25 @@ def test_escalated_images_run_together_in_one_call() -> None:
     assert (passes.first.sizes, passes.second.sizes) == ([6], [3])
 
 
-def test_where_shapes_are_fixed_all_sizes_are_made_in_the_first_call_and_no_other_is_called() -> None:
-    passes = FakePasses(FakePass(1, True), FakePass(10, True))
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_where_shapes_are_fixed_all_sizes_are_made_in_the_first_call_and_no_other_is_called(device: str) -> None:
+    passes = FakePasses(FakePass(1, True), FakePass(10, True, torch.device(device)))
     router = router_of(passes, 0.5)
-    router(images(*[9.0] * 6))
+    router(images(*[9.0] * 14))
     made = set(passes.second.sizes)
-    assert made == {1, 2, 4, 6}
-    for uncertain in range(7):
+    assert made == {1, 2, 4, 8, 14}
+    for uncertain in range(15):
         passes.second.sizes.clear()
-        values = [0.1] * uncertain + [9.0] * (6 - uncertain)
+        values = [0.1 + uncertain / 100] * uncertain + [9.0] * (14 - uncertain)
         logits = router(images(*values))
-        assert logits[:, 0].tolist() == pytest.approx([1.0] * uncertain + [9.0] * (6 - uncertain))
-        assert passes.second.sizes == ([] if uncertain == 0 else [min(size for size in made if size >= uncertain)])
+        second = [10 * value for value in values[:uncertain]]
+        assert logits[:, 0].tolist() == pytest.approx(second + values[uncertain:])
+        called = passes.second.sizes
+        assert set(called) <= made and sum(called) >= uncertain
+        if device == "cpu":  # an image more takes longer
+            assert sum(called) - uncertain <= max(called, default=0) / 8
+        else:
+            assert called == ([] if uncertain == 0 else [min(size for size in made if size >= uncertain)])
 
 
 def test_it_tells_what_it_is(passes_of: Callable[..., Passes], small: Checkpoint) -> None:

@@ -46,6 +46,10 @@ def test_it_computes_what_torch_does_at_every_batch_size(checkpoint, run_with, p
     assert modules <= {node.name for node in graph.node if node.op_type in LINEARS}  # a reader finds the layers
 
 
+def test_formats_are_told_of_a_file_that_was_made_for_this_time(checkpoint, run_with):
+    assert set(run_with(checkpoint, FP32).describe()["layers"].values()) == {"fp32"}
+
+
 def test_fp16_is_stored_and_told_as_what_computes(checkpoint, run_with, pixel_values, tmp_path):
     package.make(checkpoint, variant("fp16"), tmp_path / "made")
     weights = {one.data_type for one in graph_of(tmp_path / "made").initializer if len(one.dims) == 2}

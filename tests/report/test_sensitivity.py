@@ -303,3 +303,22 @@ def test_sensitivity_writes_a_page_and_says_where(
     assert done.exit_code == 0, done.output
     assert (tmp_path / "sensitivity.html").is_file() is not as_json
     assert (f"page: {tmp_path / 'sensitivity.html'}" in done.stdout) is not as_json
+
+
+def test_the_front_of_the_tried_lists_is_a_table(make: SimpleNamespace):
+    result = make.sensitivity(12)
+    table = analysis_of("nf4", result).front
+    rows = [dict(zip(table.headings, row, strict=True)) for row in table.rows]
+
+    points = result.search.points
+    best = [
+        one
+        for one in points
+        if not any(other.extra_bytes <= one.extra_bytes and other.loss.kl < one.loss.kl for other in points)
+    ]
+    assert [row["KL, nats"] for row in rows] == [
+        f"{one.loss.kl:.4f}" for one in sorted(best, key=lambda one: one.extra_bytes)
+    ]
+    assert rows[0]["kept in bf16"] == "nothing" and "bytes" in table.caption
+    assert sum("(chosen)" in row["kept in bf16"] for row in rows) == 1
+    assert analysis_of("nf4", make.sensitivity(12, goal=None)).front is None

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vitopt.records import FailedLatency, Memory
+from vitopt.records import FailedLatency, Memory, Model, Routing
 from vitopt.report import table as report_table
 from vitopt.report.table import (
     HEADINGS,
@@ -91,6 +91,35 @@ CUDNN = {"sdpa_kernel": "cudnn"}
 )
 def test_how_a_variant_ran_is_told_for_any_option(make: SimpleNamespace, fields, text):
     assert describe_run(make.record("a", **fields)) == text
+
+
+def passed_first(architecture="ViT", side=224, **ran) -> Routing:
+    first = Model(source="a", architecture=architecture, parameters=1, image_size=(side, side), classes=2)
+    return Routing(
+        first=first,
+        first_format="bf16",
+        first_ran=ran,
+        proxy="margin",
+        threshold=0.5,
+        temperature=1.0,
+        promise="about 10 % get the second pass",
+    )
+
+
+@pytest.mark.parametrize(
+    ("routing", "text"),
+    [
+        (passed_first(side=112), "112 x 112 px"),
+        (passed_first(merge_tokens="14", compile=False, sdpa_kernel=None), "merge tokens 14, compile off"),
+        (passed_first("LeViT", 128), "LeViT, 128 x 128 px"),
+        (passed_first(), "another checkpoint"),
+    ],
+)
+def test_the_first_pass_is_told_by_what_differs_and_its_promise_is_a_note(make: SimpleNamespace, routing, text):
+    second = Model(source="a", architecture="ViT", parameters=1, image_size=(224, 224), classes=2)
+    record = make.record("a", **run(ran={"compile": True})).model_copy(update={"routing": routing, "model": second})
+    assert describe_run(record) == f"sdpa + compile; first pass: {text}"
+    assert f"a: {routing.promise}" in notes([record])
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,10 @@ def loss(low: float, high: float, share: tuple[float, float] | None = None) -> L
     return Loss(**delta, agreement_percent=99, kl=0.1, logit_error=0.1, **known)
 
 
+def with_kl(interval: tuple[float, float] | None) -> Loss:
+    return loss(-9, 9).model_copy(update={"kl_ci95": interval})
+
+
 @pytest.mark.parametrize(
     ("goal", "measured", "decision"),
     [
@@ -24,6 +28,10 @@ def loss(low: float, high: float, share: tuple[float, float] | None = None) -> L
         (Goal(max_kl_share=0.5), loss(-9, 9, (0.3, 0.5)), "shown"),
         (Goal(max_kl_share=0.5), loss(0, 0, (0.3, 0.51)), "undecided"),
         (Goal(max_kl_share=0.5), loss(0, 0, (0.51, 0.6)), "failed"),
+        (Goal(max_kl=0.1), with_kl((0.05, 0.1)), "shown"),
+        (Goal(max_kl=0.1), with_kl((0.05, 0.11)), "undecided"),
+        (Goal(max_kl=0.1), with_kl((0.11, 0.2)), "failed"),
+        (Goal(max_kl=0.1), with_kl(None), "undecided"),
         (Goal(1, 0.5), loss(-0.5, 0.5, (0.3, 0.51)), "undecided"),
         (Goal(1, 0.5), loss(-3.0, -2.0, (0.3, 0.4)), "failed"),
         (Goal(1, 0.5), loss(-0.5, 0.5, (0.3, 0.4)), "shown"),

@@ -15,7 +15,7 @@ from vitopt.engines.runtime import prepare
 from vitopt.errors import UnsupportedError
 from vitopt.measure.logit_statistics import mean_kl_divergence
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, open_checkpoint
-from vitopt.recipe import DataSpec, LatencySpec, RunSpec, VariantSpec
+from vitopt.recipe import AutoSkipSpec, DataSpec, LatencySpec, RunSpec, VariantSpec
 from vitopt.report.sensitivity import write_sensitivity_page
 from vitopt.search import rebuilt
 from vitopt.search.analysis import analyse, analyse_for
@@ -120,6 +120,7 @@ def test_the_kind_that_carries_the_damage_is_kept(engine, checkpoint, images, tm
     assert points[("fc2",)].extra_bytes == 3 * parameters  # 4 bytes instead of 1
     assert sorted(file.name for file in tmp_path.iterdir() if not file.name.startswith(".")) == ["made", "s.json"]
     page = write_sensitivity_page(tmp_path / "s.json").read_text()
+    assert "timed as a whole" in page and "milliseconds" in page
     assert "kinds of layer" in page and f"skip: [{', '.join(result.search.chosen)}]" in page
 
 
@@ -167,3 +168,11 @@ def test_a_variant_gets_its_list_in_its_engine(engine, checkpoint, images, tmp_p
     result = analyse_for(checkpoint, images, variant, tmp_path / "s.json", scales=images.subset(range(2)))
     assert "fc2" in result.search.chosen and result.inputs["engine"] == "openvino"
     assert [count for _, count in engine.wrote].count(None) == 1  # the fp32 file, for scores and search
+
+
+def test_by_default_an_engine_is_given_a_goal_of_kl(engine, checkpoint, images, tmp_path):
+    engines = VariantSpec(name="v", format="w8a8", engine="openvino", skip=["auto"])
+    assert "KL is at most 0.005 nats" in analyse_for(checkpoint, images, engines, tmp_path / "s.json").search.goal
+    asked = engines.model_copy(update={"auto": AutoSkipSpec(max_top1_drop=1)})
+    torchs = VariantSpec(name="v", format="nf4", skip=["auto"])
+    assert Goal.of(asked.search_spec) == Goal.of(torchs.search_spec) == Goal(max_top1_drop=1)

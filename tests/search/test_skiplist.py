@@ -112,6 +112,27 @@ def test_where_units_help_each_other_less_is_asked() -> None:
     assert result.chosen == ("block.1",)
 
 
+def test_a_largest_kl_is_aimed_at_with_the_upper_end_of_its_interval() -> None:
+    def measured(kept: frozenset[str], high: float) -> Loss:
+        found = additive(kept)
+        return found.model_copy(update={"kl_ci95": (found.kl / high, found.kl * high)})
+
+    assert search(Goal(max_kl=0.7), lambda kept: measured(kept, 1.0)).chosen == ("block.1",)
+    wide = search(Goal(max_kl=0.7), lambda kept: measured(kept, 1.5))
+    assert set(wide.chosen) > {"block.1"} and wide.decision == "shown"
+    over = search(Goal(max_kl=0.7), lambda kept: measured(kept, 1.0), confirm=lambda kept: measured(frozenset(), 1.5))
+    assert over.decision == "undecided" and "1.0000 (0.6667 to 1.5000) nats" in (over.advice or "")
+
+
+def test_few_images_and_no_damage_table_do_not_keep_everything() -> None:
+    """So few images show the floor of next to no KL; without a table of damage it is that of the best list known."""
+    units = [one.model_copy(update={"damage": None}) for one in UNITS]
+    fewest = images_to_show(1.0)
+    assert fewest is not None
+    result = search(Goal(max_top1_drop=1.0), units=units, confirming_images=fewest - -(-fewest // 4))
+    assert set(result.chosen) < {one.unit for one in units}
+
+
 def test_keeps_nothing_when_the_quantized_model_meets_the_goal() -> None:
     result = search(Goal(max_top1_drop=8), lambda kept: loss(1.0 - 0.1 * len(kept), delta=-0.1, agreement=99))
     assert result.chosen == ()

@@ -1,5 +1,6 @@
 """The two passes of an adaptive model, prepared alike, and what the first sees of the second's pixels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,18 +67,28 @@ def require_same_classes(first: Checkpoint, second: Checkpoint) -> None:
     Raises:
         CheckpointError: their classes differ, or are labels that do not exclude each other.
     """
-    if len(first.label_names) != len(second.label_names):
-        counts = len(first.label_names), len(second.label_names)
-        raise CheckpointError(
-            f"{first.source} has {counts[0]} classes and {second.source} {counts[1]}: take a draft that was fine-tuned "
-            "on the same data"
-        )
-    # A head without names of its own has the order of who trained it.
-    named = [c.label_names for c in (first, second) if not all(name.startswith("LABEL_") for name in c.label_names)]
-    if len(named) == 2 and (differ := [pair for pair in zip(*named, strict=True) if pair[0] != pair[1]]):
-        raise CheckpointError(
-            f"{first.source} and {second.source} have different classes, first {differ[0][0]!r} and {differ[0][1]!r}: "
-            "take a draft that was fine-tuned on the same data"
-        )
+    require_same_labels(first.source, first.label_names, second.source, second.label_names)
     if any(c.config.problem_type == "multi_label_classification" for c in (first, second)):
         raise CheckpointError(f"{second.source} has labels that do not exclude each other, so no class is its answer")
+
+
+def require_same_labels(first: str, of_first: Sequence[str], second: str, of_second: Sequence[str]) -> None:
+    """Refuse a `first` and a `second` pass, in words, whose classes have these different names.
+
+    Raises:
+        CheckpointError: they do.
+    """
+    counts = len(of_first), len(of_second)
+    if counts[0] != counts[1]:
+        raise CheckpointError(
+            f"{first} has {counts[0]} classes and {second} {counts[1]}: take a draft that was fine-tuned on the same "
+            "data"
+        )
+    # A head without names of its own has the order of who trained it.
+    if any(all(name.startswith("LABEL_") for name in names) for names in (of_first, of_second)):
+        return
+    if differ := [pair for pair in zip(of_first, of_second, strict=True) if pair[0] != pair[1]]:
+        raise CheckpointError(
+            f"{first} and {second} have different classes, first {differ[0][0]!r} and {differ[0][1]!r}: "
+            "take a draft that was fine-tuned on the same data"
+        )

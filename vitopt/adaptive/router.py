@@ -17,15 +17,18 @@ from vitopt.models.calibration import Use
 from vitopt.models.checkpoint import Checkpoint
 from vitopt.records import Outputs, Routing, Size
 
+_FILLING = 1 / 8  # of a call on a CPU, at most: less than one call more costs
+
 
 @dataclass
 class Router:
     """A first pass for all images of a batch, a second for those of which it is not sure; a
     `vitopt.measure.runnable.Runnable`.
 
-    The images that are escalated run together, in one call. Where the second pass has fixed shapes they are filled up
-    to the next power of two, of which all are compiled in the first call of a batch size. A batch waits for the device
-    once, to know which images those are.
+    The images that are escalated run together, in one call. Where the second pass has fixed shapes, powers of two are
+    compiled in the first call of a batch size: a GPU, which takes as long for a few images more, fills them up to the
+    next one; a CPU, which takes longer with each image, makes a few calls that fill up little. A batch waits for the
+    device once, to know which images those are.
     """
 
     name: str
@@ -106,12 +109,12 @@ class Router:
             return logits
         if len(chosen) == len(logits):
             return self.second(pixel_values).float()
+        sizes = [len(chosen)]
         if self.second.fixed_shapes:
-            size = next(size for size in _sizes(len(logits)) if size >= len(chosen))
-            padded = torch.cat([chosen, chosen[-1:].expand(size - len(chosen))])
-        else:
-            padded = chosen
-        return logits.index_copy(0, chosen, self.second(pixel_values[padded])[: len(chosen)].float())
+            sizes = _calls(len(chosen), _sizes(len(logits)), _FILLING if self.device.type == "cpu" else 1)
+        filled = torch.cat([chosen, chosen[-1:].expand(sum(sizes) - len(chosen))])
+        answers = torch.cat([self.second(pixel_values[part]).float() for part in filled.split(sizes)])
+        return logits.index_copy(0, chosen, answers[: len(chosen)])
 
     @torch.no_grad()
     def both_passes(self, pixel_values: torch.Tensor) -> None:
@@ -172,3 +175,15 @@ class Router:
 def _sizes(batch: int) -> list[int]:
     """Powers of two below `batch`, and itself."""
     return [*(1 << power for power in range((batch - 1).bit_length())), batch]
+
+
+def _calls(images: int, sizes: Sequence[int], filling: float) -> list[int]:
+    """Which of the rising `sizes` are called for so many images, at most the share `filling` of a call being in vain.
+
+    5 images of 1, 2, 4 and 8 are 4 and 1 for an eighth, and 8 for any share. All calls but the last are full.
+    """
+    above = next(size for size in sizes if size >= images)
+    if above - images <= filling * above:
+        return [above]
+    below = max(size for size in sizes if size < images)
+    return [below, *_calls(images - below, sizes, filling)]

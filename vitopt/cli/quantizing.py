@@ -14,6 +14,7 @@ from vitopt.formats import QUANTIZED_FORMATS, Format, HalfFormat
 from vitopt.recipe import (
     AUTO,
     ENGINES,
+    SKIP_GOALS,
     AutoSkipSpec,
     CalibrationSpec,
     DataSpec,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from vitopt.data.images import ImageSet
     from vitopt.models.checkpoint import Checkpoint
 
-SEARCHED = ("max_top1_drop", "max_kl_share", "objective", "granularity", "images", "sample")
+SEARCHED = (*SKIP_GOALS, "objective", "granularity", "images", "sample")
 
 
 def _search_fields(*more: str) -> Fields:
@@ -53,7 +54,7 @@ HalfOption = Annotated[HalfFormat, typer.Option(help="16-bit type of the layers 
 
 def _with_its_goal(auto: AutoSkipSpec) -> AutoSkipSpec:
     """Without the floor of top-1 that a recipe has by default, where another goal is given alone."""
-    alone = "max_kl_share" in auto.model_fields_set and "max_top1_drop" not in auto.model_fields_set
+    alone = set(SKIP_GOALS) & auto.model_fields_set and "max_top1_drop" not in auto.model_fields_set
     return auto.model_copy(update={"max_top1_drop": None}) if alone else auto
 
 
@@ -82,7 +83,7 @@ def _refuse_without_effect(context: typer.Context) -> None:
         refuse(context, "calibrate", *_ROUNDED.named.values(), *_ROUNDED.paths[2:], because=because)
     if not automatic:
         because = "only --skip auto searches for a skip list"
-        searching = ("max_top1_drop", "max_kl_share", "objective", "granularity", "sample", "sensitivity")
+        searching = (*SKIP_GOALS, "objective", "granularity", "sample", "sensitivity")
         refuse(context, *searching, because=because)
     if asked["format"] == "auto":
         if asked["engine"] in ENGINES:
@@ -277,8 +278,9 @@ def _refuse_useless_scores(context: typer.Context) -> None:
         refuse(context, "batch_size", because=f"{asked['engine']} answers the images one by one")
     if asked["sample"] is None:
         refuse(context, "candidates", because="without --sample every unit is scored exactly")
-    if asked["max_top1_drop"] is None and asked["max_kl_share"] is None:
-        refuse(context, "objective", because="a skip list is searched only with --max-top1-drop or --max-kl-share")
+    if all(asked[goal] is None for goal in SKIP_GOALS):
+        because = "a skip list is searched only with --max-top1-drop, --max-kl-share or --max-kl"
+        refuse(context, "objective", because=because)
 
 
 @from_fields(_refuse_useless_scores)
@@ -298,7 +300,7 @@ def sensitivity(
 ) -> None:
     """Score every block or linear layer: what quantizing it breaks, what keeping it brings back and costs."""
     source = data.model_copy(update={"limit": auto.images})
-    wanted = {"max_top1_drop", "max_kl_share"} & auto.model_fields_set
+    wanted = set(SKIP_GOALS) & auto.model_fields_set
     auto = _with_its_goal(auto)
     start(as_json)
     from vitopt.data.images import open_images
@@ -320,7 +322,7 @@ def sensitivity(
             granularity=auto.granularity,
             sample=auto.sample,
             candidates=candidates,
-            goal=Goal(auto.max_top1_drop, auto.max_kl_share) if wanted else None,
+            goal=Goal.of(auto) if wanted else None,
             objective=auto.objective,
             device=device,
             batch_size=batch_size,

@@ -8,7 +8,6 @@ by one scale for a whole tensor, found in each call, or fixed by images (QDQ).
 
 import ast
 import copy
-import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -165,8 +164,11 @@ class OnnxCall:
     fixed_shapes = False
 
     def __init__(self, file: Path) -> None:
-        self._file = file
-        self._session = _open(file)
+        # Its first call is profiled, as the file may be gone when formats are asked for.
+        with storage.temporary_folder() as folder:
+            self._session = _open(file, profile=folder / "profile")
+            self(np.zeros((1, 3, *self._session.get_inputs()[0].shape[2:]), np.float32))
+            self._computed = _computed(Path(self._session.end_profiling()))
 
     def __call__(self, pixel_values: np.ndarray) -> np.ndarray:
         """`pixel_values`: (batch, 3, height, width). Returns logits (batch, classes)."""
@@ -179,21 +181,6 @@ class OnnxCall:
         fp16 weights are expanded to fp32 where this processor has no fp16 arithmetic, which is then what is told.
         """
         return {module: self._computed.get(module, "unknown") for module in modules}
-
-    @functools.cached_property
-    def _computed(self) -> dict[str, str]:
-        """Name of a node, as it was before it was fused -> format of what it computes with."""
-        size = self._session.get_inputs()[0].shape[2:]
-        with storage.temporary_folder() as folder:
-            session = _open(self._file, profile=folder / "profile")
-            session.run(["logits"], {"pixel_values": np.zeros((1, 3, *size), np.float32)})
-            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        computed = {}
-        for event in events:
-            name, _, what = event["name"].rpartition("_kernel")
-            if what == "_time":
-                computed[name.removesuffix("_quant").removesuffix(_OF_GEMM)] = _format_of(event["args"])
-        return computed
 
 
 class _Reader:
@@ -208,6 +195,17 @@ class _Reader:
         return None if image is None else {"pixel_values": image}
 
 
+def _computed(profile: Path) -> dict[str, str]:
+    """Name of a node, as it was before it was fused -> format of what it computes with."""
+    computed = {}
+    for event in json.loads(profile.read_text(encoding="utf-8")):
+        name, _, what = event["name"].rpartition("_kernel")
+        if what == "_time":
+            before_fusion = name.partition("/")[0]
+            computed[before_fusion.removesuffix("_quant").removesuffix(_OF_GEMM)] = _format_of(event["args"])
+    return computed
+
+
 def _format_of(node: Mapping[str, Any]) -> str:
     """What a profiled node computes with."""
     if node["op_name"] in _INT8_PRODUCTS:
@@ -216,13 +214,12 @@ def _format_of(node: Mapping[str, Any]) -> str:
     return next((format for kind, format in _FORMATS.items() if kind in given), "unknown")
 
 
-def _open(file: Path, profile: Path | None = None) -> Any:
+def _open(file: Path, profile: Path) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    options.enable_profiling, options.profile_file_prefix = True, str(profile)
     with threads.unbound():  # else its threads would share the core of this one
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

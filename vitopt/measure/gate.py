@@ -43,9 +43,9 @@ def judge(require: RequireSpec, record: Record, baseline: Record) -> tuple[Requi
 def judge_floor(auto: AutoSkipSpec, record: Record, baseline: Record) -> tuple[Requirement, ...]:
     """The floors of `skip: auto`, which was chosen on calibration images, on the tested ones."""
     requirements = []
-    if auto.max_top1_drop is not None:
-        evidence = _evidence("max_top1_drop", auto.max_top1_drop, record, baseline, None)
-        requirements.append(_judged("auto.max_top1_drop", auto.max_top1_drop, evidence))
+    for key, limit in (("max_top1_drop", auto.max_top1_drop), ("max_kl", auto.max_kl)):
+        if limit is not None:
+            requirements.append(_judged(f"auto.{key}", limit, _evidence(key, limit, record, baseline, None)))
     if auto.max_kl_share is not None:
         missing = Evidence(missing="a share of KL is measured on the calibration images alone")
         requirements.append(_judged("auto.max_kl_share", auto.max_kl_share, missing))

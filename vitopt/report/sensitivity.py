@@ -19,8 +19,10 @@ from vitopt.report.summary import listed
 from vitopt.report.table import Cell, Table, delta_words, device_name, human_bytes, of, percent, tabulate, with_interval
 from vitopt.report.unit_plots import kl_words
 from vitopt.search.results import Loss, Point, Sensitivity, UnitScores, load_sensitivity
+from vitopt.search.skiplist import frontier
 
 FOLDER = "sensitivity"
+_COST_WORDS = {"size": "bytes", "time": "milliseconds"}
 _MOST_NAMED = 4  # more units do not make a sentence; the line for a recipe names all
 TITLE = "Which layers must stay in 16 bit"
 OWN_FILE = re.compile(rf"{FOLDER}-.+-({'|'.join(unit_plots.NAMES)})\.(svg|png)")
@@ -36,6 +38,7 @@ class Analysis:
     skip: str | None  # a line of a recipe; None where nothing is kept, or the goal is not met
     strip: Strip | None
     losses: Table
+    front: Table | None  # of the skip lists that were tried; None without a search
     table: Table
     plots: tuple[Plot, ...]
 
@@ -73,6 +76,7 @@ def analysis_of(name: str, result: Sensitivity, plots: Sequence[Plot] = ()) -> A
         skip=f"skip: [{', '.join(point.skip)}]" if point and point.skip and point.within_target else None,
         strip=strip_of(name, _layers(result)) if result.search and result.granularity != "kind" else None,
         losses=_losses(result, point),
+        front=_front(result, point),
         table=_table(result),
         plots=tuple(plots),
     )
@@ -177,6 +181,32 @@ def _losses(result: Sensitivity, point: Point | None) -> Table:
         outcomes.append(_Outcome("skip list, on the images that chose it", result.images, point.loss, point))
         outcomes.append(_Outcome("skip list, on other images", search.confirming_images, search.confirmed, point))
     return tabulate("Against the 16-bit model", columns, outcomes)
+
+
+def _front(result: Sensitivity, chosen: Point | None) -> Table | None:
+    """The skip lists that no other one beats in both KL and what the search counted as costs, cheapest first."""
+    search = result.search
+    if search is None:
+        return None
+    cost = "time" if search.objective == "latency" and all(p.extra_ms is not None for p in search.points) else "size"
+    points = [search.points[index] for index in frontier(search.points, {cost: unit_plots.COSTS[cost]})[cost]]
+
+    def kept(point: Point) -> str:
+        count = len(point.skip)
+        names = (
+            ", ".join(units.in_order(point.skip)) if count <= _MOST_NAMED else f"{count} {units.kind(result, count)}"
+        )
+        return f"{names or 'nothing'} (chosen)" if point == chosen else names or "nothing"
+
+    columns: dict[str, Cell] = {
+        f"kept in {result.half}": kept,
+        "agree %": of("loss.agreement_percent", percent),
+        "KL, nats": lambda point: with_interval(kl_words, point.loss.kl, point.loss.kl_ci95),
+        "extra weights": of("extra_bytes", lambda count: f"+{human_bytes(count)}"),
+        "extra ms": of("extra_ms", "{:+.2f}".format),
+    }
+    title = f"The front of the {len(search.points)} skip lists that were tried: KL for {_COST_WORDS[cost]}"
+    return tabulate(title, columns, points)
 
 
 def _delta(loss: Loss) -> str:

@@ -166,7 +166,21 @@ def describe_run(record: Record) -> str:
     ]
     missing = [str(variant.asked[option]) for option in variant.asked if _fell_back(variant, option)]
     text = " ".join(choices) + (f" (not {', '.join(missing)})" if missing else "")
-    return " + ".join(filter(None, [text, *switched_on(variant)]))
+    return " + ".join(filter(None, [text, *switched_on(variant)])) + _first_pass(record)
+
+
+def _first_pass(record: Record) -> str:
+    """What is different about the first pass of an adaptive variant, to be put behind how the second ran."""
+    if (routing := record.routing) is None:
+        return ""
+    first, second = routing.first, record.model
+    differs = [] if second and first.architecture == second.architecture else [first.architecture]
+    if second is None or first.image_size != second.image_size:
+        differs.append(f"{' x '.join(map(str, first.image_size))} px")
+    for option, value in routing.first_ran.items():
+        if value is not None:
+            differs.append(option_words(option) if value is True else f"{option_words(option)} {value or 'off'}")
+    return f"; first pass: {', '.join(differs) or 'another checkpoint'}"
 
 
 def switched_on(variant: Variant) -> list[str]:
@@ -260,6 +274,7 @@ def cautions(records: Sequence[Record]) -> list[str]:
         said += [f": {_reason(variant, option)}" for option in variant.reasons]
         said += [f": batch {row.batch_size} not timed ({row.reason})" for row in record.latency_failures]
         said += [f": {figure} not measured ({why})" for figure, why in record.unmeasured.items()]
+        said += [f": {record.routing.promise}"] if record.routing else []
         sentences += [(variant.name, sentence) for sentence in said]
     if routed := [record.variant.name for record in records if any(row.by_mean for row in record.latency)]:
         lines = [f"{', '.join(routed)}: speed-up and images/s are of means, over real images in turn"]

@@ -163,7 +163,7 @@ def analyse_for(
     known: Path | None = None,
 ) -> Sensitivity:
     """The analysis and search that a variant with `skip: auto` asks for, or the result that it names; see `analyse`."""
-    auto = variant.auto
+    auto = variant.search_spec
     return analyse(
         checkpoint,
         images,
@@ -175,7 +175,7 @@ def analyse_for(
         scales=scales,
         granularity=auto.granularity,
         sample=auto.sample,
-        goal=Goal(auto.max_top1_drop, auto.max_kl_share),
+        goal=Goal.of(auto),
         objective=auto.objective,
         device=device,
         skip_bad=skip_bad,

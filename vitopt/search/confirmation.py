@@ -8,6 +8,7 @@ import numpy as np
 
 from vitopt.data.images import ImageSet
 from vitopt.errors import DataError
+from vitopt.measure.bootstrap import positive_mean_interval
 from vitopt.measure.intervals import paired_delta_interval, ratio_interval
 from vitopt.measure.logit_statistics import kl_divergences, mean_kl_divergence, normalised_error
 from vitopt.measure.paired import paired_counts
@@ -45,12 +46,13 @@ def loss(exact: Predictions, reference: Predictions, changed: Predictions) -> Lo
 
 
 def loss_with_share(exact: Predictions, quantized: Predictions, changed: Predictions) -> Loss:
-    """`loss` against the 16-bit model, with its KL as a share of the fully quantized model's."""
+    """`loss` against the 16-bit model, with its KL as a share of the fully quantized model's, and intervals of both."""
+    before, after = (kl_divergences(exact.logits, one.logits) for one in (quantized, changed))
+    limits = positive_mean_interval(after)
     measured = loss(exact, exact, changed)
-    before = kl_divergences(exact.logits, quantized.logits)
+    measured = measured.model_copy(update={"kl_ci95": limits and (limits.low, limits.high)})
     if not before.any():  # quantizing changed nothing, so there is nothing to have a share of
         return measured
-    after = kl_divergences(exact.logits, changed.logits)
     interval = ratio_interval(after, before)
     share = float(after.mean() / before.mean())
     return measured.model_copy(update={"kl_share": share, "kl_share_ci95": (interval.low, interval.high)})

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 from vitopt import storage
 from vitopt.errors import RecordError
 from vitopt.measure.claims import Decision
+from vitopt.run_spec import computes_itself
 from vitopt.section import Section
 
 SENSITIVITY_SCHEMA = "vitopt.sensitivity/2"
@@ -24,6 +25,7 @@ class Loss(Section):
     logit_error: float = Field(description="norm of the difference to the 16-bit logits over their norm")
     kl_share: float | None = Field(None, description="KL over that of the fully quantized model on the same images")
     kl_share_ci95: tuple[float, float] | None = Field(None, description="bootstrap over images")
+    kl_ci95: tuple[float, float] | None = Field(None, description="bootstrap over images; null under 30 images")
 
 
 class UnitScores(Section):
@@ -88,6 +90,11 @@ class Sensitivity(Section):
     )
 
     model_config = Section.model_config | {"populate_by_name": True}
+
+    @property
+    def timed_whole(self) -> bool:
+        """Whether milliseconds are those of whole lists, as an engine's file of each was timed."""
+        return computes_itself(self.inputs.get("engine", "torch"))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data as stored."""

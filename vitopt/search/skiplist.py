@@ -14,7 +14,7 @@ from typing import Literal
 from vitopt.measure.claims import Decision
 from vitopt.measure.intervals import bisect
 from vitopt.measure.pareto import pareto_front
-from vitopt.search.goal import Goal, decide, images_to_show, likely_shown
+from vitopt.search.goal import Goal, decide, images_to_show, images_to_show_kl, likely_shown
 from vitopt.search.knapsack import cheapest
 from vitopt.search.results import Loss, Point, SearchResult, UnitScores
 
@@ -108,13 +108,15 @@ def _gain(unit: UnitScores, quantized: Loss) -> float:
 def _excess(goal: Goal, most_kl: float, quantized: Loss, loss: Loss) -> float:
     """KL in nats by which a mixture is over what the search aims at; zero or less is within it.
 
-    A share of KL is aimed at with the upper end of its interval on the choosing images: the confirming images are more,
-    and show about four of five such lists.
+    KL and a share of it are aimed at with the upper end of their intervals on the choosing images: the confirming
+    images are more, and show about four of five such lists.
     """
     over = [loss.kl - most_kl] if goal.max_top1_drop is not None else []
     if goal.max_kl_share is not None:
         share = loss.kl if loss.kl_share_ci95 is None else loss.kl_share_ci95[1] * quantized.kl
         over.append(share - goal.max_kl_share * quantized.kl)
+    if goal.max_kl is not None:
+        over.append((loss.kl if loss.kl_ci95 is None else loss.kl_ci95[1]) - goal.max_kl)
     return max(over)
 
 
@@ -148,7 +150,8 @@ def _highest_kl(goal: Goal, units: Sequence[UnitScores], quantized: Loss, confir
         return likely_shown(confirming_images, floor, drop_per_kl * kl, changed)
 
     most = bisect(enough, 0.0, quantized.kl)
-    if most >= min((unit.damage.kl for unit in units if unit.damage), default=0.0) and enough(most):
+    least = min(loss.kl for unit in units for loss in (unit.damage or unit.recovery,) if loss) if units else 0.0
+    if most >= least and enough(most):
         return most
     return min(quantized.kl, floor / 2 / drop_per_kl) if drop_per_kl else quantized.kl
 
@@ -159,16 +162,21 @@ def _advice(
     """What to do where the goal was not shown; None where it was."""
     if decision == "shown":
         return None
-    seen, enough = [], None
+    seen: list[str] = []
+    wanted: list[int | None] = []  # calibration images for each part of the goal; None where no number would do
     if goal.max_top1_drop is not None:
         low, high = confirmed.top1_delta_ci95_points
         seen.append(f"top-1 {confirmed.top1_delta_points:+.1f} ({low:+.1f} to {high:+.1f}) points")
-        enough = images_to_show(
-            goal.max_top1_drop, max(0.0, -confirmed.top1_delta_points), 1 - confirmed.agreement_percent / 100
-        )
+        drop, changed = max(0.0, -confirmed.top1_delta_points), 1 - confirmed.agreement_percent / 100
+        wanted.append(images_to_show(goal.max_top1_drop, drop, changed))
     if goal.max_kl_share is not None and confirmed.kl_share is not None and confirmed.kl_share_ci95 is not None:
         low, high = confirmed.kl_share_ci95
         seen.append(f"KL {confirmed.kl_share:.2f} ({low:.2f} to {high:.2f}) of the quantized model's")
+    if goal.max_kl is not None:
+        limits = "no interval of so few" if confirmed.kl_ci95 is None else "{:.4f} to {:.4f}".format(*confirmed.kl_ci95)
+        seen.append(f"KL {confirmed.kl:.4f} ({limits}) nats")
+        wanted.append(images_to_show_kl(goal.max_kl, confirmed.kl, confirmed.kl_ci95, confirming_images))
+    enough = max((count for count in wanted if count is not None), default=None) if None not in wanted else None
     words = "is not met" if decision == "failed" else "is not shown (95 %)"
     remedies = [f"give about {enough:,} calibration images"] if enough is not None and decision == "undecided" else []
     if all_kept and untried:
