@@ -1,12 +1,22 @@
+import shutil
+import signal
+import subprocess
+import sys
+
 import pyarrow.parquet
 import pytest
 
 import vitopt.bulk
+from vitopt.adaptive.make import at_size, make
+from vitopt.adaptive_spec import AdaptiveSpec
 from vitopt.bulk import predict_parts
 from vitopt.cli.predicting import _parquet
 from vitopt.data import shards
-from vitopt.errors import BadImageError, StorageError
+from vitopt.data.images import open_images
+from vitopt.errors import BadImageError, StorageError, UnsupportedError
+from vitopt.models.checkpoint import open_checkpoint
 from vitopt.prediction import image_paths, predict
+from vitopt.recipe import DataSpec
 
 
 @pytest.fixture(autouse=True)
@@ -82,3 +92,79 @@ def test_an_image_that_cannot_be_decoded_ends_the_run_or_is_a_row_with_the_reaso
     assert (done.images, done.left_out) == (6, 1)
     found = {row["image"]: row["error"] for row in rows(tmp_path / "out")}
     assert "bad.png" in found[str(bad)] and sum(reason is not None for reason in found.values()) == 1
+
+
+def test_each_part_of_an_adaptive_model_tells_which_pass_answered(tiny_checkpoint, shapes, tmp_path):
+    images = open_images(DataSpec(source=str(shapes)), "test")
+    second, adaptive = open_checkpoint(str(tiny_checkpoint)), tmp_path / "adaptive"
+    first, spec = at_size(second, 16, tmp_path / "small"), AdaptiveSpec(low=16, escalation_rate=0.5)
+    make(first, second, spec, adaptive, "cpu", images=images)
+    paths = image_paths([str(shapes / "test")])
+    with_bad = [*paths, *[tmp_path / f"{number}.png" for number in range(6)]]
+    for path in with_bad[len(paths) :]:
+        path.write_bytes(b"text")
+    run(adaptive, with_bad, tmp_path / "out", skip_bad=True)
+    expected = [row["path"] for row in predict(str(adaptive), paths, top=2, batch_size=4)]
+    assert {*expected} == {"first", "second"}
+    assert [row["path"] for row in rows(tmp_path / "out")] == [*expected, *[None] * 6]
+    schemas = {pyarrow.parquet.read_schema(file).to_string() for file in (tmp_path / "out").glob("*.parquet")}
+    assert len(schemas) == 1
+
+
+def test_a_killed_process_leaves_whole_parts_and_the_next_one_goes_on(tiny_checkpoint, shapes, tmp_path):
+    paths = image_paths([str(shapes / "test")])
+    # The third part kills the process after some bytes of its file: no handler and no `finally` runs.
+    program = f"""
+import os, signal
+from pathlib import Path
+import vitopt.bulk
+from vitopt import storage
+from vitopt.cli.predicting import _parquet
+from vitopt.data import shards
+shards.FILES_PER_PART = 5
+real, written = os.replace, []
+def replace(a, b, **options):
+    if str(b).endswith(".parquet"):
+        if len(written) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(b)
+    return real(a, b, **options)
+os.replace = replace
+paths = [Path(name) for name in {[str(path) for path in paths]!r}]
+output = Path({str(tmp_path / "out")!r})
+vitopt.bulk.predict_parts({str(tiny_checkpoint)!r}, paths, output, _parquet, top=2, batch_size=4)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()[-2000:]
+    assert len(rows(tmp_path / "out")) == 10
+    done = run(tiny_checkpoint, paths, tmp_path / "out")
+    assert (done.stood, done.images) == (2, 14)
+    assert [row["image"] for row in rows(tmp_path / "out")] == list(map(str, paths))
+
+
+@pytest.fixture
+def embedded_ray():
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def test_ray_gives_the_same_rows_and_goes_on_where_a_run_ended(tiny_checkpoint, shapes, tmp_path, embedded_ray):
+    paths = image_paths([str(shapes / "test")])
+    run(tiny_checkpoint, paths, tmp_path / "alone")
+    shutil.copytree(tmp_path / "alone", tmp_path / "ray")
+    for part in sorted((tmp_path / "ray").glob("part-*"))[2:]:
+        part.unlink()
+    done = run(tiny_checkpoint, paths, tmp_path / "ray", ray=True)
+    assert (done.parts, done.stood, done.images) == (5, 2, 14)
+    assert rows(tmp_path / "ray") == rows(tmp_path / "alone")
+    (tmp_path / "bad.png").write_bytes(b"text")
+    with pytest.raises(BadImageError, match=r"bad\.png"):
+        run(tiny_checkpoint, [*paths[:3], tmp_path / "bad.png"], tmp_path / "bad", ray=True)
+
+
+def test_ray_that_is_not_installed_is_named_with_the_remedy(tiny_checkpoint, shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(vitopt.environment.cluster.support, "installed", lambda package: package != "ray")
+    with pytest.raises(UnsupportedError, match=r"pip install 'vitopt\[ray\]'"):
+        run(tiny_checkpoint, image_paths([str(shapes / "test")]), tmp_path / "out", ray=True)

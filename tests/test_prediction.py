@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vitopt.errors import BadImageError, DataError, MeasurementError
 from vitopt.optimize.runtime import TorchRunnable
@@ -49,7 +50,6 @@ def test_names_that_stand_for_nothing_are_refused(name: str, told: str, tmp_path
 
 
 def test_predictions_are_the_softmax_of_the_models_logits(tiny_checkpoint: Path, shapes: Path) -> None:
-    from PIL import Image
     from transformers import AutoModelForImageClassification
 
     paths = [shapes / "test" / "circle" / "00.png", shapes / "test" / "stripe" / "03.png"]
@@ -138,3 +138,15 @@ def test_logits_that_are_not_finite_are_refused(
     monkeypatch.setattr(TorchRunnable, "__call__", lambda self, pixels: torch.full((len(pixels), 4), float("nan")))
     with pytest.raises(MeasurementError, match="not finite"):
         next(predict(str(tiny_checkpoint), [shapes / "test" / "cross" / "00.png"], top=1, device="cpu"))
+
+
+def test_scaled_decoding_gives_the_classes_of_the_image_at_a_fraction(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    large, fraction = tmp_path / "large.jpg", tmp_path / "fraction.png"
+    Image.fromarray(noise).resize((600, 520)).save(large)
+    with Image.open(large) as image:
+        image.draft("RGB", (75, 65))
+        image.save(fraction)
+    run = RunSpec(scaled_decoding=True)
+    scaled, whole = (next(predict(str(tiny_checkpoint), [large], top=4, run=one)) for one in (run, RunSpec()))
+    assert scaled["classes"] == next(predict(str(tiny_checkpoint), [fraction], top=4))["classes"] != whole["classes"]

@@ -240,6 +240,7 @@ RUN = {
     "prune_tokens": None,  # those two go with no merge_tokens
     "fuse_pruned": False,
     "patch_product": False,  # goes with no channels_last
+    "scaled_decoding": True,
     "channels_last": True,
     "compile": True,
     "autotune": True,
@@ -268,6 +269,7 @@ def test_a_variant_by_default_runs_as_it_is():
         "fused_kernels": False,
         "patch_product": False,
         "channels_last": False,
+        "scaled_decoding": False,
         "compile": False,
         "autotune": False,
         "dependent_launch": False,

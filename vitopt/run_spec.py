@@ -136,6 +136,10 @@ class RunSpec(Spec):
     )
     fuse_pruned: bool = Field(False, description="with prune_tokens: those that leave become one token more")
     patch_product: bool = Field(False, description="patch embedding as a matrix product, no convolution; exact")
+    scaled_decoding: bool = Field(
+        False,
+        description="JPEG files of four times the input's size and more are decoded at a fraction: answers change",
+    )
     channels_last: bool = Field(False, description="pixels and patch embedding in NHWC memory order")
     compile: bool = Field(False, description="compile for each batch size; on a GPU, replay it as one CUDA graph")
     autotune: bool = Field(False, description="with compile: time its kernels first, slower to start")
@@ -160,7 +164,7 @@ class RunSpec(Spec):
     @model_validator(mode="after")
     def _options_fit(self) -> "RunSpec":
         taken = ENGINES[self.engine].options if self.engine in ENGINES else RunSpec.model_fields
-        if useless := self.changed(*(set(RunSpec.model_fields) - {"engine", *taken})):
+        if useless := self.changed(*(set(RunSpec.model_fields) - {"engine", "scaled_decoding", *taken})):
             raise ValueError(f"`engine: {self.engine}` computes in its own way, so leave {useless} out")
         for way in ("autotune", "compile_whole", "fused_kernels", "dependent_launch"):
             if getattr(self, way) and not self.compile:

@@ -92,4 +92,5 @@ def test_refusals(tiny_checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     assert "choose another" in refusal("predict", tiny_checkpoint, photos, "--output", there)
     assert there.read_text() == "mine"
     assert ".parquet" in refusal("predict", tiny_checkpoint, photos, "--output", tmp_path / "a.xls")
+    assert "folder as --output" in refusal("predict", tiny_checkpoint, photos, "--ray")
     assert "no image at" in refusal("predict", tiny_checkpoint, tmp_path / "no.png")

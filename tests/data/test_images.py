@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitopt.data.decoding import IMAGE_ENDINGS, MAX_PIXELS, ArrayReader
+from vitopt.data.decoding import IMAGE_ENDINGS, MAX_PIXELS, ArrayReader, decoded
 from vitopt.data.images import ImageSet, image_files, open_images
 from vitopt.errors import BadImageError, DataError
 from vitopt.recipe import DataSpec
@@ -626,7 +626,7 @@ def test_whatever_a_decoder_stumbles_over_is_a_bad_image(error):
         def content(self, index: int) -> bytes:
             return b""
 
-        def image(self, index: int, small: bool = False) -> Image.Image:
+        def image(self, index: int) -> Image.Image:
             raise error
 
     images = replace(numbered([0]), reader=Stumbling())
@@ -779,3 +779,36 @@ def test_a_part_of_the_training_images_can_be_held_out(classes):
     assert not set(train.ids) & set(held.ids) and set(train.ids) | set(held.ids) == set(whole.ids)
     assert test.ids == opened(folder, "test").ids
     assert "held_out" in refusal(folder, "held-out")
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    ramps = np.add.outer(np.linspace(0, 120, height), np.linspace(0, 120, width)).astype(np.uint8)
+    return Image.fromarray(np.stack([ramps, ramps[::-1], ramps[:, ::-1]], axis=-1))
+
+
+@pytest.mark.parametrize(
+    ("ending", "smallest_side", "size"),
+    [
+        ("jpg", None, (640, 480)),
+        ("jpg", 241, (640, 480)),
+        ("jpg", 240, (320, 240)),
+        ("jpg", 100, (160, 120)),
+        ("jpg", 60, (80, 60)),
+        ("jpg", 1, (80, 60)),
+        ("png", 60, (640, 480)),
+    ],
+)
+def test_a_jpeg_is_decoded_at_a_fraction_that_keeps_the_smallest_side(tmp_path, ending, smallest_side, size):
+    path = tmp_path / f"x.{ending}"
+    smooth(640, 480).save(path, quality=95)
+    image = image_files([path]).image(0, smallest_side=smallest_side)
+    assert image.size == size
+    expected = np.asarray(smooth(640, 480).resize(size, Image.Resampling.BOX), dtype=int)
+    assert np.abs(np.asarray(image, dtype=int) - expected).max() < 12
+
+
+def test_the_limit_of_pixels_is_that_of_the_file_at_any_fraction(tmp_path):
+    path = tmp_path / "x.jpg"
+    smooth(100, 80).save(path)
+    with pytest.raises(BadImageError, match="megapixels"):
+        decoded(lambda: Image.open(path), 5000, smallest_side=10)

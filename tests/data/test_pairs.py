@@ -117,3 +117,11 @@ def test_what_is_no_pair_is_refused_by_its_index(pairs: object, named: str) -> N
 def test_every_image_needs_a_group() -> None:
     with pytest.raises(DataError, match="2 images and 1 groups"):
         images_of([(GREY, 0), (RGB, 1)], groups=["a"])
+
+
+def test_an_image_that_the_user_opened_keeps_its_size(tmp_path: Path) -> None:
+    Image.fromarray(RGB).resize((480, 400)).save(tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as opened:
+        images = images_of([(opened, 0), (RGB, 1)])
+        images.image(0, smallest_side=32)
+        assert images.image(0).size == opened.size == (480, 400)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import BeitImageProcessor, CLIPImageProcessor, DeiTImageProcessor, ViTImageProcessor
 
-from vitopt.data.images import ImageSet, open_images
+from vitopt.data.images import ImageSet, image_files, open_images
 from vitopt.data.pixels import Augmentation, Batch, PixelDataset, Preprocessor, batches, on_device, random_pixels
 from vitopt.errors import BadImageError
 from vitopt.models.checkpoint import load_processor, open_checkpoint
@@ -96,6 +96,34 @@ def test_the_size_is_that_of_the_output(processor, size):
 def test_the_name_tells_the_backend(preprocess):
     assert preprocess.name == type(preprocess.processor).__name__
     assert preprocess.name.startswith("ViTImageProcessor")
+
+
+@pytest.mark.parametrize(
+    ("processor", "side"),
+    [
+        (lambda: ViTImageProcessor(size={"height": 16, "width": 24}), 48),
+        (lambda: DeiTImageProcessor(), 512),
+        (lambda: CLIPImageProcessor(), 448),
+        (lambda: ViTImageProcessor(do_resize=False), None),
+    ],
+    ids=["height and width", "resize 256, crop 224", "shortest edge", "no resizing"],
+)
+def test_scaled_decoding_keeps_twice_what_is_resized_to(processor, side):
+    scaled, whole = Preprocessor(processor(), scaled=True), Preprocessor(processor())
+    assert (scaled.smallest_side, whole.smallest_side) == (side, None)
+    assert scaled != whole and scaled == Preprocessor(processor(), scaled=True)
+
+
+def test_batches_decode_at_a_fraction_where_the_preprocessor_says_so(preprocess, tmp_path):
+    noise(600, 400).resize((1200, 800)).save(tmp_path / "a.jpg")
+    images = image_files([tmp_path / "a.jpg"])
+    with Image.open(tmp_path / "a.jpg") as image:
+        image.draft("RGB", (150, 100))
+        assert image.size == (150, 100)
+        fraction = preprocess(image.convert("RGB"))
+    for scaled in (False, True):
+        (batch,) = batches(images, Preprocessor(preprocess.processor, scaled=scaled), 1)
+        assert torch.equal(batch.pixel_values[0], fraction) == scaled
 
 
 # augmentation

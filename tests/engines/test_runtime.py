@@ -29,7 +29,8 @@ def test_a_checkpoint_without_a_file_gets_one_for_this_time(engine, checkpoint, 
     runnable = prepare(checkpoint, name="x", device=torch.device("cpu"), run=RUN)
     assert torch.allclose(runnable(pixel_values), load_model(checkpoint)(pixel_values).logits, atol=1e-5)
     told = runnable.describe()
-    assert told["variant"].ran == told["variant"].asked == {"engine": "openvino", "static_scales": False}
+    expected = {"engine": "openvino", "scaled_decoding": False, "static_scales": False}
+    assert told["variant"].ran == told["variant"].asked == expected
     assert told["size"].weight_bytes == 4 * told["model"].parameters and told["size"].disk_bytes is None
 
 

@@ -20,7 +20,7 @@ class SlowImages:
     def __len__(self) -> int:
         return 2
 
-    def image(self, index: int, small: bool = False) -> Image.Image:
+    def image(self, index: int, smallest_side: int | None = None) -> Image.Image:
         self.asked.append(index)
         time.sleep(0.004)
         return Image.new("RGB", (4, 4))

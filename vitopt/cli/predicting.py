@@ -41,6 +41,9 @@ def predict(
         typer.Option(help="New .csv, .json, .jsonl or .parquet; or a folder of parts: the same command goes on."),
     ] = None,
     column: Annotated[str | None, typer.Option(help="Column of image bytes in Parquet files.")] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="With a folder as --output: a process for each GPU of Ray's machines.")
+    ] = False,
     run: RunSpec,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -63,13 +66,15 @@ def predict(
         assert output is not None
         from vitopt.bulk import predict_parts
 
-        done = predict_parts(checkpoint, paths, output, write, top=top, column=column, **options)
+        done = predict_parts(checkpoint, paths, output, write, top=top, column=column, ray=ray, **options)
         if as_json:
             print_json(asdict(done))
         bad = f", {done.left_out:,} could not be decoded" if done.left_out else ""
         stood = f", {done.stood:,} of them from before" if done.stood else ""
         err.print(f"{done.images:,} images classified{bad}; {done.parts:,} parts in {output}{stood}")
         return
+    if ray:
+        raise RecipeError("--ray works in parts: give a folder as --output")
     if column is not None or any(path.suffix.lower() in (".tar", ".parquet") for path in paths):
         raise RecipeError("tar and Parquet files are read in parts: give a folder as --output")
     predictions = list(predict(checkpoint, paths, top=top, **options))
@@ -79,7 +84,7 @@ def predict(
         print_json(predictions)
     elif output is None:
         for prediction in predictions:
-            path = f"  ({prediction['path']} pass)" if "path" in prediction else ""
+            path = f"  ({prediction['path']} pass)" if prediction.get("path") else ""
             out.print(prediction["image"], style="bold", end=f"{path}\n")
             for guess in prediction["classes"]:
                 out.print(f"  {guess['percent']:5.1f} %  {guess['label']}")

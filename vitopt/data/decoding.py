@@ -29,7 +29,7 @@ class Reader(Protocol):
 
     def content(self, index: int) -> bytes: ...
 
-    def image(self, index: int, small: bool = False) -> Image.Image: ...
+    def image(self, index: int) -> Image.Image: ...
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,8 @@ class FileReader:
     def content(self, index: int) -> bytes:
         return self.paths[index].read_bytes()
 
-    def image(self, index: int, small: bool = False) -> Image.Image:
-        image = draft(Image.open(self.paths[index], formats=FORMATS), small)
-        if image.width * image.height <= MAX_PIXELS:
-            image.load()
-        return image
+    def image(self, index: int) -> Image.Image:
+        return Image.open(self.paths[index], formats=FORMATS)
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class ArrayReader:
     def content(self, index: int) -> bytes:
         return self.pixels[index].tobytes()
 
-    def image(self, index: int, small: bool = False) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         return Image.fromarray(self.pixels[index])
 
 
@@ -74,8 +71,8 @@ class HubReader:
             return b""  # an empty cell, which cannot be decoded
         return value["bytes"] if value["bytes"] is not None else _cached_file(Path(value["path"])).read_bytes()
 
-    def image(self, index: int, small: bool = False) -> Image.Image:
-        return draft(open_bytes(self.content(index)), small)
+    def image(self, index: int) -> Image.Image:
+        return open_bytes(self.content(index))
 
 
 def _cached_file(path: Path) -> Path:
@@ -92,14 +89,13 @@ def _cached_file(path: Path) -> Path:
     return place
 
 
-def draft(image: Image.Image, small: bool) -> Image.Image:
-    if small:
-        image.draft(image.mode, (64, 64))  # only JPEG can be decoded at a fraction of its size
-    return image
-
-
-def decoded(open_image: Callable[[], Image.Image], max_pixels: int | None = None) -> Image.Image:
+def decoded(
+    open_image: Callable[[], Image.Image], max_pixels: int | None = None, *, smallest_side: int | None = None
+) -> Image.Image:
     """What `open_image` opens, decoded, as RGB and turned upright.
+
+    `smallest_side`: a JPEG is decoded at a half, a quarter or an eighth of its size, which takes a fraction of the
+    time, as long as no side gets smaller than that. Its decoder averages in the frequency domain, so pixels differ.
 
     Raises:
         BadImageError: truncated, not an image, or more than `max_pixels` (MAX_PIXELS); gives the reason alone.
@@ -110,6 +106,8 @@ def decoded(open_image: Callable[[], Image.Image], max_pixels: int | None = None
         if image.width * image.height > most:
             megapixels = image.width * image.height / 1e6
             raise BadImageError(f"{megapixels:.0f} megapixels, more than the {most / 1e6:.0f} that are safe to decode")
+        if smallest_side is not None:
+            image.draft(image.mode, (smallest_side, smallest_side))  # does nothing to other formats, and once decoded
         return as_rgb(ImageOps.exif_transpose(image))
     except BadImageError:
         raise

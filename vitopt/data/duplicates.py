@@ -31,7 +31,7 @@ def _hash(images: ImageSet, index: int) -> str | None:
     from imagehash import phash
 
     try:
-        image = images.image(index, small=True)
+        image = images.image(index, smallest_side=2 * _SMALLEST_SIDE)
     except BadImageError:
         return None
     return str(phash(image)) if min(image.size) >= _SMALLEST_SIDE else None

@@ -1,6 +1,7 @@
 """Image folders: which files are read, and how each is labelled. Links, pipes and tables reach nothing outside."""
 
 import csv
+import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,11 +38,7 @@ class Boundary:
                 f"lies outside {self._roots[0]}, the only folder that is read: copy it there, or name the folder that "
                 "holds both with --data-root (in a recipe `root` under `data`)"
             )
-        if not stat.S_ISREG(status.st_mode):
-            return "is a folder" if stat.S_ISDIR(status.st_mode) else "is a pipe or a device, not a file: remove it"
-        if status.st_size > largest:
-            return f"has {status.st_size:,} bytes, more than the {largest:,} of any file that is read: remove it"
-        return None
+        return why_not_read(status, largest)
 
     def _holds(self, place: Path) -> bool:
         return any(place.is_relative_to(root) for root in self._roots)
@@ -50,6 +47,15 @@ class Boundary:
         if folder not in self._folders:
             self._folders[folder] = self._holds(folder.resolve())
         return self._folders[folder]
+
+
+def why_not_read(status: os.stat_result, largest: int = MAX_FILE_BYTES) -> str | None:
+    """Why what has this status is not read, None for an ordinary file that is not too large."""
+    if not stat.S_ISREG(status.st_mode):
+        return "is a folder" if stat.S_ISDIR(status.st_mode) else "is a pipe or a device, not a file: remove it"
+    if status.st_size > largest:
+        return f"has {status.st_size:,} bytes, more than the {largest:,} of any file that is read: remove it"
+    return None
 
 
 @dataclass(frozen=True)

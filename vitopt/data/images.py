@@ -22,7 +22,7 @@ from PIL import Image
 
 from vitopt.data.decoding import IMAGE_ENDINGS, ArrayReader, FileReader, HubReader, Reader, decoded
 from vitopt.data.division import held_out
-from vitopt.data.folders import TABLE, Boundary, list_folder, subfolders
+from vitopt.data.folders import TABLE, Boundary, list_folder, subfolders, why_not_read
 from vitopt.data.labels import as_indices, classes_of
 from vitopt.data.sources import may_be_on_hub, parse_source
 from vitopt.errors import BadImageError, DataError
@@ -55,14 +55,14 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def image(self, index: int, small: bool = False) -> Image.Image:
-        """Decode one image as RGB, turned upright; `small` is quicker for JPEG files, of 64 pixels or more a side.
+    def image(self, index: int, *, smallest_side: int | None = None) -> Image.Image:
+        """Decode one image as RGB, turned upright; `smallest_side`: see `vitopt.data.decoding.decoded`.
 
         Raises:
             BadImageError: truncated, not an image, or more than MAX_PIXELS pixels; the message names it.
         """
         try:
-            return decoded(lambda: self.reader.image(self.rows[index], small))
+            return decoded(lambda: self.reader.image(self.rows[index]), smallest_side=smallest_side)
         except BadImageError as error:
             raise BadImageError(
                 f"image {self.ids[index]} cannot be decoded ({error}): replace it, or leave it out with "
@@ -186,7 +186,7 @@ def image_files(paths: Sequence[Path]) -> ImageSet:
         place = existing(path)
         if place is None:
             raise BadImageError(f"no image at {path}")
-        if reason := Boundary(place.resolve().parent).why_not(place):
+        if reason := why_not_read(place.stat()):
             raise BadImageError(f"no image at {path}: it {reason}")
     return ImageSet(
         name="files",

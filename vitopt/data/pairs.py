@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vitopt.data.decoding import FileReader, as_rgb
+from vitopt.data.decoding import MAX_PIXELS, FileReader, as_rgb
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import classes_of
 from vitopt.errors import DataError
@@ -33,9 +33,14 @@ class PairReader:
             return b""  # a broken image, which cannot be decoded either
         return f"{decoded.size}".encode() + decoded.tobytes()
 
-    def image(self, index: int, small: bool = False) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         image = self.pairs[index][0]
-        return FileReader((Path(image),)).image(0, small) if isinstance(image, str | Path) else _decoded(image)
+        if isinstance(image, str | Path):
+            return FileReader((Path(image),)).image(0)
+        opened = _decoded(image)
+        if opened.width * opened.height <= MAX_PIXELS:
+            opened.load()  # else a choice of a smaller size to decode at would stay with the user's image
+        return opened
 
 
 def images_of(pairs: Iterable[Any], *, name: str = "images", groups: Sequence[Any] | None = None) -> ImageSet:

@@ -1,6 +1,7 @@
 """Images to pixel tensors: the checkpoint's own processor, augmentation, and batches read ahead."""
 
 import itertools
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -18,18 +19,22 @@ from vitopt.errors import BadImageError
 
 
 class Preprocessor:
-    """Turns one RGB image into the tensor its model was trained on."""
+    """Turns one RGB image into the tensor its model was trained on.
 
-    def __init__(self, processor: Any):
-        self.processor = processor
+    `scaled`: images may be decoded at a fraction of their size before, see `smallest_side`.
+    """
+
+    def __init__(self, processor: Any, *, scaled: bool = False):
+        self.processor, self.scaled = processor, scaled
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Preprocessor) and (self.name, self.processor.to_dict()) == (
-            other.name,
-            other.processor.to_dict(),
-        )
+        return isinstance(other, Preprocessor) and self._settings == other._settings
 
     __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def _settings(self) -> tuple[Any, ...]:
+        return self.name, self.scaled, self.processor.to_dict()
 
     @property
     def name(self) -> str:
@@ -47,9 +52,27 @@ class Preprocessor:
             return int(size["height"]), int(size["width"])
         return int(size["shortest_edge"]), int(size["shortest_edge"])
 
+    @property
+    def smallest_side(self) -> int | None:
+        """Pixels below which no side of an image should be decoded; None where all of it should.
+
+        Twice what it is resized to, before a crop: that resizing then still averages pixels.
+        """
+        if not self.scaled:
+            return None
+        if timm := getattr(self.processor, "data_config", None):
+            return 2 * math.ceil(max(timm["input_size"][1:]) / timm["crop_pct"])
+        resized = [side for side in dict(self.processor.size).values() if side]
+        return 2 * max(resized) if getattr(self.processor, "do_resize", True) else None
+
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return (3, height, width), float32, normalised."""
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+def smallest_side(preprocess: Callable[[Image.Image], torch.Tensor]) -> int | None:
+    """`Preprocessor.smallest_side`; None for a function of the user's, which gets whole images."""
+    return preprocess.smallest_side if isinstance(preprocess, Preprocessor) else None
 
 
 class Augmentation:
@@ -110,7 +133,7 @@ class PixelDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self.images.image(index)
+        image = self.images.image(index, smallest_side=smallest_side(self.preprocess))
         if self.augment is not None:
             image = self.augment(image)
         taught = {} if self.for_teacher is None else {TEACHER_PIXELS: self.for_teacher(image)}

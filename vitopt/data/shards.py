@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from vitopt.data.decoding import IMAGE_ENDINGS, draft, open_bytes
+from vitopt.data.decoding import IMAGE_ENDINGS, open_bytes
 from vitopt.data.images import ImageSet, image_files
 from vitopt.errors import DataError
 
@@ -41,8 +41,8 @@ class TarReader:
             file.seek(begin)
             return file.read(length)
 
-    def image(self, index: int, small: bool = False) -> Image.Image:
-        return draft(open_bytes(self.content(index)), small)
+    def image(self, index: int) -> Image.Image:
+        return open_bytes(self.content(index))
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class ColumnReader:
     def content(self, index: int) -> bytes:
         return self.contents[index]
 
-    def image(self, index: int, small: bool = False) -> Image.Image:
-        return draft(open_bytes(self.content(index)), small)
+    def image(self, index: int) -> Image.Image:
+        return open_bytes(self.content(index))
 
 
 def parts_of(paths: Sequence[Path], *, column: str | None = None) -> Iterator[Part]:

@@ -88,6 +88,7 @@ class EngineRunnable(CheckpointRunnable):
     def describe(self) -> dict[str, Any]:
         """Its fields of a record; formats are read back from what runs."""
         asked, formats, told = self.asked, self._formats(), self.package.settings
+        shared = {"engine": self.run.engine, "scaled_decoding": self.run.scaled_decoding}
         wanted, computed = self.package.format, set(formats.values())
         if wanted not in QUANTIZED_FORMATS and wanted not in computed:
             instead = " and ".join(sorted(computed))
@@ -100,8 +101,8 @@ class EngineRunnable(CheckpointRunnable):
                 half=asked.half if asked else None,
                 skip=asked.skip if asked else (),
                 layers=dict(asked.layers) if asked else {},
-                asked={"engine": self.run.engine, **self.package.options},
-                ran={"engine": self.run.engine, "static_scales": self.package.calibrated, **told.get("ran", {})},
+                asked={**shared, **self.package.options},
+                ran={**shared, "static_scales": self.package.calibrated, **told.get("ran", {})},
                 reasons={**told.get("reasons", {}), **self.reasons},
             ),
             "model": self.describe_model(),

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from vitopt.data.images import ImageSet
+from vitopt.data.pixels import smallest_side
 from vitopt.measure.failures import attempt
 from vitopt.measure.latency import balanced_orders
 from vitopt.measure.latency_statistics import latency_summary
@@ -61,7 +62,8 @@ def _one_call(runnable: Runnable, images: ImageSet, indices: Sequence[int]) -> l
             torch.cuda.synchronize(runnable.device)
         marks.append(time.perf_counter())
 
-    decoded = [images.image(index) for index in indices]
+    side = smallest_side(runnable.preprocess)
+    decoded = [images.image(index, smallest_side=side) for index in indices]
     mark()
     pixels = torch.stack([runnable.preprocess(image) for image in decoded])
     mark()

@@ -10,18 +10,20 @@ from vitopt.data.pixels import Preprocessor
 from vitopt.models.calibration import Use, load_uses
 from vitopt.models.checkpoint import Checkpoint, empty_model, load_processor, parameter_count
 from vitopt.models.forward import flops_per_image
+from vitopt.recipe import RunSpec
 from vitopt.records import Model, Outputs
 
 
 class CheckpointRunnable:
-    """Base of a `vitopt.measure.runnable.Runnable` that has a `checkpoint`."""
+    """Base of a `vitopt.measure.runnable.Runnable` that has a `checkpoint` and is run by `run`."""
 
     checkpoint: Checkpoint
+    run: RunSpec
 
     @functools.cached_property
     def preprocess(self) -> Callable[[Image.Image], torch.Tensor]:
         """The checkpoint's own; may be set to another."""
-        return Preprocessor(load_processor(self.checkpoint))
+        return Preprocessor(load_processor(self.checkpoint), scaled=self.run.scaled_decoding)
 
     @property
     def outputs(self) -> Outputs:

@@ -144,6 +144,7 @@ class TorchRunnable(CheckpointRunnable):
             "fuse_pruned": self.run.fuse_pruned,
             "static_scales": f"{self._static_layers} layers" if self._static_layers else False,
             "channels_last": self.run.channels_last,
+            "scaled_decoding": self.run.scaled_decoding,
             "compile": self.fixed_shapes,
             "fused_kernels": f"{fused} products" if (fused := self._fused_products) else False,
             "autotune": self.run.autotune and self.fixed_shapes,

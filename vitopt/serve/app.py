@@ -22,6 +22,7 @@ from starlette.exceptions import HTTPException as StarletteError
 
 from vitopt import __version__
 from vitopt.data.decoding import decoded, open_bytes
+from vitopt.data.pixels import smallest_side
 from vitopt.errors import BadImageError, MeasurementError, RecipeError
 from vitopt.measure.runnable import Preprocess
 from vitopt.prediction import distinct, ranked
@@ -52,7 +53,7 @@ class Served:
         """What writes the pixels of an encoded image."""
 
         def write(pixels: np.ndarray) -> None:
-            image = decoded(lambda: open_bytes(content), max_pixels)
+            image = decoded(lambda: open_bytes(content), max_pixels, smallest_side=smallest_side(self.preprocess))
             pixels[:] = self.preprocess(image).numpy()
 
         return write

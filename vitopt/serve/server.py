@@ -52,7 +52,7 @@ def serve(
         checkpoint = open_checkpoint(source)
         loading = Loading(source, run.model_dump(exclude_unset=True), device, spec.batch_sizes, threads)
         model = ServedModel(name, loading, spec, checkpoint.image_size, metrics)
-        preprocess = Preprocessor(load_processor(checkpoint))
+        preprocess = Preprocessor(load_processor(checkpoint), scaled=run.scaled_decoding)
         served[name] = Served(model, preprocess, checkpoint.label_names)
     app = create_app(served, spec, metrics, os.environ.get(TOKEN_VARIABLE))
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal that ended it once more
