@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 import vitopt.serve.model as module
+from vitopt.serve.metrics import Metrics
 from vitopt.serve.model import ServedModel
-from vitopt.serve.process import Loading, ModelLost, Ready
+from vitopt.serve.process import Answers, Loading, ModelLost, Ready
 from vitopt.serve.settings import ServeSpec
 
 SIZE = (2, 2)
@@ -21,16 +22,17 @@ class FakeProcess:
         self.hold = threading.Event()  # set: calls answer
         self.hold.set()
         self.dies = False
+        self.paths = None  # as of an adaptive model, else
 
     def ready(self):
-        return Ready({1: 0.01, 2: 0.012, 4: 0.014}, {"engine": "fake"})
+        return Ready({1: 0.01, 2: 0.012, 4: 0.014}, True, {"variant": {"name": "fake", "format": "fp32"}})
 
-    def logits(self, slots, size):
+    def answers(self, slots, size):
         self.calls.append((list(slots), size))
         assert self.hold.wait(10)
         if self.dies:
             raise ModelLost("gone")
-        return self._pixels[list(slots), :, 0, 0].copy()
+        return Answers(self._pixels[list(slots), :, 0, 0].copy(), self.paths and self.paths[: len(slots)])
 
     def stop(self):
         for end in self._read:
@@ -54,11 +56,17 @@ def processes(monkeypatch):
 def model(processes):
     """Makes a model that is not started yet; settings as keywords."""
 
-    def make(**settings):
+    def make(name="fake", metrics=None, **settings):
         spec = ServeSpec(**{"batch_sizes": (1, 2, 4), "queue": 8} | settings)
-        return ServedModel("fake", Loading("fake", {}, "cpu", spec.batch_sizes), spec, SIZE)
+        metrics = metrics or Metrics(spec.batch_sizes)
+        return ServedModel(name, Loading("fake", {}, "cpu", spec.batch_sizes), spec, SIZE, metrics)
 
     return make
+
+
+def count(model, name, **labels):
+    """A count of a model as Prometheus reads it."""
+    return model._metrics.registry.get_sample_value(f"vitopt_{name}", {"model": model.name, **labels})
 
 
 def image_of(number):

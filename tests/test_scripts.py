@@ -9,11 +9,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from vitopt.measure.predictions import Predictions
 from vitopt.prediction import predict
 from vitopt.records import Accuracy, Latency, Memory, Record, Roofline, Variant, VersusBaseline
+from vitopt.serving_record import CallerLatency, ServedRate
 
 ROOT = Path(__file__).parents[1]
 
@@ -509,3 +512,47 @@ def test_the_servers_beside_vitopt_answer_as_the_checkpoint_does(shapes: Path) -
     labels = client.get("/models").json()[0]["labels"]
     found = client.post("/predict", content=photos[0].read_bytes()).json()
     assert found["batch"] == 1 and labels[found["classes"][0]["index"]] == expected[0]["label"]
+
+
+def test_serving_goals_are_judged_by_what_was_measured() -> None:
+    judge = script("serving_goals")
+    limits = {f"{name}_ci95_ms": (None, None) for name in ("p50", "p95", "p99")}
+    times = {f"{name}_ms": 20.0 for name in ("mean", "std", "min", "p50", "p95", "p99")}
+    alone = CallerLatency(count=400, **times, **limits)
+    content = {"rate": 60, "seconds": 10, "sent": 500, "answered": 400, "refused": 100, "errors": {}, "right": 390}
+    figures = {"slowest_refusal_ms": 12.0, "mean_batch": 4.0, "differing": 0, "peak_bytes": 10**9}
+    step = ServedRate(**content, **figures, latency=alone)
+    predictions = Predictions(("a", "b"), ("a", "b"), np.array([0, 1]), np.eye(2, dtype=np.float32))
+    facts = {
+        "offline": {"images_per_second": {1: 30.0, 8: 45.0}, "classes": [0, 1]},
+        "predictions": predictions,
+        "alone": alone,
+        "batch_ms": 50.0,
+        "largest_batch": 8,
+        "at_80": step,
+        "overload": [step] * 10,
+        "target_ms": 100.0,
+        "killed": step.model_copy(update={"errors": {"500: lost": 8}}),
+        "down_s": 5.0,
+        "load_s": 4.0,
+    }
+    kept = judge.goals(**facts)
+    assert all(goal["met"] for goal in kept.values()) and len(kept) == 10
+
+    def missed(**changes: Any) -> set[str]:
+        return {name.partition(",")[0] for name, goal in judge.goals(**facts | changes).items() if not goal["met"]}
+
+    def but(**changes: Any) -> ServedRate:
+        return step.model_copy(update=changes)
+
+    slow = alone.model_copy(update={"p99_ms": 101.0})
+    assert missed(overload=[but(seconds=11)] * 10) == {"requests/s over HTTP"}
+    assert missed(at_80=but(latency=slow)) == {"p99 ms at 80 % of the highest rate"}
+    assert missed(overload=[step] * 9 + [but(latency=slow)]) == {"p99 ms of what is accepted under overload"}
+    assert missed(overload=[step] * 9 + [but(slowest_refusal_ms=51.0)]) == {"ms until a request is refused"}
+    assert missed(overload=[step] * 9 + [but(peak_bytes=1_060_000_000)]) == {"memory"}
+    assert missed(offline=facts["offline"] | {"classes": [1, 1]}) == {"images whose class is another than offline"}
+    assert missed(killed=but(differing=1)) == {"answers that are not the image's own"}
+    assert missed(at_80=but(errors={"504": 1})) == {"errors under load"}
+    assert missed(killed=but(errors={"500: lost": 9})) == {"requests that failed with the killed model"}
+    assert missed(down_s=5.1) == {"seconds until a killed model is back"}

@@ -7,7 +7,9 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from vitopt import progress
 from vitopt.adaptive.router import Router
@@ -21,8 +23,11 @@ from vitopt.errors import BadImageError, DataError, MeasurementError
 from vitopt.measure.accuracy import padded_call
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.recipe import RunSpec
+from vitopt.records import Outputs
 
 logger = logging.getLogger(__name__)
+
+Pass = Literal["first", "second"]  # of an adaptive model
 
 
 def image_paths(names: Iterable[str]) -> list[Path]:
@@ -89,10 +94,7 @@ def classify(
         BadImageError: an image cannot be decoded.
         MeasurementError: the model's logits are not finite.
     """
-    device = runnable.device
-    # Names that stand twice, as two of ImageNet's do, are told apart by their outputs.
-    counts = Counter(runnable.label_names)
-    names = [f"{name} (output {i})" if counts[name] > 1 else name for i, name in enumerate(runnable.label_names)]
+    device, names = runnable.device, distinct(runnable.label_names)
     batch_size = min(batch_size, len(images))
     stream = batches(
         images, runnable.preprocess, batch_size, workers=workers, skip_bad=skip_bad, pin=device.type == "cuda"
@@ -107,22 +109,37 @@ def classify(
                     raise MeasurementError(
                         f"the logits of {runnable.name} are not finite: its weights are broken or overflow"
                     )
-                probabilities = logits.softmax(-1) if runnable.outputs == "classes" else logits.sigmoid()
-                best = probabilities.topk(min(top, len(names)))
-                paths: list[dict[str, str]] = [{}] * len(batch.indices)
-                if isinstance(runnable, Router):
-                    escalated = runnable.escalated[: len(batch.indices)].tolist()
-                    paths = [{"path": "second" if one else "first"} for one in escalated]
-                rows = zip(batch.indices, paths, best.values.tolist(), best.indices.tolist(), strict=True)
-                for index, path, *ranked in rows:
-                    classes = [
-                        {"label": names[label], "index": label, "percent": 100 * share}
-                        for share, label in zip(*ranked, strict=True)
-                    ]
+                paths = paths_of(runnable, len(batch.indices))
+                found = ranked(logits, names, runnable.outputs, top)
+                for place, (index, classes) in enumerate(zip(batch.indices, found, strict=True)):
+                    path = {"path": paths[place]} if paths else {}
                     answers[index] = {"image": images.ids[index], "classes": classes} | path
             for index in sorted(answers):
                 yield answers[index]
             counted.advance(len(answers))
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names of outputs; those that stand twice, as two of ImageNet's do, are told apart by their outputs."""
+    counts = Counter(names)
+    return [f"{name} (output {i})" if counts[name] > 1 else name for i, name in enumerate(names)]
+
+
+def ranked(logits: torch.Tensor, names: Sequence[str], outputs: Outputs, top: int) -> list[list[dict[str, Any]]]:
+    """For each row of `logits`, (images, outputs), the `top` classes, best first, as `classify` gives them."""
+    wide = logits.double()
+    best = (wide.softmax(-1) if outputs == "classes" else wide.sigmoid()).topk(min(top, len(names)))
+    return [
+        [{"label": names[i], "index": i, "percent": 100 * share} for share, i in zip(*row, strict=True)]
+        for row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+
+
+def paths_of(runnable: AnyPrepared, images: int) -> list[Pass] | None:
+    """Which pass answered each of the first `images` of the last call; None of what has one."""
+    if not isinstance(runnable, Router):
+        return None
+    return ["second" if one else "first" for one in runnable.escalated[:images].tolist()]
 
 
 def _unreadable(images: ImageSet, index: int) -> dict[str, Any]:

@@ -8,10 +8,12 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from vitopt import record_upgrade, storage
 from vitopt.errors import RecordError
+from vitopt.section import Section
+from vitopt.serving_record import Serving
 
 SCHEMA = record_upgrade.NEW
 RECORD_FILE = "record.json"
@@ -19,12 +21,6 @@ RECORD_FILE = "record.json"
 Option = str | bool | None  # what an option of a run is set to
 # What a model gives: a logit for each class, of which one is right; a logit for each of independent labels; or vectors.
 Outputs = Literal["classes", "labels", "embedding"]
-
-
-class Section(BaseModel):
-    """Base of all sections of a record: immutable, complete, no NaN (JSON has none)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Variant(Section):
@@ -318,6 +314,7 @@ class Record(Section):
     latency: tuple[Latency, ...] = ()
     latency_failures: tuple[FailedLatency, ...] = ()
     end_to_end: tuple[EndToEnd, ...] = ()
+    serving: Serving | None = Field(None, description="what callers of a server felt; null where none was asked")
     throughput: Throughput | None = None
     size: Size | None = None
     memory: Memory | None = None

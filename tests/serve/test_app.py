@@ -14,6 +14,8 @@ fastapi = pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient  # noqa: E402
 
 from vitopt.serve.app import Served, create_app  # noqa: E402
+from vitopt.serve.metrics import Metrics  # noqa: E402
+from vitopt.serve.process import Answers  # noqa: E402
 from vitopt.serve.settings import ServeSpec  # noqa: E402
 
 LABELS = ["red", "green", "blue"]
@@ -36,14 +38,11 @@ def client(model):
     """Makes a client of a server that runs."""
     open_clients = []
 
-    def make(token=None, names=("fake",), **settings):
-        served = {}
-        for name in names:
-            one = model(**settings)
-            one.name = name
-            served[name] = Served(one, preprocess, LABELS, independent=False)
+    def make(token=None, names=("fake",), labels=LABELS, **settings):
         spec = ServeSpec(**{"batch_sizes": (1, 2, 4), "queue": 8} | settings)
-        client = TestClient(create_app(served, spec, token))
+        metrics = Metrics(spec.batch_sizes)
+        served = {name: Served(model(name, metrics, **settings), preprocess, labels) for name in names}
+        client = TestClient(create_app(served, spec, metrics, token))
         client.__enter__()
         open_clients.append(client)
         return client
@@ -114,7 +113,8 @@ def test_no_answer_in_time_is_504(client, processes):
 
 def test_logits_that_are_not_finite_are_no_class(client, monkeypatch):
     one = client()
-    monkeypatch.setattr("serve_stand_in.FakeProcess.logits", lambda self, slots, size: np.full((len(slots), 3), np.nan))
+    nothing = lambda self, slots, size: Answers(np.full((len(slots), 3), np.nan))  # noqa: E731
+    monkeypatch.setattr("serve_stand_in.FakeProcess.answers", nothing)
     answer = one.post("/predict", content=photo((0, 0, 0)))
     assert answer.status_code == 500 and "not finite" in answer.json()["error"]
 
@@ -185,8 +185,32 @@ def test_metrics_are_what_prometheus_reads(client):
 
 def test_the_page_and_the_list_of_the_interface_are_there(client):
     one = client()
-    page = one.get("/")
-    assert page.headers["content-type"].startswith("text/html") and "Drop an image" in page.text
-    assert "http" not in re.sub(r"<!doctype html>", "", page.text)  # nothing from elsewhere
+    for path, words in (("/", "Drop an image"), ("/docs", "openapi.json")):
+        page = one.get(path)
+        assert page.headers["content-type"].startswith("text/html") and words in page.text
+        assert "http" not in page.text  # nothing from elsewhere
     paths = one.get("/openapi.json").json()["paths"]
     assert "image/jpeg" in json.dumps(paths["/predict"]) and "/v2/models/{name}/infer" in paths
+
+
+def test_an_adaptive_model_tells_which_pass_answered(client, processes):
+    one = client()
+    assert "path" not in one.post("/predict", content=photo((0, 0, 0))).json()
+    for taken in ("first", "second"):
+        processes[0].paths = [taken] * 4
+        assert one.post("/predict", content=photo((0, 0, 0))).json()["path"] == taken
+
+
+def test_names_that_stand_twice_are_told_apart(client):
+    one = client(labels=["crane", "crane", "maillot"])
+    found = one.post("/predict?top=3", content=photo((250, 10, 40), format="PNG")).json()["classes"]
+    assert [one["label"] for one in found] == ["crane (output 0)", "maillot", "crane (output 1)"]
+
+
+def test_a_model_is_described_as_a_record_does_and_gives_its_logits(client):
+    one = client()
+    (described,) = one.get("/models").json()
+    assert described["record"]["variant"] == {"name": "fake", "format": "fp32"}
+    assert described["batch_ms"] == {"1": 10, "2": 12, "4": 14} and described["labels"] == LABELS
+    answer = one.post("/predict?logits=true", content=photo((250, 10, 40), format="PNG")).json()
+    assert answer["logits"] == pytest.approx([2.5, 0.1, 0.4])

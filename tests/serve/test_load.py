@@ -1,6 +1,5 @@
 import asyncio
 import threading
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +9,13 @@ from aiohttp import web  # noqa: E402
 
 from vitopt.data.images import open_images  # noqa: E402
 from vitopt.errors import DataError, MeasurementError, UnsupportedError  # noqa: E402
-from vitopt.measure.latency_statistics import latency_summary  # noqa: E402
+from vitopt.measure.predictions import load_predictions  # noqa: E402
 from vitopt.recipe import DataSpec  # noqa: E402
+from vitopt.records import load_record  # noqa: E402
 from vitopt.serve import load  # noqa: E402
-from vitopt.serve.load import Client, Step, arrivals, cost_per_million  # noqa: E402
+from vitopt.serve.load import Client, arrivals, cost_per_million  # noqa: E402
+from vitopt.serve.record import record_of  # noqa: E402
+from vitopt.serving_record import CallerLatency, ServedRate  # noqa: E402
 
 LABELS = ["circle", "cross", "square", "stripe"]
 
@@ -21,8 +23,9 @@ LABELS = ["circle", "cross", "square", "stripe"]
 class Server:
     """Answers each image by `answer`, once as many requests as `together` are there at the same time."""
 
-    def __init__(self, answer, together=1, ready=True, labels=LABELS):
-        self.answer, self.together, self.ready, self.labels = answer, together, ready, labels
+    def __init__(self, answer, together=1, ready=True, labels=LABELS, metrics=dict, **says):
+        self.answer, self.together, self.ready, self.metrics = answer, together, ready, metrics
+        self.says = {"name": "tiny", "ready": True, "labels": labels, "record": {}} | says
         self.bodies = []
 
     def __enter__(self):
@@ -39,6 +42,7 @@ class Server:
         app = web.Application(client_max_size=10**8)
         app.router.add_get("/v2/health/ready", self._health)
         app.router.add_get("/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/predict", self._predict)
         runner = web.AppRunner(app)
         await runner.setup()
@@ -53,7 +57,10 @@ class Server:
         return web.json_response({}, status=200 if self.ready else 503)
 
     async def _models(self, request):
-        return web.json_response([{"name": "tiny", "ready": True, "runs": {}, "labels": self.labels}])
+        return web.json_response([self.says])
+
+    async def _metrics(self, request):
+        return web.Response(text="".join(f"{name} {value}\n" for name, value in self.metrics().items()))
 
     async def _predict(self, request):
         self.bodies.append(await request.read())
@@ -64,8 +71,20 @@ class Server:
         return web.json_response(content, status=status)
 
 
-def good(index):
-    return 200, {"classes": [{"label": "", "index": index, "percent": 100.0}], "batch": 2}
+def good(index, percent=100.0, **more):
+    return 200, {"classes": [{"label": "", "index": index, "percent": percent}], "batch": 2} | more
+
+
+def latency(**changes):
+    limits = {f"{name}_ci95_ms": (4.0, 6.0) for name in ("p50", "p95", "p99")}
+    times = {f"{name}_ms": 5.0 for name in ("mean", "std", "min", "p50", "p95", "p99")}
+    return CallerLatency(**{"count": 400} | times | limits | changes)
+
+
+def served(rate, **changes):
+    content = {"rate": rate, "seconds": 10, "sent": 200, "answered": 200, "refused": 0, "errors": {}}
+    more = {"latency": latency(), "slowest_refusal_ms": None, "right": 150, "mean_batch": 1.5}
+    return ServedRate(**content | more | changes)
 
 
 @pytest.fixture
@@ -88,7 +107,7 @@ def test_answers_are_judged_by_the_image_that_was_sent(images):
     assert step.right == step.answered > 10
     with Server(lambda _, body: good((of[body] + 1) % 4)) as server:
         step = Client(server.url, images).send(100, 0.3)
-    assert step.right == 0 and step.top1.low == pytest.approx(0, abs=1e-9)
+    assert step.right == step.top1_percent == 0
 
 
 def test_labels_are_those_of_the_server(images):
@@ -132,20 +151,106 @@ def test_arrivals_are_a_poisson_process():
 
 
 def test_the_highest_rate_that_keeps_the_target_is_found(monkeypatch, images):
-    step = Step(1, 1, 200, 200, 0, {}, latency_summary([5.0] * 200), None, 0, 0.0, 1.0)
-
     def send(self, rate, seconds, seed):
-        return replace(step, rate=rate, answered=200 if rate <= 13.7 else 199)
+        return served(rate, answered=200 if rate <= 13.7 else 199)
 
     monkeypatch.setattr(Client, "send", send)
     with Server(lambda *_: good(0)) as server:
         client = Client(server.url, images)
-        steps = client.highest_rate(10, 1)
-        best = max(one.rate for one in steps if one.keeps(10))
-        assert 13.7 / 1.025 < best <= 13.7
-        assert [one.rate for one in steps] == sorted(one.rate for one in steps)
+        for lone in (2.0, 30.0, 400.0):  # the first rates are above, near and below what is sought
+            steps = client.highest_rate(450, 1, alone=latency(p50_ms=lone))
+            best = max(one.rate for one in steps if one.keeps(450))
+            assert 13.7 / 1.025 < best <= 13.7
+            assert [one.rate for one in steps] == sorted(one.rate for one in steps)
         with pytest.raises(MeasurementError, match="4 ms"):
-            client.highest_rate(4, 1)  # 5 ms at every rate
+            client.highest_rate(4, 1, alone=latency())  # 5 ms without a load
+        monkeypatch.setattr(Client, "send", lambda self, rate, *_: served(rate, refused=1, answered=199))
+        with pytest.raises(MeasurementError, match="higher --target-p99-ms"):
+            client.highest_rate(450, 1, alone=latency())
+
+
+def test_answers_under_load_are_held_against_the_image_s_own(images):
+    own = {images.reader.content(row): number for number, row in enumerate(images.rows)}
+
+    def learnt(_, body):
+        return good(own[body] % 4, 50.0 + own[body], logits=[float(own[body]), 0.0, 0.0, 0.0])
+
+    with Server(learnt) as server:
+        client = Client(server.url, images)
+        predictions = client.learn()
+        assert predictions.logits[:, 0].tolist() == list(range(len(images)))
+        assert predictions.image_sha256 == images.image_hashes
+        assert client.send(100, 0.2).differing == 0
+        server.answer = lambda number, body: learnt(number, images.reader.content(images.rows[0]))  # another's
+        step = client.send(100, 0.3)
+    others = [body for body in server.bodies[-step.sent :] if own[body] > 1]  # half a point apart is the same
+    assert step.differing >= len(others) > 5
+
+
+def test_an_image_that_gets_no_answer_without_a_load_is_named(images):
+    with Server(lambda *_: (400, {"error": "no image"})) as server, pytest.raises(MeasurementError, match="circle/00"):
+        Client(server.url, images).learn()
+
+
+def test_utilisation_energy_and_memory_are_those_of_the_server(images):
+    looks = iter(range(1000))
+
+    def metrics():
+        passed = next(looks)
+        return {
+            "process_cpu_seconds_total": 0.1 * passed,
+            'vitopt_model_cpu_seconds{model="tiny"}': 0.3 * passed,
+            'vitopt_model_cpu_seconds{model="other"}': 100 * passed,
+            'vitopt_model_busy_seconds_total{model="tiny"}': 0.2 * passed,
+            "process_resident_memory_bytes": 1000 + passed,
+            'vitopt_model_resident_bytes{model="tiny"}': 500,
+            'vitopt_gpu_joules{model="tiny"}': 20.0 * passed,
+            'vitopt_gpu_percent{model="tiny"}': 40 + 20 * passed,
+        }
+
+    with Server(lambda *_: good(0), metrics=metrics, record={"environment": {"cpu_count": 4}}) as server:
+        step = Client(server.url, images).send(100, 0.5)  # two looks: before and after
+    assert step.joules_per_answer == pytest.approx(20 / step.answered)
+    assert (step.gpu_percent, step.peak_bytes) == (50, 1501)
+    assert step.cpu_percent == pytest.approx(0.5 * step.busy_percent)  # twice the seconds, of 4 cores
+    assert 0 < step.busy_percent < 100
+    with Server(lambda *_: good(0)) as server:
+        step = Client(server.url, images).send(100, 0.2)
+    assert step.joules_per_answer is step.cpu_percent is step.peak_bytes is None
+
+
+def test_a_load_becomes_a_record_that_compares_with_others(images, tmp_path):
+    from commands import done
+
+    of = {images.reader.content(row): label for row, label in zip(images.rows, images.labels, strict=True)}
+
+    def answer(_, body):
+        return good(of[body], logits=np.eye(4)[of[body]].tolist())
+
+    said = {"variant": {"name": "/somewhere/tiny", "format": "bf16"}, "environment": {"processor": "far"}}
+    with Server(answer, record=said, preprocessor="P", batch_ms={"1": 2.5, "4": 5.0}) as server:
+        done("load", server.url, "--data", f"{images.name}:test", "--output", tmp_path / "load", *ARGUMENTS)
+    record, predictions = load_record(tmp_path / "load"), load_predictions(tmp_path / "load")
+    assert (record.variant.name, record.variant.format) == ("tiny over HTTP", "bf16")
+    assert record.environment == said["environment"] and record.command is None
+    assert record.accuracy.top1_percent == 100 and predictions.correct.all()
+    assert record.dataset.sha256 == images.sha256 and record.dataset.preprocessor == "P"
+    serving = record.serving
+    assert serving.batch_ms == {1: 2.5, 4: 5.0} and [one.rate for one in serving.rates] == [40, 60]
+    assert serving.highest_rate == 60 and serving.best is serving.rates[1]
+    assert serving.cost_per_million == pytest.approx(cost_per_million(serving.best.answered_rate, 7.2))
+    assert "own machine" in " ".join(record.warnings) and "joules_per_answer" in record.unmeasured
+
+
+ARGUMENTS = ("--rates", "60,40", "--seconds", 1, "--target-p99-ms", 60_000, "--price-per-hour", 7.2)
+
+
+def test_answers_that_are_not_the_image_s_own_are_a_warning(images):
+    with Server(lambda *_: good(0, logits=[1.0, 0.0, 0.0, 0.0])) as server:
+        client = Client(server.url, images)
+        record = record_of(client, client.learn(), latency(), [served(9, differing=3), served(4, differing=0)])
+    assert any(line.startswith("3 of 400 answers") for line in record.warnings)
+    assert [one.rate for one in record.serving.rates] == [4, 9] and record.serving.highest_rate is None
 
 
 def test_a_price_becomes_a_cost():

@@ -2,11 +2,11 @@ import asyncio
 import threading
 
 import pytest
-from serve_stand_in import image_of
+from serve_stand_in import count, image_of
 
 from vitopt.errors import BadImageError
-from vitopt.serve.model import Busy, Histogram
-from vitopt.serve.process import ModelLost
+from vitopt.serve.model import Busy
+from vitopt.serve.process import ModelLost, Ready
 
 
 def run(model, work):
@@ -41,7 +41,7 @@ def test_every_request_gets_its_own_answer(model):
         return found
 
     assert run(served, work) == list(range(640))
-    assert served.counts.answered == 640 and served.waiting == 0
+    assert count(served, "requests_total", result="answered") == 640 and served.waiting == 0
 
 
 def test_requests_that_come_during_a_batch_are_the_next_one(model, processes):
@@ -60,7 +60,7 @@ def test_requests_that_come_during_a_batch_are_the_next_one(model, processes):
     assert [len(slots) for slots, _ in processes[0].calls] == [1, 3]
     assert [size for _, size in processes[0].calls] == [1, 4]  # three are filled up to what is built
     assert [answer.batch for answer in answers] == [1, 3, 3, 3]
-    assert served.counts.batches.buckets == [("1", 1), ("2", 1), ("4", 2), ("+Inf", 2)]
+    assert [count(served, "batch_images_bucket", le=limit) for limit in ("1.0", "2.0", "4.0", "+Inf")] == [1, 1, 2, 2]
 
 
 def test_more_than_fit_are_refused_and_the_others_answered(model, processes):
@@ -78,7 +78,7 @@ def test_more_than_fit_are_refused_and_the_others_answered(model, processes):
     refused, answers = run(served, work)
     assert refused.retry_after_s >= 1
     assert [answer.logits[0] for answer in answers] == [0, 1, 2, 3]
-    assert (served.counts.answered, served.counts.refused) == (4, 1)
+    assert [count(served, "requests_total", result=result) for result in ("answered", "refused")] == [4, 1]
 
 
 def test_a_request_that_would_be_late_is_refused_at_once_but_never_a_lone_one(model, processes):
@@ -94,6 +94,32 @@ def test_a_request_that_would_be_late_is_refused_at_once_but_never_a_lone_one(mo
         return await alone
 
     assert run(served, work).logits[0] == 1
+
+
+def test_what_takes_longer_than_expected_is_let_in_less(model, processes):
+    served = model(target_p99_ms=40)  # of which the running batch, one ahead and its own take at most 24
+
+    async def taken():
+        processes[0].hold.clear()
+        first = asyncio.create_task(served.classify(image_of(1)))
+        await until(lambda: len(processes[0].calls) == calls + 1)
+        second = asyncio.create_task(served.classify(image_of(2)))
+        await asyncio.sleep(0)
+        processes[0].hold.set()
+        return await asyncio.gather(first, second, return_exceptions=True)
+
+    async def work():
+        nonlocal calls
+        before = await taken()
+        for _ in range(30):
+            served._delay.observe(0.01, 0.1)  # ten times as long
+        calls = len(processes[0].calls)
+        return before, await taken()
+
+    calls = 0
+    before, after = run(served, work)
+    assert [type(one).__name__ for one in before] == ["Answer", "Answer"]
+    assert [type(one).__name__ for one in after] == ["Answer", "Busy"]
 
 
 @pytest.mark.parametrize("when", ["decoding", "waiting", "in a batch"])
@@ -150,8 +176,8 @@ def test_when_the_process_ends_only_its_requests_fail(model, processes):
         return [answer.logits[0] for answer in await kept]
 
     assert run(served, work) == [1, 2, 3, 4]
-    assert len(processes) == 2 and served.counts.restarts == 1
-    assert (served.counts.answered, served.counts.failed) == (4, 1)
+    assert len(processes) == 2 and count(served, "model_restarts_total") == 1
+    assert [count(served, "requests_total", result=result) for result in ("answered", "failed")] == [4, 1]
 
 
 def test_an_image_that_cannot_be_decoded_fails_alone(model):
@@ -203,9 +229,17 @@ def test_stopping_answers_what_was_accepted_and_takes_no_more(model, processes):
     assert asyncio.run(work()) == list(range(6))
 
 
-def test_a_histogram_counts_up_to_each_limit():
-    histogram = Histogram((1, 2.5))
-    for value in (0.5, 1, 2, 3, 4):
-        histogram.add(value)
-    assert histogram.buckets == [("1", 2), ("2.5", 3), ("+Inf", 5)]
-    assert histogram.total == 10.5
+def test_a_gpu_tells_its_energy_and_load(model, processes, monkeypatch):
+    class Fake:
+        energy_joules = staticmethod(lambda: 12.5)
+        busy_percent = staticmethod(lambda: None)
+
+    monkeypatch.setattr("vitopt.measure.conditions.Gpu.at", lambda address: Fake if address == "0:1" else None)
+    monkeypatch.setattr("serve_stand_in.FakeProcess.ready", lambda self: Ready({1: 0.01}, True, {}, gpu="0:1"))
+    served = model()
+
+    async def work():
+        return count(served, "gpu_joules"), count(served, "gpu_percent")
+
+    joules, percent = run(served, work)
+    assert joules == 12.5 and percent != percent  # NaN: not told

@@ -1,8 +1,9 @@
 import itertools
 
+import numpy as np
 import pytest
 
-from vitopt.serve.policy import BatchTimes, batch_size, expected_wait, retry_after
+from vitopt.serve.policy import BatchTimes, Delay, batch_size, expected_wait, retry_after
 
 
 def times(**seconds):
@@ -51,9 +52,37 @@ def test_a_new_request_waits_for_the_running_batch_those_ahead_and_its_own():
     seconds = times(b1=0.1, b4=0.2)
     assert expected_wait(0, -3.0, seconds) == pytest.approx(0.1)
     assert expected_wait(10, 0.05, seconds) == pytest.approx(0.05 + 10 / 20 + 0.1)
+    # Two decoders give 25 a second where the model takes 20, and 12.5 where they are what is slow.
+    assert expected_wait(10, 0.05, seconds, 0.08, 2) == pytest.approx(0.05 + 10 / 20 + 0.08 + 0.1)
+    assert expected_wait(10, 0.05, seconds, 0.16, 2) == pytest.approx(0.05 + 10 / 12.5 + 0.16 + 0.1)
 
 
 def test_retry_after_is_at_least_a_second():
     assert retry_after(0.2, 0.1) == 1
     assert retry_after(3.2, 0.1) == 4
     assert retry_after(2.5, None) == 3
+
+
+def test_a_batch_that_was_not_filled_up_is_held_against_its_own_size():
+    seconds = times(b1=0.1, b4=0.4)
+    seconds.observe(3, 0.3)  # just what it takes, in proportion
+    assert (seconds[1], seconds[4]) == (pytest.approx(0.1), pytest.approx(0.4))
+    seconds.observe(3, 0.6)
+    assert seconds[1] == pytest.approx(0.1 * 2**0.1) and seconds[4] == pytest.approx(0.4 * 2**0.1)
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.5])
+def test_a_delay_is_that_of_all_but_one_in_a_hundred(spread):
+    delay, taken = Delay(), np.random.default_rng(0).lognormal(0, spread, 20_000)
+    factors = []
+    for seconds in taken:
+        delay.observe(0.2, 0.2 * seconds)
+        factors.append(delay.factor)
+    assert np.mean(factors[5000:]) == pytest.approx(np.quantile(taken, 0.99), rel=0.1)
+
+
+def test_a_delay_is_never_taken_for_a_gain():
+    delay = Delay()
+    for _ in range(1000):
+        delay.observe(1.0, 0.1)
+    assert delay.factor == 1

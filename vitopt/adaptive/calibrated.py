@@ -10,8 +10,8 @@ from vitopt import storage
 from vitopt.adaptive_spec import AdaptiveSpec, Proxy, TargetSpec
 from vitopt.errors import CheckpointError
 from vitopt.models.checkpoint import Checkpoint
-from vitopt.records import Section
 from vitopt.run_spec import RunSpec
+from vitopt.section import Section
 
 ADAPTIVE_FILE = "adaptive.json"
 FIRST_FOLDER = "first"  # of the first pass's checkpoint, in the folder of the second's

@@ -73,12 +73,33 @@ def print_table(records: Sequence[Record], *, wide: bool | None = None) -> None:
     if left_out:
         where = "in --json" if wide is None else "with --wide"
         out.print(f"• more columns {where}: {', '.join(left_out)}")
+    print_serving(records, wide=bool(wide))
     for record in records:
         if (throughput := record.throughput) is not None:
             rate = f"{throughput.images_per_second:,.0f} images/s at batch {throughput.batch_size}"
             out.print(f"• {record.variant.name}: at most {rate}")
     for note in notes(records):
         out.print(f"• {note}")
+
+
+def print_serving(records: Sequence[Record], *, wide: bool) -> None:
+    """What callers of each served variant felt at each rate, and the highest that keeps the target."""
+    from vitopt.report.serving import all_rates
+    from vitopt.report.table import rate
+
+    for table in all_rates(records):
+        columns = [Column(heading, [row[i] for row in table.rows]) for i, heading in enumerate(table.headings)]
+        print_columns(out, table.caption, columns, ("p50 ms", "p99 ms", "refused", "top-1 %"), wide=wide)
+    for record in records:
+        if (serving := record.serving) is None:
+            continue
+        for one in serving.rates:
+            for what, count in one.errors.items():
+                out.print(f"• {rate(one.rate)} requests/s: {count} x {what}")
+        if serving.target_p99_ms is not None:
+            kept = f"{rate(serving.highest_rate)} requests/s keep" if serving.highest_rate else "no rate keeps"
+            cost = f"; a million cost {serving.cost_per_million:.2f}" if serving.cost_per_million is not None else ""
+            out.print(f"• {record.variant.name}: {kept} a p99 of {serving.target_p99_ms:g} ms{cost}")
 
 
 def print_kept_layers(records: Sequence[Record]) -> None:

@@ -105,6 +105,14 @@ def gpu_facts(device: torch.device) -> dict[str, Any] | None:
     }
 
 
+def pci_address(device: torch.device) -> str | None:
+    """Of a GPU, as NVML knows it; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+
+
 def driver_version() -> str | None:
     version_file = Path("/proc/driver/nvidia/version")
     if not version_file.exists():

@@ -1,9 +1,12 @@
 """What a result depends on, as records, fingerprints and `vitopt doctor` tell it."""
 
+import datetime
 import functools
 import hashlib
 import os
 import platform
+import shlex
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,6 +43,15 @@ def provenance(device: torch.device | None = None) -> dict[str, Any]:
     if device is not None:
         facts |= {"device": str(device), "processor": devices.processor_name(), "gpu": devices.gpu_facts(device)}
     return facts
+
+
+def occasion() -> dict[str, Any]:
+    """The command and the time, as every record tells them."""
+    program = Path(sys.argv[0])  # vitopt, vitopt/__main__.py, or a notebook, whose arguments repeat nothing
+    return {
+        "command": shlex.join(["vitopt", *sys.argv[1:]]) if "vitopt" in (program.stem, program.parent.name) else None,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def threads_bound() -> bool:

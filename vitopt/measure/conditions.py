@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 
+from vitopt.environment import devices
 from vitopt.records import GpuLoad
 
 _WAITED_PERCENT = 10  # of what threads wanted to run; where nothing disturbs them it is below 1
@@ -156,15 +157,17 @@ class Gpu:
 
     @classmethod
     def open(cls, device: torch.device) -> "Gpu | None":
-        """The GPU behind a torch device, found by its PCI address; None on the CPU or without NVML."""
-        if device.type != "cuda":
-            return None
+        """The GPU behind a torch device; None on the CPU or without NVML."""
+        address = devices.pci_address(device)
+        return cls.at(address) if address else None
+
+    @classmethod
+    def at(cls, address: str) -> "Gpu | None":
+        """The GPU at a PCI address, which need not be one of this process; None without NVML."""
         try:
             import pynvml
 
             pynvml.nvmlInit()
-            properties = torch.cuda.get_device_properties(device)
-            address = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
             return cls(pynvml, pynvml.nvmlDeviceGetHandleByPciBusId(address.encode()))
         except Exception:  # no binding, no library, or a driver that does not tell: measuring goes on without
             return None
@@ -196,6 +199,11 @@ class Gpu:
         """Energy since the driver was loaded; None where the GPU does not count it."""
         millijoules = self._ask("nvmlDeviceGetTotalEnergyConsumption")
         return None if millijoules is None else millijoules / 1000
+
+    def busy_percent(self) -> float | None:
+        """Share of the last moments in which anything ran on it; None where the driver does not tell."""
+        rates = self._ask("nvmlDeviceGetUtilizationRates")
+        return None if rates is None else float(rates.gpu)
 
     def _sees_own_process(self) -> bool:
         return any(p.pid == os.getpid() for p in self._ask("nvmlDeviceGetComputeRunningProcesses", default=[]))

@@ -1,13 +1,9 @@
 """The shared evaluator: prepared variants and images in, one record and its predictions each out."""
 
-import datetime
 import functools
-import shlex
-import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -334,12 +330,7 @@ def failed(name: str, asked: VariantSpec, reason: str, device: torch.device) -> 
 
 
 def _provenance(device: torch.device) -> dict[str, Any]:
-    program = Path(sys.argv[0])  # vitopt, vitopt/__main__.py, or a notebook, whose arguments repeat nothing
-    return {
-        "environment": machine.describe(device),
-        "command": shlex.join(["vitopt", *sys.argv[1:]]) if "vitopt" in (program.stem, program.parent.name) else None,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    return {"environment": machine.describe(device)} | machine.occasion()
 
 
 def _describe_dataset(

@@ -10,7 +10,7 @@ from vitopt.errors import RecordError
 from vitopt.formats import FORMATS
 from vitopt.measure.predictions import PREDICTIONS_FILE, Predictions, load_predictions
 from vitopt.records import Record
-from vitopt.report import details, roofline, sensitivity, summary, unit_plots
+from vitopt.report import details, roofline, sensitivity, serving, summary, unit_plots
 from vitopt.report.classes import class_changes
 from vitopt.report.figures import Plot, remove_others, rendered
 from vitopt.report.flips import Flips, Thumbnails, flips
@@ -68,6 +68,8 @@ def _context(run: Results, baseline: str | None, plots: Sequence[Plot]) -> dict[
         "batch_invariance": details.batch_invariance(records),
         "end_to_end": details.end_to_end(records),
         "other_timings": details.other_timings(records),
+        "served": serving.best_rates(records),
+        "served_rates": serving.all_rates(records),
         "plots": {kind: [plot for plot in plots if plot.kind == kind] for kind in _KINDS},
         "plots_folder": PLOTS_FOLDER,
         "memory_kind": next((record.memory.kind for record in records if record.memory), None),
@@ -88,7 +90,7 @@ def _context(run: Results, baseline: str | None, plots: Sequence[Plot]) -> dict[
     }
 
 
-_KINDS = ("accuracy", "latency", "waterfall", "size")
+_KINDS = ("accuracy", "latency", "waterfall", "serving", "size")
 
 
 def _analyses(run: Results) -> tuple[list[sensitivity.Analysis], list[str]]:

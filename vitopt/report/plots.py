@@ -25,7 +25,7 @@ from vitopt.report.table import batch_sizes, human_bytes, milliseconds, with_int
 from vitopt.report.waterfall import Step, steps
 
 MOST_DOTS = 80  # per variant; evenly thinned by rank, which leaves the distribution as it is
-_OWN_FILE = re.compile(r"((accuracy-latency|latency|waterfall)-\d+|weights|memory)\.(svg|png)")
+_OWN_FILE = re.compile(r"((accuracy-latency|latency|waterfall)-\d+|load|weights|memory)\.(svg|png)")
 _LONGEST_LINE = 56  # characters that fit beside each other
 _LONGEST_LABEL = 24
 _ROW = 40.0  # points per variant
@@ -49,6 +49,7 @@ def save_plots(
         ):
             title = f"Batch size {size}"
             drawn.append(Plot(f"{name}-{size}", kind, title, f"{what}. {title}", figure, size))
+    drawn.append(Plot("load", "serving", "Latency against load", "p50 and p99 at each rate", latency_load(records)))
     drawn.append(Plot("weights", "size", "Weights", "Weights in memory and on disk", sizes(records)))
     drawn.append(Plot("memory", "size", "Peak memory", "Peak memory", memory(records)))
     plots = rendered(drawn, folder)
@@ -126,6 +127,51 @@ def latency_samples(records: Sequence[Record], batch_size: int) -> Figure | None
         if latency.p95_ms is not None:
             _tick(axes, place, latency.p95_ms, 0.15, colour, 1.1)
     axes.set_xlim(0, edge)
+    return figure
+
+
+@styled()
+def latency_load(records: Sequence[Record]) -> Figure | None:
+    """p99 (its interval as a whisker) and below it p50 against requests per second; None where nothing was served.
+
+    p99 is hollow where requests were refused or failed, and takes 100 answers; the targets are dotted.
+    """
+    shown = [
+        (record, rates)
+        for record in records
+        if record.serving and (rates := [(one, one.latency) for one in record.serving.rates if one.latency])
+    ]
+    if not shown:
+        return None
+    figure, axes = blank(300)
+    ends = []
+    for record, rates in shown:
+        colour = colour_of(record.variant.format)
+        axes.plot(
+            *zip(*((one.rate, of.p50_ms) for one, of in rates), strict=True), color=colour, alpha=0.45, linewidth=1.2
+        )
+        known = [(one, of, of.p99_ms) for one, of in rates if of.p99_ms is not None]
+        for one, of, p99 in known:
+            low, high = of.p99_ci95_ms
+            axes.plot([one.rate] * 2, [low or p99, high or p99], color=colour, alpha=0.4, linewidth=1.2)
+            face = colour if one.answered == one.sent else "none"
+            axes.plot(one.rate, p99, "o", color=colour, markersize=5, markerfacecolor=face)
+        axes.plot([one.rate for one, *_ in known], [p99 for *_, p99 in known], color=colour, linewidth=1.6)
+        last = (known[-1][0].rate, known[-1][2]) if known else (rates[-1][0].rate, rates[-1][1].p50_ms)
+        ends.append((short(record.variant.name, _LONGEST_LABEL), *last))
+    for target in {record.serving.target_p99_ms for record, _ in shown if record.serving}:
+        if target is not None:
+            axes.axhline(target, color=INK, alpha=0.8, linewidth=1.4, linestyle=":")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.1, y=0.08)
+    axes.set_xlim(left=0)
+    axes.grid(True)
+    axes.set(xlabel="requests/s", ylabel="latency, ms")
+    names, x_ends, y_ends = zip(*ends, strict=True)
+    label_points(figure, axes, names, np.array(x_ends), np.array(y_ends))
     return figure
 
 

@@ -58,7 +58,8 @@ def _losses(records: Sequence[Record]) -> list[str]:
 
 def highlights(records: Sequence[Record], baseline: Record | None) -> list[Highlight]:
     """The smallest, the fastest per batch size and the most faithful; none of a measure by which all are equal."""
-    measured = {record.variant.name: record for record in records if record.failure is None}
+    # What is served is one of the others, behind a server.
+    measured = {record.variant.name: record for record in records if record.failure is None and not record.serving}
     name = baseline.variant.name if baseline else ""
     sizes = {own: record.size.weight_bytes for own, record in measured.items() if record.size}
     # Agreement is too coarse to rank variants that flip a handful of images; the divergence is not.

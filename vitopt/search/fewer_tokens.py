@@ -24,10 +24,10 @@ from vitopt.models.names import block_names
 from vitopt.optimize.hybrid import Boundary, Hybrid
 from vitopt.optimize.reduction import protected_tokens, reduce_tokens, set_removed, token_counts
 from vitopt.recipe import RunSpec
-from vitopt.records import Section
 from vitopt.search.confirmation import divide
 from vitopt.search.schedule import Costs, Removed, neighbours, proposed, smallest
 from vitopt.search.sensitivity import DEFAULT_MEMORY_BYTES, Calibration, calibration_of
+from vitopt.section import Section
 from vitopt.token_schedule import removed_in, written
 
 TOKENS_SCHEMA = "vitopt.tokens/1"

@@ -9,8 +9,8 @@ from pydantic import Field, ValidationError
 from vitopt import storage
 from vitopt.errors import RecordError
 from vitopt.measure.claims import Decision
-from vitopt.records import Section
 from vitopt.run_spec import computes_itself
+from vitopt.section import Section
 
 SENSITIVITY_SCHEMA = "vitopt.sensitivity/2"
 

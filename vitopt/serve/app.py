@@ -8,11 +8,12 @@ import asyncio
 import contextlib
 import itertools
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -24,21 +25,29 @@ from vitopt.data.decoding import decoded, open_bytes
 from vitopt.data.pixels import smallest_side
 from vitopt.errors import BadImageError, MeasurementError, RecipeError
 from vitopt.measure.runnable import Preprocess
+from vitopt.prediction import distinct, ranked
+from vitopt.records import Outputs
 from vitopt.serve import protocol
-from vitopt.serve.metrics import CONTENT_TYPE, metrics_text
+from vitopt.serve.metrics import CONTENT_TYPE, Metrics
 from vitopt.serve.model import Answer, Busy, ServedModel
 from vitopt.serve.process import ModelLost
 from vitopt.serve.settings import ServeSpec
 
-_PAGE = Path(__file__).parent / "page.html"
+_PAGES = Path(__file__).parent
 _TOP = 5
 
 
 class Served:
     """A model with what turns photos into its pixels and its logits into names."""
 
-    def __init__(self, model: ServedModel, preprocess: Preprocess, labels: list[str], independent: bool) -> None:
-        self.model, self.preprocess, self.labels, self.independent = model, preprocess, labels, independent
+    def __init__(self, model: ServedModel, preprocess: Preprocess, labels: Sequence[str]) -> None:
+        self.model, self.preprocess, self.labels = model, preprocess, labels
+        self._names = distinct(labels)
+
+    @property
+    def outputs(self) -> Outputs:
+        """What they are, once the model is loaded."""
+        return self.model.runs.outputs if self.model.runs else "classes"
 
     def fill(self, content: bytes, max_pixels: int) -> Callable[[np.ndarray], None]:
         """What writes the pixels of an encoded image."""
@@ -51,13 +60,22 @@ class Served:
 
     def classes(self, logits: np.ndarray, top: int) -> list[dict[str, Any]]:
         """The `top` classes, best first: label, index and percent."""
-        if self.independent:
-            shares = 1 / (1 + np.exp(-logits.astype(np.float64)))
-        else:
-            powers = np.exp(logits.astype(np.float64) - logits.max())
-            shares = powers / powers.sum()
-        best = np.argsort(-shares, kind="stable")[:top]
-        return [{"label": self.labels[i], "index": int(i), "percent": 100 * float(shares[i])} for i in best]
+        return ranked(torch.from_numpy(logits)[None], self._names, self.outputs, top)[0]
+
+    def describe(self) -> dict[str, Any]:
+        """What is known of it, as JSON: how it runs, its classes, and what a record says of it."""
+        runs = self.model.runs
+        return {
+            "name": self.model.name,
+            "ready": self.model.is_ready,
+            "process": self.model.process_id,
+            "batch_ms": self.model.batch_ms,
+            "load_s": self.model.load_s,
+            "outputs": self.outputs,
+            "preprocessor": getattr(self.preprocess, "name", type(self.preprocess).__name__),
+            "labels": self.labels,
+            "record": runs.record if runs else {},
+        }
 
 
 @contextlib.asynccontextmanager
@@ -74,7 +92,7 @@ async def running(served: Mapping[str, Served]) -> AsyncIterator[None]:
         yield
 
 
-def create_app(served: Mapping[str, Served], spec: ServeSpec, token: str | None = None) -> FastAPI:
+def create_app(served: Mapping[str, Served], spec: ServeSpec, metrics: Metrics, token: str | None = None) -> FastAPI:
     """The application, whose life is that of its models (`running`)."""
     turns = itertools.cycle(served)
 
@@ -84,7 +102,9 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, token: str | None 
         if token is not None and (given is None or not secrets.compare_digest(given.credentials, token)):
             raise HTTPException(401, "this server wants its bearer token", {"WWW-Authenticate": "Bearer"})
 
-    app = FastAPI(title="vitopt", version=__version__, lifespan=lambda _: running(served))
+    app = FastAPI(
+        title="vitopt", version=__version__, lifespan=lambda _: running(served), docs_url=None, redoc_url=None
+    )
     protected = [Depends(authorised)]
 
     def named(name: str | None) -> Served:
@@ -111,15 +131,19 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, token: str | None 
     @app.post("/predict", dependencies=protected, openapi_extra=protocol.IMAGE_BODY)
     async def predict(
         request: Request,
-        model: Annotated[str | None, Query(description="one of several models")] = None,
-        top: Annotated[int, Query(ge=1, le=1000, description="classes, best first")] = _TOP,
+        model: Annotated[str | None, Query(description="one of several models; else the first, or in turn")] = None,
+        top: Annotated[int, Query(ge=1, description="classes, best first")] = _TOP,
+        logits: Annotated[bool, Query(description="all logits too")] = False,
     ) -> dict[str, Any]:
         """Classes of one image: its bytes as the body, or as a multipart form's first file."""
         one = named(model)
         content = await image_of(request, spec.max_bytes)
         found = await answer(one, one.fill(content, spec.max_pixels))
         refuse_broken(found.logits)
-        return {
+        more: dict[str, Any] = {"path": found.path} if found.path else {}
+        if logits:
+            more["logits"] = found.logits.tolist()
+        return more | {
             "model": one.model.name,
             "classes": one.classes(found.logits, top),
             "milliseconds": {"decode": found.decode_ms, "wait": found.wait_ms, "model": found.model_ms},
@@ -157,7 +181,7 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, token: str | None 
     @app.post("/v2/models/{name}/infer", dependencies=protected)
     @app.post(f"/v2/models/{{name}}/versions/{protocol.VERSION}/infer", dependencies=protected, include_in_schema=False)
     async def infer(name: str, request: Request) -> Response:
-        """Logits of pixels that the caller prepared: `pixel_values`, FP32, (images, 3, height, width)."""
+        """Logits of pixels that the caller prepared: pixel_values, FP32, (images, 3, height, width)."""
         one = named(name)
         body = await _body(request, spec.max_bytes)
         try:
@@ -174,27 +198,23 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, token: str | None 
         return Response(content, media_type=headers.pop("Content-Type"), headers=headers)
 
     @app.get("/metrics", dependencies=protected)
-    def metrics() -> Response:
+    def counts() -> Response:
         """Counts and times for Prometheus."""
-        return Response(metrics_text([one.model for one in served.values()]), media_type=CONTENT_TYPE)
+        return Response(metrics.page(), media_type=CONTENT_TYPE)
 
     @app.get("/", include_in_schema=False)
     def page() -> HTMLResponse:
-        return HTMLResponse(_PAGE.read_text(encoding="utf-8"))
+        return HTMLResponse((_PAGES / "page.html").read_text(encoding="utf-8"))
+
+    @app.get("/docs", include_in_schema=False)
+    def docs() -> HTMLResponse:
+        # FastAPI's own page is empty where the network that its scripts come from cannot be reached.
+        return HTMLResponse((_PAGES / "docs.html").read_text(encoding="utf-8"))
 
     @app.get("/models", dependencies=protected)
     def models() -> list[dict[str, Any]]:
         """The models here and how they run."""
-        return [
-            {
-                "name": name,
-                "ready": one.model.is_ready,
-                "process": one.model.process_id,
-                "runs": one.model.ran,
-                "labels": one.labels,
-            }
-            for name, one in served.items()
-        ]
+        return [one.describe() for one in served.values()]
 
     @app.exception_handler(StarletteError)
     async def one_line(_: Request, error: StarletteError) -> JSONResponse:

@@ -1,19 +1,23 @@
 """One served model: requests in, answers out, gathered into batches between them."""
 
 import asyncio
-import bisect
 import collections
-import itertools
+import contextlib
 import logging
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+import psutil
 
 from vitopt.errors import MeasurementError, VitoptError
-from vitopt.serve.policy import BatchTimes, batch_size, expected_wait, retry_after
+from vitopt.measure.conditions import Gpu
+from vitopt.prediction import Pass
+from vitopt.serve.metrics import RESULTS, STAGES, Metrics
+from vitopt.serve.policy import BatchTimes, Delay, batch_size, expected_wait, retry_after
 from vitopt.serve.process import Loading, ModelLost, ModelProcess, Ready, Slots
 from vitopt.serve.settings import ServeSpec
 
@@ -33,60 +37,26 @@ class Busy(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """`logits`: (outputs,), float32; milliseconds that the request spent decoding, waiting and in the model's batch."""
+    """`logits`: (outputs,), float32; milliseconds that the request spent decoding, waiting and in the model's batch.
+
+    `path`: which pass answered, of an adaptive model.
+    """
 
     logits: np.ndarray
     decode_ms: float
     wait_ms: float
     model_ms: float
     batch: int
+    path: Pass | None = None
 
 
 @dataclass(eq=False)
 class _Request:
     slot: int
     arrived: float
+    expected_s: float
     future: "asyncio.Future[Answer]"
     decoded: float = 0.0
-
-
-@dataclass
-class Histogram:
-    """How many values were at most each of `limits`, as Prometheus counts them."""
-
-    limits: Sequence[float]
-    total: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._counts = [0] * (len(self.limits) + 1)
-
-    def add(self, value: float) -> None:
-        """Count one value."""
-        self._counts[bisect.bisect_left(self.limits, value)] += 1
-        self.total += value
-
-    @property
-    def buckets(self) -> list[tuple[str, int]]:
-        """(limit, values up to it), the last without a limit."""
-        names = [*(f"{limit:g}" for limit in self.limits), "+Inf"]
-        return list(zip(names, itertools.accumulate(self._counts), strict=True))
-
-
-_SECONDS = tuple(base * 10**power for power in (-3, -2, -1, 0, 1) for base in (1, 2, 5))
-
-
-@dataclass
-class Counts:
-    """What happened to requests since the start, and to the model's process."""
-
-    batches: Histogram
-    answered: int = 0
-    refused: int = 0
-    failed: int = 0
-    restarts: int = 0
-    seconds: dict[str, Histogram] = field(
-        default_factory=lambda: {stage: Histogram(_SECONDS) for stage in ("decode", "wait", "model", "all")}
-    )
 
 
 class ServedModel:
@@ -96,10 +66,11 @@ class ServedModel:
     that goes away frees its place at once only where no thread decodes into it and no batch holds it.
     """
 
-    def __init__(self, name: str, loading: Loading, spec: ServeSpec, size: tuple[int, int]) -> None:
-        self.name, self.counts = name, Counts(Histogram(spec.batch_sizes))
-        self.image_shape = (3, *size)
-        self.ran: dict[str, object] = {}
+    def __init__(self, name: str, loading: Loading, spec: ServeSpec, size: tuple[int, int], metrics: Metrics) -> None:
+        self.name, self.image_shape = name, (3, *size)
+        self.runs: Ready | None = None  # how, once it is loaded
+        self._metrics = metrics
+        self._gpu: Gpu | None = None
         self._loading, self._spec, self._target_s = loading, spec, (spec.target_p99_ms or 0) / 1e3 or None
         self._slots = Slots(spec.queue, size)
         self._free = collections.deque(range(self._slots.shape[0]))
@@ -109,11 +80,19 @@ class ServedModel:
         self._work = asyncio.Event()
         self._stopping = False
         self._times: BatchTimes | None = None
+        self._delay = Delay()
         self._running_until = 0.0
         self._decode_s = 0.0
-        self._load_s = 10.0  # until it is known
+        self.load_s = 10.0  # seconds; until it is known
         self._process: ModelProcess | None = None
         self._task: asyncio.Task[None] | None = None
+        self._ended = {result: metrics.requests.labels(name, result) for result in RESULTS}
+        self._stages = {stage: metrics.seconds.labels(name, stage) for stage in STAGES}
+        metrics.restarts.labels(name)
+        metrics.waiting.labels(name).set_function(lambda: self.waiting)
+        metrics.ready.labels(name).set_function(lambda: self.is_ready)
+        metrics.processor.labels(name).set_function(lambda: self._of_process(lambda it: sum(it.cpu_times()[:2])))
+        metrics.memory.labels(name).set_function(lambda: self._of_process(lambda it: it.memory_info().rss))
 
     @property
     def is_ready(self) -> bool:
@@ -129,6 +108,11 @@ class ServedModel:
     def process_id(self) -> int | None:
         """Of the model's process."""
         return self._process.pid if self._process else None
+
+    @property
+    def batch_ms(self) -> dict[int, float]:
+        """What a batch of each size takes at the moment; nothing while it is not known."""
+        return {size: 1e3 * self._times[size] for size in self._times.sizes} if self._times else {}
 
     async def start(self) -> None:
         """Load the model and begin to answer.
@@ -169,27 +153,29 @@ class ServedModel:
                 self._work.set()
                 answer = await request.future
         except BaseException:
-            self.counts.failed += 1
+            self._ended["failed"].inc()
             self._withdraw(request)
             raise
-        self.counts.answered += 1
+        self._ended["answered"].inc()
+        self._delay.observe(request.expected_s, time.perf_counter() - request.arrived)
         stages = {"decode": answer.decode_ms, "wait": answer.wait_ms, "model": answer.model_ms}
         for stage, ms in (stages | {"all": sum(stages.values())}).items():
-            self.counts.seconds[stage].add(ms / 1e3)
+            self._stages[stage].observe(ms / 1e3)
         return answer
 
     def _admit(self) -> _Request:
         """A place for a new request."""
         now = time.perf_counter()
         if self._times is None or self._stopping:
-            self.counts.refused += 1
-            raise Busy("the model is not loaded", max(1, round(self._load_s)))
-        wait = expected_wait(self.waiting, self._running_until - now, self._times) + self._decode_s
-        too_late = self._target_s is not None and wait > self._target_s and self.waiting > 0
+            self._ended["refused"].inc()
+            raise Busy("the model is not loaded", max(1, round(self.load_s)))
+        decoding = self._decode_s, self._spec.decoders
+        wait = expected_wait(self.waiting, self._running_until - now, self._times, *decoding)
+        too_late = self._target_s is not None and wait * self._delay.factor > self._target_s and self.waiting > 0
         if not self._free or too_late:
-            self.counts.refused += 1
+            self._ended["refused"].inc()
             raise Busy("too many requests wait", retry_after(wait, self._target_s))
-        return _Request(self._free.popleft(), now, asyncio.get_running_loop().create_future())
+        return _Request(self._free.popleft(), now, wait, asyncio.get_running_loop().create_future())
 
     async def _decode(self, request: _Request, fill: Callable[[np.ndarray], None]) -> None:
         def timed() -> float:
@@ -243,7 +229,7 @@ class ServedModel:
         assert self._process is not None
         try:
             found = await asyncio.get_running_loop().run_in_executor(
-                self._caller, self._process.logits, [request.slot for request in batch], size
+                self._caller, self._process.answers, [request.slot for request in batch], size
             )
         except (ModelLost, MeasurementError) as error:
             if isinstance(error, ModelLost):
@@ -253,12 +239,15 @@ class ServedModel:
                     request.future.set_exception(error)
         else:
             seconds = time.perf_counter() - start
-            times.observe(size, seconds)
-            self.counts.batches.add(len(batch))
-            for request, logits in zip(batch, found, strict=True):
+            times.observe(size if self.runs and self.runs.fixed_shapes else len(batch), seconds)
+            self._metrics.batches.labels(self.name).observe(len(batch))
+            self._metrics.busy.labels(self.name).inc(seconds)
+            for place, (request, logits) in enumerate(zip(batch, found.logits, strict=True)):
                 if not request.future.done():
+                    path = found.paths[place] if found.paths else None
                     decode, wait = request.decoded - request.arrived, start - request.decoded
-                    request.future.set_result(Answer(logits, 1e3 * decode, 1e3 * wait, 1e3 * seconds, len(batch)))
+                    answer = Answer(logits, 1e3 * decode, 1e3 * wait, 1e3 * seconds, len(batch), path)
+                    request.future.set_result(answer)
         finally:
             for request in batch:
                 self._release(request)
@@ -266,11 +255,15 @@ class ServedModel:
     async def _load(self) -> None:
         start = time.perf_counter()
         self._process = await asyncio.to_thread(ModelProcess, self._loading, self._slots)
-        ready: Ready = await asyncio.to_thread(self._process.ready)
+        self.runs = await asyncio.to_thread(self._process.ready)
         # Also where it ends between two batches: those who wait then have lost nothing.
         asyncio.get_running_loop().add_reader(self._process.sentinel, self._lost)
-        self._times, self.ran = BatchTimes(ready.seconds), ready.ran
-        self._load_s = time.perf_counter() - start
+        self._times = BatchTimes(self.runs.seconds)
+        self.load_s = time.perf_counter() - start
+        if self.runs.gpu and self._gpu is None and (gpu := Gpu.at(self.runs.gpu)):
+            self._gpu = gpu
+            self._metrics.energy.labels(self.name).set_function(lambda: _or_nan(gpu.energy_joules()))
+            self._metrics.utilisation.labels(self.name).set_function(lambda: _or_nan(gpu.busy_percent()))
 
     def _lost(self) -> None:
         assert self._process is not None
@@ -279,8 +272,14 @@ class ServedModel:
             self._times = None
             self._work.set()
 
+    def _of_process(self, figure: Callable[[psutil.Process], float]) -> float:
+        with contextlib.suppress(psutil.Error):
+            if self.process_id is not None:
+                return figure(psutil.Process(self.process_id))
+        return math.nan
+
     async def _load_again(self) -> None:
-        self.counts.restarts += 1
+        self._metrics.restarts.labels(self.name).inc()
         if self._process is not None:
             await asyncio.to_thread(self._process.stop)
         try:
@@ -288,3 +287,7 @@ class ServedModel:
         except (ModelLost, VitoptError) as error:
             logger.warning("%s: cannot be started again (%s); another attempt follows", self.name, error)
             await asyncio.sleep(_PAUSE_S)
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value

@@ -12,11 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vitopt.errors import MeasurementError, VitoptError
+from vitopt.records import Outputs
+
+if TYPE_CHECKING:
+    from vitopt.adaptive.runtime import AnyPrepared
+    from vitopt.prediction import Pass
 
 _TIMED_CALLS = 5
 
@@ -38,10 +43,25 @@ class Loading:
 
 @dataclass(frozen=True)
 class Ready:
-    """The model is warm: seconds that a batch of each size takes, and how it really runs."""
+    """The model is warm.
+
+    `seconds`: that a batch of each size takes; `fixed_shapes`: whether fewer images are filled up to it. `record`: what
+    a record says of the model and of where it runs, as JSON. `outputs`: what they are. `gpu`: its address, if any.
+    """
 
     seconds: dict[int, float]
-    ran: dict[str, Any]
+    fixed_shapes: bool
+    record: dict[str, Any]
+    outputs: Outputs = "classes"
+    gpu: str | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """`logits`: (images, outputs), float32; `paths`: which pass answered each, None of a model with one."""
+
+    logits: np.ndarray
+    paths: "list[Pass] | None" = None
 
 
 class Slots:
@@ -95,8 +115,8 @@ class ModelProcess:
         """
         return self._answer()
 
-    def logits(self, slots: Sequence[int], size: int) -> np.ndarray:
-        """(slots, outputs), float32, of the images in `slots`, run as a batch of `size`.
+    def answers(self, slots: Sequence[int], size: int) -> Answers:
+        """Those to the images in `slots`, run as a batch of `size`.
 
         Raises:
             MeasurementError: the model raised an error.
@@ -145,20 +165,21 @@ def _work(loading: Loading, memory: str, shape: tuple[int, ...], connection: Con
                 connection.send(MeasurementError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
 
 
-def _load(loading: Loading) -> tuple[Any, Ready]:
+def _load(loading: Loading) -> "tuple[AnyPrepared, Ready]":
     from vitopt.threads import bind, wait_briefly
 
     if loading.threads is not None:
         bind(loading.threads)
     else:
         wait_briefly()
-    from vitopt.environment import devices, libraries
+    from vitopt.environment import devices, libraries, machine
 
     libraries.quiet_libraries()
     from vitopt.adaptive.runtime import prepare
     from vitopt.data.pixels import random_pixels
     from vitopt.models.checkpoint import open_checkpoint
     from vitopt.recipe import RunSpec
+    from vitopt.records import Record
 
     checkpoint = open_checkpoint(loading.source)
     device = devices.resolve_device(loading.device)
@@ -173,14 +194,22 @@ def _load(loading: Loading) -> tuple[Any, Ready]:
             _call(runnable, images, size)
             times.append(time.perf_counter() - start)
         seconds[size] = float(np.median(times))
-    return runnable, Ready(seconds, runnable.describe()["variant"].ran)
+    record = Record(environment=machine.describe(device), **runnable.describe())
+    return runnable, Ready(
+        seconds,
+        runnable.fixed_shapes,
+        record.model_dump(mode="json", by_alias=True, exclude_defaults=True),
+        runnable.outputs,
+        devices.pci_address(device),
+    )
 
 
-def _call(runnable: Any, pixels: np.ndarray, size: int) -> np.ndarray:
-    """(images, outputs) of (images, 3, height, width), filled up to `size`: what is built is built for fixed sizes."""
+def _call(runnable: "AnyPrepared", pixels: np.ndarray, size: int) -> Answers:
+    """Those to `pixels`, (images, 3, height, width)."""
     import torch
 
-    images = torch.from_numpy(pixels)
-    if len(images) < size:
-        images = torch.cat([images, images[-1:].expand(size - len(images), -1, -1, -1)])
-    return runnable(images.to(runnable.device))[: len(pixels)].float().cpu().numpy()
+    from vitopt.measure.accuracy import padded_call
+    from vitopt.prediction import paths_of
+
+    logits = padded_call(runnable, torch.from_numpy(pixels).to(runnable.device), size).float().cpu().numpy()
+    return Answers(logits, paths_of(runnable, len(pixels)))

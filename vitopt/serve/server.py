@@ -16,6 +16,7 @@ from vitopt.errors import RecipeError, UnsupportedError
 from vitopt.models.checkpoint import load_processor, open_checkpoint
 from vitopt.recipe import RunSpec
 from vitopt.serve.app import Served, create_app, running
+from vitopt.serve.metrics import Metrics
 from vitopt.serve.model import ServedModel
 from vitopt.serve.process import Loading
 from vitopt.serve.settings import ServeSpec
@@ -43,17 +44,17 @@ def serve(
     """
     devices.resolve_device(device)
     served: dict[str, Served] = {}
+    metrics = Metrics(spec.batch_sizes)
     for source in sources:
         name = Path(source).name
         if name in served:
             raise RecipeError(f"two checkpoints are called {name}: rename the folder of one")
         checkpoint = open_checkpoint(source)
         loading = Loading(source, run.model_dump(exclude_unset=True), device, spec.batch_sizes, threads)
-        model = ServedModel(name, loading, spec, checkpoint.image_size)
+        model = ServedModel(name, loading, spec, checkpoint.image_size, metrics)
         preprocess = Preprocessor(load_processor(checkpoint), scaled=run.scaled_decoding)
-        independent = checkpoint.config.problem_type == "multi_label_classification"
-        served[name] = Served(model, preprocess, checkpoint.label_names, independent)
-    app = create_app(served, spec, os.environ.get(TOKEN_VARIABLE))
+        served[name] = Served(model, preprocess, checkpoint.label_names)
+    app = create_app(served, spec, metrics, os.environ.get(TOKEN_VARIABLE))
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal that ended it once more
         asyncio.run(_serve(served, app, spec, announce))
 
