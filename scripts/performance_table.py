@@ -26,12 +26,14 @@ from vitopt.report.table import HEADINGS, UNKNOWN, cautions, device_name, markdo
 SCHEMA, SERVING_SCHEMA = "vitopt.device/1", "vitopt.serving/1"
 BEGIN, END = "<!-- performance tables: scripts/performance_table.py -->", "<!-- end of performance tables -->"
 GPU_RECIPES = ("goals-vit-l", "packed-vit-l", "waterfall-vit-l", "attention-vit-l", "engines-gpu")
-CPU_RECIPES = ("waterfall-cpu-vit-l", "engines-cpu-vit-l")
+CPU_RECIPES = ("waterfall-cpu-vit-l", "engines-cpu-vit-l", "tokens-vit-l-cpu")
 FIDELITY_RECIPES = (
     "imagenet-vit-tiny",
     "engines-cpu",
     "static-scales-vit-tiny",
     "tokens-vit-tiny",
+    "adaptive-vit-tiny",
+    "adaptive-photos-vit-tiny",
     "rounding-vit-tiny",
 )
 _FIDELITY = ("top-1 %", "Δ points (95 %)", "agree %", "p50 ms", "speed-up", "weights", "on disk")

@@ -125,6 +125,8 @@ def test_a_file(tiny_checkpoint):
 def test_a_folder_without_a_configuration(folder):
     (folder / "config.json").unlink()
     assert refusal(folder) == f"{folder} has no config.json, so it is not a Hugging Face checkpoint"
+    (folder / "example.py").touch()
+    assert "exported" in refusal(folder) and f"python {folder / 'example.py'}" in refusal(folder)
 
 
 def test_an_adapter(folder):

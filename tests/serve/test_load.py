@@ -68,7 +68,8 @@ class Server:
             self._all.set()
         await self._all.wait()
         status, content = self.answer(len(self.bodies) - 1, self.bodies[-1])
-        return web.json_response(content, status=status)
+        text = isinstance(content, str)
+        return web.Response(text=content, status=status) if text else web.json_response(content, status=status)
 
 
 def good(index, percent=100.0, **more):
@@ -122,7 +123,7 @@ def test_labels_are_those_of_the_server(images):
 
 def test_refusals_and_errors_are_counted_apart(images):
     def answer(number, _):
-        return [good(0), (503, {"error": "full"}), (500, {"error": "broken"})][number % 3]
+        return [good(0), (503, "full"), (500, {"error": "broken"})][number % 3]
 
     with Server(answer) as server:
         step = Client(server.url, images).send(60, 0.3)

@@ -22,6 +22,8 @@ import numpy as np
 from PIL import Image
 
 FOLDER = Path(__file__).parent
+if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
+    sys.exit("usage: python example.py PHOTO")
 
 
 {pixels}

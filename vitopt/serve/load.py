@@ -276,8 +276,11 @@ class Client:
         try:
             address, asked = f"{self.url}/predict", {"top": 1, "model": self.model, "logits": str(logits)}
             async with session.post(address, params=asked, data=self._contents[which]) as answer:
+                if answer.status == 503:  # whose body need not be JSON where a proxy or another server refuses
+                    await answer.read()
+                    return _Reply(answer.status, time.perf_counter(), {})
                 body: dict[str, Any] = await answer.json()
-                error = "" if answer.status in (200, 503) else f"{answer.status}: {body.get('error')}"
+                error = "" if answer.status == 200 else f"{answer.status}: {body.get('error')}"
                 return _Reply(answer.status, time.perf_counter(), body, error)
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             return _Reply(0, time.perf_counter(), {}, type(error).__name__)

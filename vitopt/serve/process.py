@@ -184,16 +184,16 @@ def _load(loading: Loading) -> "tuple[AnyPrepared, Ready]":
     checkpoint = open_checkpoint(loading.source)
     device = devices.resolve_device(loading.device)
     runnable = prepare(checkpoint, name=loading.source, device=device, run=RunSpec(**loading.run))
-    seconds = {}
-    for size in loading.batch_sizes:
-        images = random_pixels(size, runnable.input_size).numpy()
+    batches = {size: random_pixels(size, runnable.input_size).numpy() for size in loading.batch_sizes}
+    for size, images in batches.items():
         _call(runnable, images, size)  # compiles
-        times = []
-        for _ in range(_TIMED_CALLS):
+    times: dict[int, list[float]] = {size: [] for size in batches}
+    for _ in range(_TIMED_CALLS):
+        for size, images in batches.items():  # in turn: a busy moment of the machine meets all sizes
             start = time.perf_counter()
             _call(runnable, images, size)
-            times.append(time.perf_counter() - start)
-        seconds[size] = float(np.median(times))
+            times[size].append(time.perf_counter() - start)
+    seconds = {size: float(np.median(of)) for size, of in times.items()}
     record = Record(environment=machine.describe(device), **runnable.describe())
     return runnable, Ready(
         seconds,
