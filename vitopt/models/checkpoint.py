@@ -142,7 +142,7 @@ def _open_folder(source: str, path: Path) -> Checkpoint:
         raise gate.adapter_error(source)
     if not (path / CONFIG_FILE).is_file():
         if (path / "example.py").is_file():
-            raise CheckpointError(f"{source} was exported to run without vitopt: python {path / 'example.py'} photo.jpg")
+            raise CheckpointError(f"{source} was exported to run alone: python {path / 'example.py'} photo.jpg")
         raise CheckpointError(f"{source} has no config.json, so it is not a Hugging Face checkpoint")
     files = weights.weight_files(source, path)
     config = _read_config(source, path / CONFIG_FILE)
