@@ -390,7 +390,7 @@ def _use_image(case: Path) -> None:
     for index in range(len(images)):
         try:
             images.image(index)
-            images.image(index, small=True)
+            images.image(index, smallest_side=1)
         except VitoptError as error:
             refused = error
     if refused is not None:

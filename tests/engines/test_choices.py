@@ -40,7 +40,7 @@ def test_the_fastest_of_an_engine_is_chosen_among_its_formats(everywhere, checkp
     assert [record.variant.name for record in choice.records] == names
     assert [record.failure for record in choice.records] == [None] * 5
     ran = [record.variant.ran for record in choice.records]
-    assert "engine" not in ran[0] and ran[4] == {"engine": "openvino", "static_scales": True}
+    assert "engine" not in ran[0] and ran[4]["engine"] == "openvino" and ran[4]["static_scales"]
     assert choice.variant.name in names
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from vitopt.data.images import ImageSet, open_images
+from vitopt.measure import evaluator, memory
 from vitopt.measure.evaluator import evaluate
 from vitopt.measure.runnable import input_size
 from vitopt.recipe import DataSpec, EvaluateSpec
@@ -42,7 +43,8 @@ def images(shapes: Path) -> ImageSet:
     return open_images(DataSpec(source=str(shapes)), "test")
 
 
-def test_a_plain_function_is_measured_compared_and_reported(images: ImageSet) -> None:
+def test_a_plain_function_is_measured_compared_and_reported(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator, "peak_memory", memory.peak_memory)
     one, other = (
         measured.record
         for measured in evaluate([Plain("a", 32), Plain("b", 32)], SPEC, images=images, baseline="a", untrained=True)
