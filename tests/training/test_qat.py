@@ -1,12 +1,12 @@
 """Quantization-aware training: what it computes with is what the quantized checkpoint holds, to the bit."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import random_pixels
@@ -105,25 +105,10 @@ def test_only_targets_are_rounded(tiny: Checkpoint) -> None:
 
 
 def test_a_resumed_training_is_rounded_too(
-    tiny: Checkpoint, train: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Checkpoint, train: ImageSet, resumes: Callable[[Checkpoint, FinetuneSpec, ImageSet], None]
 ) -> None:
     spec = FinetuneSpec(method="qat", format="nf4", epochs=2, batch_size=16, precision="fp32")
-    finetune(tiny, spec, tmp_path / "whole", "cpu", images=train)
-    advance = training.Advance.on_step_end
-
-    def interrupting(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        advance(self, args, state, control, **rest)
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Advance, "on_step_end", interrupting)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(tiny, spec, tmp_path / "out", "cpu", images=train)
-    assert finetune(tiny, spec, tmp_path / "out", "cpu", images=train).resumed_from_step == 2
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
-    for name, tensor in whole.items():
-        torch.testing.assert_close(resumed[name], tensor)
+    resumes(tiny, spec, train)
 
 
 @pytest.mark.parametrize(

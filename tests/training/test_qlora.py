@@ -1,12 +1,12 @@
 """LoRA beside packed weights: what it computes with is what the quantized checkpoint holds, and memory is saved."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from safetensors.torch import load_file
 from torch.nn import functional
 
 from vitopt.data.images import ImageSet
@@ -125,25 +125,10 @@ def test_gradients_are_those_of_the_whole_weight(tiny: Checkpoint) -> None:
 
 
 def test_a_resumed_training_ends_as_if_nothing_had_happened(
-    tiny: Checkpoint, train: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Checkpoint, train: ImageSet, resumes: Callable[[Checkpoint, FinetuneSpec, ImageSet], None]
 ) -> None:
     spec = SPEC.model_copy(update={"epochs": 2, "batch_size": 16})
-    finetune(tiny, spec, tmp_path / "whole", "cpu", images=train)
-    advance = training.Advance.on_step_end
-
-    def interrupting(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        advance(self, args, state, control, **rest)
-        if state.global_step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training.Advance, "on_step_end", interrupting)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(tiny, spec, tmp_path / "out", "cpu", images=train)
-    assert finetune(tiny, spec, tmp_path / "out", "cpu", images=train).resumed_from_step == 2
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
-    for name, tensor in whole.items():
-        torch.testing.assert_close(resumed[name], tensor)
+    resumes(tiny, spec, train)
 
 
 def test_targets_that_cannot_be_packed_are_refused(tiny: Checkpoint) -> None:
