@@ -70,7 +70,8 @@ def test_the_record_tells_both_passes_and_how_many_were_escalated(
         assert record.throughput is not None and record.end_to_end
     assert low.routing is not None and low.model is not None and cascade.routing is not None
     assert (low.routing.first.image_size, low.model.image_size, low.routing.first_format) == ((16, 16), (32, 32), "nf4")
-    assert cascade.routing.first.source.endswith("first") and narrow.routing is not None
+    assert narrow.routing is not None  # no path, which another place does not have
+    assert [r.routing.first.source for r in (low, cascade, narrow) if r.routing] == ["first", "first", "."]
     assert narrow.routing.first_ran == {"class_token_last": True}
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from scipy import special
 
-from vitopt.adaptive.calibrated import Calibrated
+from vitopt.adaptive.calibrated import FIRST_FOLDER, Calibrated
 from vitopt.adaptive.passes import Passes
 from vitopt.adaptive.scores import scores
 from vitopt.engines.runtime import Prepared
@@ -183,8 +183,10 @@ class Router:
             update={"name": self.name, "reasons": second["variant"].reasons | reasons}
         )
         rule = self.calibrated.rule
+        place = FIRST_FOLDER if self.calibrated.own_first else "."
+        told = first["model"].model_copy(update={"source": place, "flops_per_image": self.first.flops_per_image()})
         routing = Routing(
-            first=first["model"].model_copy(update={"flops_per_image": self.first.flops_per_image()}),
+            first=told,
             first_format=first["variant"].format,
             first_ran={option: value for option, value in of_first.items() if value != ran.get(option)},
             proxy=rule.proxy,
