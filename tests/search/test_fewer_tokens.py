@@ -1,6 +1,8 @@
 """A schedule is found on some images and told on others, by the FLOPs that the record counts."""
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,10 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_measured(
         find_schedule(tiny, images, 0.1, device="cpu")
     with pytest.raises(RecipeError, match=r"1 of the blocks.*more steps"):
         find_schedule(tiny, images, 0.4, steps=1, device="cpu")
+    labels = replace(tiny, config=copy.deepcopy(tiny.config))
+    labels.config.problem_type = "multi_label_classification"
+    with pytest.raises(UnsupportedError, match="exclude each other"):
+        find_schedule(labels, images, 0.8, device="cpu")
     with pytest.raises(UnsupportedError, match="Swin"):
         find_schedule(open_checkpoint("random:swin-tiny-patch4-window7-224"), images, 0.8, device="cpu")
 

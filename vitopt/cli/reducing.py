@@ -70,15 +70,21 @@ def tokens(
 
 
 def _limits(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f" ({interval[0]:.4f} to {interval[1]:.4f})"
+    return "" if interval is None else f" ({_nats(interval[0])} to {_nats(interval[1])})"
+
+
+def _nats(value: float) -> str:
+    return f"{round(value, 4) + 0.0:.4f}"  # never -0.0000
 
 
 def _against_searched(one: "Confirmed", result: "TokenSearch") -> str:
     """Whether the searched schedule is better than a simple one, in words."""
     if one.schedule == result.chosen:
         return f"the searched schedule is the {one.kind} one"
-    verdict = "neither is shown to be better"
-    if (interval := one.kl_above_searched_ci95) and (interval[0] > 0 or interval[1] < 0):
+    interval, verdict = one.kl_above_searched_ci95, "neither is shown to be better"
+    if interval is None:
+        verdict = "too few images to tell which is better"
+    elif interval[0] > 0 or interval[1] < 0:
         verdict = f"{'searched' if interval[0] > 0 else one.kind} is better"
-    difference = f"{one.kl_above_searched:.4f}{_limits(interval)}"
-    return f"KL of {one.kind} minus KL of searched, image by image: {difference}, so {verdict}"
+    difference = f"{_nats(one.kl_above_searched or 0.0)}{_limits(interval)}"
+    return f"KL of {one.kind} minus KL of searched, image by image: {difference}: {verdict}"

@@ -17,7 +17,7 @@ from vitopt import progress, storage
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor
 from vitopt.environment import devices, machine
-from vitopt.errors import RecipeError
+from vitopt.errors import RecipeError, UnsupportedError
 from vitopt.measure.bootstrap import FEWEST, percentile_interval, positive_mean_interval, resampled_images
 from vitopt.measure.intervals import Interval
 from vitopt.measure.logit_statistics import kl_divergences
@@ -104,12 +104,14 @@ def find_schedule(
     One image in four chooses. `steps`: most blocks that merge; fewer, larger steps take less time for the same FLOPs.
 
     Raises:
-        UnsupportedError: this family needs all its tokens.
+        UnsupportedError: this family needs all its tokens, or the labels do not exclude each other.
         RecipeError: no schedule saves so much.
         DataError: there are too few images, or one cannot be decoded.
     """
     started = time.perf_counter()
     target = devices.resolve_device(device)
+    if checkpoint.config.problem_type == "multi_label_classification":
+        raise UnsupportedError(f"{checkpoint.source} has labels that do not exclude each other, so no KL to search by")
     costs = costs_of(checkpoint)
     simple = _simple(costs, target_flops)
     _require_possible(costs, target_flops, steps)
