@@ -38,7 +38,7 @@ def test_the_division_is_always_the_same() -> None:
 def test_two_images_are_enough_to_divide_and_one_is_not(shapes: Path) -> None:
     images = open_images(DataSpec(source=str(shapes)), "train")
     assert [len(part) for part in divide(images.subset([0, 31]))] == [1, 1]
-    with pytest.raises(DataError, match="choose a skip list and confirm it"):
+    with pytest.raises(DataError, match="one image cannot"):
         divide(images.subset([0]))
 
 
