@@ -249,10 +249,12 @@ def test_sensitivity_prints_its_scores_and_its_choice(tiny_checkpoint: Path, sha
 
 def test_tokens_prints_a_schedule_that_evaluate_takes(tiny_checkpoint: Path, shapes: Path, tmp_path: Path) -> None:
     data, result = ("--data", f"{shapes}:train"), tmp_path / "tokens.json"
-    said = done("tokens", tiny_checkpoint, *data, "--target-flops", 0.85, "--max-steps", 1, "--output", result).stdout
+    ended = done("tokens", tiny_checkpoint, *data, "--target-flops", 0.85, "--max-steps", 1, "--output", result)
     found = json.loads(result.read_text())
-    assert said.splitlines()[-1] == f"--merge-tokens {found['chosen']}"
-    assert "exists" in refusal("tokens", tiny_checkpoint, *data, "--target-flops", 0.85, "--output", result)
+    assert ended.stdout.splitlines()[-1] == f"--merge-tokens {found['chosen']}"
+    assert f"{found['confirming_images']} other images" in " ".join(ended.stderr.split())
+    for place, words in ((result, "exists"), (result / "below", "in the way")):
+        assert words in refusal("tokens", tiny_checkpoint, *data, "--target-flops", 0.85, "--output", place)
     options = ("--merge-tokens", found["chosen"], "--no-size-bias", *QUICK)
     record = printed("evaluate", tiny_checkpoint, *data, *options, "--no-look-alikes")
     assert record["variant"]["ran"]["merge_tokens"] == found["chosen"] and record["variant"]["tokens"][0] == 17

@@ -8,6 +8,7 @@ import torch
 
 from vitopt import pipeline
 from vitopt.data.images import ImageSet, open_images
+from vitopt.errors import DataError
 from vitopt.measure import forecast
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.preview import preview
@@ -70,6 +71,20 @@ def test_images_that_are_not_there_are_a_note(tiny_checkpoint: Path, tmp_path: P
     assert [stage.name for stage in found.stages] == ["evaluate: latency"]
 
 
+def test_what_a_run_refuses_for_its_images_is_refused(tiny_checkpoint: Path, shapes: Path) -> None:
+    fp32 = {"name": "fp32", "format": "fp32"}
+    tested = {"name": "low", "format": "fp32", "adaptive": {"low": 16, "escalation_rate": 0.1, "split": "test"}}
+    with pytest.raises(DataError, match="calibration images are also test images"):
+        preview(recipe(tiny_checkpoint, shapes, variants=[fp32, tested]))
+
+
+def test_classes_of_a_model_that_cannot_be_reached_are_a_note(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "seconds_per_image", lambda *_: 0.01)
+    found = preview(recipe(Path("google/vit-large-patch16-224"), shapes, require={"max_kl": 1}))
+    assert found.claims[0].there == 24
+    assert "classes" in found.notes[0] and "google/vit-large-patch16-224" in found.notes[0]
+
+
 def test_a_model_that_cannot_be_timed_gives_no_estimate(
     tiny_checkpoint: Path, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +134,7 @@ def test_steps_that_variants_share_take_their_time_once(tiny_checkpoint: Path, s
 
 
 def test_a_choice_of_a_format_takes_the_time_of_its_candidates(tiny_checkpoint: Path, shapes: Path) -> None:
-    fastest = {"name": "fastest", "format": "auto", "fastest": {"images": 20, "compile": False}}
+    fastest = {"name": "fastest", "format": "auto", "fastest": {"images": 20, "compile": False, "min_agreement": 10}}
     wanted = recipe(tiny_checkpoint, shapes, variants=[{"name": "fp32", "format": "fp32"}, fastest])
     compared = {"fastest": candidates(torch.device("cpu"), "bf16", compile=False)}
     assert len(compared["fastest"]) == 3

@@ -285,6 +285,18 @@ def test_an_output_that_cannot_be_made_is_found_before_the_work(tmp_path, monkey
     assert names(tmp_path) == {"file", "there"}
 
 
+def test_a_new_file_that_cannot_be_written_is_found_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for name, words in (("file", "exists"), ("file/below.json", "in the way"), ("a" * 300, "too long")):
+        with pytest.raises(StorageError, match=words), storage.new_file(tmp_path / name):
+            pytest.fail("the work began")
+    with storage.new_file(tmp_path / "new" / "found.json"):
+        storage.write_json(tmp_path / "new" / "found.json", 1)
+    with pytest.raises(ValueError), storage.new_file(tmp_path / "other" / "found.json"):
+        raise ValueError
+    assert names(tmp_path) == {"file", "new"} and names(tmp_path / "new") == {"found.json"}
+
+
 def test_removing_takes_it_off_the_list(tmp_path):
     folder = tmp_path / "run"
     with storage.claimed(folder):

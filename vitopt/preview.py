@@ -6,17 +6,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vitopt.checks import calibration_images, tested_images, training_images
+from vitopt.checks import calibration_images, require_images, tested_images, training_images
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor
 from vitopt.environment import devices
 from vitopt.environment.devices import DTYPES
-from vitopt.errors import VitoptError
+from vitopt.errors import CheckpointError, VitoptError
 from vitopt.measure import forecast
 from vitopt.measure.forecast import StageTime
 from vitopt.measure.planning import Need, needs
 from vitopt.models.checkpoint import load_processor, open_checkpoint
-from vitopt.recipe import Recipe, RequireSpec
+from vitopt.recipe import DataSpec, Recipe, RequireSpec
 from vitopt.rows import rows_of, rows_to_measure
 from vitopt.search.fastest import candidates
 from vitopt.search.goal import Goal
@@ -50,6 +50,9 @@ def preview(recipe: Recipe, folder: Path | None = None) -> Preview:
     """Count images without decoding them and time a few calls of a model of the same shape.
 
     `folder`: that of the run, whose stages may stand already.
+
+    Raises:
+        DataError, RecipeError: the images are there, and a run would refuse them, see `checks.require_images`.
     """
     counted: dict[str, int] = {}
     notes: list[str] = []
@@ -65,12 +68,23 @@ def preview(recipe: Recipe, folder: Path | None = None) -> Preview:
                     counted[variant.name] = len(calibration_images(recipe.data, variant.calibration))
         except VitoptError as error:
             notes.append(f"not all images can be counted: {error}")
+        else:
+            _refuse(recipe, recipe.data, test, notes)
     standing: set[str] = set()
     try:
         standing = _standing(recipe, folder, test)
     except VitoptError as error:
         notes.append(f"cannot tell which stages are up to date: {error}")
     return Preview(_claims(recipe, counted), _stages(recipe, counted, test, standing, notes), notes)
+
+
+def _refuse(recipe: Recipe, data: DataSpec, test: ImageSet, notes: list[str]) -> None:
+    try:
+        source = open_checkpoint(recipe.model)
+    except CheckpointError as error:  # a shape that is known without its labels
+        notes.append(f"whether classes and calibration images fit is not checked: {error}")
+    else:
+        require_images(recipe, source, data, test)
 
 
 class _NotDone(Exception):

@@ -286,7 +286,9 @@ class Dataset(Section):
 class Routing(Section):
     """A first pass answers the images that it is sure of, a second one the others."""
 
-    first: Model = Field(description="what runs for every image; `model` of the record is the second pass")
+    first: Model = Field(
+        description="what runs for every image; its `source` lies in that of `model`, which is the second pass"
+    )
     first_format: str = Field(description="of the first pass; that of the variant is the second pass's")
     first_ran: dict[str, Option] = Field(description="how it ran, by option, where that differs from the second pass")
     proxy: str = Field(description="what tells how sure the first pass is")

@@ -38,6 +38,7 @@ from vitopt.ownership import (
     require_overwritable,
     require_replaceable,
 )
+from vitopt.paths import existing
 
 _held: set[Path] = set()  # locks of this process, which may enter them again
 
@@ -203,6 +204,20 @@ def reserved(target: Path, *inputs: str | Path | None) -> Iterator[None]:
     require_replaceable(target, *inputs)
     place = target.resolve()
     with _folder(place.parent), _lock(place.with_name(f".{place.name}.lock"), target):
+        yield
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[None]:
+    """Work on what will be the file `path`, which is not there yet, while no other process does.
+
+    Raises:
+        StorageError: it is there, another process works on it, or the place is not writable.
+    """
+    if existing(path):
+        raise StorageError(f"{path} exists already: choose another name")
+    place = path.resolve()
+    with _folder(place.parent), _lock(place.with_name(f".{place.name}.lock"), path):
         yield
 
 

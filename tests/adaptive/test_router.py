@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 
 from vitopt.adaptive.calibrated import Calibrated, Rule
 from vitopt.adaptive.passes import Passes
+from vitopt.adaptive.pixels import PixelMap
 from vitopt.adaptive.router import Router
 from vitopt.adaptive.scores import margin
 from vitopt.errors import UnsupportedError
@@ -18,11 +20,10 @@ from vitopt.models.checkpoint import Checkpoint
 CPU = torch.device("cpu")
 
 
-def router_of(passes: Any, threshold: float | None, proxy: str = "margin") -> Router:
+def router_of(passes: Any, threshold: float | None, proxy: str = "margin", escalated: float = 0.5) -> Router:
     rule = Rule(proxy=proxy, threshold=threshold, temperature=1.0)
-    return Router(
-        "routed", passes, Calibrated.model_construct(rule=rule, promise="none", escalated=0.5, own_first=True)
-    )
+    calibrated = Calibrated.model_construct(rule=rule, promise="none", escalated=escalated, own_first=True)
+    return Router("routed", passes, calibrated)
 
 
 @dataclass
@@ -40,11 +41,15 @@ class FakePass:
         value = self.factor * pixel_values.sum((1, 2, 3))
         return torch.stack([value, torch.zeros_like(value)], dim=1)
 
+    def graph_bytes(self, shape: torch.Size) -> int:
+        return shape.numel()
+
 
 @dataclass
 class FakePasses:
     first: FakePass
     second: FakePass
+    pixels: PixelMap = field(default_factory=lambda: PixelMap((1, 1)))
 
     def first_logits(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, None]:
         return self.first(pixel_values), None
@@ -87,13 +92,25 @@ def test_escalated_images_run_together_in_one_call() -> None:
     assert (passes.first.sizes, passes.second.sizes) == ([6], [3])
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_where_shapes_are_fixed_all_sizes_are_made_in_the_first_call_and_no_other_is_called(device: str) -> None:
+@pytest.mark.parametrize(
+    ("device", "share", "likely", "made"),
+    [
+        ("cpu", 0.0, 0, {1}),
+        ("cpu", 0.1, 6, {1, 2, 4}),
+        ("meta", 0.1, 6, {1, 2, 4, 8}),
+        ("cpu", 0.5, 12, {1, 2, 4, 8}),
+        ("meta", 0.5, 12, {1, 2, 4, 8, 14}),
+        ("cpu", 1.0, 14, {1, 2, 4, 8, 14}),
+    ],
+)
+def test_where_shapes_are_fixed_likely_sizes_are_made_in_the_first_call_and_no_other_is_called(
+    device: str, share: float, likely: int, made: set[int]
+) -> None:
+    assert likely == stats.binom.ppf(0.999, 14, share)
     passes = FakePasses(FakePass(1, True), FakePass(10, True, torch.device(device)))
-    router = router_of(passes, 0.5)
+    router = router_of(passes, 0.5, escalated=share)
     router(images(*[9.0] * 14))
-    made = set(passes.second.sizes)
-    assert made == {1, 2, 4, 8, 14}
+    assert sorted(passes.second.sizes) == sorted(made)
     for uncertain in range(15):
         passes.second.sizes.clear()
         values = [0.1 + uncertain / 100] * uncertain + [9.0] * (14 - uncertain)
@@ -104,8 +121,29 @@ def test_where_shapes_are_fixed_all_sizes_are_made_in_the_first_call_and_no_othe
         assert set(called) <= made and sum(called) >= uncertain
         if device == "cpu":  # an image more takes longer
             assert sum(called) - uncertain <= max(called, default=0) / 8
-        else:
-            assert called == ([] if uncertain == 0 else [min(size for size in made if size >= uncertain)])
+        elif 0 < uncertain <= likely:
+            assert called == [min(size for size in made if size >= uncertain)]
+
+
+def test_the_most_memory_is_that_of_the_calls_where_no_image_is_sure() -> None:
+    passes = FakePasses(FakePass(1, True), FakePass(10, True))
+    router = router_of(passes, 0.5, escalated=0.1)
+    router(images(*[0.1] * 14))
+    called = passes.second.sizes.copy()
+    assert called == [1, 2, 4, 4, 4, 4, 2]  # the first three make them
+    again = FakePasses(FakePass(1, True), FakePass(10, True))
+    router_of(again, 0.5, escalated=0.1).both_passes(images(*[9.0] * 14))
+    assert (again.first.sizes, again.second.sizes) == ([14], called)
+    assert router.graph_bytes(torch.Size([14, 3, 2, 2])) == 14 * 3 * 1 * 1 + 4 * 3 * 2 * 2
+    always = FakePasses(FakePass(1, True), FakePass(10, True))
+    router_of(always, None, escalated=1.0).both_passes(images(*[9.0] * 14))
+    assert (always.first.sizes, always.second.sizes) == ([], [14])
+
+
+def test_a_large_batch_whose_images_all_prove_unsure_is_answered() -> None:
+    passes = FakePasses(FakePass(1, True), FakePass(10, True))
+    logits = router_of(passes, 0.5, escalated=0.0)(images(*[0.25] * 1500))
+    assert logits[:, 0].tolist() == pytest.approx([2.5] * 1500) and set(passes.second.sizes) == {1}
 
 
 def test_it_tells_what_it_is(passes_of: Callable[..., Passes], small: Checkpoint) -> None:

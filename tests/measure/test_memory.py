@@ -92,7 +92,10 @@ class Pool:
         return self.segments
 
 
-def test_a_peak_on_a_gpu_is_of_this_variant_alone_in_a_pool_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("routed", [False, True])
+def test_a_peak_on_a_gpu_is_of_this_variant_alone_in_a_pool_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, routed: bool
+) -> None:
     allocator = Allocator(monkeypatch)
 
     class Subject:
@@ -105,7 +108,16 @@ def test_a_peak_on_a_gpu_is_of_this_variant_alone_in_a_pool_of_its_own(monkeypat
         def __call__(self, pixels: torch.Tensor) -> None:
             allocator.call(pixels)
 
+    class Routed(Subject):
+        escalated = torch.empty(0)
+
+        def both_passes(self, pixels: torch.Tensor) -> None:
+            allocator.call(pixels)
+
+        def __call__(self, pixels: torch.Tensor) -> None:
+            pytest.fail("whether random pixels are escalated is luck")
+
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_: tensor)
-    found = peak_memory(Subject(), 2)
+    found = peak_memory(Routed() if routed else Subject(), 2)
     assert (found.kind, found.peak_bytes) == ("cuda_allocated", 500 + 40 + 2 * 3 * 4 * 4 * 4)
     assert found.reserved_bytes == 64

@@ -266,6 +266,16 @@ def comparison() -> tuple[list[Record], dict[str, Predictions]]:
     return records, found
 
 
+def fields_of_run(asked: Any = (), ran: Any = (), **reasons: str) -> dict[str, Any]:
+    """Fields of a variant that asks for plain sdpa, and more."""
+    plain = {"attention": "sdpa", "sdpa_kernel": "auto"}
+    return {
+        "asked": plain | dict(asked),
+        "ran": {"attention": "sdpa", "sdpa_kernel": None} | dict(ran),
+        "reasons": reasons,
+    }
+
+
 @pytest.fixture(scope="session")
 def make() -> SimpleNamespace:
     """Makers of records, latencies, predictions, layer plans, run folders and sensitivity analyses."""
@@ -275,6 +285,7 @@ def make() -> SimpleNamespace:
         predictions=make_predictions,
         layers=make_layers,
         run=write_run,
+        ran=fields_of_run,
         loss=make_loss,
         sensitivity=make_sensitivity,
     )

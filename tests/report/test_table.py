@@ -1,18 +1,14 @@
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
-from vitopt.records import FailedLatency, Memory, Model, Routing
+from vitopt.records import FailedLatency, Memory
 from vitopt.report import table as report_table
 from vitopt.report.table import (
     HEADINGS,
     UNKNOWN,
-    describe_format,
-    describe_run,
     device_name,
     human_bytes,
-    kept_layers,
     markdown,
     milliseconds,
     notes,
@@ -54,104 +50,6 @@ def test_nearly_all_is_never_shown_as_all(value, text):
 )
 def test_milliseconds_keep_about_three_digits(value, text):
     assert milliseconds(value) == text
-
-
-def run(asked=(), ran=(), **reasons) -> dict:
-    """Fields of a variant that asks for plain sdpa, and more."""
-    plain = {"attention": "sdpa", "sdpa_kernel": "auto"}
-    return {
-        "asked": plain | dict(asked),
-        "ran": {"attention": "sdpa", "sdpa_kernel": None} | dict(ran),
-        "reasons": reasons,
-    }
-
-
-FLASH_2 = {"attention": "flash_attention_2"}
-CUDNN = {"sdpa_kernel": "cudnn"}
-
-
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        (run(), "sdpa"),
-        ({"ran": {}}, UNKNOWN),
-        (run(ran={"sdpa_kernel": "flash"}), "sdpa flash"),
-        (run(CUDNN, CUDNN), "sdpa cudnn"),
-        (run(CUDNN, {"sdpa_kernel": "math"}, sdpa_kernel="no cuDNN"), "sdpa math (not cudnn)"),
-        (run(CUDNN, sdpa_kernel="no cuDNN"), "sdpa (not cudnn)"),
-        (run(CUDNN), "sdpa"),  # it ran, and the profile showed no name that is known
-        (run(CUDNN, {"sdpa_kernel": "flash"}), "sdpa flash (not cudnn)"),
-        (run(FLASH_2, {"sdpa_kernel": "flash"}), "sdpa flash (not flash_attention_2)"),
-        (run(FLASH_2, FLASH_2), "flash_attention_2"),
-        (run(ran={"fuse_qkv": True, "channels_last": False}), "sdpa + fuse qkv"),
-        (run({"compile": True}, {"compile": False}, compile="graph breaks"), "sdpa"),
-        (run(ran={"compile": True, "autotune": True}), "sdpa + compile + autotune"),
-        (run({"backend": "x"}, {"attention": None, "backend": "x", "turbo": True}), "x + turbo"),
-    ],
-)
-def test_how_a_variant_ran_is_told_for_any_option(make: SimpleNamespace, fields, text):
-    assert describe_run(make.record("a", **fields)) == text
-
-
-def passed_first(architecture="ViT", side=224, **ran) -> Routing:
-    first = Model(source="a", architecture=architecture, parameters=1, image_size=(side, side), classes=2)
-    return Routing(
-        first=first,
-        first_format="bf16",
-        first_ran=ran,
-        proxy="margin",
-        threshold=0.5,
-        temperature=1.0,
-        promise="about 10 % get the second pass",
-    )
-
-
-@pytest.mark.parametrize(
-    ("routing", "text"),
-    [
-        (passed_first(side=112), "112 x 112 px"),
-        (passed_first(merge_tokens="14", compile=False, sdpa_kernel=None), "merge tokens 14, compile off"),
-        (passed_first("LeViT", 128), "LeViT, 128 x 128 px"),
-        (passed_first(), "another checkpoint"),
-    ],
-)
-def test_the_first_pass_is_told_by_what_differs_and_its_promise_is_a_note(make: SimpleNamespace, routing, text):
-    second = Model(source="a", architecture="ViT", parameters=1, image_size=(224, 224), classes=2)
-    record = make.record("a", **run(ran={"compile": True})).model_copy(update={"routing": routing, "model": second})
-    assert describe_run(record) == f"sdpa + compile; first pass: {text}"
-    assert f"a: {routing.promise}" in notes([record])
-
-
-@pytest.mark.parametrize(
-    ("format", "fields", "text"),
-    [
-        ("nf4", {}, "nf4"),
-        ("nf4", {"skip": ("block.0", "block.1"), "layers": {}}, "nf4, block.0 block.1 in 16 bit"),
-        ("bf16", {"stored_format": "nf4"}, "bf16 (stored as nf4)"),
-        ("bf16", {"stored_format": "bf16"}, "bf16"),
-        ("w8a8", {"stored_format": "nf4", "skip": ("block.0",)}, "w8a8 (stored as nf4, block.0 in 16 bit)"),
-    ],
-)
-def test_format_says_what_is_on_disk(make: SimpleNamespace, format, fields, text):
-    assert describe_format(make.record("a", format, **fields)) == text
-
-
-@pytest.mark.parametrize(
-    ("formats", "expected"),
-    [
-        ({"block.0.query": "nf4", "block.0.fc1": "nf4", "classifier": "bf16"}, {"bf16": ["classifier"]}),
-        (
-            {"block.0.query": "bf16", "block.0.fc1": "bf16", "block.1.query": "nf4", "block.1.fc1": "bf16"},
-            {"bf16": ["block.0", "block.1.fc1"]},
-        ),
-        ({"block.0.query": "w8a8", "block.1.query": "w8a8", "block.2.query": "int4"}, {"int4": ["block.2"]}),
-        ({"block.0.query": "bf16", "classifier": "bf16"}, {}),
-    ],
-)
-def test_layers_in_another_format_than_most_are_named_and_blocks_as_a_whole(make: SimpleNamespace, formats, expected):
-    plan = dict(Counter(formats.values()))
-    record = make.record("a", "nf4").model_copy(update={"layers": formats, "layer_plan": plan})
-    assert kept_layers(record) == expected
 
 
 def test_floor_and_utilisation_are_of_the_batch_size(make: SimpleNamespace):
@@ -201,17 +99,18 @@ def test_points_get_a_second_decimal_from_ten_thousand_images_on(make: SimpleNam
 
 
 def test_notes_name_variants_with_the_same_note_together(make: SimpleNamespace):
-    fallback = run(FLASH_2, attention="it needs a GPU")
-    kernel = run(CUDNN, {"sdpa_kernel": "math"}, sdpa_kernel="it needs a CUDA device")
+    cudnn = {"sdpa_kernel": "cudnn"}
+    fallback = make.ran({"attention": "flash_attention_2"}, attention="it needs a GPU")
+    kernel = make.ran(cudnn, {"sdpa_kernel": "math"}, sdpa_kernel="it needs a CUDA device")
     records = [
         make.record("a", **fallback),
         make.record("b", **fallback),
-        make.record("c", **run({"compile": True}, {"compile": False}, compile="graph breaks")),
+        make.record("c", **make.ran({"compile": True}, {"compile": False}, compile="graph breaks")),
         make.record("d", failure="out of memory"),
         make.record("e", **kernel),
         make.record("f", **kernel),
-        make.record("g", **run(CUDNN, sdpa_kernel="it needs a CUDA device")),
-        make.record("h", **run({"compile": True}, {"compile": True}, compile="batch 3: no kernel")),
+        make.record("g", **make.ran(cudnn, sdpa_kernel="it needs a CUDA device")),
+        make.record("h", **make.ran({"compile": True}, {"compile": True}, compile="batch 3: no kernel")),
     ]
 
     assert notes(records) == [

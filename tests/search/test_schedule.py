@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from vitopt.search.schedule import Costs, filled, neighbours, proposed
+from vitopt.search.schedule import Costs, fewest, filled, neighbours, proposed
 
 # A block's cost grows with the tokens that it is given and leaves; merging costs a little.
 COSTS = Costs(
@@ -42,6 +42,13 @@ def test_no_schedule_loses_less_for_the_same_arithmetic(target: float, steps: in
 def test_what_no_schedule_saves_is_none() -> None:
     assert proposed(COSTS, DAMAGE, 0.1) is None
     assert proposed(COSTS, DAMAGE, 0.5, steps=1) is None
+
+
+@pytest.mark.parametrize("steps", [1, 2, None])
+def test_no_schedule_takes_fewer_flops(steps: int | None) -> None:
+    found = fewest(COSTS, steps)
+    assert COSTS.possible(found)
+    assert COSTS.flops(found) == min(map(COSTS.flops, everything(1, steps or 3)))
 
 
 def test_neighbours_are_possible_cheap_enough_and_other_schedules() -> None:

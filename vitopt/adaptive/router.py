@@ -1,14 +1,17 @@
 """Two passes and a rule between them, as one thing that can be called and measured."""
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from scipy import special
 
-from vitopt.adaptive.calibrated import Calibrated
+from vitopt.adaptive.calibrated import FIRST_FOLDER, Calibrated
 from vitopt.adaptive.passes import Passes
 from vitopt.adaptive.scores import scores
 from vitopt.engines.runtime import Prepared
@@ -18,6 +21,7 @@ from vitopt.models.checkpoint import Checkpoint
 from vitopt.records import Outputs, Routing, Size
 
 _FILLING = 1 / 8  # of a call on a CPU, at most: less than one call more costs
+_RARELY = 1 / 1000  # share of the batches that may escalate more images than calls are built for
 
 
 @dataclass
@@ -26,9 +30,11 @@ class Router:
     `vitopt.measure.runnable.Runnable`.
 
     The images that are escalated run together, in one call. Where the second pass has fixed shapes, powers of two are
-    compiled in the first call of a batch size: a GPU, which takes as long for a few images more, fills them up to the
-    next one; a CPU, which takes longer with each image, makes a few calls that fill up little. A batch waits for the
-    device once, to know which images those are.
+    built in the first call of a batch size: a GPU, which takes as long for a few images more, fills them up to the
+    next one; a CPU, which takes longer with each image, makes a few calls that fill up little. Compiling one can take
+    half a minute, so there are as many as hold the images that all but one batch in a thousand escalate at the
+    calibrated rate (binomial; 9 of 32 at 10 %); of more there are several calls. A batch waits for the device once, to
+    know which images those are.
     """
 
     name: str
@@ -36,7 +42,7 @@ class Router:
     calibrated: Calibrated
     device: torch.device = field(init=False)
     _escalated: torch.Tensor = field(init=False, default_factory=lambda: torch.empty(0, dtype=torch.bool))
-    _warm: set[torch.Size] = field(init=False, default_factory=set)
+    _built: set[torch.Size] = field(init=False, default_factory=set)
 
     def __post_init__(self) -> None:
         self.device = self.second.device
@@ -98,29 +104,44 @@ class Router:
         if rule.threshold is None:
             self._escalated = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
             return self.second(pixel_values).float()
-        if self.second.fixed_shapes and pixel_values.shape not in self._warm:
-            for size in _sizes(len(pixel_values)):
-                self.second(pixel_values[:size])
-            self._warm.add(pixel_values.shape)
+        self._build(pixel_values)
         logits, steps = self.passes.first_logits(pixel_values)
         self._escalated = scores(rule.proxy, logits, steps, rule.temperature) < rule.threshold
         chosen = self._escalated.nonzero()[:, 0]
-        if len(chosen) == 0:
-            return logits
-        if len(chosen) == len(logits):
-            return self.second(pixel_values).float()
-        sizes = [len(chosen)]
-        if self.second.fixed_shapes:
-            sizes = _calls(len(chosen), _sizes(len(logits)), _FILLING if self.device.type == "cpu" else 1)
-        filled = torch.cat([chosen, chosen[-1:].expand(sum(sizes) - len(chosen))])
-        answers = torch.cat([self.second(pixel_values[part]).float() for part in filled.split(sizes)])
-        return logits.index_copy(0, chosen, answers[: len(chosen)])
+        return logits.index_copy(0, chosen, self._second_logits(pixel_values, chosen)) if len(chosen) else logits
 
     @torch.no_grad()
     def both_passes(self, pixel_values: torch.Tensor) -> None:
-        """All images through both, as where none is sure: what takes the most memory."""
+        """The calls that are made where the first pass is sure of no image: what takes the most memory."""
+        if self.calibrated.rule.threshold is None:
+            self(pixel_values)
+            return
+        self._build(pixel_values)
         self.passes.first_logits(pixel_values)
-        self.second(pixel_values)
+        self._second_logits(pixel_values, torch.arange(len(pixel_values), device=pixel_values.device))
+
+    def _build(self, pixel_values: torch.Tensor) -> None:
+        """Where its shapes are fixed, call the second pass once with each size that such a batch is likely to need."""
+        if self.second.fixed_shapes and pixel_values.shape not in self._built:
+            for size in self._sizes(len(pixel_values)):
+                self.second(pixel_values[:size])
+            self._built.add(pixel_values.shape)
+
+    def _second_logits(self, pixel_values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """(chosen, classes), float32, of the images with these indices; there is one at least."""
+        batch = len(pixel_values)
+        sizes = _calls(len(chosen), self._sizes(batch), self._filling) if self.second.fixed_shapes else [len(chosen)]
+        if len(chosen) == batch and sizes == [batch]:
+            return self.second(pixel_values).float()
+        filled = torch.cat([chosen, chosen[-1:].expand(sum(sizes) - len(chosen))])
+        return torch.cat([self.second(pixel_values[part]).float() for part in filled.split(sizes)])[: len(chosen)]
+
+    def _sizes(self, batch: int) -> tuple[int, ...]:
+        return _likely_sizes(batch, self.calibrated.escalated, self._filling)
+
+    @property
+    def _filling(self) -> float:
+        return _FILLING if self.device.type == "cpu" else 1
 
     def flops_per_image(self) -> int:
         """Arithmetic of an image in the mean: as many are escalated as of the calibration images."""
@@ -132,9 +153,11 @@ class Router:
         return tuple(dict.fromkeys([*self.second.images_seen(), *self.first.images_seen()]))
 
     def graph_bytes(self, shape: torch.Size) -> int:
-        """What both passes keep on a GPU between calls, where all images of this shape are escalated."""
+        """What both passes keep on a GPU between calls where all images of this shape are escalated; the graphs of one
+        pass share their memory, so its largest call counts."""
         small = torch.Size([*shape[:2], *self.passes.pixels.size])
-        passes = ((self.first, small), (self.second, shape))
+        largest = torch.Size([self._sizes(shape[0])[-1], *shape[1:]])
+        passes = ((self.first, small), (self.second, largest))
         return sum(one.graph_bytes(of) for one, of in passes if hasattr(one, "graph_bytes"))
 
     def weight_bytes(self) -> int:
@@ -160,8 +183,10 @@ class Router:
             update={"name": self.name, "reasons": second["variant"].reasons | reasons}
         )
         rule = self.calibrated.rule
+        place = FIRST_FOLDER if self.calibrated.own_first else "."
+        told = first["model"].model_copy(update={"source": place, "flops_per_image": self.first.flops_per_image()})
         routing = Routing(
-            first=first["model"].model_copy(update={"flops_per_image": self.first.flops_per_image()}),
+            first=told,
             first_format=first["variant"].format,
             first_ran={option: value for option, value in of_first.items() if value != ran.get(option)},
             proxy=rule.proxy,
@@ -172,9 +197,14 @@ class Router:
         return second | {"variant": variant, "size": size, "routing": routing}
 
 
-def _sizes(batch: int) -> list[int]:
-    """Powers of two below `batch`, and itself."""
-    return [*(1 << power for power in range((batch - 1).bit_length())), batch]
+@functools.cache
+def _likely_sizes(batch: int, share: float, filling: float) -> tuple[int, ...]:
+    """Rising: of the powers of two below `batch`, and itself, those called where `share` of the images is escalated."""
+    sizes = [*(1 << power for power in range((batch - 1).bit_length())), batch]
+    at_most = special.bdtr(np.arange(batch + 1), batch, share)
+    likely = max(1, int(np.searchsorted(at_most, 1 - _RARELY)))
+    largest = _calls(likely, sizes, filling)[0]
+    return tuple(size for size in sizes if size <= largest)
 
 
 def _calls(images: int, sizes: Sequence[int], filling: float) -> list[int]:
@@ -182,8 +212,10 @@ def _calls(images: int, sizes: Sequence[int], filling: float) -> list[int]:
 
     5 images of 1, 2, 4 and 8 are 4 and 1 for an eighth, and 8 for any share. All calls but the last are full.
     """
-    above = next(size for size in sizes if size >= images)
-    if above - images <= filling * above:
-        return [above]
-    below = max(size for size in sizes if size < images)
-    return [below, *_calls(images - below, sizes, filling)]
+    calls: list[int] = []
+    while images > 0:
+        below = max(size for size in sizes if size <= images)
+        above = next((size for size in sizes if size >= images), below)
+        calls.append(above if above - images <= filling * above else below)
+        images -= calls[-1]
+    return calls

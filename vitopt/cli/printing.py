@@ -104,7 +104,7 @@ def print_serving(records: Sequence[Record], *, wide: bool) -> None:
 
 def print_kept_layers(records: Sequence[Record]) -> None:
     """A line for each quantized variant: its layers that are in another format."""
-    from vitopt.report.table import kept_layers
+    from vitopt.report.variants import kept_layers
 
     for record in records:
         for format, names in kept_layers(record).items():

@@ -1,7 +1,8 @@
 """A schedule of token merging for a checkpoint."""
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,8 +10,10 @@ from vitopt import storage
 from vitopt.cli.common import CheckpointArgument, DeviceOption, JsonOption, start
 from vitopt.cli.options import Fields, from_fields
 from vitopt.cli.printing import out, print_json, say
-from vitopt.errors import StorageError
 from vitopt.recipe import DataSpec
+
+if TYPE_CHECKING:
+    from vitopt.search.fewer_tokens import Confirmed, TokenSearch
 
 
 @from_fields()
@@ -37,31 +40,51 @@ def tokens(
     as_json: JsonOption = False,
 ) -> None:
     """Find which blocks should merge how many tokens: the lowest KL for a share of the FLOPs."""
-    if output is not None and output.exists():
-        raise StorageError(f"{output} exists already: choose another --output")
     start(as_json)
     from vitopt.data.images import open_images
     from vitopt.models.checkpoint import open_checkpoint
     from vitopt.search.fewer_tokens import find_schedule
 
-    result = find_schedule(
-        open_checkpoint(checkpoint),
-        open_images(data, "train"),
-        target_flops,
-        steps=max_steps,
-        device=device,
-        batch_size=batch_size,
-    )
-    if output is not None:
-        storage.write_json(output, result.to_json())
+    with storage.new_file(output) if output else nullcontext():
+        result = find_schedule(
+            open_checkpoint(checkpoint),
+            open_images(data, "train"),
+            target_flops,
+            steps=max_steps,
+            device=device,
+            batch_size=batch_size,
+        )
+        if output is not None:
+            storage.write_json(output, result.to_json())
     if as_json:
         print_json(result.to_json())
         return
     for one in result.confirmed:
-        low, high = one.kl_ci95 or (None, None)
-        interval = "" if low is None else f" ({low:.4f} to {high:.4f})"
         say(
-            f"{one.kind}: {one.flops_share:.3f} of the FLOPs, KL {one.kl:.4f}{interval} and agreement "
+            f"{one.kind}: {one.flops_share:.3f} of the FLOPs, KL {one.kl:.4f}{_limits(one.kl_ci95)} and agreement "
             f"{one.agreement_percent:.1f} % on {result.confirming_images:,} other images: {one.schedule}"
         )
+    for one in result.confirmed[1:]:
+        say(_against_searched(one, result))
     out.print(f"--merge-tokens {result.chosen}", soft_wrap=True)
+
+
+def _limits(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" ({_nats(interval[0])} to {_nats(interval[1])})"
+
+
+def _nats(value: float) -> str:
+    return f"{round(value, 4) + 0.0:.4f}"  # never -0.0000
+
+
+def _against_searched(one: "Confirmed", result: "TokenSearch") -> str:
+    """Whether the searched schedule is better than a simple one, in words."""
+    if one.schedule == result.chosen:
+        return f"the searched schedule is the {one.kind} one"
+    interval, verdict = one.kl_above_searched_ci95, "neither is shown to be better"
+    if interval is None:
+        verdict = "too few images to tell which is better"
+    elif interval[0] > 0 or interval[1] < 0:
+        verdict = f"{'searched' if interval[0] > 0 else one.kind} is better"
+    difference = f"{_nats(one.kl_above_searched or 0.0)}{_limits(interval)}"
+    return f"KL of {one.kind} minus KL of searched, image by image: {difference}: {verdict}"

@@ -8,20 +8,22 @@ from numpy.typing import ArrayLike, NDArray
 
 from vitopt.measure.intervals import Interval
 
+FEWEST = 30  # values, under which no resampling can tell the tail
+
 
 def positive_mean_interval(values: ArrayLike, resamples: int | None = None, seed: int = 0) -> Interval | None:
     """95 % interval of the mean of values (values,) that are zero or positive and have a heavy upper tail, such as KL.
 
     A studentised bootstrap on the scale of logarithms: of percentile, BCa and studentised bootstraps it missed
     the true mean least often above its upper limit in simulations of log-normal and gamma values. None under 30
-    values, of which no resampling can tell the tail. Where all values are equal, both limits are that value.
+    values. Where all values are equal, both limits are that value.
     Raises ValueError for values that are negative, not finite, or no flat array.
     Source: Davison and Hinkley 1997, "Bootstrap methods and their application", section 5.2.
     """
     sample = np.asarray(values, np.float64)
     if sample.ndim != 1 or not (np.isfinite(sample) & (sample >= 0)).all():
         raise ValueError("expected a flat array of finite values that are not negative")
-    if len(sample) < 30:
+    if len(sample) < FEWEST:
         return None
     mean, spread = float(sample.mean()), float(sample.std())
     if spread == 0:

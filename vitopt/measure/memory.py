@@ -8,14 +8,14 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from vitopt import threads
 from vitopt.data.pixels import random_pixels
 from vitopt.errors import MeasurementError
-from vitopt.measure.runnable import HoldsGraphs, KeepsWeights, Runnable, RunsAlone, input_size
+from vitopt.measure.runnable import HoldsGraphs, KeepsWeights, Routes, Runnable, RunsAlone, input_size
 from vitopt.records import Memory
 
 _TIME_LIMIT_SECONDS = 600
@@ -42,10 +42,11 @@ def _cuda_peak(runnable: Runnable, batch_size: int) -> Memory:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
+    call: Callable[[torch.Tensor], object] = runnable.both_passes if isinstance(runnable, Routes) else runnable
     # A pool of its own: what other variants have freed neither serves this call nor counts for it.
     pool = torch.cuda.MemPool()
     with torch.cuda.use_mem_pool(pool, device):
-        runnable(pixels)
+        call(pixels)
         torch.cuda.synchronize(device)
     reserved = sum(segment["total_size"] for segment in pool.snapshot())
     # Other variants are loaded too: count what this call added, and this variant's own weights. A replayed graph

@@ -126,6 +126,10 @@ class Routes(Protocol):
         """(batch,), bool, of the last call: the images that got more."""
         ...
 
+    def both_passes(self, pixel_values: torch.Tensor) -> None:
+        """The calls that are made where all images get more: what takes the most memory."""
+        ...
+
 
 def outputs_of(runnable: Runnable) -> Outputs:
     """What its outputs are: a logit for each class, unless it says something else."""

@@ -19,7 +19,7 @@ from vitopt.models.origin import FINETUNE, QUANTIZE, Origin, load_origin
 from vitopt.ownership import CARD_FILE, is_edited, sealed
 from vitopt.recipe import ENGINES
 from vitopt.records import Model, Record, Variant
-from vitopt.report import table
+from vitopt.report import table, variants
 from vitopt.report.rendering import templates
 from vitopt.report.summary import listed
 
@@ -45,9 +45,9 @@ def write_card(record: Record, folder: Path, records: Sequence[Record], example:
     """
     if is_edited(folder / CARD_FILE):
         return
-    variant, stored = record.variant, table.stored_as(record.variant)
-    kernel, engine = table.chosen(variant, "sdpa_kernel"), str(variant.ran.get("engine"))
-    left_out = ([f"the {kernel} kernel"] if kernel else []) + table.switched_on(variant)
+    variant, stored = record.variant, variants.stored_as(record.variant)
+    kernel, engine = variants.chosen(variant, "sdpa_kernel"), str(variant.ran.get("engine"))
+    left_out = ([f"the {kernel} kernel"] if kernel else []) + variants.switched_on(variant)
     origin, on_disk = load_origin(folder), _formats_on_disk(record)
     text = templates.get_template("card.md").render(
         metadata=_metadata(record, origin).to_yaml(),
@@ -55,8 +55,8 @@ def write_card(record: Record, folder: Path, records: Sequence[Record], example:
         origin=origin,
         measured=bool(records),
         data=record.dataset and public_name(record.dataset.name),
-        format=table.describe_format(record),
-        attention=table.describe_run(record),
+        format=variants.describe_format(record),
+        attention=variants.describe_run(record) or table.UNKNOWN,
         device=table.device_name(record.environment),
         table=table.markdown(table.comparison(records, None)),
         notes=table.notes(records),
@@ -65,7 +65,7 @@ def write_card(record: Record, folder: Path, records: Sequence[Record], example:
         example=example or f"{engine}/example.py",
         code=loading_code(record, "FOLDER"),
         stored=stored,
-        expansion=table.expansion(variant),
+        expansion=variants.expansion(variant),
         # What the variant was measured with and the loading code does without; an engine's file holds all of it.
         left_out=listed(left_out if engine not in ENGINES else []),
     )
@@ -126,7 +126,7 @@ def loading_code(record: Record, folder: str) -> str:
 
 
 def _formats_on_disk(record: Record) -> list[str]:
-    stored = table.stored_as(record.variant)
+    stored = variants.stored_as(record.variant)
     return list(record.layer_plan) if stored is None else [stored, *record.variant.layers.values()]
 
 

@@ -24,7 +24,7 @@ def divide(images: ImageSet) -> tuple[ImageSet, ImageSet]:
         DataError: a single image cannot do both.
     """
     if len(images) < 2:
-        raise DataError(f"{images.name}: one image cannot both choose a skip list and confirm it; give more")
+        raise DataError(f"{images.name}: one image cannot both choose and confirm; give more")
     by_class = sorted(range(len(images)), key=lambda index: images.labels[index])
     # Every fourth of all, class after class: this also spreads where a class has fewer than four.
     choosing = set(by_class[::CHOOSING])

@@ -8,15 +8,18 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 
 from vitopt import progress, storage
 from vitopt.data.images import ImageSet
 from vitopt.data.pixels import Preprocessor
 from vitopt.environment import devices, machine
-from vitopt.errors import RecipeError
-from vitopt.measure.bootstrap import positive_mean_interval
+from vitopt.errors import RecipeError, UnsupportedError
+from vitopt.measure.bootstrap import FEWEST, percentile_interval, positive_mean_interval, resampled_images
+from vitopt.measure.intervals import Interval
 from vitopt.measure.logit_statistics import kl_divergences
 from vitopt.models.checkpoint import Checkpoint, load_model, load_processor
 from vitopt.models.forward import flops_per_image
@@ -25,7 +28,7 @@ from vitopt.optimize.hybrid import Boundary, Hybrid
 from vitopt.optimize.reduction import protected_tokens, reduce_tokens, set_removed, token_counts
 from vitopt.recipe import RunSpec
 from vitopt.search.confirmation import divide
-from vitopt.search.schedule import Costs, Removed, neighbours, proposed, smallest
+from vitopt.search.schedule import Costs, Removed, fewest, neighbours, proposed, smallest
 from vitopt.search.sensitivity import DEFAULT_MEMORY_BYTES, Calibration, calibration_of
 from vitopt.section import Section
 from vitopt.token_schedule import removed_in, written
@@ -35,6 +38,7 @@ _SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2)  # of a block's patches that leave it whe
 _STEPS = (1, 2, 3, 4, 6)  # most blocks that merge, for schedules that are proposed beside one without such a limit
 _AMOUNTS = 48  # into so many parts patches are divided: tokens that leave a block are multiples of one
 _LOOKS = 40  # schedules that are measured at most
+_RESAMPLES = 2_000
 _MERGING = RunSpec(merge_tokens="1@0")
 
 
@@ -52,6 +56,12 @@ class Confirmed(Tried):
     kind: Literal["searched", "constant", "falling"]
     agreement_percent: float = Field(description="images with the same class as with all tokens")
     kl_ci95: tuple[float, float] | None = Field(description="null under 30 images")
+    kl_above_searched: float | None = Field(
+        None, description="mean over images of its KL minus that of the searched one, nats; null for that one"
+    )
+    kl_above_searched_ci95: tuple[float, float] | None = Field(
+        None, description="of that mean; null under 30 images, or where no two of them differ"
+    )
 
 
 class TokenSearch(Section):
@@ -94,24 +104,32 @@ def find_schedule(
     One image in four chooses. `steps`: most blocks that merge; fewer, larger steps take less time for the same FLOPs.
 
     Raises:
-        UnsupportedError: this family needs all its tokens.
+        UnsupportedError: this family needs all its tokens, or the labels do not exclude each other.
         RecipeError: no schedule saves so much.
-        DataError: there are too few images.
+        DataError: there are too few images, or one cannot be decoded.
     """
     started = time.perf_counter()
     target = devices.resolve_device(device)
+    if checkpoint.config.problem_type == "multi_label_classification":
+        raise UnsupportedError(f"{checkpoint.source} has labels that do not exclude each other, so no KL to search by")
     costs = costs_of(checkpoint)
     simple = _simple(costs, target_flops)
+    _require_possible(costs, target_flops, steps)
     choosing, confirming = divide(images)
     model = load_model(checkpoint, device=target)
     names = block_names(model, checkpoint.config.model_type)
     reduce_tokens(model, names, _MERGING)
     preprocess = Preprocessor(load_processor(checkpoint))
     first, second = (calibration_of(part, preprocess, target, batch_size) for part in (choosing, confirming))
+    hybrid = Hybrid(model, model, names)
+    # Before the search, as an image that cannot be decoded ends it.
+    (exact,) = _logits_of(hybrid, second, [(0,) * costs.blocks])
     with storage.temporary_folder() as folder:
-        looks = _Looks(Hybrid(model, model, names), first, costs, Boundary(folder, memory_bytes))
+        looks = _Looks(hybrid, first, costs, Boundary(folder, memory_bytes))
         damage = looks.damage()
         best = _search(looks, damage, target_flops, steps, list(simple.values()))
+    kinds = {"searched": best, **simple}
+    found = dict(zip(kinds, _logits_of(hybrid, second, list(kinds.values())), strict=True))
     return TokenSearch(
         checkpoint=checkpoint.source,
         checkpoint_sha256=checkpoint.fingerprint(),
@@ -119,7 +137,7 @@ def find_schedule(
         chosen=written(best),
         choosing_images=len(choosing),
         confirming_images=len(confirming),
-        confirmed=tuple(_confirmed(looks.hybrid, second, costs, {"searched": best, **simple})),
+        confirmed=tuple(_confirmed(exact, found, kinds, costs, confirming.groups)),
         damage={f"block.{block}": found for block, found in damage.items()},
         tried=tuple(
             Tried(schedule=written(removed), flops_share=costs.share(removed), kl=kl)
@@ -211,11 +229,7 @@ def _search(
     grid = max(1, (costs.tokens - costs.protected) // _AMOUNTS)
     limits = [most for most in (*_STEPS, steps or costs.blocks) if steps is None or most <= steps]
     first = [proposed(costs, damage, target_flops, most, grid) for most in limits]
-    allowed = [one for one in (*first, *simple) if one and (steps is None or sum(map(bool, one)) <= steps)]
-    if not allowed:
-        raise RecipeError(
-            f"no schedule leaves {target_flops:g} of the FLOPs: allow more{' or more steps' if steps else ''}"
-        )
+    allowed = [one for one in (*first, *simple) if one and _within(one, steps)] or [fewest(costs, steps)]
     best = min(dict.fromkeys(allowed), key=looks.kl)
     with progress.task("measuring schedules", _LOOKS) as bar:
         better = True
@@ -225,7 +239,7 @@ def _search(
                 if len(looks.tried) >= _LOOKS:
                     return best
                 new = near not in looks.tried
-                if (steps is None or sum(map(bool, near)) <= steps) and looks.kl(near) < looks.kl(best):
+                if _within(near, steps) and looks.kl(near) < looks.kl(best):
                     best, better = near, True
                 bar.advance(int(new))
                 if better:
@@ -234,11 +248,7 @@ def _search(
 
 
 def _simple(costs: Costs, target_flops: float) -> dict[str, Removed]:
-    """The constant and the falling schedule that just reach the target, by their kind.
-
-    Raises:
-        RecipeError: not even the most that can leave reaches it.
-    """
+    """The constant and the falling schedule that just reach the target, by their kind; without those that never do."""
     numbers = range(1, costs.tokens)
     forms = {"constant": "{}", "falling": "{}..0"}
     found = {}
@@ -249,30 +259,69 @@ def _simple(costs: Costs, target_flops: float) -> dict[str, Removed]:
     return found
 
 
-def _confirmed(
-    hybrid: Hybrid, calibration: Calibration, costs: Costs, kinds: Mapping[str, Removed]
-) -> Iterator[Confirmed]:
-    logits: dict[str, list[torch.Tensor]] = {kind: [] for kind in ("exact", *kinds)}
-    every = {"exact": (0,) * costs.blocks, **kinds}
+def _require_possible(costs: Costs, target_flops: float, steps: int | None) -> None:
+    """Refuse, before anything is measured, a target that no schedule of so many steps reaches.
+
+    Raises:
+        RecipeError: it is such a target.
+    """
+    least = costs.share(fewest(costs, steps))
+    if least > target_flops:
+        limit, remedy = ("", "") if steps is None else (f" in at most {steps} of the blocks", ", or more steps")
+        raise RecipeError(
+            f"no schedule{limit} leaves {target_flops:g} of the FLOPs, the least is {least:.3f}: allow more{remedy}"
+        )
+
+
+def _within(removed: Removed, steps: int | None) -> bool:
+    return steps is None or sum(map(bool, removed)) <= steps
+
+
+def _logits_of(hybrid: Hybrid, calibration: Calibration, schedules: Sequence[Removed]) -> list[NDArray[np.float32]]:
+    """(images, classes) of each schedule."""
+    logits: list[list[torch.Tensor]] = [[] for _ in schedules]
     for pixels in progress.track(calibration.stream(), "confirming", calibration.count):
-        for kind, removed in every.items():
+        for found, removed in zip(logits, schedules, strict=True):
             set_removed(hybrid.base, hybrid.blocks, removed)
-            logits[kind].append(hybrid.logits(pixels))
-    exact = torch.cat(logits["exact"])
+            found.append(hybrid.logits(pixels))
+    return [torch.cat(found).numpy() for found in logits]
+
+
+def _confirmed(
+    exact: NDArray[np.float32],
+    found: Mapping[str, NDArray[np.float32]],
+    kinds: Mapping[str, Removed],
+    costs: Costs,
+    groups: Sequence[str] | None,
+) -> Iterator[Confirmed]:
+    """What schedules lose, by their kind, whose logits were `found`."""
+    kl = {kind: kl_divergences(exact, logits) for kind, logits in found.items()}
     for kind, removed in kinds.items():
-        found = torch.cat(logits[kind])
-        kl = kl_divergences(exact.numpy(), found.numpy())
-        interval = positive_mean_interval(kl)
+        above = None if kind == "searched" else kl[kind] - kl["searched"]
         yield Confirmed.model_validate(
             {
                 "kind": kind,
                 "schedule": written(removed),
                 "flops_share": costs.share(removed),
-                "kl": float(kl.mean()),
-                "kl_ci95": None if interval is None else (interval.low, interval.high),
-                "agreement_percent": 100 * float((exact.argmax(1) == found.argmax(1)).float().mean()),
+                "kl": float(kl[kind].mean()),
+                "kl_ci95": _limits(positive_mean_interval(kl[kind])),
+                "kl_above_searched": None if above is None else float(above.mean()),
+                "kl_above_searched_ci95": None if above is None else _limits(_mean_interval(above, groups)),
+                "agreement_percent": 100 * float((exact.argmax(1) == found[kind].argmax(1)).mean()),
             }
         )
+
+
+def _mean_interval(differences: NDArray[np.floating], groups: Sequence[str] | None) -> Interval | None:
+    """95 % interval of the mean over images, of whole groups; None under 30 images, or where none differ."""
+    if len(differences) < FEWEST:
+        return None
+    drawn = resampled_images(len(differences), groups, resamples=_RESAMPLES)
+    return percentile_interval([float(differences[rows].mean()) for rows in drawn])
+
+
+def _limits(interval: Interval | None) -> tuple[float, float] | None:
+    return None if interval is None else (interval.low, interval.high)
 
 
 def _alone(amount: int, block: int, blocks: int) -> Removed:

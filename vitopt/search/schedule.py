@@ -77,6 +77,12 @@ def proposed(
     return best
 
 
+def fewest(costs: Costs, steps: int | None = None) -> Removed:
+    """The schedule of least FLOPs, with tokens leaving in at most so many blocks."""
+    harmless = {block: {1: 0.0} for block in range(costs.blocks - 1)}
+    return _Choices(costs, harmless, 1).cheapest(1.0, costs.blocks if steps is None else steps)
+
+
 class _Choices:
     """FLOPs and damage of each number of tokens that can leave a block, for each number that it can be given."""
 
