@@ -163,19 +163,28 @@ class ServedModel:
             self._stages[stage].observe(ms / 1e3)
         return answer
 
-    def _admit(self) -> _Request:
-        """A place for a new request."""
-        now = time.perf_counter()
+    def require_room(self) -> float:
+        """Seconds until a request that comes now is expected to be answered. It gets no place by this.
+
+        Raises:
+            Busy: there is no room, or an answer would come too late; or the model is being loaded.
+        """
         if self._times is None or self._stopping:
             self._ended["refused"].inc()
             raise Busy("the model is not loaded", max(1, round(self.load_s)))
         decoding = self._decode_s, self._spec.decoders
-        wait = expected_wait(self.waiting, self._running_until - now, self._times, *decoding)
+        running = self._running_until - time.perf_counter()
+        wait = expected_wait(self.waiting, running, self._times, *decoding)
         too_late = self._target_s is not None and wait * self._delay.factor > self._target_s and self.waiting > 0
         if not self._free or too_late:
             self._ended["refused"].inc()
             raise Busy("too many requests wait", retry_after(wait, self._target_s))
-        return _Request(self._free.popleft(), now, wait, asyncio.get_running_loop().create_future())
+        return wait
+
+    def _admit(self) -> _Request:
+        """A place for a new request."""
+        arrived, wait = time.perf_counter(), self.require_room()
+        return _Request(self._free.popleft(), arrived, wait, asyncio.get_running_loop().create_future())
 
     async def _decode(self, request: _Request, fill: Callable[[np.ndarray], None]) -> None:
         def timed() -> float:
