@@ -1,7 +1,10 @@
+import builtins
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import pyarrow.parquet
 import pytest
@@ -41,6 +44,25 @@ def test_the_parts_hold_what_predict_gives_in_its_order(tiny_checkpoint, shapes,
     assert (done.parts, done.stood, done.images, done.left_out) == (5, 0, 24, 0)
     assert [row["image"] for row in found] == [row["image"] for row in expected]
     assert [row["labels"] for row in found] == [[one["label"] for one in row["classes"]] for row in expected]
+
+
+def test_before_the_first_part_no_other_file_is_looked_at_and_its_own_once(
+    tiny_checkpoint, shapes, tmp_path, monkeypatch
+):
+    looked, opened = Counter(), Counter()
+
+    def counting(counter, real):
+        return lambda path, *args, **options: counter.update([str(path)]) or real(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", counting(looked, os.stat))
+    monkeypatch.setattr(builtins, "open", counting(opened, open))
+    monkeypatch.setattr(vitopt.bulk.storage, "write_bytes", lambda *_: pytest.fail("the first part is done"))
+    paths = image_paths([str(shapes / "test")])
+    with pytest.raises(pytest.fail.Exception, match="first part"):
+        run(tiny_checkpoint, paths, tmp_path / "out")
+    for counter in (looked, opened):
+        of_images = {path: count for path, count in counter.items() if path.endswith(".png")}
+        assert of_images == dict.fromkeys(map(str, paths[:5]), 1)
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 4])
@@ -115,9 +137,10 @@ def test_a_killed_process_leaves_whole_parts_and_the_next_one_goes_on(tiny_check
     paths = image_paths([str(shapes / "test")])
     # The third part kills the process after some bytes of its file: no handler and no `finally` runs.
     program = f"""
-import os, signal
+import os, signal, sys
 from pathlib import Path
 import vitopt.bulk
+assert not {{"peft", "bitsandbytes"}} & {{*sys.modules}}, "a second of each start"
 from vitopt import storage
 from vitopt.cli.predicting import _parquet
 from vitopt.data import shards
