@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 
@@ -16,6 +17,7 @@ from vitopt.bulk import predict_parts
 from vitopt.cli.predicting import _parquet
 from vitopt.data import shards
 from vitopt.data.images import open_images
+from vitopt.environment.cluster import _Actor
 from vitopt.errors import BadImageError, StorageError, UnsupportedError
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.prediction import image_paths, predict
@@ -185,6 +187,21 @@ def test_ray_gives_the_same_rows_and_goes_on_where_a_run_ended(tiny_checkpoint, 
     (tmp_path / "bad.png").write_bytes(b"text")
     with pytest.raises(BadImageError, match=r"bad\.png"):
         run(tiny_checkpoint, [*paths[:3], tmp_path / "bad.png"], tmp_path / "bad", ray=True)
+
+
+def test_ray_under_a_launch_of_its_own_is_refused(tiny_checkpoint, shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(vitopt.environment.cluster.launch, "process_share", lambda: (0, 2))
+    monkeypatch.setattr(vitopt.environment.cluster.launch, "wait_for_all", lambda: None)
+    with pytest.raises(UnsupportedError, match="accelerate launch"):
+        run(tiny_checkpoint, image_paths([str(shapes / "test")]), tmp_path / "out", ray=True)
+
+
+def test_an_error_at_the_start_of_a_process_is_told_as_it_is():
+    def make():
+        raise StorageError("not on this machine")
+
+    (answer,) = _Actor(make)({"item": np.array(["a part"])})["answer"]
+    assert isinstance(answer, StorageError)
 
 
 def test_ray_that_is_not_installed_is_named_with_the_remedy(tiny_checkpoint, shapes, tmp_path, monkeypatch):
