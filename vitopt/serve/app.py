@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException as StarletteError
 from vitopt import __version__
 from vitopt.data.decoding import decoded, open_bytes
 from vitopt.data.pixels import smallest_side
-from vitopt.errors import BadImageError, MeasurementError, RecipeError
+from vitopt.errors import BadImageError, MeasurementError, RecipeError, UnsupportedError
 from vitopt.measure.runnable import Preprocess
 from vitopt.prediction import distinct, ranked
 from vitopt.records import Outputs
@@ -88,7 +88,12 @@ async def running(served: Mapping[str, Served]) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as started:
         for one in served.values():
             started.push_async_callback(one.model.stop)
-            await one.model.start()
+            try:
+                await one.model.start()
+            except ModelLost as error:
+                raise UnsupportedError(
+                    f"the process of {one.model.name} ended while it loaded: is there memory for --batch-sizes?"
+                ) from error
         yield
 
 
