@@ -89,7 +89,7 @@ PLANS = {
         _recipe("engines-cpu", 900, (SHARED,), ("openvino", "nncf", "onnxruntime")),
         _recipe("engines-cpu-vit-l", 1200, wants=("openvino", "nncf", "onnxruntime")),
         _recipe("static-scales-vit-tiny", 600, (SHARED,), ("torchao",)),
-        _recipe("tokens-vit-tiny", 600, (SHARED,)),
+        _recipe("tokens-vit-tiny", 900, (SHARED,)),
         _recipe("adaptive-vit-tiny", 1500, (SHARED,), ("openvino",)),
         _recipe("adaptive-photos-vit-tiny", 900, (SHARED,)),
         _recipe("rounding-vit-tiny", 900, (SHARED,)),
