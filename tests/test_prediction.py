@@ -68,6 +68,12 @@ def test_a_file_whose_name_looks_like_a_pattern_is_that_file(photos: Path) -> No
     assert image_paths([str(odd)]) == [odd]
 
 
+@pytest.mark.parametrize("name", ["nothing.png", "~nobody-there/a.png", "~nobody-there/*.png", "a" * 5000, "a\0.png"])
+def test_names_that_cannot_be_or_are_not_there_are_refused(name: str) -> None:
+    with pytest.raises(BadImageError, match="no image at"):
+        image_paths([name])
+
+
 @pytest.mark.parametrize(("name", "told"), [("*.jpg", r"no image at .*\.jpg"), ("empty", r"folder .*empty")])
 def test_names_that_stand_for_nothing_are_refused(name: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()

@@ -22,6 +22,7 @@ from vitopt.environment import devices
 from vitopt.errors import BadImageError, DataError, MeasurementError
 from vitopt.measure.accuracy import padded_call
 from vitopt.models.checkpoint import open_checkpoint
+from vitopt.paths import existing
 from vitopt.recipe import RunSpec
 from vitopt.records import Outputs
 
@@ -42,18 +43,21 @@ def image_paths(names: Iterable[str]) -> list[Path]:
     paths: dict[Path, None] = {}
     endings = (*IMAGE_ENDINGS, *ARCHIVE_ENDINGS)
     for name in names:
-        path = Path(name).expanduser()
-        if path.is_dir():
+        path = existing(name)
+        if path is not None and path.is_dir():
             below = list(map(Path, _files_below(path, endings)))
             if not below:
                 raise BadImageError(f"no image in the folder {name}; known endings: {' '.join(endings)}")
-        elif path.is_file() or not glob.has_magic(name):
+        elif path is not None:
             below = [path]
-        else:
-            root = Path(path.anchor)
-            below = sorted(match for match in root.glob(str(path.relative_to(root))) if match.is_file())
+        elif glob.has_magic(name):
+            pattern = Path(os.path.expanduser(name))  # noqa: PTH111 (Path's raises for users who are not known)
+            root = Path(pattern.anchor)
+            below = sorted(match for match in root.glob(str(pattern.relative_to(root))) if match.is_file())
             if not below:
                 raise BadImageError(f"no image at {name}, and no file matches it as a pattern")
+        else:
+            raise BadImageError(f"no image at {name}")
         paths |= dict.fromkeys(below)
     if not paths:
         raise DataError("no images: name files, folders or patterns, or `-` to read names from standard input")
