@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -72,13 +73,14 @@ def _answers(make: Callable[[], Callable[[str], R]], items: Sequence[str], devic
 def _cluster() -> Iterator[Any]:
     """Ray, connected; what was begun here ends here, so that nothing of it runs while models are timed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # else it reports to its makers
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     import ray
     import ray.data
 
     with contextlib.ExitStack() as ending:
         if not ray.is_initialized():
             try:
-                ray.init(include_dashboard=False, log_to_driver=False)
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             except Exception as error:  # of many types
                 raise UnsupportedError(f"Ray cannot be reached or started: {' '.join(str(error).split())}") from error
             ending.callback(ray.shutdown)
