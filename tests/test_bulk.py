@@ -1,8 +1,12 @@
+import builtins
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 
@@ -13,6 +17,7 @@ from vitopt.bulk import predict_parts
 from vitopt.cli.predicting import _parquet
 from vitopt.data import shards
 from vitopt.data.images import open_images
+from vitopt.environment.cluster import _Actor
 from vitopt.errors import BadImageError, StorageError, UnsupportedError
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.prediction import image_paths, predict
@@ -41,6 +46,25 @@ def test_the_parts_hold_what_predict_gives_in_its_order(tiny_checkpoint, shapes,
     assert (done.parts, done.stood, done.images, done.left_out) == (5, 0, 24, 0)
     assert [row["image"] for row in found] == [row["image"] for row in expected]
     assert [row["labels"] for row in found] == [[one["label"] for one in row["classes"]] for row in expected]
+
+
+def test_before_the_first_part_no_other_file_is_looked_at_and_its_own_once(
+    tiny_checkpoint, shapes, tmp_path, monkeypatch
+):
+    looked, opened = Counter(), Counter()
+
+    def counting(counter, real):
+        return lambda path, *args, **options: counter.update([str(path)]) or real(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", counting(looked, os.stat))
+    monkeypatch.setattr(builtins, "open", counting(opened, open))
+    monkeypatch.setattr(vitopt.bulk.storage, "write_bytes", lambda *_: pytest.fail("the first part is done"))
+    paths = image_paths([str(shapes / "test")])
+    with pytest.raises(pytest.fail.Exception, match="first part"):
+        run(tiny_checkpoint, paths, tmp_path / "out")
+    for counter in (looked, opened):
+        of_images = {path: count for path, count in counter.items() if path.endswith(".png")}
+        assert of_images == dict.fromkeys(map(str, paths[:5]), 1)
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 4])
@@ -115,9 +139,10 @@ def test_a_killed_process_leaves_whole_parts_and_the_next_one_goes_on(tiny_check
     paths = image_paths([str(shapes / "test")])
     # The third part kills the process after some bytes of its file: no handler and no `finally` runs.
     program = f"""
-import os, signal
+import os, signal, sys
 from pathlib import Path
 import vitopt.bulk
+assert not {{"peft", "bitsandbytes"}} & {{*sys.modules}}, "a second of each start"
 from vitopt import storage
 from vitopt.cli.predicting import _parquet
 from vitopt.data import shards
@@ -162,6 +187,21 @@ def test_ray_gives_the_same_rows_and_goes_on_where_a_run_ended(tiny_checkpoint, 
     (tmp_path / "bad.png").write_bytes(b"text")
     with pytest.raises(BadImageError, match=r"bad\.png"):
         run(tiny_checkpoint, [*paths[:3], tmp_path / "bad.png"], tmp_path / "bad", ray=True)
+
+
+def test_ray_under_a_launch_of_its_own_is_refused(tiny_checkpoint, shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(vitopt.environment.cluster.launch, "process_share", lambda: (0, 2))
+    monkeypatch.setattr(vitopt.environment.cluster.launch, "wait_for_all", lambda: None)
+    with pytest.raises(UnsupportedError, match="accelerate launch"):
+        run(tiny_checkpoint, image_paths([str(shapes / "test")]), tmp_path / "out", ray=True)
+
+
+def test_an_error_at_the_start_of_a_process_is_told_as_it_is():
+    def make():
+        raise StorageError("not on this machine")
+
+    (answer,) = _Actor(make)({"item": np.array(["a part"])})["answer"]
+    assert isinstance(answer, StorageError)
 
 
 def test_ray_that_is_not_installed_is_named_with_the_remedy(tiny_checkpoint, shapes, tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ OPTIONS = {
         "CHECKPOINT", "--data", "--baseline", "--attention", "--sdpa-kernel", "--run-as", "--fuse-qkv",
         "--channels-last", "--compile", "--autotune", "--threads", "--batch-size", "--latency-batch-size",
         "--iterations", "--rounds", "--workers", "--limit", "--group-column", "--skip-bad-images", "--look-alikes",
-        "--strict", "--device", "--output",
+        "--ray", "--strict", "--device", "--output",
         "--json",
     ],
     "benchmark": [

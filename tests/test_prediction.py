@@ -1,6 +1,7 @@
 """Classes of images without labels: which files are found, and what is answered for each."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,10 +35,43 @@ def test_folders_files_and_patterns_stand_for_images_once(photos: Path, monkeypa
     assert image_paths(["cross/0[01].png"]) == [Path("cross/00.png"), Path("cross/01.png")]
 
 
+def test_a_folder_gives_files_and_links_to_files_in_order_of_their_names(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for name in ("a/x.JPG", "a.png", "a-b.png", "B.png", "a/b/0.png", ".png", "a/notes.txt", "c.png/z.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    elsewhere.mkdir()
+    (elsewhere / "y.png").touch()
+    (folder / "linked.png").symlink_to(elsewhere / "y.png")
+    (folder / "to-a-folder").symlink_to(elsewhere)
+    (folder / "broken.png").symlink_to(elsewhere / "nothing.png")
+    found = [path.relative_to(folder).as_posix() for path in image_paths([str(folder)])]
+    assert found == ["B.png", "a/b/0.png", "a/x.JPG", "a-b.png", "a.png", "c.png/z.png", "linked.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.scandir
+
+    def denying(path: Path | str) -> object:
+        if Path(path).name == "cross":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", denying)
+    with pytest.raises(DataError, match=r"cross cannot be read: Permission denied"):
+        image_paths([str(photos)])
+
+
 def test_a_file_whose_name_looks_like_a_pattern_is_that_file(photos: Path) -> None:
     odd = photos / "[a].png"
     (photos / "cross" / "00.png").rename(odd)
     assert image_paths([str(odd)]) == [odd]
+
+
+@pytest.mark.parametrize("name", ["nothing.png", "~nobody-there/a.png", "~nobody-there/*.png", "a" * 5000, "a\0.png"])
+def test_names_that_cannot_be_or_are_not_there_are_refused(name: str) -> None:
+    with pytest.raises(BadImageError, match="no image at"):
+        image_paths([name])
 
 
 @pytest.mark.parametrize(("name", "told"), [("*.jpg", r"no image at .*\.jpg"), ("empty", r"folder .*empty")])

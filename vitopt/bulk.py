@@ -13,7 +13,7 @@ from vitopt.adaptive.runtime import prepare
 from vitopt.data.shards import Part, parts_of
 from vitopt.environment import devices, launch
 from vitopt.environment.cluster import answers_of_cluster
-from vitopt.errors import StorageError, UnsupportedError
+from vitopt.errors import StorageError
 from vitopt.models.checkpoint import open_checkpoint
 from vitopt.prediction import classify
 from vitopt.recipe import RunSpec
@@ -85,8 +85,6 @@ def predict_parts(
         DataError: an archive cannot be read.
         UnsupportedError: Ray is asked for and not installed, or asked for under `accelerate launch`.
     """
-    if ray and launch.process_share()[1] > 1:
-        raise UnsupportedError("--ray starts its own processes: leave out `accelerate launch`")
     run = run or RunSpec()
     skip_bad = bool(options.get("skip_bad", False))
     means = [open_checkpoint(source).fingerprint(), run.model_dump(mode="json"), options["top"], skip_bad]

@@ -76,6 +76,7 @@ class RoundingSpec(CalibrationSpec):
     """
 
     images: ImageCount = Field(256, description="calibration images, spread over the classes")
+    crops: int = Field(0, ge=0, le=64, description="random crops of each image that round weights beside it")
     search_scales: bool = Field(
         True, description="search scales and codes by what they change in the logits; false: plain GPTQ"
     )

@@ -1,10 +1,12 @@
 """Checkpoints prepared and measured together."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -14,12 +16,16 @@ from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.engines.runtime import make
 from vitopt.environment import devices
+from vitopt.environment.cluster import answers_of_cluster
 from vitopt.errors import CheckpointError, DataError, MeasurementError, UnsupportedError
+from vitopt.measure import accuracy
 from vitopt.measure.evaluator import Measured, evaluate, failed
 from vitopt.measure.own_metrics import Compute
 from vitopt.measure.runnable import NamesOutputs, Preprocess, Runnable, outputs_of
 from vitopt.models.checkpoint import Checkpoint, open_checkpoint
 from vitopt.recipe import ENGINES, EvaluateSpec, RunSpec, VariantSpec
+
+IMAGES_PER_PART = 500  # of what one process of Ray does at a time
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,12 @@ def measure(
     untrained: bool = False,
     metrics: Mapping[str, Compute] = MappingProxyType({}),
     ready: Callable[[Measured], None] = lambda one: None,
+    ray: bool = False,
 ) -> list[Measured]:
     """Prepare checkpoints and measure them together; results in the order of `candidates`.
 
     `ready` gets each result as soon as there is something in it, and again with more, see `evaluate`; there also
-    `metrics`.
+    `metrics`. With `ray` accuracy is the work of Ray's processes (`vitopt.environment.cluster`), all else of this one.
 
     Raises:
         UnsupportedError: none of them can run here, or, with `strict`, one of them cannot.
@@ -60,6 +67,7 @@ def measure(
     """
     target = devices.resolve_device(device)
     runnables: list[Runnable] = []
+    able: list[Candidate] = []
     failures = {one.name: one.failure for one in candidates if one.failure is not None}
     for one in candidates:
         if one.name in failures:
@@ -72,6 +80,7 @@ def measure(
             failures[one.name] = str(error)
         else:
             runnables.append(runnable)
+            able.append(one)
     if not runnables:
         raise UnsupportedError("no variant can run here: " + "; ".join(f"{k}: {v}" for k, v in failures.items()))
     measured = evaluate(
@@ -83,6 +92,7 @@ def measure(
         untrained=untrained or any(isinstance(one, AnyPrepared) and one.checkpoint.is_random for one in runnables),
         metrics=metrics,
         ready=ready,
+        predict=functools.partial(_predict_by_ray, able, device, strict) if ray else accuracy.predict,
     )
     results = {one.record.variant.name: one for one in measured}
     for candidate in candidates:
@@ -133,6 +143,46 @@ def _called(candidate: Candidate, device: torch.device, strict: bool) -> Runnabl
     if candidate.preprocess is not None:
         runnable.preprocess = candidate.preprocess
     return runnable
+
+
+class _Shares:
+    """Variants that are loaded once and answer for one part of the images after another."""
+
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        device: str,
+        strict: bool,
+        images: ImageSet,
+        parts: int,
+        options: dict[str, Any],
+    ) -> None:
+        target = devices.resolve_device(device)
+        self._runnables = [_called(one, target, strict) for one in candidates]
+        self._images, self._parts, self._options = images, parts, options
+
+    def __call__(self, part: str) -> accuracy.Share:
+        return accuracy.predict_share(self._runnables, self._images, (int(part), self._parts), **self._options)
+
+
+def _predict_by_ray(
+    candidates: Sequence[Candidate],
+    device: str,
+    strict: bool,
+    runnables: Sequence[Runnable],
+    images: ImageSet,
+    **options: Any,
+) -> accuracy.Outcome:
+    """`accuracy.predict` for runnables that other processes make of their candidates."""
+    parts = -(-len(images) // IMAGES_PER_PART)
+    make = functools.partial(_Shares, candidates, device, strict, images, parts, options)
+    answers = answers_of_cluster(make, list(map(str, range(parts))), device)
+    shares = list(progress.track(answers, "accuracy, parts of the images", parts))
+    outcome = accuracy.merged(runnables, images, shares, options["batch_size"])
+    for one in runnables:
+        note = "accuracy is the work of Ray's processes, whose devices may differ from the one that was timed"
+        outcome.notes.setdefault(one.name, []).append(note)
+    return outcome
 
 
 def _fit_all(images: ImageSet, runnables: Sequence[Runnable]) -> ImageSet:

@@ -1,8 +1,8 @@
 """Classes of images that have no labels: any number of files, in batches, decoded while the model computes."""
 
 import glob
-import itertools
 import logging
+import operator
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +22,7 @@ from vitopt.environment import devices
 from vitopt.errors import BadImageError, DataError, MeasurementError
 from vitopt.measure.accuracy import padded_call
 from vitopt.models.checkpoint import open_checkpoint
+from vitopt.paths import existing
 from vitopt.recipe import RunSpec
 from vitopt.records import Outputs
 
@@ -37,28 +38,45 @@ def image_paths(names: Iterable[str]) -> list[Path]:
 
     Raises:
         BadImageError: a file is missing, a folder holds no image, a pattern matches none.
+        DataError: no names, or a folder that cannot be read.
     """
     paths: dict[Path, None] = {}
     endings = (*IMAGE_ENDINGS, *ARCHIVE_ENDINGS)
     for name in names:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            every = itertools.chain.from_iterable(map(Path(top).joinpath, names) for top, _, names in os.walk(path))
-            below = [file for file in every if file.suffix.lower() in endings and file.is_file()]
-            below.sort(key=lambda file: file.parts)  # comparing paths themselves takes several times as long
+        path = existing(name)
+        if path is not None and path.is_dir():
+            below = list(map(Path, _files_below(path, endings)))
             if not below:
                 raise BadImageError(f"no image in the folder {name}; known endings: {' '.join(endings)}")
-        elif path.is_file() or not glob.has_magic(name):
+        elif path is not None:
             below = [path]
-        else:
-            root = Path(path.anchor)
-            below = sorted(match for match in root.glob(str(path.relative_to(root))) if match.is_file())
+        elif glob.has_magic(name):
+            pattern = Path(os.path.expanduser(name))  # noqa: PTH111 (Path's raises for users who are not known)
+            root = Path(pattern.anchor)
+            below = sorted(match for match in root.glob(str(pattern.relative_to(root))) if match.is_file())
             if not below:
                 raise BadImageError(f"no image at {name}, and no file matches it as a pattern")
+        else:
+            raise BadImageError(f"no image at {name}")
         paths |= dict.fromkeys(below)
     if not paths:
         raise DataError("no images: name files, folders or patterns, or `-` to read names from standard input")
     return list(paths)
+
+
+def _files_below(folder: str | Path, endings: Sequence[str]) -> Iterator[str]:
+    """Files with these endings in order of the names on their way. Listings tell what is a file, so that none is looked
+    at on its own: a folder can hold 100,000."""
+    try:
+        with os.scandir(folder) as listing:
+            entries = sorted(listing, key=operator.attrgetter("name"))
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be read: {error.strerror or error}") from error
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _files_below(entry.path, endings)
+        elif os.path.splitext(entry.name)[1].lower() in endings and entry.is_file():  # noqa: PTH122 (of a name)
+            yield entry.path
 
 
 def predict(

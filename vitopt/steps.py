@@ -127,6 +127,15 @@ class PruneSpec(CalibrationSpec):
         return "pruning"
 
 
+class RotateSpec(Spec):
+    """Rotate the channels of all tokens, answers unchanged: weights have no outliers, 4 bits lose less (QuaRot)."""
+
+    @property
+    def words(self) -> str:
+        """What it does, for the line that a run prints."""
+        return "rotating channels"
+
+
 class SmoothSpec(CalibrationSpec):
     """Make the columns of what layers take alike, answers unchanged: 8 bits then lose less (SmoothQuant)."""
 
@@ -156,6 +165,7 @@ class StepKind:
 STEPS: dict[str, StepKind] = {
     "finetune": StepKind(FinetuneSpec, "vitopt.training.finetune:finetune", "training"),
     "prune": StepKind(PruneSpec, "vitopt.optimize.prune:prune", "calibration"),
+    "rotate": StepKind(RotateSpec, "vitopt.optimize.rotate:rotate", None),
     "smooth": StepKind(SmoothSpec, "vitopt.optimize.smooth:smooth", "calibration"),
     "calibrate": StepKind(CalibrateSpec, "vitopt.optimize.calibrate:calibrate", "calibration"),
 }

@@ -29,3 +29,11 @@ def test_each_step_on_calibration_images_has_a_command(name: str, tiny_checkpoin
     assert "absent" in refusal(*asked, tmp_path / "absent")
     assert "images" in refusal(*asked, "digits", "--limit", 0)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_step_without_images_has_a_command_without_data(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert "--data" not in done("rotate", "--help").stdout
+    found = printed("rotate", tiny_checkpoint, "--seed", 3, "--output", tmp_path / "rotated")
+    assert "channels" in found["summary"] and "images" not in found
+    before, after = (open_checkpoint(str(folder)).fingerprint() for folder in (tiny_checkpoint, tmp_path / "rotated"))
+    assert before != after

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BeitImageProcessor, CLIPImageProcessor, DeiTImageProcessor, ViTImageProcessor
+from transformers import (
+    BeitImageProcessor,
+    BitImageProcessor,
+    CLIPImageProcessor,
+    DeiTImageProcessor,
+    SiglipImageProcessor,
+    ViTImageProcessor,
+)
 
 from vitopt.data.images import ImageSet, image_files, open_images
 from vitopt.data.pixels import Augmentation, Batch, PixelDataset, Preprocessor, batches, on_device, random_pixels
@@ -91,6 +98,54 @@ def test_the_size_is_that_of_the_output(processor, size):
     preprocess = Preprocessor(processor())
     assert preprocess.size == size
     assert tuple(preprocess(noise(300, 260)).shape) == (3, *size)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (BeitImageProcessor, {}),
+        (BitImageProcessor, {}),
+        (CLIPImageProcessor, {}),
+        (DeiTImageProcessor, {}),
+        (SiglipImageProcessor, {}),
+        (ViTImageProcessor, {"image_mean": list(MEAN), "image_std": list(STD)}),
+        (ViTImageProcessor, {"do_normalize": False}),
+        (ViTImageProcessor, {"do_rescale": False}),
+        (ViTImageProcessor, {"rescale_factor": 1 / 127.5}),
+        (CLIPImageProcessor, {"do_resize": False, "crop_size": {"height": 60, "width": 70}}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(value) or "default",
+)
+def test_pixels_are_the_processors_own_to_the_bit_without_its_passes_over_floats(kind, settings, monkeypatch):
+    processor = kind(**settings)
+    images = [noise(*sides) for sides in ((64, 48), (50, 70), (300, 200))]
+    expected = [processor(image, return_tensors="pt")["pixel_values"][0] for image in images]
+    preprocess = Preprocessor(processor)
+    for slow in ("rescale", "normalize"):
+        monkeypatch.setattr(processor, slow, lambda *_, **__: pytest.fail("done for each image"))
+    for image, pixels in zip(images, expected, strict=True):
+        assert torch.equal(preprocess(image), pixels) and preprocess(image).dtype == pixels.dtype
+
+
+class ByImage(ViTImageProcessor):
+    """Brings each image to a mean of 0: no table of bytes holds that."""
+
+    def normalize(self, image, mean, std, **_):
+        return image - image.mean()
+
+
+class WithoutSwitches:
+    """As timm's: it takes an image and nothing else."""
+
+    def __call__(self, image, return_tensors):
+        return {"pixel_values": torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1)[None]}
+
+
+@pytest.mark.parametrize("kind", [ByImage, WithoutSwitches])
+def test_pixels_that_are_no_function_of_single_bytes_are_the_processors_too(kind):
+    processor = kind()
+    for image in (noise(64, 48), noise(300, 200)):
+        assert torch.equal(Preprocessor(processor)(image), processor(image, return_tensors="pt")["pixel_values"][0])
 
 
 def test_the_name_tells_the_backend(preprocess):

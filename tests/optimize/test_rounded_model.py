@@ -80,6 +80,29 @@ def test_rounded_on_images_the_outputs_stay_nearer_at_the_same_size(
     assert max(sizes.values()) - min(sizes.values()) < 64  # digits of offsets in a header
 
 
+def test_crops_round_beside_the_photos_the_same_ones_in_each_pass(
+    made: Callable[..., Path], images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[torch.Tensor] = []
+
+    def noted(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            given = list(arguments)
+            given[place] = list(given[place])
+            passes.append(torch.cat(given[place]))
+            return function(*given)
+
+        return call
+
+    for name, place in (("token_importance", 2), ("round_blocks", 4)):
+        monkeypatch.setattr(rounded_model, name, noted(getattr(rounded_model, name), place))
+    made("crops", format="nf4", rounding={"crops": 2})
+    first, second = passes
+    assert torch.equal(first, second) and len(first) == 3 * len(images)
+    photos, crops, others = first.split(len(images))
+    assert not torch.equal(photos, crops) and not torch.equal(crops, others)
+
+
 def test_w8a8_is_rounded_too_and_skipped_layers_stay(made: Callable[..., Path], tiny_checkpoint: Path) -> None:
     nearest = AutoModelForImageClassification.from_pretrained(made("w8a8", format="w8a8", skip=["block.1"]))
     folder = made("w8a8-gptq", format="w8a8", skip=["block.1"], rounding="gptq")

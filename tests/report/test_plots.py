@@ -99,6 +99,26 @@ def test_pareto_front_leads_along_steps(make: SimpleNamespace):
     assert front.get_ydata() == pytest.approx([80.0, 80.0, 100.0])
 
 
+def test_bytes_against_kl_leads_along_what_no_smaller_one_beats(make: SimpleNamespace):
+    against, baseline = make.predictions(), {"baseline": ("fp32", make.predictions())}
+    records = [
+        make.record("fp32", predictions=against),
+        make.record("small", "nf4", predictions=make.predictions(wrong=range(8)), weight_bytes=3_000_000, **baseline),
+        make.record("beaten", "int4", predictions=make.predictions(wrong=range(9)), weight_bytes=4_000_000, **baseline),
+        make.record("good", "w8a8", predictions=make.predictions(wrong=range(2)), weight_bytes=6_000_000, **baseline),
+    ]
+
+    figure = plots.kl_weights(records)
+
+    (axes,) = figure.axes
+    kl = {record.variant.name: record.versus_baseline.mean_kl_divergence for record in records[1:]}
+    assert axes.get_lines()[0].get_xdata() == pytest.approx([3.0, 6.0, 6.0])
+    assert axes.get_lines()[0].get_ydata() == pytest.approx([kl["small"], kl["small"], kl["good"]])
+    assert {"small", "beaten", "good"} <= set(words(figure))
+    assert plots.kl_weights(records[:3]) is None
+    assert plots.kl_weights([record.model_copy(update={"size": records[1].size}) for record in records]) is None
+
+
 def test_points_show_their_intervals(make: SimpleNamespace):
     records = [
         make.record(name, p50_ms={1: ms}, predictions=make.predictions(wrong=(0,))) for name, ms in [("a", 2), ("b", 4)]

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import re
@@ -88,19 +89,50 @@ def test_what_cannot_be_answered_is_one_clear_line(client, sent, status, said):
     assert one.post("/predict", content=photo((0, 200, 0))).json()["classes"][0]["label"] == "green"
 
 
+@contextlib.contextmanager
+def full_queue(client, process, queue):
+    """While this is entered as many requests wait as may; all are answered at its end."""
+    process.hold.clear()
+    with ThreadPoolExecutor(queue) as pool:
+        waiting = [pool.submit(client.post, "/predict", content=photo((0, 0, 0))) for _ in range(queue)]
+        deadline = time.monotonic() + 10
+        while client.get("/metrics").text.count(f'vitopt_requests_waiting{{model="fake"}} {queue:.1f}') == 0:
+            assert time.monotonic() < deadline
+        try:
+            yield
+        finally:
+            process.hold.set()
+        assert [answer.result().status_code for answer in waiting] == [200] * queue
+
+
 def test_a_full_queue_is_503_with_a_time_to_come_back(client, processes):
     one = client(queue=4)
-    processes[0].hold.clear()
-    with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(one.post, "/predict", content=photo((0, 0, 0))) for _ in range(4)]
-        deadline = time.monotonic() + 10
-        while one.get("/metrics").text.count('vitopt_requests_waiting{model="fake"} 4.0') == 0:
-            assert time.monotonic() < deadline
+    with full_queue(one, processes[0], 4):
         refused = one.post("/predict", content=photo((0, 0, 0)))
-        processes[0].hold.set()
-        assert [answer.result().status_code for answer in waiting] == [200] * 4
     assert refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1
     assert "try again" in refused.json()["error"]
+
+
+@pytest.mark.parametrize("kind", ["image/jpeg", "multipart/form-data; boundary=x"])
+@pytest.mark.parametrize("path", ["/predict", "/v2/models/fake/infer"])
+def test_refusals_come_before_the_body_is_read(client, processes, path, kind):
+    read = []
+
+    def body():
+        read.append(path)
+        yield b"x" * 4000
+
+    def answer(**headers):
+        return one.post(path, content=body(), headers={"content-type": kind, "content-length": "4000"} | headers)
+
+    one = client(queue=4, max_bytes=5000, token="secret")
+    assert answer().status_code == 401
+    one.headers["Authorization"] = "Bearer secret"
+    assert answer(**{"content-length": "6000"}).status_code == 413
+    with full_queue(one, processes[0], 4):
+        assert answer().status_code == 503
+    assert not read
+    assert answer().status_code == 400 and read
 
 
 def test_no_answer_in_time_is_504(client, processes):

@@ -8,7 +8,7 @@ aiohttp = pytest.importorskip("aiohttp")
 from aiohttp import web  # noqa: E402
 
 from vitopt.data.images import open_images  # noqa: E402
-from vitopt.errors import DataError, MeasurementError, UnsupportedError  # noqa: E402
+from vitopt.errors import DataError, MeasurementError, RecipeError, UnsupportedError  # noqa: E402
 from vitopt.measure.predictions import load_predictions  # noqa: E402
 from vitopt.recipe import DataSpec  # noqa: E402
 from vitopt.records import load_record  # noqa: E402
@@ -23,10 +23,10 @@ LABELS = ["circle", "cross", "square", "stripe"]
 class Server:
     """Answers each image by `answer`, once as many requests as `together` are there at the same time."""
 
-    def __init__(self, answer, together=1, ready=True, labels=LABELS, metrics=dict, **says):
+    def __init__(self, answer, together=1, ready=True, labels=LABELS, metrics=dict, status=200, **says):
         self.answer, self.together, self.ready, self.metrics = answer, together, ready, metrics
         self.says = {"name": "tiny", "ready": True, "labels": labels, "record": {}} | says
-        self.bodies = []
+        self.status, self.bodies = status, []
 
     def __enter__(self):
         started = threading.Event()
@@ -54,10 +54,10 @@ class Server:
         await runner.cleanup()
 
     async def _health(self, request):
-        return web.json_response({}, status=200 if self.ready else 503)
+        return web.json_response({}, status=self.status if self.ready else 503)
 
     async def _models(self, request):
-        return web.json_response([self.says])
+        return web.json_response([self.says] if self.status == 200 else {"error": "no"}, status=self.status)
 
     async def _metrics(self, request):
         return web.Response(text="".join(f"{name} {value}\n" for name, value in self.metrics().items()))
@@ -140,6 +140,14 @@ def test_nobody_there_or_not_ready_is_one_clear_line(images):
         Client(server.url, images)
     with Server(lambda *_: good(0)) as server, pytest.raises(UnsupportedError, match="there are tiny"):
         Client(server.url, images, model="other")
+    with pytest.raises(RecipeError, match="http://"):
+        Client("127.0.0.1:8000", images)
+
+
+@pytest.mark.parametrize(("status", "said"), [(401, "VITOPT_SERVE_TOKEN"), (404, "vitopt serve")])
+def test_a_server_that_wants_a_token_or_is_another_one_is_told_apart(images, status, said):
+    with Server(lambda *_: good(0), status=status) as server, pytest.raises(UnsupportedError, match=said):
+        Client(server.url, images)
 
 
 def test_arrivals_are_a_poisson_process():

@@ -6,8 +6,10 @@ from commands import done
 
 from vitopt.adaptive.passes import Passes
 from vitopt.data.images import image_files
+from vitopt.errors import UnsupportedError
 from vitopt.prediction import predict
-from vitopt.serve.process import Loading, _call, _load
+from vitopt.serve import process
+from vitopt.serve.process import Loading, Slots, _call, _load
 
 
 def test_a_batch_of_an_adaptive_model_tells_paths_and_is_not_filled_up(tiny_checkpoint, shapes, tmp_path, monkeypatch):
@@ -41,3 +43,11 @@ def test_only_fixed_shapes_are_filled_up(fixed):
     answers = _call(Double(), pixels, 4)
     assert np.array_equal(answers.logits, 2 * pixels[:, :, 0, 0]) and answers.paths is None
     assert sizes == [4 if fixed else 3]
+
+
+def test_a_queue_that_shared_memory_cannot_hold_is_refused_before_a_process_dies_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "_SHARED", tmp_path)
+    monkeypatch.setattr(process.shutil, "disk_usage", lambda _: process.shutil._ntuple_diskusage(10**8, 0, 10**6))
+    with pytest.raises(UnsupportedError, match="--queue 100 takes 60 MB"):
+        Slots(100, (224, 224))
+    Slots(1, (224, 224)).close()

@@ -52,8 +52,9 @@ def load(
     from vitopt.measure.evaluator import Measured
     from vitopt.serve.load import Client
     from vitopt.serve.record import record_of
+    from vitopt.serve.settings import TOKEN_VARIABLE
 
-    client = Client(url, open_images(data, None), model=model, token=os.environ.get("VITOPT_SERVE_TOKEN"))
+    client = Client(url, open_images(data, None), model=model, token=os.environ.get(TOKEN_VARIABLE))
     with claimed(output, data.folder):
         predictions, alone = client.learn(), client.alone()
         if asked:

@@ -99,7 +99,7 @@ def _refuse_without_effect(context: typer.Context) -> None:
 
 
 _ROUNDED = Fields(
-    ("images", "batch_size", "search_scales", "damping", "tuning_steps", "learning_rate"),
+    ("images", "batch_size", "crops", "search_scales", "damping", "tuning_steps", "learning_rate"),
     named={"images": "calibration_images", "batch_size": "tuning_batch_size"},
 )
 

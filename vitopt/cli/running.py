@@ -49,6 +49,9 @@ def evaluate(
         EvaluateSpec,
         Fields(("batch_size", *LATENCY, "workers", "look_alikes"), named={"latency.batch_sizes": "latency_batch_size"}),
     ],
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Accuracy by a process for each GPU of Ray's machines, all else here.")
+    ] = False,
     strict: StrictOption = False,
     device: DeviceOption = "auto",
     output: Annotated[Path | None, typer.Option(help="Folder for record.json and predictions.parquet.")] = None,
@@ -73,6 +76,7 @@ def evaluate(
             baseline=candidates[0].name if baseline is not None else None,
             device=device,
             strict=strict,
+            ray=ray,
         )
         if not measured:
             return  # not the main process

@@ -183,10 +183,11 @@ def image_files(paths: Sequence[Path]) -> ImageSet:
         BadImageError: a file does not exist.
     """
     for path in paths:
-        place = existing(path)
-        if place is None:
-            raise BadImageError(f"no image at {path}")
-        if reason := why_not_read(place.stat()):
+        try:
+            status = path.stat()
+        except (OSError, ValueError) as error:
+            raise BadImageError(f"no image at {path}") from error
+        if reason := why_not_read(status):
             raise BadImageError(f"no image at {path}: it {reason}")
     return ImageSet(
         name="files",

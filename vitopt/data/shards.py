@@ -66,14 +66,16 @@ def parts_of(paths: Sequence[Path], *, column: str | None = None) -> Iterator[Pa
     Raises:
         DataError: an archive cannot be read, or holds no images.
     """
-    files = [path for path in paths if path.suffix.lower() not in ARCHIVE_ENDINGS]
+    files, archives = list[Path](), list[Path]()
+    for path in paths:
+        (archives if path.suffix.lower() in ARCHIVE_ENDINGS else files).append(path)
     for begin in range(0, len(files), FILES_PER_PART):
         some = files[begin : begin + FILES_PER_PART]
         yield Part(f"{some[0]} to {some[-1]}", tuple(map(str, some)), lambda some=some: image_files(some))  # type: ignore[misc]
-    for path in paths:
+    for path in archives:
         if path.suffix.lower() == ".tar":
             yield Part(str(path), _stamp(path), lambda path=path: _tar(path))  # type: ignore[misc]
-        elif path.suffix.lower() == ".parquet":
+        else:
             yield from _row_groups(path, column)
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,14 +29,14 @@ from vitopt.measure.power import smallest_visible_loss
 from vitopt.measure.predictions import Predictions
 from vitopt.measure.runnable import Routes, Runnable, fixed_shapes, outputs_of
 from vitopt.measure.verdict import accuracy_verdict
-from vitopt.records import Accuracy, ClassAccuracy, Outputs, VersusBaseline
+from vitopt.records import Accuracy, ClassAccuracy, VersusBaseline
 
 logger = logging.getLogger(__name__)
 
 
-# by name of the variant: logits per image index, the images that were escalated, why it failed, and the batch size in
-# the end; then the images that could not be decoded
-_Share = tuple[dict[str, dict[int, "np.ndarray"]], dict[str, set[int]], dict[str, str], dict[str, int], list[int]]
+# What some of the images gave. By name of the variant: logits per image index, the images that were escalated, why it
+# failed, and the batch size in the end; then the images that could not be decoded
+Share = tuple[dict[str, dict[int, "np.ndarray"]], dict[str, set[int]], dict[str, str], dict[str, int], list[int]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,24 @@ def predict(
         DataError: no image could be decoded.
     """
     share = launch.process_share()
+    own = predict_share(runnables, images, share, batch_size=batch_size, workers=workers, skip_bad=skip_bad)
+    return merged(runnables, images, launch.gather_objects(own), batch_size)
+
+
+def predict_share(
+    runnables: Sequence[Runnable],
+    images: ImageSet,
+    share: tuple[int, int],
+    *,
+    batch_size: int,
+    workers: int = 0,
+    skip_bad: bool = False,
+) -> Share:
+    """`predict` for the images of one `share` (rank, processes): every `processes`-th from `rank` on.
+
+    Raises:
+        BadImageError: an image cannot be decoded and `skip_bad` is false.
+    """
     rows: dict[str, dict[int, np.ndarray]] = {runnable.name: {} for runnable in runnables}
     paths: dict[str, set[int]] = {runnable.name: set() for runnable in runnables if isinstance(runnable, Routes)}
     failures: dict[str, str] = {}
@@ -94,8 +112,7 @@ def predict(
                         rows[runnable.name].update(zip(batch.indices, logits, strict=True))
                         if escalated is not None:
                             paths[runnable.name].update(itertools.compress(batch.indices, escalated))
-    shares = launch.gather_objects((rows, paths, failures, sizes, sorted(bad)))
-    return _merge(shares, images, batch_size, {runnable.name: outputs_of(runnable) for runnable in runnables})
+    return rows, paths, failures, sizes, sorted(bad)
 
 
 def _alike(runnables: Sequence[Runnable]) -> list[list[Runnable]]:
@@ -160,10 +177,16 @@ def _refuse_nan(logits: np.ndarray, batch: Batch, images: ImageSet) -> None:
         )
 
 
-def _merge(shares: Sequence[_Share], images: ImageSet, batch_size: int, outputs: Mapping[str, Outputs]) -> Outcome:
+def merged(runnables: Sequence[Runnable], images: ImageSet, shares: Sequence[Share], batch_size: int) -> Outcome:
+    """The result for all images from that of all shares, in any order; `batch_size` is what was asked for.
+
+    Raises:
+        DataError: no image could be decoded.
+    """
+    outputs = {runnable.name: outputs_of(runnable) for runnable in runnables}
     failures = {name: reason for _, _, some, _, _ in shares for name, reason in some.items()}
     bad = sorted({index for *_, some in shares for index in some})
-    kept = [index for index in range(len(images)) if index not in set(bad)]
+    kept = sorted({*range(len(images))} - {*bad})
     if not kept:
         raise DataError(f"none of the {len(images)} images of {images.name} can be decoded")
     kept_images = images.subset(kept)

@@ -52,6 +52,7 @@ def evaluate(
     untrained: bool = False,
     metrics: Mapping[str, Compute] = MappingProxyType({}),
     ready: Callable[[Measured], None] = lambda result: None,
+    predict: Callable[..., accuracy.Outcome] = accuracy.predict,
 ) -> list[Measured]:
     """Measure accuracy (where `images` are given), latency, size and memory of all runnables together.
 
@@ -62,6 +63,7 @@ def evaluate(
     empty list.
     Without the baseline's own figures the others are measured and compared with nothing. `untrained` weights are
     expected to guess, which is a warning then. `metrics` are computed of all outputs and labels, see `own_metrics`.
+    `predict` runs all of them over the images, as `accuracy.predict` does in this process.
 
     Raises:
         MeasurementError: the baseline, or without one the first runnable, only guesses the images' classes; or one of
@@ -70,9 +72,7 @@ def evaluate(
     """
     outcome, own_metrics = None, dict[str, OwnMetrics]()
     if images is not None:
-        outcome = accuracy.predict(
-            runnables, images, batch_size=spec.batch_size, workers=spec.workers, skip_bad=skip_bad
-        )
+        outcome = predict(runnables, images, batch_size=spec.batch_size, workers=spec.workers, skip_bad=skip_bad)
         images = images.without(outcome.skipped)
         _refuse_labels_without_output(outcome, images)
         _refuse_guessing(outcome, baseline or runnables[0].name, untrained)

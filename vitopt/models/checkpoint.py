@@ -20,7 +20,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     ViTImageProcessor,
-    set_seed,
 )
 
 from vitopt import storage
@@ -322,6 +321,8 @@ def _random_model(
 ) -> PreTrainedModel:
     if quantization is not None:
         raise CheckpointError(f"{checkpoint.source} must be saved before it is quantized")
+    from transformers import set_seed  # whose module imports peft and bitsandbytes, a second of each start
+
     set_seed(_RANDOM_SEED)
     dtype = torch.float32 if options["dtype"] == "auto" else options["dtype"]
     config = _with_labels(checkpoint.config, label_names)

@@ -20,6 +20,7 @@ from vitopt.transformation import require_images
 
 _BATCH = 16
 _SEED = 0
+_SMALLEST_CROP = 0.35  # of an image's area: crops that round are as varied as images are
 
 
 def round_on_images(
@@ -41,9 +42,10 @@ def round_on_images(
     grids = {layer.logical: packing.grid(quantized.get_submodule(layer.module)) for layer, packing in planned.items()}
 
     def pixels() -> Iterator[torch.Tensor]:
-        return (batch.pixel_values.to(device) for batch in batches(images, preprocess, _BATCH))
+        return (part.to(device) for part in _photos_and_crops(images, preprocess, spec.crops))
 
-    importance = token_importance(model, planned, pixels(), -(-len(images) // _BATCH)) if spec.search_scales else None
+    total = -(-len(images) // _BATCH) * (1 + spec.crops)
+    importance = token_importance(model, planned, pixels(), total) if spec.search_scales else None
     rounded = round_blocks(model, checkpoint.config.model_type, planned, grids, pixels(), spec, importance)
     if spec.tuning_steps:
         exact = load_model(checkpoint, dtype=torch.float32, device=device)
@@ -57,6 +59,19 @@ def round_on_images(
         for name, parameter in model.named_parameters():
             if name not in weights:
                 quantized.get_parameter(name).copy_(parameter)
+
+
+def _photos_and_crops(images: ImageSet, preprocess: Preprocessor, crops: int) -> Iterator[torch.Tensor]:
+    """All images in batches, then so many random crops of each: the same ones each time."""
+    for batch in batches(images, preprocess, _BATCH):
+        yield batch.pixel_values
+    cropped = PixelDataset(images, preprocess, Augmentation(smallest_area=_SMALLEST_CROP))
+    for seed in range(crops):
+        for start in range(0, len(images), _BATCH):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(len(images) * seed + start)
+                made = [cropped[index] for index in range(start, min(start + _BATCH, len(images)))]
+            yield _pixels(made)
 
 
 def _augmented(images: ImageSet, preprocess: Preprocessor, spec: RoundingSpec) -> Iterator[torch.Tensor]:

@@ -8,29 +8,27 @@ columns attention does not mix, before the output projection. Behind GELU there 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from vitopt import progress, storage
+from vitopt import progress
 from vitopt.data.images import ImageSet
-from vitopt.data.pixels import Preprocessor, batches, random_pixels
-from vitopt.environment import devices
+from vitopt.data.pixels import Preprocessor, batches
 from vitopt.errors import UnsupportedError
 from vitopt.layers import QKV
-from vitopt.models.checkpoint import Checkpoint, load_model, load_processor, save_checkpoint
+from vitopt.models.checkpoint import Checkpoint
 from vitopt.models.families import FAMILIES
-from vitopt.models.forward import logits
 from vitopt.models.names import block_names
-from vitopt.models.origin import note_origin
+from vitopt.optimize.equivalent import write_equivalent
 from vitopt.optimize.inputs import Inputs, collect
 from vitopt.steps import SmoothSpec
-from vitopt.transformation import note_images, require_float, require_images
+from vitopt.transformation import require_images
 
 _BATCH = 16
 _STRENGTHS = (0.25, 0.5, 0.75, 0.9, 1.0)
-# Largest change of a logit, as a share of the largest: some of the type's own rounding.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
@@ -66,28 +64,20 @@ def smooth(
         StorageError: the output would replace something else, is in use, or cannot be written.
     """
     images = require_images(images, "`smooth`")
-    require_float(checkpoint)
-    with storage.reserved(output, checkpoint.folder):
-        model, processor = load_model(checkpoint, device=devices.resolve_device(device)), load_processor(checkpoint)
+
+    def change(model: PreTrainedModel, processor: Any) -> Smoothed:
         stream = progress.track(
             batches(images, Preprocessor(processor), _BATCH), "smoothing", -(-len(images) // _BATCH)
         )
-        pixels = random_pixels(2, checkpoint.image_size).to(model.device)
-        with torch.inference_mode():
-            before = logits(model, pixels)
-            made = even_out(model, checkpoint.config.model_type, (batch.pixel_values for batch in stream))
-            after = logits(model, pixels)
-        changed = float((after - before).abs().max() / before.abs().max())
-        if made.folded == 0 or not changed <= _TOLERANCE[model.dtype]:
-            why = (
-                f"its answers would change by {changed:.2g}" if made.folded else "no LayerNorm or value projection fits"
+        made = even_out(model, checkpoint.config.model_type, (batch.pixel_values for batch in stream))
+        if made.folded == 0:
+            raise UnsupportedError(
+                f"the blocks of {checkpoint.source} cannot be smoothed: no LayerNorm or value projection fits; leave "
+                "the step out"
             )
-            raise UnsupportedError(f"the blocks of {checkpoint.source} cannot be smoothed: {why}; leave the step out")
-        with storage.staged_folder(output) as folder:
-            save_checkpoint(model, processor, folder)
-            note_images(checkpoint, images, "smoothing", folder)
-            note_origin(checkpoint, folder, "smooth", images=len(images))
-    return made
+        return made
+
+    return write_equivalent(checkpoint, output, device, "smooth", change, images, "smoothing")
 
 
 @torch.inference_mode()

@@ -25,11 +25,12 @@ from vitopt.report.table import batch_sizes, human_bytes, milliseconds, with_int
 from vitopt.report.waterfall import Step, steps
 
 MOST_DOTS = 80  # per variant; evenly thinned by rank, which leaves the distribution as it is
-_OWN_FILE = re.compile(r"((accuracy-latency|latency|waterfall)-\d+|load|weights|memory)\.(svg|png)")
+_OWN_FILE = re.compile(r"((accuracy-latency|latency|waterfall)-\d+|load|kl-weights|weights|memory)\.(svg|png)")
 _LONGEST_LINE = 56  # characters that fit beside each other
 _LONGEST_LABEL = 24
 _ROW = 40.0  # points per variant
 _BAR = 0.34  # of a row
+_LEAST_KL = 1e-5  # nats; what is less stands at the edge of a logarithmic axis
 
 
 def save_plots(
@@ -50,6 +51,7 @@ def save_plots(
             title = f"Batch size {size}"
             drawn.append(Plot(f"{name}-{size}", kind, title, f"{what}. {title}", figure, size))
     drawn.append(Plot("load", "serving", "Latency against load", "p50 and p99 at each rate", latency_load(records)))
+    drawn.append(Plot("kl-weights", "size", "What bytes keep", "KL against bytes of weights", kl_weights(records)))
     drawn.append(Plot("weights", "size", "Weights", "Weights in memory and on disk", sizes(records)))
     drawn.append(Plot("memory", "size", "Peak memory", "Peak memory", memory(records)))
     plots = rendered(drawn, folder)
@@ -172,6 +174,38 @@ def latency_load(records: Sequence[Record]) -> Figure | None:
     axes.set(xlabel="requests/s", ylabel="latency, ms")
     names, x_ends, y_ends = zip(*ends, strict=True)
     label_points(figure, axes, names, np.array(x_ends), np.array(y_ends))
+    return figure
+
+
+@styled()
+def kl_weights(records: Sequence[Record]) -> Figure | None:
+    """KL divergence from the baseline (its interval as a whisker) against bytes of weights, the Pareto front as a line.
+
+    None where fewer than three variants, or variants of one size alone, have both.
+    """
+    shown = [
+        (record, versus, record.size.weight_bytes / 1e6)
+        for record in records
+        if (versus := record.versus_baseline) and versus.mean_kl_divergence is not None and record.size
+    ]
+    if len(shown) < 3 or len({megabytes for *_, megabytes in shown}) < 2:
+        return None
+    figure, axes = blank(300)
+    x = np.array([megabytes for *_, megabytes in shown])
+    y = np.array([max(versus.mean_kl_divergence, _LEAST_KL) for _, versus, _ in shown])
+    step_line(axes, x, y, pareto_front(x, -y))
+    for (record, versus, megabytes), kl in zip(shown, y, strict=True):
+        colour = colour_of(record.variant.format)
+        if versus.kl_ci95:
+            within = [max(end, _LEAST_KL) for end in versus.kl_ci95]
+            axes.plot([megabytes, megabytes], within, color=colour, alpha=0.4, linewidth=1.2, zorder=2)
+        axes.plot(megabytes, kl, "o", color=colour, markersize=7, zorder=3)
+    axes.set_yscale("log")
+    axes.margins(x=0.2, y=0.08)
+    axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
+    axes.grid(True)
+    axes.set(xlabel="weights in memory, MB", ylabel="KL divergence, nats")
+    label_points(figure, axes, [short(record.variant.name, _LONGEST_LABEL) for record, *_ in shown], x, y)
     return figure
 
 

@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException as StarletteError
 from vitopt import __version__
 from vitopt.data.decoding import decoded, open_bytes
 from vitopt.data.pixels import smallest_side
-from vitopt.errors import BadImageError, MeasurementError, RecipeError
+from vitopt.errors import BadImageError, MeasurementError, RecipeError, UnsupportedError
 from vitopt.measure.runnable import Preprocess
 from vitopt.prediction import distinct, ranked
 from vitopt.records import Outputs
@@ -88,7 +88,12 @@ async def running(served: Mapping[str, Served]) -> AsyncIterator[None]:
     async with contextlib.AsyncExitStack() as started:
         for one in served.values():
             started.push_async_callback(one.model.stop)
-            await one.model.start()
+            try:
+                await one.model.start()
+            except ModelLost as error:
+                raise UnsupportedError(
+                    f"the process of {one.model.name} ended while it loaded: is there memory for --batch-sizes?"
+                ) from error
         yield
 
 
@@ -98,7 +103,7 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, metrics: Metrics, 
 
     bearer = HTTPBearer(auto_error=False)
 
-    def authorised(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+    async def authorised(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
         if token is not None and (given is None or not secrets.compare_digest(given.credentials, token)):
             raise HTTPException(401, "this server wants its bearer token", {"WWW-Authenticate": "Bearer"})
 
@@ -114,11 +119,15 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, metrics: Metrics, 
             raise HTTPException(404, f"no model {name} here; there are {', '.join(served)}")
         return served[name]
 
+    def with_room(name: str | None) -> Served:
+        """Asked before a request's body is read: nobody uploads what is refused then."""
+        one = named(name)
+        one.model.require_room()
+        return one
+
     async def answer(one: Served, fill: Callable[[np.ndarray], None]) -> Answer:
         try:
             return await one.model.classify(fill)
-        except Busy as error:
-            raise HTTPException(503, str(error), {"Retry-After": str(error.retry_after_s)}) from error
         except BadImageError as error:
             raise HTTPException(400, f"the image cannot be decoded: {error}") from error
         except ModelLost as error:
@@ -136,7 +145,7 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, metrics: Metrics, 
         logits: Annotated[bool, Query(description="all logits too")] = False,
     ) -> dict[str, Any]:
         """Classes of one image: its bytes as the body, or as a multipart form's first file."""
-        one = named(model)
+        one = with_room(model)
         content = await image_of(request, spec.max_bytes)
         found = await answer(one, one.fill(content, spec.max_pixels))
         refuse_broken(found.logits)
@@ -182,7 +191,7 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, metrics: Metrics, 
     @app.post(f"/v2/models/{{name}}/versions/{protocol.VERSION}/infer", dependencies=protected, include_in_schema=False)
     async def infer(name: str, request: Request) -> Response:
         """Logits of pixels that the caller prepared: pixel_values, FP32, (images, 3, height, width)."""
-        one = named(name)
+        one = with_room(name)
         body = await _body(request, spec.max_bytes)
         try:
             asked = protocol.read_request(body, request.headers, one.model.image_shape, spec.queue)
@@ -219,6 +228,10 @@ def create_app(served: Mapping[str, Served], spec: ServeSpec, metrics: Metrics, 
     @app.exception_handler(StarletteError)
     async def one_line(_: Request, error: StarletteError) -> JSONResponse:
         return JSONResponse({"error": error.detail}, error.status_code, headers=error.headers)
+
+    @app.exception_handler(Busy)
+    async def busy(_: Request, error: Busy) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 503, headers={"Retry-After": str(error.retry_after_s)})
 
     return app
 

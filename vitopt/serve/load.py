@@ -22,9 +22,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from vitopt import progress
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
-from vitopt.errors import MeasurementError, UnsupportedError
+from vitopt.errors import MeasurementError, RecipeError, UnsupportedError
 from vitopt.measure.latency_statistics import latency_summary
 from vitopt.measure.predictions import Predictions
+from vitopt.serve.settings import TOKEN_VARIABLE
 from vitopt.serving_record import CallerLatency, ServedRate
 
 _ALONE = 400  # requests one after another: enough for the limits of a p99
@@ -61,6 +62,7 @@ class Client:
     `described`: what the server says of the model; `images` have labels as its head orders them.
 
     Raises:
+        RecipeError: `url` is no address.
         UnsupportedError: nobody answers at `url`, it is not ready or refuses, or it has no such model.
         DataError: the images' labels are none of the model's classes.
     """
@@ -68,6 +70,8 @@ class Client:
     def __init__(
         self, url: str, images: ImageSet, *, model: str | None = None, token: str | None = None, timeout_s: float = 60.0
     ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise RecipeError(f"{url} is no address of a server: give it as in http://127.0.0.1:8000")
         self.url, self._token, self._timeout_s = url.rstrip("/"), token, timeout_s
         models = asyncio.run(self._models())
         found = next((one for one in models if model in (None, one["name"])), None)
@@ -141,13 +145,14 @@ class Client:
         try:
             async with self._session() as session:
                 async with session.get(f"{self.url}/v2/health/ready") as answer:
-                    if needs_ready and answer.status != 200:
+                    if needs_ready and answer.status == 503:
                         raise UnsupportedError(f"the server at {self.url} is not ready yet: wait until it is")
                 async with session.get(f"{self.url}/models") as answer:
-                    if answer.status != 200:
-                        raise UnsupportedError(f"the server at {self.url} refuses: {(await answer.json())['error']}")
+                    if answer.status == 401:
+                        raise UnsupportedError(f"the server at {self.url} wants its token: set {TOKEN_VARIABLE} to it")
+                    answer.raise_for_status()
                     return await answer.json()
-        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise UnsupportedError(f"no vitopt server answers at {self.url}: start `vitopt serve`") from error
 
     async def _alone(self) -> CallerLatency:

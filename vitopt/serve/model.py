@@ -72,8 +72,8 @@ class ServedModel:
         self._metrics = metrics
         self._gpu: Gpu | None = None
         self._loading, self._spec, self._target_s = loading, spec, (spec.target_p99_ms or 0) / 1e3 or None
-        self._slots = Slots(spec.queue, size)
-        self._free = collections.deque(range(self._slots.shape[0]))
+        self._slots: Slots | None = None
+        self._free = collections.deque(range(spec.queue))
         self._ready: collections.deque[_Request] = collections.deque()
         self._decoders = ThreadPoolExecutor(spec.decoders, thread_name_prefix="decode")
         self._caller = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -102,7 +102,7 @@ class ServedModel:
     @property
     def waiting(self) -> int:
         """Requests that have a place and no answer."""
-        return self._slots.shape[0] - len(self._free)
+        return self._spec.queue - len(self._free)
 
     @property
     def process_id(self) -> int | None:
@@ -120,6 +120,7 @@ class ServedModel:
         Raises:
             VitoptError: the model cannot be loaded.
         """
+        self._slots = Slots(self._spec.queue, self.image_shape[1:])
         await self._load()
         self._task = asyncio.create_task(self._answer_batches())
 
@@ -134,7 +135,8 @@ class ServedModel:
             await asyncio.to_thread(self._process.stop)
         self._decoders.shutdown(cancel_futures=True)
         self._caller.shutdown()
-        self._slots.close()
+        if self._slots is not None:
+            self._slots.close()
 
     async def classify(self, fill: Callable[[np.ndarray], None]) -> Answer:
         """Answer one image: `fill` writes its pixels, (3, height, width), in a thread of the pool.
@@ -163,24 +165,36 @@ class ServedModel:
             self._stages[stage].observe(ms / 1e3)
         return answer
 
-    def _admit(self) -> _Request:
-        """A place for a new request."""
-        now = time.perf_counter()
+    def require_room(self) -> float:
+        """Seconds until a request that comes now is expected to be answered. It gets no place by this.
+
+        Raises:
+            Busy: there is no room, or an answer would come too late; or the model is being loaded.
+        """
         if self._times is None or self._stopping:
             self._ended["refused"].inc()
             raise Busy("the model is not loaded", max(1, round(self.load_s)))
         decoding = self._decode_s, self._spec.decoders
-        wait = expected_wait(self.waiting, self._running_until - now, self._times, *decoding)
+        running = self._running_until - time.perf_counter()
+        wait = expected_wait(self.waiting, running, self._times, *decoding)
         too_late = self._target_s is not None and wait * self._delay.factor > self._target_s and self.waiting > 0
         if not self._free or too_late:
             self._ended["refused"].inc()
             raise Busy("too many requests wait", retry_after(wait, self._target_s))
-        return _Request(self._free.popleft(), now, wait, asyncio.get_running_loop().create_future())
+        return wait
+
+    def _admit(self) -> _Request:
+        """A place for a new request."""
+        arrived, wait = time.perf_counter(), self.require_room()
+        return _Request(self._free.popleft(), arrived, wait, asyncio.get_running_loop().create_future())
 
     async def _decode(self, request: _Request, fill: Callable[[np.ndarray], None]) -> None:
+        slots = self._slots
+        assert slots is not None
+
         def timed() -> float:
             start = time.perf_counter()
-            fill(self._slots.pixels[request.slot])
+            fill(slots.pixels[request.slot])
             return time.perf_counter() - start
 
         job = self._decoders.submit(timed)
@@ -254,6 +268,7 @@ class ServedModel:
 
     async def _load(self) -> None:
         start = time.perf_counter()
+        assert self._slots is not None
         self._process = await asyncio.to_thread(ModelProcess, self._loading, self._slots)
         self.runs = await asyncio.to_thread(self._process.ready)
         # Also where it ends between two batches: those who wait then have lost nothing.

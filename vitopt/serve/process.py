@@ -6,17 +6,19 @@ more than all else that the server does.
 
 import contextlib
 import multiprocessing
+import shutil
 import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vitopt.errors import MeasurementError, VitoptError
+from vitopt.errors import MeasurementError, UnsupportedError, VitoptError
 from vitopt.records import Outputs
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from vitopt.prediction import Pass
 
 _TIMED_CALLS = 5
+_SHARED = Path("/dev/shm")  # where Linux keeps shared memory
 
 
 class ModelLost(Exception):
@@ -65,11 +68,23 @@ class Answers:
 
 
 class Slots:
-    """Shared memory for the pixels of so many images, each (3, height, width), float32."""
+    """Shared memory for the pixels of so many images, each (3, height, width), float32.
+
+    Raises:
+        UnsupportedError: there is not so much.
+    """
 
     def __init__(self, count: int, size: tuple[int, int]) -> None:
         self.shape = (count, 3, *size)
-        self._memory = SharedMemory(create=True, size=4 * int(np.prod(self.shape)))
+        wanted = 4 * int(np.prod(self.shape))
+        # It is given without asking, and a process that writes to what is not there is ended.
+        free = shutil.disk_usage(_SHARED).free if _SHARED.is_dir() else wanted
+        if wanted > free:
+            raise UnsupportedError(
+                f"--queue {count} takes {wanted / 1e6:,.0f} MB of shared memory, and {_SHARED} has {free / 1e6:,.0f}: "
+                "choose a smaller one, or give more (`docker run --shm-size`)"
+            )
+        self._memory = SharedMemory(create=True, size=wanted)
         self.pixels: np.ndarray = np.ndarray(self.shape, np.float32, self._memory.buf)
 
     @property

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -19,9 +20,7 @@ from vitopt.serve.app import Served, create_app, running
 from vitopt.serve.metrics import Metrics
 from vitopt.serve.model import ServedModel
 from vitopt.serve.process import Loading
-from vitopt.serve.settings import ServeSpec
-
-TOKEN_VARIABLE = "VITOPT_SERVE_TOKEN"
+from vitopt.serve.settings import TOKEN_VARIABLE, ServeSpec
 
 
 def serve(
@@ -40,7 +39,8 @@ def serve(
     Raises:
         CheckpointError: a checkpoint cannot be opened.
         RecipeError: two checkpoints have one name.
-        UnsupportedError: the port is taken.
+        UnsupportedError: the port is taken, the host is none of this machine's, there is no memory for `queue` images,
+            or a model's process ends while it loads.
     """
     devices.resolve_device(device)
     served: dict[str, Served] = {}
@@ -73,5 +73,6 @@ def _socket(spec: ServeSpec) -> socket.socket:
     try:
         return socket.create_server((spec.host, spec.port), family=family)
     except OSError as error:
+        option = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
         place = f"{spec.host}:{spec.port}"
-        raise UnsupportedError(f"cannot listen at {place} ({error.strerror}): choose another --port") from error
+        raise UnsupportedError(f"cannot listen at {place} ({error.strerror}): choose another {option}") from error

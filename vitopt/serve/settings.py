@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from vitopt.spec import Spec
 
+TOKEN_VARIABLE = "VITOPT_SERVE_TOKEN"  # of the environment: what callers must send, and what `vitopt load` sends
+
 Positive = Annotated[float, Field(gt=0)]
 
 
