@@ -196,6 +196,14 @@ def test_answers_under_load_are_held_against_the_image_s_own(images):
     assert step.differing >= len(others) > 5
 
 
+def test_a_refusal_without_a_load_is_asked_again(images, monkeypatch):
+    monkeypatch.setattr("vitopt.serve.load._PAUSE_S", 0)
+    with Server(lambda number, _: (503, "full") if number % 2 else good(0, logits=[0.0] * 4)) as server:
+        assert len(Client(server.url, images).learn().logits) == len(images)
+    with Server(lambda *_: (503, "full")) as server, pytest.raises(MeasurementError, match="no room"):
+        Client(server.url, images).learn()
+
+
 def test_an_image_that_gets_no_answer_without_a_load_is_named(images):
     with Server(lambda *_: (400, {"error": "no image"})) as server, pytest.raises(MeasurementError, match="circle/00"):
         Client(server.url, images).learn()

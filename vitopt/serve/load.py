@@ -30,6 +30,7 @@ from vitopt.serving_record import CallerLatency, ServedRate
 
 _ALONE = 400  # requests one after another: enough for the limits of a p99
 _TOGETHER = 4  # requests under way while answers are learnt
+_TRIES, _PAUSE_S = 20, 0.1  # of one that is refused then, and between them
 _LEAST_RATE = 0.1
 _HALVINGS = 5  # of the gap between a rate that keeps the target and one that misses it: to 2**(1/32), 2 %
 _CONNECT_S = 5.0
@@ -170,7 +171,11 @@ class Client:
 
         async def learnt(which: int) -> _Reply:
             async with room:
-                reply = await self._one(session, which, logits=True)
+                for _ in range(_TRIES):  # a server that keeps a target may refuse what comes together
+                    reply = await self._one(session, which, logits=True)
+                    if reply.status != 503:
+                        break
+                    await asyncio.sleep(_PAUSE_S)
                 self._require(which, reply)
                 return reply
 
