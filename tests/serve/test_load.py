@@ -84,7 +84,7 @@ def latency(**changes):
 
 def served(rate, **changes):
     content = {"rate": rate, "seconds": 10, "sent": 200, "answered": 200, "refused": 0, "errors": {}}
-    more = {"latency": latency(), "slowest_refusal_ms": None, "right": 150, "mean_batch": 1.5}
+    more = {"latency": latency(), "p99_of_sent_ms": 5.0, "slowest_refusal_ms": None, "right": 150, "mean_batch": 1.5}
     return ServedRate(**content | more | changes)
 
 
@@ -130,7 +130,16 @@ def test_refusals_and_errors_are_counted_apart(images):
     assert step.answered + step.refused + sum(step.errors.values()) == step.sent
     assert step.refused > 0 and list(step.errors) == ["500: broken"]
     assert step.slowest_refusal_ms > 0
-    assert not step.keeps(1e9)  # not all were answered
+    assert not step.keeps(1e9)  # some were neither answered nor refused
+
+
+@pytest.mark.parametrize(("refused", "kept"), [(0, True), (1, True), (3, False)])
+def test_a_refused_request_is_slower_than_any_target(images, refused, kept):
+    with Server(lambda number, _: (503, "full") if number < refused else good(0)) as server:
+        step = Client(server.url, images).send(1000, 0.2)
+    assert step.sent > 150 and step.refused == refused  # so 1 % is one request, or two
+    assert step.keeps(60_000) == kept and not step.keeps(0)
+    assert (step.p99_of_sent_ms is None) == (not kept)
 
 
 def test_nobody_there_or_not_ready_is_one_clear_line(images):
@@ -161,7 +170,7 @@ def test_arrivals_are_a_poisson_process():
 
 def test_the_highest_rate_that_keeps_the_target_is_found(monkeypatch, images):
     def send(self, rate, seconds, seed):
-        return served(rate, answered=200 if rate <= 13.7 else 199)
+        return served(rate, p99_of_sent_ms=5.0 if rate <= 13.7 else None)
 
     monkeypatch.setattr(Client, "send", send)
     with Server(lambda *_: good(0)) as server:
@@ -173,7 +182,7 @@ def test_the_highest_rate_that_keeps_the_target_is_found(monkeypatch, images):
             assert [one.rate for one in steps] == sorted(one.rate for one in steps)
         with pytest.raises(MeasurementError, match="4 ms"):
             client.highest_rate(4, 1, alone=latency())  # 5 ms without a load
-        monkeypatch.setattr(Client, "send", lambda self, rate, *_: served(rate, refused=1, answered=199))
+        monkeypatch.setattr(Client, "send", lambda self, rate, *_: served(rate, errors={"lost": 1}))
         with pytest.raises(MeasurementError, match="higher --target-p99-ms"):
             client.highest_rate(450, 1, alone=latency())
 

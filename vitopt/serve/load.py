@@ -30,6 +30,7 @@ from vitopt.serving_record import CallerLatency, ServedRate
 
 _ALONE = 400  # requests one after another: enough for the limits of a p99
 _TOGETHER = 4  # requests under way while answers are learnt
+_ENOUGH = 100  # requests for a p99, else p95
 _TRIES, _PAUSE_S = 20, 0.1  # of one that is refused then, and between them
 _LEAST_RATE = 0.1
 _HALVINGS = 5  # of the gap between a rate that keeps the target and one that misses it: to 2**(1/32), 2 %
@@ -221,6 +222,7 @@ class Client:
             refused=len(refused),
             errors=dict(Counter(reply.error for reply in replies if reply.status not in (200, 503))),
             latency=_latency([times[i] for i in good]) if good else None,
+            p99_of_sent_ms=_p99_of_sent([times[i] for i in good], len(due)),
             slowest_refusal_ms=max(refused, default=None),
             right=sum(replies[i].best["index"] == self.images.labels[order[i]] for i in good),
             differing=sum(_differ(replies[i], self._own[order[i]]) for i in good) if self._own else None,
@@ -299,6 +301,12 @@ class Client:
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         limits = aiohttp.ClientTimeout(total=self._timeout_s, connect=_CONNECT_S)
         return aiohttp.ClientSession(headers=headers, timeout=limits, connector=aiohttp.TCPConnector(limit=0))
+
+
+def _p99_of_sent(answered_ms: Sequence[float], sent: int) -> float | None:
+    """As the record has it: those that are not among `answered_ms` are slower than any."""
+    place = math.ceil((0.99 if sent >= _ENOUGH else 0.95) * sent)
+    return sorted(answered_ms)[place - 1] if 0 < place <= len(answered_ms) else None
 
 
 def _latency(times_ms: Sequence[float]) -> CallerLatency:
