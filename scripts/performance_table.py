@@ -61,8 +61,7 @@ def main() -> None:
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
-    folder = ROOT / "benchmarks" / "results"
-    after = replaced(before, "\n\n".join([tables(load_results(folder)), *serving_tables(folder)]))
+    after = replaced(before, all_tables(ROOT / "benchmarks" / "results"))
     if arguments.check and after != before:
         sys.exit("README.md is not what the results say: run python scripts/performance_table.py")
     if not arguments.check:
@@ -76,6 +75,11 @@ def replaced(readme: str, content: str) -> str:
     if not (begin and end):
         sys.exit(f"README.md lacks the markers {BEGIN} and {END}")
     return f"{head}{BEGIN}\n\n{content}\n\n{END}{tail}"
+
+
+def all_tables(folder: Path) -> str:
+    """Markdown of what all results in a folder say."""
+    return "\n\n".join([tables(load_results(folder)), *serving_tables(folder)])
 
 
 def load_results(folder: Path) -> list[Results]:

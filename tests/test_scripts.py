@@ -74,7 +74,7 @@ def step(name: str, *records: Record, **changes: Any) -> dict[str, Any]:
 
 def test_readme_says_what_the_results_say(table: ModuleType) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert table.replaced(readme, table.tables(table.load_results(ROOT / "benchmarks" / "results"))) == readme
+    assert table.replaced(readme, table.all_tables(ROOT / "benchmarks" / "results")) == readme
 
 
 def test_readme_lists_the_families_that_vitopt_opens() -> None:
