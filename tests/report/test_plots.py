@@ -115,6 +115,8 @@ def test_bytes_against_kl_leads_along_what_no_smaller_one_beats(make: SimpleName
     assert axes.get_lines()[0].get_xdata() == pytest.approx([3.0, 6.0, 6.0])
     assert axes.get_lines()[0].get_ydata() == pytest.approx([kl["small"], kl["small"], kl["good"]])
     assert {"small", "beaten", "good"} <= set(words(figure))
+    figure.draw_without_rendering()
+    assert all(float(label.get_text()) > 0 for label in axes.get_yticklabels())  # numbers, no mathematics
     assert plots.kl_weights(records[:3]) is None
     assert plots.kl_weights([record.model_copy(update={"size": records[1].size}) for record in records]) is None
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -92,9 +93,7 @@ def accuracy_latency(records: Sequence[Record], batch_size: int, baseline: str |
     axes.margins(x=0.2, y=0.08)
     if x.max() > 8 * x.min():
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.xaxis.set_minor_locator(NullLocator())
+        _plain_ticks(axes.xaxis)
     else:
         axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
     axes.grid(True)
@@ -201,6 +200,7 @@ def kl_weights(records: Sequence[Record]) -> Figure | None:
             axes.plot([megabytes, megabytes], within, color=colour, alpha=0.4, linewidth=1.2, zorder=2)
         axes.plot(megabytes, kl, "o", color=colour, markersize=7, zorder=3)
     axes.set_yscale("log")
+    _plain_ticks(axes.yaxis)
     axes.margins(x=0.2, y=0.08)
     axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
     axes.grid(True)
@@ -280,6 +280,13 @@ def _rows(texts: Sequence[tuple[Record, str]], label: str) -> tuple[Figure, Axes
         axes.text(0, place - 0.27, name, transform=across, va="bottom", ha="left")
         axes.text(1, place - 0.27, text, transform=across, va="bottom", ha="right", alpha=0.8)
     return figure, axes
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Numbers, not powers, along a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _tick(axes: Axes, place: int, at: float, half: float = 0.22, colour: str = INK, width: float = 1.4) -> None:
