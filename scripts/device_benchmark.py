@@ -92,7 +92,7 @@ PLANS = {
         _recipe("tokens-vit-tiny", 900, (SHARED,)),
         _recipe("adaptive-vit-tiny", 1500, (SHARED,), ("openvino",)),
         _recipe("adaptive-photos-vit-tiny", 900, (SHARED,)),
-        _recipe("rounding-vit-tiny", 900, (SHARED,)),
+        _recipe("rounding-vit-tiny", 1200, (SHARED,)),
         _recipe("tokens-vit-l-cpu", 1800),
     ),
 }

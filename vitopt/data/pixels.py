@@ -71,7 +71,9 @@ class Preprocessor:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return (3, height, width), float32, normalised."""
-        return _whole(self.processor, image) if self._table is None else _looked_up(self.processor, image, self._table)
+        if self._table is None:
+            return _whole(self.processor, image)
+        return _looked_up(_whole(self.processor, image, **_UNSCALED), self._table)
 
 
 _UNSCALED = {"do_rescale": False, "do_normalize": False}
@@ -81,10 +83,9 @@ def _whole(processor: Any, image: Image.Image, **switches: bool) -> torch.Tensor
     return processor(image, return_tensors="pt", **switches)["pixel_values"][0]
 
 
-def _looked_up(processor: Any, image: Image.Image, table: np.ndarray) -> torch.Tensor:
-    unscaled = _whole(processor, image, **_UNSCALED).numpy()
+def _looked_up(unscaled: torch.Tensor, table: np.ndarray) -> torch.Tensor:
     pixels = np.empty(unscaled.shape, table.dtype)
-    for values, channel, out in zip(table, unscaled, pixels, strict=True):
+    for values, channel, out in zip(table, unscaled.numpy(), pixels, strict=True):
         np.take(values, channel, out=out, mode="clip")  # `raise`, the default, would write to a copy first
     return torch.from_numpy(pixels)
 
@@ -99,10 +100,7 @@ def _table_of(processor: Any) -> np.ndarray | None:
         table = _whole(processor, Image.fromarray(every), do_resize=False, do_center_crop=False).numpy().reshape(3, 256)
         for image in map(Image.fromarray, noise):
             unscaled = _whole(processor, image, **_UNSCALED)
-            same = unscaled.dtype == torch.uint8 and torch.equal(
-                _looked_up(processor, image, table), _whole(processor, image)
-            )
-            if not same:
+            if unscaled.dtype != torch.uint8 or not torch.equal(_looked_up(unscaled, table), _whole(processor, image)):
                 return None
     except Exception:  # of any type, by its class: such a processor makes whole pixels, or says then why it cannot
         return None

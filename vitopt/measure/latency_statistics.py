@@ -11,6 +11,7 @@ from scipy import special
 from vitopt.measure.intervals import Interval, check_confidence
 
 Limits = tuple[float | None, float | None]  # None: so few samples cannot give this limit
+FOR_P99 = 100  # samples; of fewer it is little but the maximum
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def latency_summary(samples_ms: ArrayLike) -> LatencySummary:
         min_ms=float(np.min(samples)),
         p50_ms=float(np.percentile(samples, 50)),
         p95_ms=float(np.percentile(samples, 95)) if len(samples) >= 20 else None,
-        p99_ms=float(np.percentile(samples, 99)) if len(samples) >= 100 else None,
+        p99_ms=float(np.percentile(samples, 99)) if len(samples) >= FOR_P99 else None,
         p50_ci95_ms=quantile_interval(samples, 0.50),
         p95_ci95_ms=quantile_interval(samples, 0.95),
         p99_ci95_ms=quantile_interval(samples, 0.99),

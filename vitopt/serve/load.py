@@ -23,14 +23,13 @@ from vitopt import progress
 from vitopt.data.images import ImageSet
 from vitopt.data.labels import fit_labels
 from vitopt.errors import MeasurementError, RecipeError, UnsupportedError
-from vitopt.measure.latency_statistics import latency_summary
+from vitopt.measure.latency_statistics import FOR_P99, latency_summary
 from vitopt.measure.predictions import Predictions
 from vitopt.serve.settings import TOKEN_VARIABLE
 from vitopt.serving_record import CallerLatency, ServedRate
 
 _ALONE = 400  # requests one after another: enough for the limits of a p99
 _TOGETHER = 4  # requests under way while answers are learnt
-_ENOUGH = 100  # requests for a p99, else p95
 _TRIES, _PAUSE_S = 20, 0.1  # of one that is refused then, and between them
 _LEAST_RATE = 0.1
 _HALVINGS = 5  # of the gap between a rate that keeps the target and one that misses it: to 2**(1/32), 2 %
@@ -305,7 +304,7 @@ class Client:
 
 def _p99_of_sent(answered_ms: Sequence[float], sent: int) -> float | None:
     """As the record has it: those that are not among `answered_ms` are slower than any."""
-    place = math.ceil((0.99 if sent >= _ENOUGH else 0.95) * sent)
+    place = math.ceil((0.99 if sent >= FOR_P99 else 0.95) * sent)
     return sorted(answered_ms)[place - 1] if 0 < place <= len(answered_ms) else None
 
 
