@@ -128,7 +128,7 @@ class PruneSpec(CalibrationSpec):
 
 
 class RotateSpec(Spec):
-    """Rotate the channels of all tokens, answers unchanged: weights have no outliers, 4 bits lose less (QuaRot)."""
+    """Rotate the channels of all tokens, answers unchanged: weights have no outliers (QuaRot); measure what it brings."""
 
     @property
     def words(self) -> str:

@@ -1,5 +1,5 @@
-"""A step that rotates the channels of all tokens, the model's function unchanged: weights have no outliers then, and
-4 bits lose less of them.
+"""A step that rotates the channels of all tokens, the model's function unchanged: no column of weights stands out then,
+which is meant to make few bits lose less. Of ViT-Tiny that is not shown (docs/design.md), so measure it.
 
 As QuaRot (arXiv 2404.00456), for LayerNorm: once its factors and offsets are part of the linear layers behind it, a
 LayerNorm takes off the mean over channels and divides by one number. A rotation that leaves the vector of ones where it
