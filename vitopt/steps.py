@@ -128,7 +128,7 @@ class PruneSpec(CalibrationSpec):
 
 
 class RotateSpec(Spec):
-    """Rotate the channels of all tokens, answers unchanged: weights have no outliers (QuaRot); measure what it brings."""
+    """Rotate the channels of all tokens, answers unchanged: no weights stand out (QuaRot). Measure what it brings."""
 
     @property
     def words(self) -> str:
